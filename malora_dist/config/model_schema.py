@@ -1,0 +1,146 @@
+"""The `model` and `adapter` sections of a recipe: the frozen base and what is trained on it."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from malora_dist.config.base import Rule, Section, split_commas
+
+DTYPE_NAMES = {"bf16": "bfloat16", "torch.bfloat16": "bfloat16", "fp32": "float32", "torch.float32": "float32"}
+
+
+def _dtype_name(value: Any) -> Any:
+    return DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    aliases: ClassVar = {
+        "base_model": "name_or_path",
+        "model_name_or_path": "name_or_path",
+        "pretrained_model_name_or_path": "name_or_path",
+        "torch_dtype": "dtype",
+        "load_4bit": "load_in_4bit",
+        "quant_type": "bnb_4bit_quant_type",
+        "double_quant": "bnb_4bit_use_double_quant",
+    }
+
+    name_or_path: str = Field(
+        min_length=1, description="Hub id, local folder, or .gguf file of a causal language model."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub id.")
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], BeforeValidator(_dtype_name)] = Field(
+        "auto",
+        description="Precision of the frozen base. auto: bfloat16 where the hardware multiplies it, else float32. "
+        "Adapters are always float32.",
+    )
+    load_in_4bit: bool = Field(
+        True, description="Quantise the base's linear layers to 4 bits (embeddings and head stay)."
+    )
+    bnb_4bit_quant_type: Literal["nf4"] = Field("nf4", description="4-bit code.")
+    bnb_4bit_use_double_quant: bool = Field(
+        False, description="Quantise the scales too: 4.13 instead of 4.5 bits a weight."
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention kernel; flash_attention_2 needs a GPU and the extra `gpu`."
+    )
+
+    def rules(self) -> Iterator[Rule]:
+        if self.attn_implementation == "flash_attention_2" and self.dtype == "float32":
+            yield Rule(("attn_implementation", "dtype"), "needs model.dtype=bfloat16")
+
+    def without_meaning(self) -> dict[str, str]:
+        if self.load_in_4bit:
+            return {}
+        reason = "has no meaning for model.load_in_4bit=false"
+        return {"bnb_4bit_quant_type": reason, "bnb_4bit_use_double_quant": reason}
+
+
+SHARED_DOWN_KEYS = ("shared_r", "compression_ratio", "beta")
+ROUTED_KEYS = (
+    "num_experts",
+    "top_k",
+    "normalize_gates",
+    "router_aux_loss_coef",
+    "router_aux_loss_reduction",
+    "balance_scope",
+)
+
+
+class AdapterConfig(Section):
+    """What is trained: the mixture of low-rank experts on each target linear."""
+
+    aliases: ClassVar = {
+        "rank": "r",
+        "lora_r": "r",
+        "lora_rank": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "lora_target": "target_modules",
+        "lora_target_modules": "target_modules",
+        "experts": "num_experts",
+        "num_local_experts": "num_experts",
+        "topk": "top_k",
+        "num_experts_per_tok": "top_k",
+        "norm_topk_prob": "normalize_gates",
+        "aux_loss_coef": "router_aux_loss_coef",
+        "moe_aux_loss_coef": "router_aux_loss_coef",
+        "shared_rank": "shared_r",
+    }
+
+    method: Literal["malora", "molora", "lora"] = Field(
+        "malora",
+        description="malora: experts share one down-projection. molora: each has its own. lora: one expert, no router.",
+    )
+    num_experts: int = Field(8, ge=1, description="Experts on each target linear, over all processes.")
+    top_k: int = Field(2, ge=1, description="Experts a token is sent to.")
+    r: int = Field(12, ge=1, description="Rank of one expert.")
+    shared_r: int | None = Field(
+        None,
+        ge=1,
+        description="Rank of the shared down-projection; null: from compression_ratio (32 for 8 experts, r 12).",
+    )
+    compression_ratio: float = Field(
+        0.5, gt=0, le=1, description="Lambda of the paper; sets shared_r = lambda / (2 - lambda) * num_experts * r."
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, description="The adapter's output is scaled by lora_alpha / r; null: 2 r."
+    )
+    beta: float = Field(
+        1.0, gt=0, description="Initial balance of the shared and the experts' down-projections (malora)."
+    )
+    lora_dropout: float = Field(
+        0.05, ge=0, lt=1, description="Dropout before the down-projection; the router sees all."
+    )
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
+        ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="Last parts of the names of the linear layers to adapt.",
+    )
+    router_aux_loss_coef: float = Field(0.01, ge=0, description="Weight of the load-balancing loss.")
+    router_aux_loss_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="How the balance losses of all routers become one."
+    )
+    balance_scope: Literal["global", "local"] = Field(
+        "global", description="Balance experts over the tokens of all processes, or of each process alone."
+    )
+    normalize_gates: bool = Field(False, description="Scale a token's chosen gates to sum to 1.")
+    computation: Literal["auto", "dense", "grouped"] = Field(
+        "auto", description="All experts with masked gates, or rows grouped by expert; auto: the cheaper. Same result."
+    )
+
+    def rules(self) -> Iterator[Rule]:
+        if self.method != "lora" and self.top_k > self.num_experts:
+            yield Rule(("top_k", "num_experts"), f"must be at most adapter.num_experts={self.num_experts}")
+        if self.method == "malora" and self.shared_r is not None and self.shared_r < self.r:
+            yield Rule(("shared_r", "r"), f"must be at least adapter.r={self.r}")
+        if len(set(self.target_modules)) < len(self.target_modules):
+            yield Rule(("target_modules",), "must not name a module twice")
+        if any(not name.strip() for name in self.target_modules):
+            yield Rule(("target_modules",), "must not hold an empty name")
+
+    def without_meaning(self) -> dict[str, str]:
+        keys = {"malora": (), "molora": SHARED_DOWN_KEYS, "lora": ROUTED_KEYS + SHARED_DOWN_KEYS}[self.method]
+        return {key: f"has no meaning for adapter.method={self.method}" for key in keys}

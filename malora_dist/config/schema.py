@@ -1,0 +1,169 @@
+"""What a run is: the sections of a recipe with all their keys, defaults and meanings.
+
+The sections `model` and `adapter` are in model_schema.py, `data` in data_schema.py.
+Names are those of transformers' TrainingArguments, peft and bitsandbytes wherever they have one.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from malora_dist.config.base import Rule, Section, split_commas
+from malora_dist.config.data_schema import DataConfig, RowFields, TaskConfig
+from malora_dist.config.model_schema import AdapterConfig, ModelConfig
+
+__all__ = [
+    "AdapterConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "RowFields",
+    "RunConfig",
+    "TaskConfig",
+    "TrainConfig",
+]
+
+
+def _tracker_names(value: Any) -> Any:
+    return [] if value == "none" else split_commas(value)
+
+
+class ParallelConfig(Section):
+    """How the run is spread over processes."""
+
+    aliases: ClassVar = {
+        "stage": "zero_stage",
+        "zero": "zero_stage",
+        "expert_parallel_size": "ep_size",
+        "expert_model_parallel_size": "ep_size",
+        "timeout": "timeout_seconds",
+        "deepspeed": "ds_config",
+        "deepspeed_config": "ds_config",
+    }
+
+    zero_stage: int = Field(
+        3,
+        ge=0,
+        le=3,
+        description="DeepSpeed ZeRO: 0 copies all, 1 and 2 split optimizer and gradients, 3 the weights too.",
+    )
+    ep_size: int = Field(1, ge=1, description="Processes that share one set of experts. This version: 1.")
+    timeout_seconds: int = Field(
+        1800, ge=1, description="A process that waits longer than this for the others ends the run with an error."
+    )
+    ds_config: str | None = Field(
+        None, description="JSON file with DeepSpeed's own settings; 'auto' values come from this recipe."
+    )
+
+
+class TrainConfig(Section):
+    """Steps, batches, optimizer, logging."""
+
+    aliases: ClassVar = {
+        "lr": "learning_rate",
+        "scheduler": "lr_scheduler_type",
+        "lr_scheduler": "lr_scheduler_type",
+        "epochs": "num_train_epochs",
+        "num_epochs": "num_train_epochs",
+        "steps": "max_steps",
+        "train_batch_size": "global_batch_size",
+        "micro_batch_size": "per_device_train_batch_size",
+        "per_device_batch_size": "per_device_train_batch_size",
+        "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+        "gradient_accumulation": "gradient_accumulation_steps",
+        "accumulation_steps": "gradient_accumulation_steps",
+        "gradient_clipping": "max_grad_norm",
+        "clip_grad_norm": "max_grad_norm",
+        "activation_checkpointing": "gradient_checkpointing",
+        "resume": "resume_from_checkpoint",
+    }
+
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps to train. Give this or num_train_epochs.")
+    num_train_epochs: float | None = Field(
+        None, gt=0, description="Passes over the mixture. Give this or max_steps; 3 if neither is given."
+    )
+    global_batch_size: int = Field(16, ge=1, description="Samples of one optimizer step, over all processes.")
+    per_device_train_batch_size: int = Field(4, ge=1, description="Samples one process handles at a time.")
+    gradient_accumulation_steps: int | None = Field(
+        None,
+        ge=1,
+        description="null: derived from the batch sizes and the number of processes. A given value is checked.",
+    )
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="Shape of the learning rate after warm-up."
+    )
+    warmup_ratio: float = Field(
+        0.1, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradients' norm over all processes to this; 0: off.")
+    loss_normalization: Literal["token", "sample", "task"] = Field(
+        "token", description="What counts the same in a step's loss: each answer token, each sample, or each task."
+    )
+    gradient_checkpointing: bool = Field(False, description="Compute activations again in backward to save memory.")
+    logging_steps: int = Field(10, ge=1, description="Steps between log records.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations on the validation split; null: none."
+    )
+    save_steps: int | None = Field(None, ge=1, description="Steps between saves of the adapter; null: only at the end.")
+    stop_after_steps: int | None = Field(
+        None,
+        ge=1,
+        description="End early after this many steps; the learning rate's shape still follows the full length.",
+    )
+    seed: int = Field(42, ge=0, description="Seed of adapters, dropout and the order of samples.")
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_tracker_names)] = Field(
+        (), description="Trackers beside metrics.jsonl: tensorboard, wandb (the extra `trackers`)."
+    )
+    resume_from_checkpoint: str | None = Field(None, description="Not in this version: must be null.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _three_epochs_by_default(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("max_steps") is None and data.get("num_train_epochs") is None:
+            return {**data, "num_train_epochs": 3.0}
+        return data
+
+    def rules(self) -> Iterator[Rule]:
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            yield Rule(
+                ("max_steps", "num_train_epochs"),
+                f"give either max_steps or num_train_epochs={self.num_train_epochs}, not both",
+            )
+        if len(set(self.report_to)) < len(self.report_to):
+            yield Rule(("report_to",), "must not name a tracker twice")
+        if self.resume_from_checkpoint is not None:
+            yield Rule(("resume_from_checkpoint",), "resuming comes in a later version; it must be null")
+
+
+class EvaluationConfig(Section):
+    """What is measured after training."""
+
+    aliases: ClassVar = {"batch_size_tokens": "batch_tokens", "eval_split": "split"}
+
+    base: bool = Field(True, description="Evaluate the untouched base model too.")
+    tuned: bool = Field(True, description="Evaluate the trained model.")
+    split: Literal["test", "validation"] = Field("test", description="Rows to evaluate on.")
+    batch_tokens: int = Field(1024, ge=1, description="Tokens of one forward pass.")
+
+
+class RunConfig(Section):
+    """A whole recipe."""
+
+    aliases: ClassVar = {"peft": "adapter", "lora": "adapter", "training": "train", "eval": "evaluation"}
+
+    model: ModelConfig = Field(description="The frozen base model.")
+    adapter: AdapterConfig = Field(AdapterConfig(), description="What is trained.")
+    data: DataConfig = Field(description="The tasks and their mixture.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="How the run is spread over processes.")
+    train: TrainConfig = Field(TrainConfig(), description="Steps, batches, optimizer, logging.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is measured after training.")
+    output_dir: str = Field(
+        "runs/malora", min_length=1, description="Folder of the run; a name already taken gets -2, -3, ..."
+    )

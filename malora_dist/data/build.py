@@ -1,0 +1,115 @@
+"""All data of a run from its `data` section: the mixture to train on and the questions to evaluate with."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from malora_dist.config.data_schema import DataConfig, TaskConfig
+from malora_dist.data.encode import ChoiceItem, Encoder, Sample
+from malora_dist.data.mixture import epoch_counts, mixture_shares
+from malora_dist.data.store import TaskTokens, TrainStore
+from malora_dist.data.tokenize import (
+    EVALUATION_SPLITS,
+    default_cache_dir,
+    prepare_task,
+    read_task,
+    tokenizer_fingerprint,
+)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run trains on and is measured with. A task's id is its place in `task_names`.
+
+    `evaluation[split][task]` holds ChoiceItems for multiple choice and Samples for completion, and is empty where the
+    task has no such split. `counts[task]` is what data.json shows. `fingerprint` changes with the training data.
+    """
+
+    task_names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    train: TrainStore
+    train_sizes: tuple[int, ...]
+    shares: tuple[float, ...]
+    evaluation: dict[str, dict[str, list[ChoiceItem] | list[Sample]]]
+    counts: dict[str, dict[str, int]]
+    fingerprint: str
+
+    def warnings(self) -> list[str]:
+        """What a reader should know about the data before trusting the run, one sentence each."""
+        sentences = {
+            "bad_rows_skipped": "bad rows were skipped",
+            "responses_cut": "responses are longer than max_seq_length and lost their end",
+            "prompts_cut": "prompts lost their start to fit max_seq_length",
+            "shared_groups_removed": "training rows share a group with an evaluation split and were removed",
+            "leaked_duplicates_removed": "training rows repeat an evaluation row and were removed",
+            "near_duplicates_removed": "training rows nearly repeat an evaluation row and were removed",
+            "duplicates_removed": "training rows repeat another and were removed",
+        }
+        return [
+            f"task {task}: {counts[name]} {text}"
+            for task, counts in self.counts.items()
+            for name, text in sentences.items()
+            if counts.get(name)
+        ]
+
+
+def build_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """Read, check, split and tokenise all tasks, or load them from the cache. Safe to call on all ranks at once.
+
+    Raises DataError as `malora_dist.data.tasks.load_task` does.
+    """
+    cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir is not None else default_cache_dir()
+    tasks: list[TaskTokens] = []
+    keys: list[str] = []
+    tokenizer_key = tokenizer_fingerprint(tokenizer)
+    for task_id, task in enumerate(data.tasks):
+        encoder = Encoder(tokenizer, data.max_seq_length, task.prompt_template, task.response_template, task.scoring)
+        folder, key = prepare_task(_task_settings(data, task), encoder, cache_dir, tokenizer_key=tokenizer_key)
+        first_id = sum(len(earlier.train) for earlier in tasks)
+        tasks.append(read_task(folder, task_id=task_id, first_id=first_id))
+        keys.append(key)
+    return _prepared(data, tasks, keys)
+
+
+def _task_settings(data: DataConfig, task: TaskConfig) -> dict[str, object]:
+    """Arguments of `load_task`; what the encoder knows is left out."""
+    return {
+        "name": task.name,
+        "train": task.train,
+        "validation": task.validation,
+        "test": task.test,
+        "validation_size": task.validation_size,
+        "test_size": task.test_size,
+        "group_by": task.group_by,
+        "kind": task.kind,
+        "fields": task.fields.model_dump(),
+        "max_train_samples": task.max_train_samples,
+        "max_eval_samples": task.max_eval_samples,
+        "on_bad_row": data.on_bad_row,
+        "near_duplicate_threshold": data.near_duplicate_threshold,
+        "split_seed": data.split_seed,
+    }
+
+
+def _prepared(data: DataConfig, tasks: Sequence[TaskTokens], keys: Sequence[str]) -> PreparedData:
+    names = tuple(task.name for task in data.tasks)
+    sizes = tuple(len(task.train) for task in tasks)
+    weights = [task.weight for task in data.tasks]
+    shares = mixture_shares(sizes, data.mixture, temperature=data.temperature, weights=weights)
+    per_epoch = epoch_counts(shares, sum(sizes))
+    evaluation = {
+        split: {name: task.evaluation[split] for name, task in zip(names, tasks, strict=True)}
+        for split in EVALUATION_SPLITS
+    }
+    counts = {
+        name: {**task.counts, "samples_per_epoch": count}
+        for name, task, count in zip(names, tasks, per_epoch, strict=True)
+    }
+    fingerprint = hashlib.sha256("\n".join(keys).encode()).hexdigest()
+    kinds = tuple(task.kind for task in tasks)
+    return PreparedData(
+        names, kinds, TrainStore(tasks=[t.train for t in tasks]), sizes, shares, evaluation, counts, fingerprint
+    )

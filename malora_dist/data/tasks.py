@@ -1,0 +1,137 @@
+"""A task from its files to checked, clean, separate splits."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from malora_dist.data.checks import BadRow, check_row, kind_of
+from malora_dist.data.example import COMPLETION, MULTIPLE_CHOICE, Example
+from malora_dist.data.rows import find_files, read_rows
+from malora_dist.data.splits import Size, Splits, cap, cut_splits, drop_repeated, remove_leaks
+from malora_dist.errors import DataError
+
+__all__ = ["COMPLETION", "DEFAULT_FIELDS", "MULTIPLE_CHOICE", "Example", "TaskData", "load_task"]
+
+DEFAULT_FIELDS: Mapping[str, str] = {role: role for role in ("prompt", "choices", "label", "response")}
+MAX_PROBLEMS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's checked rows. `counts` says how many rows were read, and what became of the others."""
+
+    name: str
+    kind: str
+    scoring: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    counts: dict[str, int]
+
+
+@dataclass
+class _Reader:
+    """Reads the files of one task; the kind is settled by its first usable row."""
+
+    task: str
+    kind: str | None
+    fields: Mapping[str, str]
+    template_fields: Sequence[str]
+    group_by: str | None
+    skip_bad_rows: bool
+    counts: Counter[str]
+
+    def read(self, patterns: Sequence[str] | None) -> tuple[Example, ...]:
+        """All examples of the files. Raises DataError on the first bad rows, unless they are skipped."""
+        if patterns is None:
+            return ()
+        examples: list[Example] = []
+        problems: list[str] = []
+        files = find_files(patterns, task=self.task)
+        for row in (row for path in files for row in read_rows(path)):
+            self.counts["rows_read"] += 1
+            try:
+                kind = self.kind or kind_of(row, self.fields)
+                example = check_row(
+                    row,
+                    task=self.task,
+                    kind=kind,
+                    fields=self.fields,
+                    template_fields=self.template_fields,
+                    group_by=self.group_by,
+                )
+            except BadRow as problem:
+                problems.append(str(problem))
+                if not self.skip_bad_rows and len(problems) == MAX_PROBLEMS_SHOWN:
+                    break
+                continue
+            self.kind = kind
+            examples.append(example)
+        self._report(problems, examples, ", ".join(map(str, files)))
+        return tuple(examples)
+
+    def _report(self, problems: list[str], examples: list[Example], files: str) -> None:
+        if problems and not self.skip_bad_rows:
+            lines = "\n  ".join(problems)
+            raise DataError(f"task {self.task!r}: bad rows (on_bad_row: skip leaves them out):\n  {lines}")
+        self.counts["bad_rows_skipped"] += len(problems)
+        if not examples:
+            why = f"all {len(problems)} rows are bad, the first: {problems[0]}" if problems else "no rows"
+            raise DataError(f"task {self.task!r}: {files}: {why}")
+
+
+def load_task(
+    *,
+    name: str,
+    train: str | Sequence[str],
+    validation: str | Sequence[str] | None = None,
+    test: str | Sequence[str] | None = None,
+    validation_size: Size | None = None,
+    test_size: Size | None = None,
+    group_by: str | None = None,
+    kind: str | None = None,
+    scoring: str = "text",
+    fields: Mapping[str, str] = DEFAULT_FIELDS,
+    template_fields: Sequence[str] = (),
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    on_bad_row: str = "error",
+    near_duplicate_threshold: float | None = 0.8,
+    split_seed: int = 0,
+) -> TaskData:
+    """Read, check and split one task; paths may be globs, `template_fields` are further fields to keep.
+
+    `kind` None is settled by the first row. Validation and test are files, or are cut from `train` by the sizes.
+    Raises DataError naming file, line and field of bad rows (with on_bad_row="skip" they are counted instead),
+    for missing or empty files, and when no row is left to train on.
+    """
+    counts: Counter[str] = Counter()
+    reader = _Reader(name, kind, fields, template_fields, group_by, on_bad_row == "skip", counts)
+    rows = reader.read(_as_list(train))
+    unique = drop_repeated(rows)
+    counts["duplicates_removed"] = len(rows) - len(unique)
+    cut = cut_splits(unique, validation_size=validation_size, test_size=test_size, seed=split_seed)
+    splits = Splits(
+        cut.train,
+        reader.read(_as_list(validation)) if validation is not None else cut.validation,
+        reader.read(_as_list(test)) if test is not None else cut.test,
+    )
+    splits, removed = remove_leaks(splits, near_duplicate_threshold=near_duplicate_threshold)
+    counts.update(removed)
+    if not splits.train:
+        raise DataError(f"task {name!r}: evaluation rows repeat every training row ({dict(removed)}); none is left")
+    assert reader.kind is not None
+    if scoring == "letter" and reader.kind == COMPLETION:
+        raise DataError(f"task {name!r}: scoring=letter needs rows with choices; kind is {COMPLETION}")
+    parts = {
+        "train": cap(splits.train, max_train_samples, split_seed),
+        "validation": cap(splits.validation, max_eval_samples, split_seed),
+        "test": cap(splits.test, max_eval_samples, split_seed),
+    }
+    counts["over_the_cap"] = sum(len(getattr(splits, split)) - len(part) for split, part in parts.items())
+    counts.update({split: len(part) for split, part in parts.items()})
+    return TaskData(name=name, kind=reader.kind, scoring=scoring, counts=dict(counts), **parts)
+
+
+def _as_list(paths: str | Sequence[str] | None) -> list[str] | None:
+    return [paths] if isinstance(paths, str) else None if paths is None else list(paths)

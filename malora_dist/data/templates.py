@@ -1,0 +1,56 @@
+"""An example's texts: the prompt, the answer to learn, and the answers to choose from."""
+
+import string
+from collections.abc import Mapping
+
+from malora_dist.data.checks import LETTERS
+from malora_dist.data.example import Example
+from malora_dist.errors import DataError
+
+PROMPT_TEMPLATE = "Question: {prompt}\nAnswer:"
+RESPONSE_TEMPLATE = " {response}"
+TEXT = "text"
+LETTER = "letter"
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """Names of the fields in a template, in order. Raises DataError for a broken template or an unnamed field."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise DataError(f"template {template!r}: {error} (write {{{{ for a brace)") from error
+    for name in names:
+        if not name.isidentifier():
+            raise DataError(f"template {template!r}: {{{name}}} must be the plain name of a field")
+    return tuple(dict.fromkeys(names))
+
+
+def fill(template: str, values: Mapping[str, str], source: str = "") -> str:
+    """The template with its fields filled in. Raises DataError naming a field that `values` lacks."""
+    missing = [name for name in template_fields(template) if name not in values]
+    if missing:
+        place = f"{source}: " if source else ""
+        raise DataError(f"{place}template {template!r}: no field {missing[0]!r}; known here: {sorted(values)}")
+    return template.format_map(dict(values))
+
+
+def prompt_text(example: Example, prompt_template: str = PROMPT_TEMPLATE, scoring: str = TEXT) -> str:
+    """Text before the answer. With letter scoring the options stand under the question as "A. ..."."""
+    prompt = example.prompt
+    if scoring == LETTER:
+        options = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, example.choices, strict=False))
+        prompt = "\n".join((prompt, *options))
+    return fill(prompt_template, {**example.extra, "prompt": prompt}, example.source)
+
+
+def response_text(example: Example, response_template: str = RESPONSE_TEMPLATE, scoring: str = TEXT) -> str:
+    """Text to learn: for multiple choice exactly one of `choice_texts`."""
+    if example.label is not None:
+        return choice_texts(example, response_template, scoring)[example.label]
+    return fill(response_template, {**example.extra, "response": example.response}, example.source)
+
+
+def choice_texts(example: Example, response_template: str = RESPONSE_TEMPLATE, scoring: str = TEXT) -> tuple[str, ...]:
+    """Texts of all choices as the model would write them: the choices, or their letters with letter scoring."""
+    answers = LETTERS[: len(example.choices)] if scoring == LETTER else example.choices
+    return tuple(fill(response_template, {**example.extra, "response": answer}, example.source) for answer in answers)

@@ -1,0 +1,165 @@
+"""Each task is tokenised once: the first process builds a cached folder, the others wait on a file lock and load it."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from malora_dist.data.encode import Encoder
+from malora_dist.data.example import MULTIPLE_CHOICE
+from malora_dist.data.rows import find_files
+from malora_dist.data.store import (
+    FORMAT_VERSION,
+    TaskTokens,
+    read_choice_items,
+    read_samples,
+    read_summary,
+    write_choice_items,
+    write_samples,
+    write_summary,
+)
+from malora_dist.data.tasks import TaskData, load_task
+from malora_dist.data.templates import template_fields
+from malora_dist.errors import DataError
+
+EVALUATION_SPLITS = ("validation", "test")
+SPLITS = ("train", *EVALUATION_SPLITS)
+
+
+def default_cache_dir() -> Path:
+    """$MALORA_CACHE, or ~/.cache/malora_dist."""
+    return Path(os.environ.get("MALORA_CACHE", "~/.cache/malora_dist")).expanduser()
+
+
+def prepare_task(
+    settings: Mapping[str, Any], encoder: Encoder, cache_dir: Path, *, tokenizer_key: str
+) -> tuple[Path, str]:
+    """The cached folder of one tokenised task and its key; `settings` are the arguments of `load_task`.
+
+    `tokenizer_key` is the `tokenizer_fingerprint` of the encoder's tokenizer, which is slow to take for each task anew.
+
+    The key is a hash of all that the result depends on: the bytes of the task's files, the settings, the templates,
+    the tokenizer, the length, and this code. Raises DataError as `load_task` does.
+    """
+    fields = [*template_fields(encoder.prompt_template), *template_fields(encoder.response_template)]
+    extra = tuple(sorted(set(fields) - {"prompt", "response"}))
+    settings = {**settings, "template_fields": extra, "scoring": encoder.scoring}
+    key = content_key(settings, encoder, tokenizer_key)
+    folder = cache_dir / "data" / f"{settings['name']}-{key[:20]}"
+
+    def build(target: Path) -> None:
+        _write_task(target, load_task(**settings), encoder)
+
+    build_once(folder, build)
+    return folder, key
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Call `build` with a temporary folder that then becomes `folder`, unless that exists.
+
+    Of many processes one builds, under a lock that a killed process releases. A folder is whole or not there.
+    Raises DataError if the cache cannot be written.
+    """
+    if folder.is_dir():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _build(folder, build)
+    except OSError as error:
+        raise DataError(f"data.cache_dir: {folder.parent} cannot be written: {error}") from error
+
+
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        build(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_task(folder: Path, *, task_id: int, first_id: int) -> TaskTokens:
+    """A prepared task; its training samples are numbered from `first_id`."""
+    summary = read_summary(folder)
+    evaluation: dict[str, Any] = {}
+    for split in EVALUATION_SPLITS:
+        if summary["kind"] == MULTIPLE_CHOICE:
+            evaluation[split] = read_choice_items(folder, split, task_id=task_id)
+        else:
+            evaluation[split] = list(read_samples(folder, split, task_id=task_id))
+    train = read_samples(folder, "train", task_id=task_id, first_id=first_id)
+    return TaskTokens(summary["kind"], summary["scoring"], train, evaluation, summary["counts"])
+
+
+def _write_task(folder: Path, task: TaskData, encoder: Encoder) -> None:
+    counts = Counter(task.counts)
+    write_samples(folder, "train", encoder.samples(task.train, 0, counts))
+    for split in EVALUATION_SPLITS:
+        examples = getattr(task, split)
+        if task.kind == MULTIPLE_CHOICE:
+            write_choice_items(folder, split, encoder.choice_items(examples, 0, counts))
+        else:
+            write_samples(folder, split, encoder.samples(examples, 0, counts))
+    write_summary(folder, kind=task.kind, scoring=task.scoring, counts=dict(counts))
+
+
+def content_key(settings: Mapping[str, Any], encoder: Encoder, tokenizer_key: str) -> str:
+    """Hash of the content of a task's files, the settings other than their names, the encoder and this code."""
+    files = {
+        split: [_file_hash(path) for path in find_files(_paths(settings[split]), task=settings["name"])]
+        for split in SPLITS
+        if settings.get(split) is not None
+    }
+    parts = {
+        "format": FORMAT_VERSION,
+        "code": _code_hash(),
+        "files": files,
+        "settings": {name: value for name, value in settings.items() if name not in SPLITS},
+        "tokenizer": tokenizer_key,
+        "start_of_text": encoder.start_of_text,
+        "end_of_text": encoder.end_of_text,
+        "templates": [encoder.prompt_template, encoder.response_template],
+        "max_seq_length": encoder.max_seq_length,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of a tokenizer's rules and vocabulary, wherever it was loaded from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: dict[str, Any] = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    else:
+        rules = json.loads(backend.to_str())
+        # State of the last call, not of the tokenizer.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def _paths(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        # The format is part of the content: .csv and .tsv read the same bytes differently.
+        return path.suffix.lower() + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _code_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

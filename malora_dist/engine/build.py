@@ -1,0 +1,72 @@
+"""From a model with adapters to a DeepSpeed engine. Holds the only `deepspeed.initialize`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from malora_dist.nn.inject import adapter_parameters
+from malora_dist.parallel.groups import set_timeouts
+from malora_dist.parallel.zero import check_partitioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW and its schedule, in the words of transformers."""
+
+    learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    epsilon: float
+    lr_scheduler_type: str
+    warmup_steps: int
+    total_steps: int
+
+
+def build_engine(
+    model: nn.Module,
+    deepspeed_config: dict[str, Any],
+    settings: OptimizerSettings | None,
+    *,
+    zero_stage: int,
+    timeout_seconds: float,
+) -> Any:
+    """The DeepSpeed engine over `model`; without `settings` one that only computes forward.
+
+    The engine runs in fp32: adapters, their gradients and AdamW's moments are fp32 at every ZeRO stage, while the
+    frozen base keeps its own dtype. Raises TopologyError if DeepSpeed spread a parameter over another group than it
+    should.
+    """
+    import deepspeed
+
+    trained = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=None if settings is None else _adamw(trained, settings),
+        lr_scheduler=None if settings is None else _schedule(settings),
+        config=deepspeed_config,
+    )
+    set_timeouts(timeout_seconds)
+    check_partitioning(engine.module, zero_stage)
+    return engine
+
+
+def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _schedule(settings: OptimizerSettings) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+    from transformers import get_scheduler
+
+    return lambda optimizer: get_scheduler(
+        settings.lr_scheduler_type, optimizer, settings.warmup_steps, settings.total_steps
+    )

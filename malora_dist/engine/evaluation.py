@@ -1,0 +1,84 @@
+"""Measuring a model on the tasks' held-out rows, on any number of processes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from malora_dist.data.encode import ChoiceItem, Sample
+from malora_dist.engine.progress import Bar
+from malora_dist.nn.inject import mixture_layers
+from malora_dist.parallel.groups import World, gather_lists
+from malora_dist.scoring import Forward, score_items, summarise, task_result
+
+
+def evaluate_tasks(
+    engine: Any,
+    evaluation: Mapping[str, Sequence[ChoiceItem] | Sequence[Sample]],
+    world: World,
+    *,
+    batch_tokens: int,
+    share_prompt: bool,
+    title: str,
+    use_adapter: bool = True,
+) -> dict[str, Any]:
+    """One side of eval.json, the same on every process; tasks without rows are left out.
+
+    All tasks' questions are scored in one pass, so that rows are full and processes evenly loaded.
+    """
+    questions = {task: [_question(row) for row in rows] for task, rows in evaluation.items() if rows}
+    items = [item for rows in questions.values() for item in rows]
+    training = engine.module.training
+    engine.eval()
+    set_adapter(engine.module, use_adapter)
+    with Bar(title, 1, world.is_main) as bar:
+        mine = score_items(
+            forward_of(engine),
+            items,
+            batch_tokens=batch_tokens,
+            share_prompt=share_prompt,
+            rank=world.rank,
+            world_size=world.size,
+            device=world.device,
+            progress=bar.update,
+        )
+    set_adapter(engine.module, True)
+    engine.train(training)
+    scores = dict(gather_lists(list(mine.items())))
+    results, start = {}, 0
+    for task, rows in questions.items():
+        results[task] = task_result(rows, [scores[index] for index in range(start, start + len(rows))])
+        start += len(rows)
+    return summarise(results)
+
+
+def forward_of(engine: Any) -> Forward:
+    """The engine as the function that `scoring` calls."""
+
+    def forward(input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        output = engine(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            use_cache=False,
+            logits_to_keep=positions,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    return torch.no_grad()(forward)
+
+
+def set_adapter(model: nn.Module, enabled: bool) -> None:
+    """Switch all adapters on or off; off, the model is its untouched base."""
+    for _, layer in mixture_layers(model):
+        layer.adapter_enabled = enabled
+
+
+def _question(row: ChoiceItem | Sample) -> ChoiceItem:
+    """A completion is a question with one choice: only its loss is measured."""
+    if isinstance(row, ChoiceItem):
+        return row
+    ids = tuple(int(i) for i in row.input_ids)
+    return ChoiceItem(row.task_id, ids[: row.prompt_length], (ids[row.prompt_length :],), (1,), 0)

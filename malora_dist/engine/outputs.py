@@ -1,0 +1,150 @@
+"""Everything a run writes, and what it says on the terminal. Only the main process writes; all may call."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from malora_dist.checkpoint.adapter import AdapterInfo, save_adapter
+from malora_dist.checkpoint.card import model_card
+from malora_dist.config import RunConfig, write_config
+from malora_dist.data.build import PreparedData
+from malora_dist.engine.progress import LOGGER, start_logging
+from malora_dist.engine.run_folder import claim_run_folder, write_json
+from malora_dist.metrics import MetricsWriter
+from malora_dist.nn.inject import InjectionReport
+from malora_dist.parallel.groups import World, from_main
+from malora_dist.parallel.zero import gathered_adapter_state
+from malora_dist.report import print_results, write_report
+from malora_dist.summary import adapter_spec
+from malora_dist.trackers import open_trackers
+
+
+class RunOutputs:
+    """The files of one run folder: config.yaml, data.json, metrics.jsonl, eval.json, adapter/, report/, train.log."""
+
+    def __init__(self, config: RunConfig, folder: Path, world: World) -> None:
+        self.config, self.folder, self.world = config, folder, world
+        self.log = logging.getLogger(LOGGER)
+        self.evaluations: dict[str, Any] = {}
+        self.report: InjectionReport | None = None
+        start_logging(folder / "train.log" if world.is_main else None)
+        if world.is_main:
+            write_config(config, folder / "config.yaml")
+            self.metrics = MetricsWriter(folder / "metrics.jsonl")
+            self.trackers = open_trackers(config.train.report_to, folder, config.model_dump(mode="json"))
+        self.log.info("run folder %s, %d processes on %s", folder, world.size, world.device.type)
+
+    @classmethod
+    def claim(cls, config: RunConfig, world: World) -> "RunOutputs":
+        """Claim a run folder on the main process; the config written there names that folder."""
+        folder = from_main(str(claim_run_folder(config.output_dir)) if world.is_main else None)
+        return cls(config.model_copy(update={"output_dir": folder}), Path(folder), world)
+
+    def data(self, data: PreparedData) -> None:
+        """data.json: what was read, skipped and removed, by task."""
+        for warning in data.warnings():
+            self.log.info("note: %s", warning)
+        self._write("data.json", data.counts)
+        sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
+        self.log.info("training samples: %s", sizes)
+
+    def injection(self, report: InjectionReport) -> None:
+        """Which modules were adapted, and how much of the base is quantised and adapted."""
+        self.report = report
+        for row in report.rows:
+            self.log.info(
+                "adapted %3d x %-10s %5d -> %-5d  %11s trainable",
+                row.modules,
+                row.target,
+                row.in_features,
+                row.out_features,
+                f"{row.trainable_parameters:,}",
+            )
+        base = report.base_parameters
+        self.log.info(
+            "trainable %s of %s base parameters (%.2f %%); 4-bit: %.1f %% of the base, adapted: %.1f %%",
+            f"{report.trainable_parameters:,}",
+            f"{base:,}",
+            100 * report.trainable_parameters / base,
+            100 * report.quantized_parameters / base,
+            100 * report.adapted_parameters / base,
+        )
+
+    def placement(self, resident: dict[str, int], steps: int, steps_per_epoch: float) -> None:
+        """What this process holds once DeepSpeed has placed everything."""
+        self.log.info(
+            "ZeRO-%d: this process keeps %.1f MiB of base and %.1f MiB of adapter weights",
+            self.config.parallel.zero_stage,
+            resident["base"] / 2**20,
+            resident["adapter"] / 2**20,
+        )
+        self.log.info("training for %d steps, %.1f steps an epoch", steps, steps_per_epoch)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Append to metrics.jsonl and to the trackers."""
+        if self.world.is_main:
+            self.metrics.write(record)
+            for tracker in self.trackers:
+                tracker.log(record)
+
+    def validation(self, step: int, result: dict[str, Any]) -> None:
+        """An evaluation during training: a record `eval/<task>/accuracy` and `eval/<task>/loss`."""
+        values = {
+            f"eval/{task}/{name}": row[name]
+            for task, row in result["tasks"].items()
+            for name in ("accuracy", "loss")
+            if name in row
+        }
+        self.record({"kind": "eval", "step": step, **values})
+        if result["average"] is not None:
+            self.log.info("step %d  validation accuracy %.3f on average", step, result["average"])
+
+    def evaluation(self, side: str, result: dict[str, Any]) -> None:
+        """Add the `base` or `tuned` side to eval.json."""
+        self.evaluations[side] = result
+        self._write("eval.json", self.evaluations)
+        if result["average"] is not None:
+            self.log.info("%s: accuracy %.3f on average over %d tasks", side, result["average"], len(result["tasks"]))
+
+    def adapter(self, model: nn.Module, name: str) -> None:
+        """Write the adapter folder `name`; gathers the weights, so every process must call it."""
+        state = dict(gathered_adapter_state(model))
+        if not self.world.is_main:
+            return
+        adapter = self.config.adapter
+        info = AdapterInfo(
+            spec=adapter_spec(self.config),
+            target_modules=tuple(adapter.target_modules),
+            base_model=self.config.model.name_or_path,
+            lora_dropout=adapter.lora_dropout,
+        )
+        card = model_card(info, [task.name for task in self.config.data.tasks], self.evaluations)
+        save_adapter(self.folder / name, info, state, card)
+        self.log.info("saved %s", self.folder / name)
+
+    def finish(self) -> None:
+        """Write the report and say what to look at next."""
+        if not self.world.is_main:
+            return
+        self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+        write_report(self.folder)
+        console = Console()
+        if self.evaluations:
+            console.print(print_results(self.evaluations))
+        console.print(
+            f"\nLook next at\n"
+            f"  {self.folder}/report/index.html   pictures: losses, accuracies, routing of tasks to experts\n"
+            f"  {self.folder}/adapter/            the adapter, {self.folder}/metrics.jsonl the numbers\n"
+            f"  malora evaluate {self.folder}     measures it again, on any number of processes",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+    def _write(self, name: str, value: Any) -> None:
+        if self.world.is_main:
+            write_json(self.folder / name, value)

@@ -1,0 +1,86 @@
+"""What a run says while it goes: one line a log step, in a file and, on a terminal, under a progress bar."""
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LOGGER = "malora_dist"
+
+
+def start_logging(log_file: Path | None) -> None:
+    """Send this package's messages to the terminal and to `log_file`; None silences all but errors (other ranks)."""
+    logger = logging.getLogger(LOGGER)
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if log_file is not None else logging.ERROR)
+    if sys.stdout.isatty():
+        logger.addHandler(RichHandler(console=Console(), show_path=False, show_level=False, markup=False))
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+    if log_file is not None:
+        to_file = logging.FileHandler(log_file)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(to_file)
+    for noisy in ("DeepSpeed", "transformers", "datasets", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held: device memory on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Bar(AbstractContextManager["Bar"]):
+    """A progress bar on a terminal; a line every half minute elsewhere; nothing on other ranks."""
+
+    def __init__(self, title: str, total: int, active: bool) -> None:
+        self.title, self.total, self.active = title, total, active
+        self.started = self.said = time.monotonic()
+        self.progress: Progress | None = None
+        if active and sys.stdout.isatty():
+            columns: Sequence[TextColumn | BarColumn | MofNCompleteColumn | TimeRemainingColumn] = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self.progress = Progress(*columns, transient=True)
+            self.task = self.progress.add_task(title, total=total)
+
+    def __enter__(self) -> "Bar":
+        if self.progress is not None:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def update(self, done: int, total: int | None = None) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=done, total=total or self.total)
+        elif self.active and time.monotonic() - self.said > 30:
+            self.said = time.monotonic()
+            logging.getLogger(LOGGER).info("%s: %d of %d", self.title, done, total or self.total)
+
+
+def time_left(started: float, done: int, total: int) -> str:
+    """Estimated time to the end as h:mm:ss."""
+    seconds = int((time.monotonic() - started) / max(1, done) * (total - done))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

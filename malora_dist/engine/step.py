@@ -1,0 +1,149 @@
+"""One optimizer step over all processes, with a loss that does not depend on how samples were dealt to them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from malora_dist.data.loader import MicroBatch
+from malora_dist.engine.forward import BalanceSettings, balance_loss, cross_entropies, set_token_keys
+from malora_dist.engine.guard import GradientGuard, first_nonfinite_layer, stop_if_nonfinite
+from malora_dist.errors import TrainingError
+from malora_dist.functional.loss import batch_counts, target_weights
+from malora_dist.nn.inject import adapter_parameters
+from malora_dist.parallel.groups import World, sum_over_processes
+from malora_dist.parallel.zero import gradient_norm_before_step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives, equal on every process (`expert_counts_GLE` excepted, which is this process's)."""
+
+    loss: float
+    aux_loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    task_loss_sums: list[float]
+    task_token_counts: list[float]
+    expert_counts_GLE: Tensor
+
+
+class Stepper:
+    """Runs optimizer steps on an engine.
+
+    loss = sum of weighted cross-entropies over the whole global batch (`functional.loss`) + coefficient x balance loss
+    averaged over micro-batches. DeepSpeed divides by the accumulation steps and averages over processes, so each
+    process back-propagates its weighted sum times both.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        world: World,
+        *,
+        task_names: Sequence[str],
+        balance: BalanceSettings,
+        normalization: str,
+        zero_stage: int,
+        seed: int,
+    ) -> None:
+        self.engine, self.world, self.task_names = engine, world, task_names
+        self.balance, self.normalization, self.zero_stage, self.seed = balance, normalization, zero_stage, seed
+        self.trained = [p for _, p in adapter_parameters(engine.module) if p.requires_grad]
+        self.guard = GradientGuard(engine.module, world.device)
+
+    def step(self, number: int, batches: Sequence[MicroBatch]) -> StepResult:
+        """Run optimizer step `number` (from 1) on this process's micro-batches.
+
+        Raises TrainingError, on every process alike, if a loss or gradient is not finite; the weights are then still
+        those of the step before.
+        """
+        self.engine.train()
+        self.guard.clear()
+        step_counts = self._step_counts(batches)
+        learning_rate = float(self.engine.optimizer.param_groups[0]["lr"])
+        sums = _Sums(len(self.task_names), self.world.device)
+        for batch in batches[:-1]:
+            self._backward(number, batch, step_counts, len(batches), sums)
+            self.engine.step()
+        self._backward(number, batches[-1], step_counts, len(batches), sums)
+        self._check(number, batches, sums)
+        norm_at_zero = gradient_norm_before_step(self.trained) if self.zero_stage == 0 else None
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm() if norm_at_zero is None else norm_at_zero
+        return StepResult(
+            loss=float(sums.loss),
+            aux_loss=float(sums.aux),
+            grad_norm=float(norm),
+            learning_rate=learning_rate,
+            tokens=int(step_counts.tokens),
+            task_loss_sums=sums.task_loss_G.tolist(),
+            task_token_counts=step_counts.supervised[:-1].tolist(),
+            expert_counts_GLE=sums.expert_counts_GLE,
+        )
+
+    def _step_counts(self, batches: Sequence[MicroBatch]) -> "_StepCounts":
+        counts = [batch_counts(b.target_sample, b.task_ids, len(self.task_names)) for b in batches]
+        tokens = counts[0].new_tensor([sum(b.input_ids.numel() for b in batches)])
+        summed = sum_over_processes(torch.cat([torch.stack(counts).sum(dim=0), tokens]))
+        return _StepCounts(summed[:-1], summed[-1])
+
+    def _backward(
+        self, number: int, batch: MicroBatch, step_counts: "_StepCounts", accumulation: int, sums: "_Sums"
+    ) -> None:
+        set_token_keys(self.engine.module, batch, self.seed, number)
+        ce_N = cross_entropies(self.engine, batch)
+        aux, expert_counts_GLE = balance_loss(
+            self.engine.module, batch, len(self.task_names), self.balance, self.world.size
+        )
+        weights_N = target_weights(batch.target_sample, batch.task_ids, step_counts.supervised, self.normalization)
+        loss = (ce_N * weights_N).sum()
+        share = loss * accumulation + self.balance.coefficient * aux
+        self.engine.backward(share * self.world.size)
+        sums.add(batch, ce_N.detach(), loss.detach(), aux.detach() / accumulation, expert_counts_GLE)
+
+    def _check(self, number: int, batches: Sequence[MicroBatch], sums: "_Sums") -> None:
+        G = len(self.task_names)
+        total = sum_over_processes(torch.cat([sums.vector(), self.guard.flags_L]))
+        sums.loss, sums.aux, sums.task_loss_G = total[0], total[1], total[2 : 2 + G]
+        stop_if_nonfinite(
+            number,
+            total[:2],
+            sums.task_loss_G,
+            self.task_names,
+            where=lambda: first_nonfinite_layer(self.engine, batches, self.world.device),
+        )
+        layer = self.guard.culprit(total[2 + G :])
+        if layer is not None:
+            tasks = sorted({self.task_names[t] for batch in batches for t in batch.task_ids.tolist()})
+            raise TrainingError(
+                f"a gradient is not finite at step {number}, first in layer {layer}; tasks here: {', '.join(tasks)}"
+            )
+
+
+@dataclass(frozen=True)
+class _StepCounts:
+    supervised: Tensor
+    tokens: Tensor
+
+
+class _Sums:
+    """Running sums of a step on this process, made global by `Stepper._check`."""
+
+    def __init__(self, num_tasks: int, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.aux = torch.zeros((), dtype=torch.float64, device=device)
+        self.task_loss_G = torch.zeros(num_tasks, dtype=torch.float64, device=device)
+        self.expert_counts_GLE = torch.zeros(())
+
+    def add(self, batch: MicroBatch, ce_N: Tensor, loss: Tensor, aux: Tensor, expert_counts_GLE: Tensor) -> None:
+        self.loss += loss
+        self.aux += aux
+        self.task_loss_G.index_add_(0, batch.task_ids[batch.target_sample], ce_N.double())
+        self.expert_counts_GLE = self.expert_counts_GLE + expert_counts_GLE
+
+    def vector(self) -> Tensor:
+        return torch.cat([self.loss.reshape(1), self.aux.reshape(1), self.task_loss_G])

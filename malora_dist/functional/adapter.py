@@ -1,0 +1,57 @@
+"""The sum over experts, computed two ways: y = base + s * sum_t g_t B_t C_t h.
+
+h is what enters an expert (S_A x for MALoRA, x for MoLoRA and LoRA) and C_t its first factor (P_t or A_t).
+`dense_experts` multiplies all experts and masks by the gates: no sort, static shapes, no host synchronisation. Best
+while E*R is small. `grouped_experts` multiplies only the chosen rows, sorted by expert. Best when E*R is large.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from malora_dist.functional.routing import Routing, dense_gates
+
+
+def dense_experts(
+    base_TO: Tensor, h_TD: Tensor, core_ERD: Tensor, B_EOR: Tensor, routing: Routing | None, scaling: float
+) -> Tensor:
+    """(T, O), all experts as two products. Without `routing` every expert has weight 1."""
+    num_experts, out_features, r = B_EOR.shape
+    z_TN = F.linear(h_TD, core_ERD.flatten(0, 1))
+    if routing is not None:
+        z_TN = (z_TN.unflatten(1, (num_experts, r)) * dense_gates(routing).to(z_TN.dtype)[:, :, None]).flatten(1)
+    return torch.addmm(base_TO, z_TN, B_EOR.transpose(1, 2).reshape(num_experts * r, out_features), alpha=scaling)
+
+
+def grouped_experts(
+    base_TO: Tensor, h_TD: Tensor, core_ERD: Tensor, B_EOR: Tensor, routing: Routing, scaling: float
+) -> Tensor:
+    """(T, O), one product per expert and factor over the rows routed to it.
+
+    Every expert takes part in the products, with no row if need be, so that each rank's backward touches every
+    parameter. Rows return home by a permutation and a sum over K in order: deterministic, unlike index_add on CUDA.
+    """
+    T, K = routing.expert_ids_TK.shape
+    slots = routing.expert_ids_TK.reshape(-1)
+    order = slots.argsort(stable=True)
+    sizes = torch.bincount(slots, minlength=len(B_EOR)).tolist()
+    rows = h_TD[:, None, :].expand(T, K, -1).reshape(T * K, -1)[order]
+    gates = routing.gates_TK.reshape(-1)[order].to(h_TD.dtype)[:, None]
+    outputs = [
+        F.linear(F.linear(rows_e, core_RD) * gates_e, B_OR)
+        for rows_e, gates_e, core_RD, B_OR in zip(rows.split(sizes), gates.split(sizes), core_ERD, B_EOR, strict=True)
+    ]
+    delta_TKO = torch.cat(outputs)[order.argsort()].view(T, K, B_EOR.shape[1])
+    return torch.add(base_TO, delta_TKO.sum(dim=1), alpha=scaling)
+
+
+def prefer_grouped(num_experts: int, top_k: int, r: int, in_width: int, out_width: int) -> bool:
+    """Whether `grouped_experts` is the cheaper form, by counting the work of a token.
+
+    Both forms spend R (D + O) multiplications per expert they compute. Grouped computes K of E, but moves K rows of
+    D + O numbers there and back; moving a number costs about as much as `MOVE_COST` multiplications in a GEMM.
+    """
+    MOVE_COST = 24
+    dense = num_experts * r * (in_width + out_width)
+    grouped = top_k * r * (in_width + out_width) + MOVE_COST * top_k * (in_width + 2 * out_width)
+    return grouped < dense

@@ -1,0 +1,56 @@
+"""Dropout whose mask is a function of (seed, step, sample, position, layer input), not of a process's generator.
+
+So a run gives the same numbers on any number of processes and for any packing of samples into rows, layers that read
+the same input drop the same numbers, and backward makes the mask again instead of storing it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _xor_shift(bits: Tensor, shift: int) -> Tensor:
+    # int32 shifts copy the sign bit in; the mask makes the shift logical, without which half of the bits are lost.
+    return bits.bitwise_xor_(bits.bitwise_right_shift(shift).bitwise_and_((1 << (32 - shift)) - 1))
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """Multiply and xor-shift on int32, in place: every input bit changes about half of the output bits."""
+    _xor_shift(bits, 16).mul_(0x7FEB352D)
+    _xor_shift(bits, 15).mul_(-0x7B935975)
+    return _xor_shift(bits, 16)
+
+
+def token_keys(seed: int, step: int, sample_ids_T: Tensor, positions_T: Tensor) -> Tensor:
+    """(T,) int32: one key per token from its sample's global id and its position in that sample."""
+    keys = sample_ids_T.to(torch.int32) * 0x01000193 + seed
+    keys = _mix(keys).add_(positions_T.to(torch.int32)).mul_(0x01000193)
+    return _mix(keys.add_(step))
+
+
+def keep_mask(keys_T: Tensor, salt: int, num_features: int, p: float) -> Tensor:
+    """(T, I) bool, true with probability 1 - p; `salt` tells layer inputs apart."""
+    columns_I = _mix(torch.arange(num_features, dtype=torch.int32, device=keys_T.device))
+    bits_TI = _mix((keys_T + salt)[:, None] + columns_I)
+    return bits_TI < round((1 - p) * 2**32) - 2**31
+
+
+class _KeyedDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, keys_T: Tensor, salt: int, p: float) -> Tensor:
+        ctx.save_for_backward(keys_T)
+        ctx.salt, ctx.p = salt, p
+        return x_TI * keep_mask(keys_T, salt, x_TI.shape[1], p) / (1 - p)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (keys_T,) = ctx.saved_tensors
+        (grad_TI,) = grads
+        return grad_TI * keep_mask(keys_T, ctx.salt, grad_TI.shape[1], ctx.p) / (1 - ctx.p), None, None, None
+
+
+def keyed_dropout(x_TI: Tensor, keys_T: Tensor, salt: int, p: float) -> Tensor:
+    """x with each number dropped with probability p, the rest divided by 1 - p."""
+    dropped: Tensor = _KeyedDropout.apply(x_TI, keys_T, salt, p)
+    return dropped

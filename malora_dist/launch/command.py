@@ -1,0 +1,75 @@
+"""The command that starts a run on the devices of one machine: argv as data, and running it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from malora_dist.errors import ConfigError
+
+# The deepspeed launcher replaces the list of visible devices by 0..N-1 unless it is told which ones.
+VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+def under_launcher(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several that a launcher (deepspeed, torchrun, srun) has started."""
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return True
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    return "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1
+
+
+def deepspeed_command(
+    module: str, arguments: Sequence[str], *, num_gpus: int, environment: Mapping[str, str], launcher: str = "deepspeed"
+) -> list[str]:
+    """argv that runs `python -m module arguments` once for each of `num_gpus` devices of this machine.
+
+    Raises ConfigError if the visible devices are fewer, or named in a way the launcher cannot pass on.
+    """
+    return [launcher, *_devices(num_gpus, environment), "--module", module, *arguments]
+
+
+def launcher_path() -> str:
+    """The `deepspeed` script that belongs to this Python, so that it works without an activated environment."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    return str(beside) if beside.exists() else "deepspeed"
+
+
+def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for the launcher: this Python's scripts (ninja, deepspeed) come first on PATH."""
+    scripts = str(Path(sys.executable).parent)
+    return {**environment, "PATH": os.pathsep.join([scripts, environment.get("PATH", os.defpath)])}
+
+
+def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run and wait; the exit code, 128 + n if signal n ended the command.
+
+    Ctrl-C reaches the command too and is its to handle; SIGTERM is passed on. Raises ConfigError if it cannot start.
+    """
+    try:
+        process = subprocess.Popen(command, env=dict(environment))
+    except OSError as error:
+        raise ConfigError(f"cannot start {command[0]}: {error.strerror}; is deepspeed installed here?") from error
+    old_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    old_terminate = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    try:
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, old_interrupt)
+        signal.signal(signal.SIGTERM, old_terminate)
+    return code if code >= 0 else 128 - code
+
+
+def _devices(num_gpus: int, environment: Mapping[str, str]) -> list[str]:
+    # -1 hides all GPUs: the processes run on the CPU.
+    name = next((name for name in VISIBLE_DEVICES if environment.get(name, "").strip() not in ("", "-1")), None)
+    if name is None:
+        return ["--num_gpus", str(num_gpus)]
+    devices = [device.strip() for device in environment[name].split(",")]
+    if not all(device.isdigit() for device in devices):
+        raise ConfigError(f"{name}={environment[name]}: the deepspeed launcher needs device numbers; or use torchrun")
+    if len(devices) < num_gpus:
+        raise ConfigError(f"--num_gpus {num_gpus}: {name}={environment[name]} names only {len(devices)} device(s)")
+    return ["--include", f"localhost:{','.join(devices[:num_gpus])}"]

@@ -1,0 +1,131 @@
+"""The family of methods as one table.
+
+Every method is the sum  y = W0 x + s * sum_t g_t(x) * B_t C_t D x  with different switches, so a method is a row of
+`METHODS` and nothing else: which factors exist, their shapes, and whether a router weighs the experts.
+Equations are those of MALoRA (arXiv 2410.22782).
+"""
+
+import math
+from dataclasses import dataclass
+
+from malora_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """Which factors a method has.
+
+    shared_down: one down-projection S_A (D, I) serves all experts and each expert has a core P_t (R, D), eq. 7.
+        Otherwise each expert has its own A_t (R, I), eq. 3.
+    routed: a linear router picks `top_k` of the experts for each token, eq. 4. Otherwise there is one expert.
+    """
+
+    shared_down: bool
+    routed: bool
+
+
+METHODS: dict[str, Structure] = {
+    "lora": Structure(shared_down=False, routed=False),
+    "molora": Structure(shared_down=False, routed=True),
+    "malora": Structure(shared_down=True, routed=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSpec:
+    """A method with its numbers; what `inject_adapters` builds on each target linear.
+
+    r is the rank of an expert (r-bar in the paper), shared_r the rank of S_A (d), None for methods without one.
+    """
+
+    method: str
+    num_experts: int
+    top_k: int
+    r: int
+    shared_r: int | None
+    lora_alpha: float
+    beta: float
+    normalize_gates: bool
+
+    @property
+    def structure(self) -> Structure:
+        return METHODS[self.method]
+
+    @property
+    def scaling(self) -> float:
+        """s = lora_alpha / r, which multiplies the sum over experts."""
+        return self.lora_alpha / self.r
+
+
+def default_shared_r(num_experts: int, r: int, compression_ratio: float) -> int:
+    """Rank of S_A for expert rank r: d = lambda r0 N and r = (2 - lambda) r0 give d = lambda / (2 - lambda) N r.
+
+    With lambda = 0.5 and 8 experts: 16, 32, 64, 128 for r = 6, 12, 24, 48, the paper's Table 11.
+    """
+    return max(1, round(compression_ratio / (2 - compression_ratio) * num_experts * r))
+
+
+def mixture_spec(
+    method: str,
+    *,
+    num_experts: int = 8,
+    top_k: int = 2,
+    r: int = 12,
+    shared_r: int | None = None,
+    compression_ratio: float = 0.5,
+    lora_alpha: float | None = None,
+    beta: float = 1.0,
+    normalize_gates: bool = False,
+) -> MixtureSpec:
+    """Fill in what follows from the method: a single expert for `lora`, `shared_r`, and lora_alpha = 2 r.
+
+    Raises ConfigError for an unknown method or impossible numbers.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"adapter.method={method!r} must be one of {', '.join(METHODS)}")
+    structure = METHODS[method]
+    if not structure.routed:
+        num_experts = top_k = 1
+    if min(num_experts, top_k, r) < 1 or top_k > num_experts:
+        raise ConfigError(
+            f"adapter.r={r}, adapter.num_experts={num_experts}, adapter.top_k={top_k}: "
+            "each must be at least 1 and top_k at most num_experts"
+        )
+    if structure.shared_down:
+        shared_r = default_shared_r(num_experts, r, compression_ratio) if shared_r is None else shared_r
+        if shared_r < r:
+            raise ConfigError(f"adapter.shared_r={shared_r} must be at least adapter.r={r}: P_t keeps r of its d rows")
+    return MixtureSpec(
+        method=method,
+        num_experts=num_experts,
+        top_k=top_k,
+        r=r,
+        shared_r=shared_r if structure.shared_down else None,
+        lora_alpha=2.0 * r if lora_alpha is None else lora_alpha,
+        beta=beta,
+        normalize_gates=normalize_gates,
+    )
+
+
+def factor_shapes(spec: MixtureSpec, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every adapter tensor on one linear of I inputs and O outputs.
+
+    `gate` (E, I) is the router's linear; `shared_A` (D, I) is S_A; `P` (E, R, D) or `A` (E, R, I) lead into an expert's
+    rank; `B` (E, O, R) leads out. Experts are stacked on dim 0.
+    """
+    E, R = spec.num_experts, spec.r
+    shapes: dict[str, tuple[int, ...]] = {}
+    if spec.structure.routed:
+        shapes["gate"] = (E, in_features)
+    if spec.shared_r is not None:
+        shapes["shared_A"] = (spec.shared_r, in_features)
+        shapes["P"] = (E, R, spec.shared_r)
+    else:
+        shapes["A"] = (E, R, in_features)
+    shapes["B"] = (E, out_features, R)
+    return shapes
+
+
+def count_parameters(spec: MixtureSpec, in_features: int, out_features: int) -> int:
+    """Trainable numbers on one linear: LoRA r(n+m); MoLoRA N r(n+m) + N n; MALoRA d n + N r d + N r m + N n."""
+    return sum(math.prod(shape) for shape in factor_shapes(spec, in_features, out_features).values())

@@ -1,0 +1,184 @@
+"""Putting adapters on a model, and reading them off it."""
+
+import difflib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from malora_dist.errors import ConfigError
+from malora_dist.methods import MixtureSpec, factor_shapes
+from malora_dist.nn.mixture import MixtureLinear
+from malora_dist.nn.nf4_linear import NF4Linear
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+
+# Linears of one parent module that read the same tensor, so that they drop the same numbers of it.
+SIBLINGS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
+
+
+@dataclass(frozen=True)
+class InjectionRow:
+    """One kind of target: how many modules matched, and their parameters."""
+
+    target: str
+    modules: int
+    in_features: int
+    out_features: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `inject_adapters` did."""
+
+    rows: tuple[InjectionRow, ...]
+    trainable_parameters: int
+    base_parameters: int
+    adapted_parameters: int
+    quantized_parameters: int
+
+
+def inject_adapters(
+    model: nn.Module,
+    spec: MixtureSpec,
+    target_modules: Sequence[str] = DEFAULT_TARGETS,
+    *,
+    lora_dropout: float = 0.0,
+    computation: str = "auto",
+    seed: int = 0,
+) -> InjectionReport:
+    """Freeze `model` and wrap each linear whose name ends in one of `target_modules` in a MixtureLinear, in place.
+
+    Adapters are fp32, built on the device of the layer they wrap. Their initial values depend on the seed and the
+    module's name alone, so every process builds the same ones.
+
+    Raises ConfigError if a target matches nothing or matches a module that is not a linear, or if the model keeps its
+    experts as fused 3-D parameters, which linears cannot reach.
+    """
+    _refuse_fused_experts(model)
+    matches = {target: _find_targets(model, target) for target in target_modules}
+    model.requires_grad_(False)
+    base_parameters = count_base_parameters(model)
+    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    rows = []
+    for target, names in matches.items():
+        for name in names:
+            _wrap(model, name, spec, lora_dropout, computation, seed)
+        rows.append(_row(model, target, names))
+    return InjectionReport(
+        rows=tuple(rows),
+        trainable_parameters=sum(row.trainable_parameters for row in rows),
+        base_parameters=base_parameters,
+        adapted_parameters=sum(row.modules * row.in_features * row.out_features for row in rows),
+        quantized_parameters=quantized,
+    )
+
+
+def mixture_layers(model: nn.Module) -> Iterator[tuple[str, MixtureLinear]]:
+    """Name and layer of every adapted linear, in the order of the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, MixtureLinear):
+            yield name, module
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of every adapter tensor: `<layer>.<factor>`, e.g. `model.layers.0.mlp.up_proj.shared_A`."""
+    for name, layer in mixture_layers(model):
+        for factor, parameter in layer.named_parameters(recurse=False):
+            yield f"{name}.{factor}", parameter
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Every adapter tensor, trained or frozen, detached. Under ZeRO-3 gather first (`parallel.zero`)."""
+    return {name: parameter.detach() for name, parameter in adapter_parameters(model)}
+
+
+def count_base_parameters(model: nn.Module) -> int:
+    """Weights of the base as its authors count them: a 4-bit blob counts the weights it stands for."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            total += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
+    blobs = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters()}
+    adapters = {id(p) for _, p in adapter_parameters(model)}
+    # ds_numel: ZeRO-3 leaves an empty tensor in place of a partitioned parameter.
+    others = (p for p in model.parameters() if id(p) not in blobs | adapters)
+    return total + sum(getattr(p, "ds_numel", p.numel()) for p in others)
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """A 31-bit number from the run's seed and a name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "big") >> 1
+
+
+def _find_targets(model: nn.Module, target: str) -> list[str]:
+    candidates = {name: m for name, m in model.named_modules() if name == target or name.endswith(f".{target}")}
+    if not candidates:
+        linears = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)})
+        near = difflib.get_close_matches(target, linears, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the model's linears are {', '.join(linears)}"
+        raise ConfigError(f"adapter.target_modules: {target!r} matches no module of the model; {hint}")
+    wrong = [f"{name} ({type(m).__name__})" for name, m in candidates.items() if not _is_linear(m)]
+    if wrong:
+        raise ConfigError(f"adapter.target_modules: {target!r} matches {wrong[0]}, which is not a linear layer")
+    return list(candidates)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, NF4Linear))
+
+
+def _refuse_fused_experts(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3 and not name.endswith((".P", ".A", ".B")):
+            raise ConfigError(
+                f"{type(model).__name__} keeps experts as one 3-D parameter ({name}), which adapters on linears would "
+                "silently miss; this base is not supported"
+            )
+
+
+def _wrap(model: nn.Module, name: str, spec: MixtureSpec, dropout: float, computation: str, seed: int) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    parent, base = model.get_submodule(parent_name), model.get_submodule(name)
+    assert isinstance(base, (nn.Linear, NF4Linear))
+    device = next(base.parameters()).device
+    with torch.device(device):
+        layer = MixtureLinear(
+            base,
+            in_features=base.in_features,
+            out_features=base.out_features,
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            r=spec.r,
+            shared_r=spec.shared_r,
+            routed=spec.structure.routed,
+            scaling=spec.scaling,
+            beta=spec.beta,
+            dropout=dropout,
+            normalize_gates=spec.normalize_gates,
+            computation=computation,
+            input_salt=layer_seed(seed, f"{parent_name}:{SIBLINGS.get(leaf, leaf)}"),
+            generator=torch.Generator("cpu").manual_seed(layer_seed(seed, name)),
+        )
+    layer.train(base.training)
+    setattr(parent, leaf, layer)
+
+
+def _row(model: nn.Module, target: str, names: list[str]) -> InjectionRow:
+    layers = [model.get_submodule(name) for name in names]
+    first = layers[0]
+    assert isinstance(first, MixtureLinear)
+    trainable = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
+    return InjectionRow(target, len(names), first.in_features, first.out_features, trainable)
+
+
+def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every adapter tensor that `spec` puts on `model`, to check a file against."""
+    return {
+        f"{name}.{factor}": shape
+        for name, layer in mixture_layers(model)
+        for factor, shape in factor_shapes(spec, layer.in_features, layer.out_features).items()
+    }

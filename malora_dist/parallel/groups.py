@@ -1,0 +1,119 @@
+"""Process groups: start them, give every one of them the run's timeout, and reduce over all processes."""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes, and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_processes(timeout_seconds: float) -> World:
+    """Join the process group that `deepspeed`, `torchrun` or `srun` describe in the environment; alone without them.
+
+    Every collective of every group fails after `timeout_seconds` instead of hanging.
+    """
+    _describe_single_process()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        # DeepSpeed probes for accelerators with a warning unless told.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        device = torch.device("cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    if device.type == "cpu":
+        # Otherwise DeepSpeed compiles an operator for inference that training never calls, for a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    set_timeouts(timeout_seconds)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _describe_single_process() -> None:
+    if "RANK" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def set_timeouts(timeout_seconds: float) -> None:
+    """Give every existing group the timeout: `new_group` ignores the one given to `init_distributed`."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
+    for group in _world.pg_map:
+        _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+def group_timeouts() -> list[float]:
+    """Timeout in seconds of every backend of every group of this process."""
+    from torch.distributed.distributed_c10d import _world
+
+    backends = [group._get_backend(device) for group in _world.pg_map for device in group._device_types]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def max_over_processes(tensor: Tensor) -> Tensor:
+    """The maximum of a tensor over all processes, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, on all of them."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_lists(values: list[Any]) -> list[Any]:
+    """All processes' lists, one after another in the order of ranks."""
+    parts: list[list[Any] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts if part is not None for value in part]
+
+
+def replicate(parameters: list[nn.Parameter]) -> None:
+    """Placement for ZeRO below stage 3: every process gets the main process's values."""
+    for parameter in parameters:
+        dist.broadcast(parameter.data.view(torch.uint8), src=0)
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    dist.barrier()
+
+
+def stop_processes() -> None:
+    """Leave all process groups."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Recipes shipped with the package, and the script that fetches what the demo recipe needs."""

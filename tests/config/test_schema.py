@@ -1,0 +1,110 @@
+import math
+import re
+
+import pytest
+
+from malora_dist.config import config_from_dict
+from malora_dist.config.names import leaves, section_of
+from malora_dist.config.schema import RunConfig
+from malora_dist.errors import ConfigError
+from tests.config.recipes import recipe
+
+TASK = {"name": "t", "train": "t.jsonl"}
+
+
+def test_every_leaf_says_what_it_is() -> None:
+    for path in leaves():
+        model = RunConfig
+        for part in path[:-1]:
+            model = section_of(model, part) or model
+        assert len(model.model_fields[path[-1]].description or "") > 8, path
+    assert len(list(leaves())) > 70
+
+
+def test_aliases_point_at_fields_and_hide_none() -> None:
+    sections = [RunConfig] + [section_of(RunConfig, key) for key in RunConfig.model_fields]
+    for section in filter(None, sections):
+        assert set(section.aliases.values()) <= set(section.model_fields)
+        assert not set(section.aliases) & set(section.model_fields)
+
+
+def test_defaults() -> None:
+    config = config_from_dict(recipe())
+    assert (config.adapter.method, config.adapter.num_experts, config.adapter.top_k, config.adapter.r) == (
+        "malora",
+        8,
+        2,
+        12,
+    )
+    assert config.train.num_train_epochs == 3 and config.train.max_steps is None
+    assert config.data.tasks[0].train == ("boolq.jsonl",) and config.data.tasks[1].train == ("a.jsonl", "b.jsonl")
+    assert config_from_dict(recipe(train={"max_steps": 5})).train.num_train_epochs is None
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        config_from_dict(recipe()).train.seed = 1  # type: ignore[misc]
+
+
+def broken(section: str, values: dict[str, object], *fragments: str) -> object:
+    return pytest.param(section, values, fragments, id=f"{section}-{'-'.join(values)}")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "fragments"),
+    [
+        broken("model", {"dtype": "fp16"}, "model.dtype='fp16'", "'bfloat16' or 'float32'"),
+        broken("model", {"attn_implementation": "flash_attention_2", "dtype": "fp32"}, "needs model.dtype=bfloat16"),
+        broken(
+            "model", {"load_in_4bit": False, "bnb_4bit_use_double_quant": True}, "no meaning for model.load_in_4bit"
+        ),
+        broken("adapter", {"top_k": 9}, "adapter.top_k=9", "at most adapter.num_experts=8"),
+        broken("adapter", {"r": 0}, "adapter.r=0", "greater than or equal to 1"),
+        broken("adapter", {"r": True}, "adapter.r=True", "must not be true or false"),
+        broken("adapter", {"r": None}, "adapter.r=None"),
+        broken("adapter", {"shared_r": 8}, "adapter.shared_r=8", "at least adapter.r=12"),
+        broken("adapter", {"lora_dropout": 1.0}, "adapter.lora_dropout=1.0", "less than 1"),
+        broken("adapter", {"target_modules": []}, "adapter.target_modules=[]", "must not be empty"),
+        broken("adapter", {"target_modules": ["q", "q"]}, "must not name a module twice"),
+        broken(
+            "adapter",
+            {"method": "lora", "num_experts": 8},
+            "adapter.num_experts=8: has no meaning for adapter.method=lora",
+        ),
+        broken("adapter", {"method": "lora", "router_aux_loss_coef": 0}, "router_aux_loss_coef=0: has no meaning"),
+        broken("adapter", {"method": "molora", "beta": 2}, "adapter.beta=2: has no meaning for adapter.method=molora"),
+        broken("data", {"tasks": []}, "at least one task"),
+        broken("data", {"tasks": [TASK, TASK]}, "'t' is used 2 times"),
+        broken("data", {"tasks": [{**TASK, "name": "../t"}]}, "data.tasks[0].name='../t'"),
+        broken("data", {"tasks": [{**TASK, "train": []}]}, "data.tasks[0].train=[]", "must not be empty"),
+        broken("data", {"tasks": [{**TASK, "test": "x", "test_size": 5}]}, "either test or test_size"),
+        broken("data", {"tasks": [{**TASK, "test_size": 1.5}]}, "data.tasks[0].test_size=1.5", "fraction"),
+        broken("data", {"tasks": [{**TASK, "test_size": 0.5, "validation_size": 0.5}]}, "leaves no row"),
+        broken("data", {"tasks": [{**TASK, "prompt_template": "Q: {question}"}]}, "must contain {prompt}"),
+        broken("data", {"tasks": [{**TASK, "prompt_template": "{prompt} }"}]}, "is not a template"),
+        broken("data", {"tasks": [{**TASK, "weight": 0}]}, "data.tasks[0].weight=0", "greater than 0"),
+        broken("data", {"tasks": {"boolq": TASK}}, "data.tasks=", "must be a list"),
+        broken("data", {"temperature": 3}, "no meaning for data.mixture=proportional"),
+        broken("parallel", {"zero_stage": 4}, "parallel.zero_stage=4", "less than or equal to 3"),
+        broken("train", {"learning_rate": 0}, "train.learning_rate=0", "greater than 0"),
+        broken("train", {"learning_rate": math.nan}, "train.learning_rate=nan", "finite"),
+        broken("train", {"max_steps": 3, "num_train_epochs": 1}, "either max_steps or num_train_epochs=1.0"),
+        broken("train", {"resume_from_checkpoint": "x"}, "later version"),
+        broken("train", {"report_to": ["mlflow"]}, "'tensorboard' or 'wandb'"),
+    ],
+)
+def test_a_broken_rule_names_key_value_and_rule(section: str, values: dict[str, object], fragments: tuple[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(recipe(**{section: values}))
+    for fragment in fragments:
+        assert fragment in str(error.value)
+    assert not re.search(r"has \d+ errors", str(error.value)), "one mistake, one error"
+
+
+def test_values_people_write() -> None:
+    config = config_from_dict(
+        recipe(model={"dtype": "bf16"}, adapter={"target_modules": "q_proj, v_proj"}, train={"report_to": "none"})
+    )
+    assert config.model.dtype == "bfloat16"
+    assert config.adapter.target_modules == ("q_proj", "v_proj")
+    assert config.train.report_to == ()

@@ -1,0 +1,79 @@
+"""The `data` section as a whole: ids, shares, counts, caching, and the loader on top of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from malora_dist.config.data_schema import DataConfig
+from malora_dist.data.build import PreparedData, build_data
+from malora_dist.data.encode import ChoiceItem, Sample
+from malora_dist.data.loader import TrainLoader
+
+
+@pytest.fixture
+def data_section(write_jsonl: Any, tmp_path: Path) -> dict[str, Any]:
+    choice = [{"q": f"q{i}", "context": f"c{i}", "choices": ["no", "yes"], "label": "B"} for i in range(40)]
+    completion = [{"prompt": f"write {i}", "response": "x" * (i % 30 + 1)} for i in range(100)]
+    tasks = [
+        {
+            "name": "choice",
+            "train": write_jsonl("choice.jsonl", choice),
+            "test_size": 10,
+            "prompt_template": "{context}\n{prompt}\n",
+            "fields": {"prompt": "q"},
+            "weight": 3,
+        },
+        {"name": "completion", "train": write_jsonl("completion.jsonl", completion), "validation_size": 0.1},
+    ]
+    return {"tasks": tasks, "max_seq_length": 40, "mixture": "uniform", "cache_dir": str(tmp_path / "cache")}
+
+
+def build(section: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    return build_data(DataConfig(**section), tokenizer)
+
+
+def test_two_tasks(data_section: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    data = build(data_section, tokenizer)
+    assert (data.task_names, data.kinds) == (("choice", "completion"), ("multiple_choice", "completion"))
+    assert (data.train_sizes, data.shares) == ((30, 90), (0.75, 0.25))
+    assert [data.train[i].sample_id for i in range(120)] == list(range(120))
+    assert [sample.task_id for sample in data.train[:]] == [0] * 30 + [1] * 90
+    assert data.counts["choice"]["samples_per_epoch"] == 90
+    first, last = data.evaluation["test"]["choice"][0], data.evaluation["validation"]["completion"][-1]
+    assert isinstance(first, ChoiceItem) and isinstance(last, Sample) and last.task_id == 1
+    assert tokenizer.decode(first.prompt_ids).startswith("c")
+    assert data.evaluation["test"]["completion"] == data.evaluation["validation"]["choice"] == []
+    cut = data.counts["completion"]["prompts_cut"]
+    assert data.warnings() == [f"task completion: {cut} prompts lost their start to fit max_seq_length"]
+
+
+def test_the_second_time_loads_the_same(
+    data_section: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    first = build(data_section, tokenizer)
+    folders = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "data").iterdir() if path.is_dir()}
+    second = build(data_section, tokenizer)
+    assert len(folders) == 2 and all(path.stat().st_mtime_ns == time for path, time in folders.items())
+    assert first.fingerprint == second.fingerprint and first.evaluation["test"] == second.evaluation["test"]
+    changed = build({**data_section, "max_seq_length": 41}, tokenizer)
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_the_loader_reads_the_store(data_section: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    data = build(data_section, tokenizer)
+    loader = TrainLoader(
+        data.train,
+        task_sizes=data.train_sizes,
+        shares=data.shares,
+        global_batch_size=40,
+        micro_batch_size=20,
+        fingerprint=data.fingerprint,
+    )
+    batches = [batch for _ in range(3) for batch in next(loader)]
+    assert sum(int((batch.task_ids == 0).sum()) for batch in batches) == 90
+    for batch in batches:
+        texts = tokenizer.decode(batch.targets).split("</s>")[:-1]
+        assert len(texts) == 20 and set(texts) <= {" yes", *(" " + "x" * n for n in range(31))}
+        assert batch.input_ids.shape == batch.position_ids.shape and batch.input_ids.shape[1] <= 20 * 40

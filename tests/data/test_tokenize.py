@@ -1,0 +1,120 @@
+"""Built once, by one of many processes, whole or not at all; and built again exactly when its content changes."""
+
+import copy
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from malora_dist.data.encode import Encoder
+from malora_dist.data.tokenize import build_once, prepare_task, read_task, tokenizer_fingerprint
+from malora_dist.errors import DataError
+
+ROWS = [{"prompt": f"p {i} of many", "choices": ["no", "yes it is"], "label": i % 2} for i in range(20)]
+
+
+def prepare(settings: dict[str, Any], encoder: Encoder, cache: Path) -> tuple[Path, str]:
+    return prepare_task(settings, encoder, cache, tokenizer_key=tokenizer_fingerprint(encoder.tokenizer))
+
+
+def settings(path: str, **more: Any) -> dict[str, Any]:
+    return {"name": "t", "train": path, "validation_size": 5, **more}
+
+
+def test_what_is_read_back_is_what_was_encoded(
+    write_jsonl: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    encoder = Encoder(tokenizer, 28)
+    folder, _ = prepare(settings(write_jsonl("t.jsonl", ROWS)), encoder, tmp_path)
+    tokens = read_task(folder, task_id=4, first_id=100)
+    assert (tokens.kind, len(tokens.train), len(tokens.evaluation["validation"])) == ("multiple_choice", 15, 5)
+    assert tokens.evaluation["test"] == []
+    assert tokens.counts["prompts_cut"] == 20 and tokens.counts["train"] == 15
+    sample = tokens.train[-1]
+    assert (sample.sample_id, sample.task_id) == (114, 4)
+    assert tokenizer.decode(sample.input_ids) == "on: p 18 of many\nAnswer: no</s>"
+    assert tokenizer.decode(sample.input_ids[sample.prompt_length :]) == " no</s>"
+    item = tokens.evaluation["validation"][0]
+    assert [tokenizer.decode(ids) for ids in item.choice_ids] == [" no", " yes it is"]  # type: ignore[union-attr]
+    assert item.task_id == 4
+
+
+def test_completions_keep_samples_for_evaluation(
+    write_jsonl: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write_jsonl("t.jsonl", [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(20)])
+    folder, _ = prepare(settings(path), Encoder(tokenizer, 64), tmp_path)
+    held = read_task(folder, task_id=0, first_id=0).evaluation["validation"]
+    texts = [tokenizer.decode(s.input_ids) for s in held]  # type: ignore[union-attr]
+    assert len(texts) == 5 and all(t.startswith("Question: p") and t.endswith("</s>") for t in texts)
+
+
+def test_the_key_follows_the_content(write_jsonl: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def key(path: str, encoder: Encoder, **more: Any) -> str:
+        return prepare(settings(path, **more), encoder, tmp_path / "cache")[1]
+
+    path = write_jsonl("t.jsonl", ROWS)
+    base = key(path, Encoder(tokenizer, 64))
+    assert key(write_jsonl("other_name.jsonl", ROWS), Encoder(tokenizer, 64)) == base
+    others = [
+        key(path, Encoder(tokenizer, 65)),
+        key(path, Encoder(tokenizer, 64, prompt_template="{prompt}")),
+        key(path, Encoder(tokenizer, 64, scoring="letter")),
+        key(path, Encoder(tokenizer, 64), split_seed=1),
+        key(write_jsonl("t.jsonl", ROWS[1:]), Encoder(tokenizer, 64)),
+    ]
+    assert len({base, *others}) == 6
+
+
+def test_the_fingerprint_follows_the_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
+    same, other = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    same("a text", truncation=True, max_length=3)
+    other.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(same) == tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other)
+
+
+def _build_slowly(folder: Path) -> None:
+    def build(target: Path) -> None:
+        with (folder.parent / "builders").open("a") as log:
+            log.write(f"{os.getpid()}\n")
+        np.save(target / "first.npy", np.arange(3))
+        time.sleep(0.2)
+        (target / "second").touch()
+
+    build_once(folder, build)
+    assert (folder / "second").exists()
+
+
+def test_many_processes_build_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_build_slowly, args=(tmp_path / "cache" / "t",)) for _ in range(4)]
+    (tmp_path / "cache").mkdir()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert len((tmp_path / "cache" / "builders").read_text().splitlines()) == 1
+
+
+def test_a_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(target: Path) -> None:
+        (target / "half").touch()
+        raise DataError("bad row")
+
+    with pytest.raises(DataError, match="bad row"):
+        build_once(tmp_path / "t", fail)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    build_once(tmp_path / "t", lambda target: (target / "whole").touch())
+    assert (tmp_path / "t" / "whole").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"data\.cache_dir: .* cannot be written"):
+        build_once(tmp_path / "file" / "t", lambda target: None)

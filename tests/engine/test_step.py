@@ -1,0 +1,76 @@
+"""A step on DeepSpeed equals a naive one-process loop: losses, clip norm, weights, at every ZeRO stage, 1 and 2 ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import run_distributed
+from tests.engine.workers import SAMPLES, STEPS, make_model, reference_run, step_samples
+
+CASES: dict[str, dict[str, Any]] = {
+    "zero0": {"zero_stage": 0},
+    "zero1": {"zero_stage": 1},
+    "zero2": {"zero_stage": 2},
+    "zero3": {"zero_stage": 3},
+    "zero3-nf4-checkpointing": {"zero_stage": 3, "load_in_4bit": True, "gradient_checkpointing": True},
+    "zero3-sample": {"zero_stage": 3, "normalization": "sample"},
+    "zero2-task": {"zero_stage": 2, "normalization": "task"},
+    "zero3-lora": {"zero_stage": 3, "method": "lora"},
+    "zero1-molora": {"zero_stage": 1, "method": "molora"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("step")
+    make_model(path / "model")
+    return path
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: reference_run(str(folder / "model"), case) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_equals_one_process(folder: Path, references: dict[str, dict[str, Any]], world_size: int) -> None:
+    output = folder / f"world{world_size}"
+    output.mkdir()
+    ranks = run_distributed(
+        "tests.engine.workers:train_cases", world_size, folder=str(folder / "model"), output=str(output), cases=CASES
+    )
+    for name, case in CASES.items():
+        for results in ranks:
+            _equals(results[name], references[name], name)
+            assert set(results[name]["timeouts"]) == {60.0}
+            _is_partitioned(results[name], case, world_size)
+        weights = load_file(output / f"{name}.safetensors")
+        for key, tensor in references[name]["state"].items():
+            torch.testing.assert_close(weights[key], tensor, atol=5e-5, rtol=0, msg=lambda m, k=key, n=name: f"{n} {k} {m}")
+
+
+def _equals(result: dict[str, Any], reference: dict[str, Any], name: str) -> None:
+    for key, tolerance in {"losses": 2e-6, "aux_losses": 2e-6, "grad_norms": 2e-5}.items():
+        found, wanted = torch.tensor(result[key]), torch.tensor(reference[key])
+        torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance, msg=lambda m: f"{name} {key}: {m}")
+
+
+def _is_partitioned(result: dict[str, Any], case: dict[str, Any], world_size: int) -> None:
+    """At stage 3 every parameter, base and adapter, is held in parts of 1/world; below, none is."""
+    parts = result["parts"]
+    assert (len(parts) == len(result["whole"])) == (case["zero_stage"] == 3)
+    for parameter, part in parts.items():
+        assert part == -(-result["whole"][parameter] // world_size), parameter
+
+
+def test_mean_of_means_is_another_number(references: dict[str, dict[str, Any]]) -> None:
+    """What the naive distributed mean would have given differs far beyond the tolerance above."""
+    wanted = references["zero0"]["losses"][0]
+    samples = step_samples(1)
+    assert len({len(s.input_ids) - s.prompt_length for s in samples}) > 3
+    by_sample = references["zero3-sample"]["losses"][0]
+    assert abs(wanted - by_sample) > 1e-2
+    assert STEPS == 5 and SAMPLES == 4

@@ -1,0 +1,82 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from malora_dist.errors import ConfigError
+from malora_dist.launch.command import deepspeed_command, launcher_environment, run_command, under_launcher
+
+RECIPE = ["r.yaml", "--adapter.r", "16"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        pytest.param("", "--num_gpus 2", id="all-devices"),
+        pytest.param("-1", "--num_gpus 2", id="no-gpus"),
+        pytest.param("4,6,7", "--include localhost:4,6", id="chosen-devices"),
+    ],
+)
+def test_golden_argv(visible: str, devices: str) -> None:
+    golden = f"deepspeed {devices} --module malora_dist.train r.yaml --adapter.r 16"
+    environment = {"CUDA_VISIBLE_DEVICES": visible}
+    assert deepspeed_command("malora_dist.train", RECIPE, num_gpus=2, environment=environment) == golden.split()
+
+
+def test_deepspeed_reads_the_argv_as_meant() -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    command = deepspeed_command("malora_dist.train", RECIPE, num_gpus=2, environment={})
+    args = runner.parse_args(command[1:])
+    assert (args.num_gpus, args.module, args.user_script, args.user_args) == (2, True, "malora_dist.train", RECIPE)
+
+
+@pytest.mark.parametrize(("visible", "message"), [("0", "names only 1"), ("GPU-5f", "needs device numbers")])
+def test_devices_that_cannot_be_had(visible: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_command("m", [], num_gpus=2, environment={"CUDA_VISIBLE_DEVICES": visible})
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"RANK": "0"}, True),
+        ({"WORLD_SIZE": "1"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_PROCID": "0"}, False),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_NTASKS": "2"}, False),
+    ],
+)
+def test_under_launcher(environment: dict[str, str], expected: bool) -> None:
+    assert under_launcher(environment) is expected
+
+
+def test_exit_codes_and_environment() -> None:
+    environment = launcher_environment({**os.environ, "MALORA_TEST": "7"})
+    assert environment["PATH"].startswith(os.path.dirname(sys.executable) + os.pathsep)
+    code = "import os, sys; sys.exit(int(os.environ['MALORA_TEST']))"
+    assert run_command([sys.executable, "-c", code], environment) == 7
+    assert run_command([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], environment) == 137
+    with pytest.raises(ConfigError, match="cannot start no-such-launcher"):
+        run_command(["no-such-launcher"], environment)
+
+
+def test_a_termination_reaches_the_command() -> None:
+    """SIGTERM to `malora train` must not leave the ranks behind."""
+    child = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(5)); print('up', flush=True); time.sleep(60)"
+    )
+    parent = (
+        "import os, sys; from malora_dist.launch.command import run_command;"
+        f"sys.exit(run_command([sys.executable, '-c', {child!r}], os.environ))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 5
+    process.stdout.close()

@@ -1,0 +1,142 @@
+import configparser
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from malora_dist.config import load_config
+from malora_dist.config.matrix import check_plan, suggest_world_sizes
+from malora_dist.launch.files import cluster_files
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("ds_configs", "launchers", "slurm")
+STUB = '#!/usr/bin/env bash\nprintf "%s" "$(basename "$0")"; printf " [%s]" "$@"; echo\n'
+
+
+def test_cluster_files_are_the_same_in_both_places() -> None:
+    shown = {str(path.relative_to(ROOT)): path.read_text() for name in FOLDERS for path in (ROOT / name).rglob("*.*")}
+    assert shown == cluster_files() and len(shown) >= 9
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The built wheel, and the folder it was built from: a copy, because a build leaves files behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "malora_dist"):
+        if (ROOT / name).exists():
+            subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl")), source
+
+
+def test_the_wheel_holds_everything(wheel: tuple[Path, Path]) -> None:
+    built, source = wheel
+    with zipfile.ZipFile(built) as archive:
+        names = set(archive.namelist())
+        entry = next(name for name in names if name.endswith("entry_points.txt"))
+        assert "malora = malora_dist.cli:main" in archive.read(entry).decode()
+    expected = [path for path in (source / "malora_dist").rglob("*") if path.suffix in (".py", ".yaml", ".json", ".sh")]
+    expected += [source / "malora_dist/py.typed", source / "malora_dist/cluster_files/slurm/train.sbatch"]
+    missing = {str(path.relative_to(source)) for path in expected} - names
+    assert not missing
+    assert not any(name.startswith("tests") for name in names)
+
+
+def test_every_pin_is_a_requirement_or_of_one() -> None:
+    """A pin in constraints.txt lies in the range setup.cfg gives."""
+    from packaging.requirements import Requirement
+
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    texts = [parser["options"]["install_requires"], *parser["options.extras_require"].values()]
+    ranges = {r.name.lower(): r for r in (Requirement(line) for text in texts for line in text.split("\n") if line)}
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().split()]
+    assert {"torch", "deepspeed", "transformers"} <= {pin.name for pin in pins}
+    for pin in pins:
+        version = next(iter(pin.specifier)).version
+        if pin.name.lower() in ranges:
+            assert ranges[pin.name.lower()].specifier.contains(version), pin
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "malora_dist/recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    config = load_config(path)
+    for world in suggest_world_sizes(config):
+        check_plan(config, world)
+    assert suggest_world_sizes(config)
+
+
+def stubs(folder: Path, *names: str) -> dict[str, str]:
+    for name in names:
+        (folder / name).write_text(STUB)
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def bash(script: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", str(ROOT / script), *arguments], env=env, capture_output=True, text=True, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "line"),
+    [
+        ("single_node.sh", {}, "deepspeed [--module] [malora_dist.train] [r.yaml] [a b]"),
+        (
+            "single_node.sh",
+            {"NUM_GPUS": "4"},
+            "deepspeed [--num_gpus] [4] [--module] [malora_dist.train] [r.yaml] [a b]",
+        ),
+        (
+            "multi_node.sh",
+            {"HOSTFILE": "h"},
+            "deepspeed [--hostfile] [h] [--master_port] [29500] [--module] [malora_dist.train] [r.yaml] [a b]",
+        ),
+        (
+            "torchrun.sh",
+            {},
+            "torchrun [--standalone] [--nproc_per_node] [gpu] [-m] [malora_dist.train] [r.yaml] [a b]",
+        ),
+        (
+            "torchrun.sh",
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n0", "NPROC_PER_NODE": "8"},
+            "torchrun [--nnodes] [2] [--node_rank] [1] [--master_addr] [n0] [--master_port] [29500] "
+            "[--nproc_per_node] [8] [-m] [malora_dist.train] [r.yaml] [a b]",
+        ),
+    ],
+)
+def test_launchers(tmp_path: Path, script: str, settings: dict[str, str], line: str) -> None:
+    env = stubs(tmp_path, "deepspeed", "torchrun") | settings
+    done = bash(f"launchers/{script}", "r.yaml", "a b", env=env)
+    assert (done.returncode, done.stdout) == (0, line + "\n"), done.stderr
+    assert "usage" in bash(f"launchers/{script}", env=env).stderr
+
+
+def test_sbatch(tmp_path: Path) -> None:
+    """With a scontrol of many nodes, an srun that runs one task, and a torchrun that shows its arguments."""
+    env = stubs(tmp_path, "torchrun")
+    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nfor i in $(seq 20000); do echo node$i; done\n")
+    (tmp_path / "srun").write_text('#!/usr/bin/env bash\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n')
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    env |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1",
+            "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "16"}  # fmt: skip
+    done = bash("slurm/train.sbatch", "my recipe.yaml", "--adapter.r", "16", env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "torchrun [--nnodes] [2] [--node_rank] [1] [--nproc_per_node] [4] "
+        "[--master_addr] [node1] [--master_port] [11234] [-m] [malora_dist.train] [my recipe.yaml] [--adapter.r] [16]\n"
+    )
+    assert "usage" in bash("slurm/train.sbatch", env=env).stderr
+
+
+def test_pyproject_is_only_the_build_system() -> None:
+    assert len((ROOT / "pyproject.toml").read_text().splitlines()) == 3
+    assert yaml.safe_load((ROOT / "ds_configs/zero3.json").read_text())["zero_optimization"]["stage"] == 3
