@@ -16,12 +16,12 @@ FLOORS = {
     5: ["engine"],
     4: ["parallel", "model", "checkpoint", "scoring"],
     3: ["nn", "data", "plan", "launch", "summary", "source"],
-    2: ["config", "methods"],
-    1: ["topology", "report"],
-    0: ["errors", "metrics", "trackers", "functional", "cluster_files"],
+    2: ["config", "methods", "report", "trackers"],
+    1: ["topology", "metrics"],
+    0: ["errors", "functional", "cluster_files"],
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
-WITHOUT_TORCH = ["cli", "config", "launch", "summary", "report", "metrics", "topology", "methods", "errors"]
+WITHOUT_TORCH = ["cli", "config", "launch", "summary", "report", "metrics", "trackers", "topology", "methods", "errors"]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -82,6 +82,17 @@ class RunOutputs:
             resident["adapter"] / 2**20,
         )
         self.log.info("training for %d steps, %.1f steps an epoch", steps, steps_per_epoch)
+        assert self.report is not None
+        self.record(
+            {
+                "kind": "run",
+                "world_size": self.world.size,
+                "device": self.world.device.type,
+                "trainable_parameters": self.report.trainable_parameters,
+                "base_parameters": self.report.base_parameters,
+                "resident_bytes": resident,
+            }
+        )
 
     def record(self, record: dict[str, Any]) -> None:
         """Append to metrics.jsonl and to the trackers."""

@@ -4,6 +4,7 @@ import logging
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +34,8 @@ def start_logging(log_file: Path | None) -> None:
         to_file = logging.FileHandler(log_file)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
+    # DeepSpeed calls collectives by names that torch has deprecated; nobody who reads a run's log can change that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     for noisy in ("DeepSpeed", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

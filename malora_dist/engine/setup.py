@@ -41,7 +41,7 @@ def base_model(config: RunConfig, folder: Path, world: World, deepspeed_settings
     )
     if config.train.gradient_checkpointing:
         # Reentrant checkpointing would run forward without a graph and lose the balance loss's gradient.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

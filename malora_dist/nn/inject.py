@@ -144,6 +144,11 @@ def _wrap(model: nn.Module, name: str, spec: MixtureSpec, dropout: float, comput
     parent_name, _, leaf = name.rpartition(".")
     parent, base = model.get_submodule(parent_name), model.get_submodule(name)
     assert isinstance(base, (nn.Linear, NF4Linear))
+    if spec.shared_r is not None and spec.shared_r > base.in_features:
+        raise ConfigError(
+            f"adapter.shared_r={spec.shared_r} must be at most the {base.in_features} inputs of {name}: "
+            "S_A is made of that many orthogonal rows"
+        )
     device = next(base.parameters()).device
     with torch.device(device):
         layer = MixtureLinear(

@@ -67,7 +67,7 @@ def build_model(folder: str, case: dict[str, Any], world: World | None, config: 
         place=place,
     )
     if case.get("gradient_checkpointing") and world is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     spec = mixture_spec(case.get("method", "malora"), num_experts=4, r=3, shared_r=6)
     inject_adapters(model, spec, lora_dropout=0.1, seed=SEED)
     return model

@@ -1,0 +1,151 @@
+"""metrics.jsonl: the numbers of a run, one JSON record a line, and the names they go by.
+
+Every record has a `kind`: "run" (once, facts of the run), "train" (a log step), "eval" (validation while training) or
+"routing" (which experts the tasks' tokens went to). JSON has no NaN and no infinity: they are written as the strings
+"nan", "inf" and "-inf", and become numbers again when read.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from malora_dist.errors import MaloraError
+
+Record = dict[str, Any]
+
+KIND = "kind"
+RUN = "run"
+TRAIN = "train"
+EVAL = "eval"
+ROUTING = "routing"
+
+# A "run" record. Parameters are counts over all processes.
+WORLD_SIZE = "world_size"
+DEVICE = "device"
+TRAINABLE_PARAMETERS = "trainable_parameters"
+BASE_PARAMETERS = "base_parameters"
+
+# A "train" record. Losses are nats per supervised token, grad_norm is before clipping.
+STEP = "step"
+EPOCH = "epoch"
+LOSS = "loss"
+AUX_LOSS = "aux_loss"
+GRAD_NORM = "grad_norm"
+LEARNING_RATE = "learning_rate"
+TOKENS_PER_SECOND = "tokens_per_second"
+STEP_SECONDS = "step_seconds"
+PEAK_MEMORY_GIB = "peak_memory_gib"
+
+# A "routing" record: SHARE[task][layer] is a list of num_experts numbers that sum to 1.
+TASKS = "tasks"
+SHARE = "share"
+
+_TEXT_KEYS = (KIND, TASKS, DEVICE)
+_NON_FINITE = ("nan", "inf", "-inf")
+
+
+def train_loss(task: str) -> str:
+    """Name of a task's training loss in a "train" record; absent where the task had no token."""
+    return f"train/{task}/loss"
+
+
+def eval_accuracy(task: str) -> str:
+    """Name of a task's accuracy in an "eval" record, from 0 to 1."""
+    return f"eval/{task}/accuracy"
+
+
+def eval_loss(task: str) -> str:
+    """Name of a task's validation loss in an "eval" record."""
+    return f"eval/{task}/loss"
+
+
+class MetricsWriter:
+    """Appends records to a file, each one flushed, so that a crash costs at most the last line."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_half_line(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record. Raises ValueError if it has no `kind`."""
+        if KIND not in record:
+            raise ValueError(f"a metrics record needs {KIND!r}: {dict(record)}")
+        self._file.write(json.dumps(_spell_non_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All records of a file, in order.
+
+    A last line that was only half written is left out, with a warning in the log. Raises MaloraError naming the line
+    for damage anywhere else, and if the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise MaloraError(f"{path} cannot be read: {error.strerror}") from error
+    last = lines.pop()
+    records = [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+    if last:
+        try:
+            records.append(_parse(path, len(lines) + 1, last))
+        except MaloraError:
+            logging.getLogger(__name__).warning("%s: the last line is half written and was left out", path)
+    return records
+
+
+def _parse(path: Path, number: int, line: bytes) -> Record:
+    try:
+        record = json.loads(line, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise MaloraError(f"{path}:{number}: damaged, not JSON: {error}") from error
+    if not isinstance(record, dict) or KIND not in record:
+        raise MaloraError(f"{path}:{number}: damaged, not a record with {KIND!r}")
+    return {key: value if key in _TEXT_KEYS else _restore_non_finite(value) for key, value in record.items()}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _spell_non_finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, Mapping):
+        return {key: _spell_non_finite(item) for key, item in value.items()}
+    return [_spell_non_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _restore_non_finite(value: Any) -> Any:
+    if isinstance(value, str) and value in _NON_FINITE:
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _restore_non_finite(item) for key, item in value.items()}
+    return [_restore_non_finite(item) for item in value] if isinstance(value, list) else value
+
+
+def _cut_half_line(path: Path) -> None:
+    """Drop what a crashed writer left after the last newline: the next record would be glued to it."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)

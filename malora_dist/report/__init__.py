@@ -1,0 +1,24 @@
+"""Tables and pictures of a run, from the files in its folder. Needs no torch; matplotlib is imported when drawing."""
+
+from pathlib import Path
+
+from malora_dist.report.inputs import read_run
+from malora_dist.report.page import build_page
+from malora_dist.report.terminal import print_results
+
+__all__ = ["print_results", "write_report"]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report/index.html`, one file that needs no other, and return its path.
+
+    What the run did not write is left out, with a sentence saying so. Raises MaloraError if `run_dir` is no folder or
+    a file in it is damaged.
+    """
+    page = build_page(read_run(run_dir))
+    path = run_dir / "report" / "index.html"
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name("index.html.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+    return path

@@ -1,0 +1,118 @@
+"""The facts of a run in words: what was trained, how, and what it cost."""
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from malora_dist.metrics import (
+    BASE_PARAMETERS,
+    DEVICE,
+    PEAK_MEMORY_GIB,
+    STEP,
+    STEP_SECONDS,
+    TOKENS_PER_SECOND,
+    TRAINABLE_PARAMETERS,
+    WORLD_SIZE,
+)
+from malora_dist.report.inputs import RunFiles
+
+
+def training_seconds(run: RunFiles) -> float:
+    """Time spent in steps: each record's mean step time counts for the steps since the record before."""
+    total = last = 0.0
+    for step, seconds in zip(*run.series(STEP_SECONDS), strict=True):
+        total += (step - last) * seconds
+        last = step
+    return total
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `12 min 5 s` or `3 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def key_facts(run: RunFiles) -> dict[str, str]:
+    """The few numbers for the top of the page, as HTML; those that are not known are left out."""
+    facts = {}
+    parameters = run.run.get(TRAINABLE_PARAMETERS, run.parameters)
+    if parameters is not None:
+        facts["trainable parameters"] = f"{parameters:,}{_share(parameters, run)}"
+    if run.train:
+        facts["training time"] = f"{duration(training_seconds(run))} <small>{run.train[-1][STEP]:,} steps</small>"
+    speeds = run.series(TOKENS_PER_SECOND)[1]
+    if speeds:
+        facts["tokens per second"] = f"{sorted(speeds)[len(speeds) // 2]:,.0f} <small>median</small>"
+    memory = run.series(PEAK_MEMORY_GIB)[1]
+    if memory:
+        facts["peak memory"] = f"{max(memory):.2f} GiB <small>a process</small>"
+    return facts
+
+
+def run_facts(run: RunFiles) -> dict[str, str]:
+    """What was run, by name, as HTML; what is not known is left out."""
+    setting = run.setting
+    facts = {
+        "base model": setting("model", "name_or_path") or run.adapter.get("base_model_name_or_path"),
+        "base weights": _base_weights(run),
+        "method": _method(run),
+        "adapted linears": ", ".join(setting("adapter", "target_modules") or run.adapter.get("target_modules") or []),
+        "processes": _processes(run),
+        "ZeRO stage": setting("parallel", "zero_stage"),
+        "batch": _batch(run),
+        "learning rate": _learning_rate(run),
+        "mixture of tasks": setting("data", "mixture"),
+        "loss normalisation": setting("train", "loss_normalization"),
+        "seed": setting("train", "seed"),
+    }
+    return {name: escape(str(value)) for name, value in facts.items() if value not in (None, "")}
+
+
+def _share(parameters: int, run: RunFiles) -> str:
+    base = run.run.get(BASE_PARAMETERS)
+    return f" <small>{100 * parameters / base:.2f} % of the base</small>" if base else ""
+
+
+def _base_weights(run: RunFiles) -> str:
+    dtype = run.setting("model", "dtype")
+    if dtype is None:
+        return ""
+    return f"4-bit {run.setting('model', 'bnb_4bit_quant_type')}, computed in {dtype}" if _in_4bit(run) else str(dtype)
+
+
+def _in_4bit(run: RunFiles) -> bool:
+    return bool(run.setting("model", "load_in_4bit"))
+
+
+def _method(run: RunFiles) -> str:
+    """The method with its numbers: from the saved adapter, where derived values are filled in, else from the recipe."""
+    numbers: Mapping[str, Any] = run.adapter.get("malora") or run.config.get("adapter") or {}
+    if "method" not in numbers:
+        return ""
+    names: tuple[str, ...] = ("r", "shared_r", "lora_alpha")
+    if (numbers.get("num_experts") or 1) > 1:
+        names = ("num_experts", "top_k", *names)
+    parts = [f"{name} {numbers[name]:g}" for name in names if numbers.get(name) is not None]
+    return f"{numbers['method']}: {', '.join(parts)}"
+
+
+def _processes(run: RunFiles) -> str:
+    if WORLD_SIZE not in run.run:
+        return ""
+    device = f" on {run.run[DEVICE]}" if DEVICE in run.run else ""
+    return f"{run.run[WORLD_SIZE]}{device}"
+
+
+def _batch(run: RunFiles) -> str:
+    size = run.setting("train", "global_batch_size")
+    at_a_time = run.setting("train", "per_device_train_batch_size")
+    return "" if size is None else f"{size} samples a step, {at_a_time} at a time on each process"
+
+
+def _learning_rate(run: RunFiles) -> str:
+    rate = run.setting("train", "learning_rate")
+    return "" if rate is None else f"{rate:g}, {run.setting('train', 'lr_scheduler_type')} schedule"

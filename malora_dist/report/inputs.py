@@ -1,0 +1,134 @@
+"""The files of a run folder as one value; what a run did not write is None or empty."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from malora_dist.errors import MaloraError
+from malora_dist.metrics import EVAL, KIND, ROUTING, RUN, STEP, TASKS, TRAIN, Record, read_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """What a run folder holds.
+
+    evaluations is eval.json, counts data.json, routing the last routing record, parameters the number of values in the
+    adapter's weights, missing the names of files that are not there.
+    """
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    run: Record = field(default_factory=dict)
+    train: Sequence[Record] = ()
+    validation: Sequence[Record] = ()
+    routing: Record | None = None
+    evaluations: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    parameters: int | None = None
+    missing: Sequence[str] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names in the recipe's order, then any others the files name: the order of every table and colour."""
+        named = [str(task.get("name")) for task in _get(self.config, "data", "tasks") or []]
+        for side in self.evaluations.values():
+            named += side["tasks"]
+        named += [*self.counts, *(self.routing or {}).get(TASKS, ())]
+        for record in self.train:
+            named += [key.split("/")[1] for key in record if key.startswith("train/")]
+        return tuple(dict.fromkeys(named))
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of config.yaml, None if it is not there."""
+        return _get(self.config, section, key)
+
+    def series(self, name: str, kind: str = TRAIN) -> tuple[list[float], list[float]]:
+        """Steps and finite values of a metric; records without it are left out."""
+        records = self.train if kind == TRAIN else self.validation
+        points = [(record[STEP], record[name]) for record in records if math.isfinite(record.get(name, math.nan))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    @property
+    def non_finite_steps(self) -> list[int]:
+        """Steps of training records that hold a nan or an infinity."""
+        return [
+            record[STEP]
+            for record in self.train
+            if any(isinstance(value, float) and not math.isfinite(value) for value in record.values())
+        ]
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read what is there. Raises MaloraError if `run_dir` is no folder, or naming the file that is damaged."""
+    if not run_dir.is_dir():
+        raise MaloraError(f"{run_dir} is not a folder")
+    wanted = ("config.yaml", "metrics.jsonl", "eval.json", "data.json", "adapter/adapter_config.json")
+    missing = [name for name in wanted if not (run_dir / name).is_file()]
+    records = [] if "metrics.jsonl" in missing else read_metrics(run_dir / "metrics.jsonl")
+    routing = [record for record in records if record[KIND] == ROUTING and record.get(TASKS)]
+    text = "" if "config.yaml" in missing else (run_dir / "config.yaml").read_text(encoding="utf-8")
+    return RunFiles(
+        name=run_dir.resolve().name,
+        config=_yaml(run_dir / "config.yaml", text),
+        config_text=text,
+        run=next((record for record in records if record[KIND] == RUN), {}),
+        train=[record for record in records if record[KIND] == TRAIN],
+        validation=[record for record in records if record[KIND] == EVAL],
+        routing=routing[-1] if routing else None,
+        evaluations=_json(run_dir / "eval.json"),
+        counts=_json(run_dir / "data.json"),
+        adapter=_json(run_dir / "adapter" / "adapter_config.json"),
+        parameters=_count_parameters(run_dir / "adapter" / "adapter_model.safetensors"),
+        missing=missing,
+    )
+
+
+def _get(config: dict[str, Any], section: str, key: str) -> Any:
+    values = config.get(section)
+    return values.get(key) if isinstance(values, dict) else None
+
+
+def _yaml(path: Path, text: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise MaloraError(f"{path} is damaged, not YAML: {error}") from error
+    return _mapping(path, value)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return _mapping(path, json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise MaloraError(f"{path} is damaged, not JSON: {error}") from error
+
+
+def _mapping(path: Path, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise MaloraError(f"{path} is damaged: it must hold names and values, not a {type(value).__name__}")
+    return value
+
+
+def _count_parameters(path: Path) -> int | None:
+    """Values in a safetensors file, from its header alone: 8 bytes of length, then JSON."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise MaloraError(f"{path} is damaged: its header is longer than the file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise MaloraError(f"{path} is damaged: its header is not JSON: {error}") from error
+    shapes: list[list[int]] = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    return sum(math.prod(shape) for shape in shapes)

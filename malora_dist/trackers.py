@@ -1,0 +1,123 @@
+"""Trackers beside metrics.jsonl: TensorBoard and Weights & Biases, imported only when a recipe asks for them."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from malora_dist.errors import MaloraError
+from malora_dist.metrics import EVAL, KIND, ROUTING, SHARE, STEP, TRAIN
+
+
+class Tracker(Protocol):
+    """Takes the records of metrics.jsonl as they are written."""
+
+    def log(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoardTracker:
+    """Event files in `run_dir/tensorboard`."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        self._writer = _summary_writer()(str(run_dir / "tensorboard"))
+        self._writer.add_text("config", _as_markdown(config))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record[STEP])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    """A wandb run named as the run folder; WANDB_PROJECT, WANDB_MODE and the like are honoured."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _not_installed("wandb", "wandb") from error
+        project = os.environ.get("WANDB_PROJECT", "malora_dist")
+        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(config))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        values = scalars(record)
+        if values:
+            self._run.log(values, step=record[STEP])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+}
+
+
+def open_trackers(report_to: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """One tracker for each name in `report_to`; `config` is stored with the run.
+
+    Raises MaloraError for an unknown name, or if a tracker's package is not installed; nothing is left open then.
+    """
+    unknown = [name for name in report_to if name not in _TRACKERS]
+    if unknown:
+        raise MaloraError(f"train.report_to={unknown[0]!r} must be one of {', '.join(_TRACKERS)}")
+    opened: list[Tracker] = []
+    try:
+        for name in report_to:
+            opened.append(_TRACKERS[name](run_dir, config))
+    except BaseException:
+        for tracker in opened:
+            tracker.close()
+        raise
+    return opened
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record by name, `kind/` put before a plain one.
+
+    Routing gives `routing/<task>/expert_<e>`, the mean over layers. A record of facts, without a step, gives nothing.
+    """
+    kind = record[KIND]
+    if kind == ROUTING:
+        return _routing_scalars(record)
+    if kind not in (TRAIN, EVAL):
+        return {}
+    values = {name: value for name, value in record.items() if isinstance(value, int | float) and name != STEP}
+    return {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()}
+
+
+def _routing_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"routing/{task}/expert_{expert}": sum(shares) / len(shares)
+        for task, layers in record[SHARE].items()
+        for expert, shares in enumerate(zip(*layers.values(), strict=True))
+    }
+
+
+def _summary_writer() -> Callable[[str], Any]:
+    """torch.utils.tensorboard's SummaryWriter, or tensorboardX's where only that is installed."""
+    for module in ("torch.utils.tensorboard", "tensorboardX"):
+        try:
+            writer: Callable[[str], Any] = import_module(module).SummaryWriter
+            return writer
+        except ImportError:
+            continue
+    raise _not_installed("tensorboard", "tensorboard")
+
+
+def _not_installed(tracker: str, package: str) -> MaloraError:
+    return MaloraError(
+        f"train.report_to={tracker} needs the package {package}: pip install 'malora_dist[trackers]', "
+        "or leave it out of train.report_to"
+    )
+
+
+def _as_markdown(config: Mapping[str, Any]) -> str:
+    return "\n".join(f"* **{section}**: `{values}`" for section, values in config.items())

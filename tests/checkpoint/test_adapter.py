@@ -1,0 +1,166 @@
+"""Adapter folders: what is written comes back bit for bit, in PEFT too, and what is damaged is refused by name."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from malora_dist.checkpoint.adapter import CONFIG, WEIGHTS, AdapterInfo, load_adapter, read_adapter_info, save_adapter
+from malora_dist.errors import CheckpointError
+from malora_dist.methods import METHODS, mixture_spec
+from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters
+from tests.conftest import LlamaFactory
+from tests.distributed import ROOT
+
+IDS = torch.arange(40)[None] % 61
+TARGETS = ("q_proj", "v_proj", "down_proj")
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def info_of(method: str) -> AdapterInfo:
+    spec = mixture_spec(method, num_experts=4, r=3, lora_alpha=5.0, normalize_gates=True)
+    return AdapterInfo(spec=spec, target_modules=TARGETS, base_model="some/base", lora_dropout=0.1)
+
+
+def adapted(base: Any, info: AdapterInfo) -> Any:
+    """The base with an adapter of which no tensor is zero."""
+    inject_adapters(base, info.spec, info.target_modules, lora_dropout=info.lora_dropout, seed=5)
+    for name, parameter in adapter_parameters(base):
+        if name.endswith(".B"):
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    return base.eval()
+
+
+def saved(folder: Path, model: Any, info: AdapterInfo) -> dict[str, Tensor]:
+    state = adapter_state_dict(model)
+    save_adapter(folder, info, state, "# card\n")
+    return state
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_round_trip_onto_a_new_base(tiny_llama: LlamaFactory, tmp_path: Path, method: str) -> None:
+    info = info_of(method)
+    model = adapted(tiny_llama(), info)
+    state = saved(tmp_path / "new" / "adapter", model, info)
+    other = tiny_llama()
+    assert load_adapter(other, tmp_path / "new" / "adapter") == info == read_adapter_info(tmp_path / "new" / "adapter")
+    loaded = adapter_state_dict(other)
+    assert list(loaded) == list(state)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    with torch.no_grad():
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
+        assert not torch.allclose(other(IDS).logits, tiny_llama()(IDS).logits, atol=1e-2)
+    assert {path.name for path in (tmp_path / "new" / "adapter").iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+
+
+def test_stock_lora_opens_in_peft(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    info = info_of("lora")
+    model = adapted(tiny_llama(), info)
+    saved(tmp_path, model, info)
+    with pytest.warns(UserWarning, match="malora"):  # PEFT says that it ignores our block of the config
+        peft_model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(peft_model(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return edit
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        config["malora"] |= changes
+        (folder / CONFIG).write_text(json.dumps(config))
+
+    return edit
+
+
+def cut_in_half(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return edit
+
+
+KEY = f"base_model.model.{LAYER}.P"
+DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "missing tensor": (edit_weights(lambda t: t.pop(KEY)), [WEIGHTS, f"lacks {LAYER}.P", "1 missing, 0 unknown"]),
+    "unknown tensor": (edit_weights(lambda t: t.update({f"{KEY}x": t[KEY].clone()})), [WEIGHTS, f"{LAYER}.Px"]),
+    "wrong shape": (edit_weights(lambda t: t.update({KEY: t[KEY][:, :2].clone()})), [WEIGHTS, f"{LAYER}.P", "(4, 2, ", "(4, 3, "]),
+    "half the weights": (cut_in_half(WEIGHTS), [WEIGHTS]),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), [WEIGHTS]),
+    "half the config": (cut_in_half(CONFIG), [CONFIG]),
+    "no text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{}"), [CONFIG]),
+    "no block of ours": (lambda folder: (folder / CONFIG).write_text('{"r": 8}'), [CONFIG, "malora"]),
+    "newer format": (edit_config(format_version=2), [CONFIG, "format_version 2"]),
+    "newer method": (edit_config(method="newlora"), [CONFIG, "newlora"]),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), [CONFIG]),
+    "no folder": (shutil.rmtree, ["adapter"]),
+    "no folder but a file": (lambda folder: (shutil.rmtree(folder), folder.touch()), ["adapter"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_refused_by_name(tiny_llama: LlamaFactory, tmp_path: Path, damage: str) -> None:
+    info, folder = info_of("malora"), tmp_path / "adapter"
+    saved(folder, adapted(tiny_llama(), info), info)
+    hurt, words = DAMAGES[damage]
+    hurt(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(tiny_llama(), folder)
+    assert all(word in str(caught.value) for word in [str(folder), *words]), caught.value
+
+
+def test_adapter_of_another_base_is_refused(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
+    info = info_of("malora")
+    saved(tmp_path, adapted(tiny_llama(), info), info)
+    with pytest.raises(CheckpointError, match=r"has shape \(\d+, 80\), this base needs \(\d+, 96\)"):
+        load_adapter(tiny_llama(intermediate_size=96), tmp_path)
+    with pytest.raises(CheckpointError, match=r"lacks model.layers.2.*\d+ missing, 0 unknown"):
+        load_adapter(tiny_llama(num_hidden_layers=3), tmp_path)
+
+
+KILLED = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from malora_dist.checkpoint.adapter import save_adapter
+from tests.checkpoint.test_adapter import info_of
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+save_adapter(Path(sys.argv[1]), info_of("malora"), {"layer.B": torch.ones(2**19)}, "")
+"""
+
+
+def test_killed_while_writing_leaves_the_former_adapter_whole(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
+    """The kernel kills the writer after the first of 2 MiB."""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    info = info_of("malora")
+    state = saved(tmp_path, adapted(tiny_llama(), info), info)
+    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGXFSZ, run.stderr
+    assert (tmp_path / f"{WEIGHTS}.partial").exists()
+    other = tiny_llama()
+    load_adapter(other, tmp_path)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in adapter_state_dict(other).items())
+    saved(tmp_path, other, info)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "README.md"}

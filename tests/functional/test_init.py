@@ -1,0 +1,46 @@
+"""Initial values against eqs. 8-10 and against torch's Kaiming-uniform."""
+
+import math
+
+import pytest
+import torch
+
+from malora_dist.functional.init import kaiming_uniform, shared_subspace_init
+from tests.reference import init_reference, kaiming_reference
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_kaiming_uniform_is_that_of_torch_with_a_sqrt_5() -> None:
+    theirs = torch.nn.init.kaiming_uniform_(torch.empty(40, 300), a=math.sqrt(5), generator=_generator())
+    torch.testing.assert_close(kaiming_uniform((40, 300), fan_in=300, generator=_generator()), theirs)
+    stacked = kaiming_uniform((5, 8, 300), fan_in=300, generator=_generator())
+    torch.testing.assert_close(stacked, theirs.view(5, 8, 300))  # fan_in is the input width, not what torch would guess
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 5.0])
+def test_shared_subspace_is_eqs_8_to_10(beta: float) -> None:
+    n, d, r = 96, 16, 6
+    K_EDI = kaiming_reference(5, d, n, seed=1)
+    shared_A, P = shared_subspace_init(K_EDI, r, beta)
+    expected_A, expected_P = init_reference(K_EDI, r, beta)
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(P[0] @ shared_A, K_EDI[0, :r], **close)
+    # The signs of singular vectors are free.
+    torch.testing.assert_close(shared_A.abs(), expected_A.abs(), **close)
+    torch.testing.assert_close(P.abs(), expected_P.abs(), **close)
+    K_gram = K_EDI[:, :r] @ K_EDI[:, :r].transpose(1, 2)
+    torch.testing.assert_close(P @ P.transpose(1, 2) * beta**2, K_gram, **close)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 1.25, 5.0])
+def test_every_expert_starts_with_the_variance_of_kaiming(beta: float) -> None:
+    n, d, r = 1024, 32, 12
+    K_EDI = kaiming_uniform((8, d, n), fan_in=n, generator=_generator())
+    shared_A, P = shared_subspace_init(K_EDI, r, beta)
+    torch.testing.assert_close(P[0] @ shared_A, K_EDI[0, :r], rtol=1e-4, atol=1e-6)
+    for t, product in enumerate(P @ shared_A):
+        assert product.var().item() == pytest.approx(1 / (3 * n), rel=0.04), f"expert {t}"
+    assert shared_A.var().item() == pytest.approx(beta**2 / n, rel=0.02)

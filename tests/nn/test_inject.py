@@ -1,0 +1,230 @@
+"""Putting adapters on a model: what matches, what is refused, what is trained; and the model under checkpointing."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from malora_dist.errors import ConfigError
+from malora_dist.functional.balance import expert_statistics, load_balancing_loss
+from malora_dist.functional.dropout import token_keys
+from malora_dist.functional.nf4 import quantize_nf4
+from malora_dist.methods import count_parameters, mixture_spec
+from malora_dist.nn.inject import (
+    DEFAULT_TARGETS,
+    adapter_parameters,
+    adapter_state_dict,
+    count_base_parameters,
+    expected_shapes,
+    inject_adapters,
+    layer_seed,
+    mixture_layers,
+)
+from malora_dist.nn.mixture import MixtureLinear
+from malora_dist.nn.nf4_linear import NF4Linear
+from tests.conftest import LlamaFactory
+
+MALORA = mixture_spec("malora", num_experts=4, r=3, shared_r=6)
+SIZES = {"q_proj": (48, 48), "k_proj": (48, 24), "v_proj": (48, 24), "gate_proj": (48, 80), "up_proj": (48, 80),
+         "down_proj": (80, 48)}  # fmt: skip
+IDS = torch.arange(40)[None] % 61
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["malora", "molora", "lora"])
+def test_adapted_model_starts_as_its_base_bit_for_bit(
+    tiny_llama: LlamaFactory, method: str, dtype: torch.dtype
+) -> None:
+    model = tiny_llama(dtype)
+    base = model(IDS[:, :8]).logits
+    inject_adapters(model, mixture_spec(method, num_experts=4, r=3), lora_dropout=0.1)
+    assert torch.equal(model(IDS[:, :8]).logits, base)
+    assert torch.equal(model.train()(IDS[:, :8]).logits, base)
+    assert len(list(mixture_layers(model))) == 12
+
+
+@pytest.mark.parametrize("method", ["malora", "molora", "lora"])
+def test_report_and_trainable_parameters(tiny_llama: LlamaFactory, method: str) -> None:
+    model, spec = tiny_llama(), mixture_spec(method, num_experts=4, r=3)
+    before = dict(model.named_parameters())
+    base_parameters = sum(p.numel() for p in before.values())
+    report = inject_adapters(model, spec)
+    assert [(row.target, row.modules, row.in_features, row.out_features) for row in report.rows] == [
+        (target, 2, *SIZES[target]) for target in DEFAULT_TARGETS
+    ]
+    assert [row.trainable_parameters for row in report.rows] == [
+        2 * count_parameters(spec, *SIZES[target]) for target in DEFAULT_TARGETS
+    ]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert report.trainable_parameters == sum(p.numel() for p in trainable.values())
+    assert set(trainable) == {name for name, _ in adapter_parameters(model)}
+    assert {id(p) for p in model.parameters() if not p.requires_grad} == {id(p) for p in before.values()}
+    assert report.base_parameters == base_parameters == count_base_parameters(model)
+    assert report.adapted_parameters == 2 * sum(n * m for n, m in SIZES.values())
+    assert report.quantized_parameters == 0
+
+
+def test_report_counts_the_weights_a_blob_stands_for(tiny_llama: LlamaFactory) -> None:
+    model = tiny_llama(attention_bias=True)
+    expected = count_base_parameters(model)
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "o_proj"):
+        linear = getattr(attention, name)
+        blob = quantize_nf4(linear.weight)
+        quantized = NF4Linear(blob, linear.bias.detach(), linear.in_features, linear.out_features, False)
+        setattr(attention, name, quantized)
+    report = inject_adapters(model, MALORA)
+    assert report.base_parameters == expected
+    assert report.quantized_parameters == 2 * 48 * 48
+    assert isinstance(attention.q_proj, MixtureLinear) and isinstance(attention.q_proj.base_layer, NF4Linear)
+    assert isinstance(attention.o_proj, NF4Linear)
+
+
+def test_values_depend_on_seed_and_name_alone(tiny_llama: LlamaFactory) -> None:
+    """Not on the order of targets, on what else is adapted, or on the state of a process's generator."""
+
+    def state(targets: Any, seed: int) -> dict[str, Tensor]:
+        model = tiny_llama()
+        torch.rand(3)
+        inject_adapters(model, MALORA, targets, seed=seed)
+        return adapter_state_dict(model)
+
+    first = state(DEFAULT_TARGETS, 7)
+    for name, tensor in state(DEFAULT_TARGETS[::-1], 7).items():
+        assert torch.equal(tensor, first[name]), name
+    few = state(["up_proj", "o_proj"], 7)
+    shared = [name for name in few if "up_proj" in name]
+    assert len(shared) == 8 and all(torch.equal(few[name], first[name]) for name in shared)
+    other_seed = state(DEFAULT_TARGETS, 8)
+    assert all(not torch.equal(first[n], other_seed[n]) for n in first if not n.endswith(".B"))
+    assert not torch.equal(first["model.layers.0.mlp.up_proj.P"], first["model.layers.1.mlp.up_proj.P"])
+    assert not torch.equal(first["model.layers.0.mlp.up_proj.P"], first["model.layers.0.mlp.gate_proj.P"])
+
+
+def test_seed_of_a_name_is_the_same_in_every_process() -> None:
+    assert layer_seed(42, "model.layers.0.mlp.up_proj") == 664241425  # Python's own hash differs by process
+    assert 0 <= layer_seed(0, "x") < 2**31
+
+
+def test_state_dict_names_every_factor(tiny_llama: LlamaFactory) -> None:
+    model = tiny_llama()
+    inject_adapters(model, MALORA)
+    state = adapter_state_dict(model)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected_shapes(model, MALORA)
+    assert len(state) == 2 * 6 * 4
+    assert {name: shape for name, shape in expected_shapes(model, MALORA).items() if "layers.1.mlp.down" in name} == {
+        "model.layers.1.mlp.down_proj.gate": (4, 80),
+        "model.layers.1.mlp.down_proj.shared_A": (6, 80),
+        "model.layers.1.mlp.down_proj.P": (4, 3, 6),
+        "model.layers.1.mlp.down_proj.B": (4, 48, 3),
+    }
+    assert not any(tensor.requires_grad for tensor in state.values())
+
+
+def test_layers_that_read_the_same_tensor_drop_the_same_numbers(tiny_llama: LlamaFactory) -> None:
+    model = tiny_llama()
+    inject_adapters(model, MALORA, [*DEFAULT_TARGETS, "o_proj"], seed=3)
+    salts = {name.removeprefix("model.layers."): layer.input_salt for name, layer in mixture_layers(model)}
+    for block in "01":
+        assert salts[f"{block}.self_attn.q_proj"] == salts[f"{block}.self_attn.k_proj"]
+        assert salts[f"{block}.self_attn.q_proj"] == salts[f"{block}.self_attn.v_proj"]
+        assert salts[f"{block}.mlp.gate_proj"] == salts[f"{block}.mlp.up_proj"]
+    assert len(set(salts.values())) == 2 * 4  # attention, o_proj, mlp and down_proj of each block
+    assert all(0 <= salt < 2**31 for salt in salts.values())  # a mask's integers have 32 bits
+
+
+def test_a_suffix_with_dots_picks_modules(tiny_llama: LlamaFactory) -> None:
+    model = tiny_llama()
+    inject_adapters(model, MALORA, ["layers.1.mlp.up_proj", "self_attn.o_proj"])
+    assert [name for name, _ in mixture_layers(model)] == [
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("qproj", ["'qproj'", "did you mean q_proj"]),
+        ("w13", ["'w13'", "down_proj", "lm_head", "v_proj"]),
+        ("proj", ["'proj'", "q_proj"]),  # the end of a name, but not a name
+        ("mlp", ["'mlp'", "model.layers.0.mlp", "LlamaMLP", "not a linear layer"]),
+        ("embed_tokens", ["'embed_tokens'", "Embedding"]),
+    ],
+)
+def test_a_wrong_target_is_named_and_nothing_is_changed(
+    tiny_llama: LlamaFactory, target: str, named: list[str]
+) -> None:
+    model = tiny_llama()
+    with pytest.raises(ConfigError) as caught:
+        inject_adapters(model, MALORA, ["q_proj", target])
+    assert all(name in str(caught.value) for name in ["adapter.target_modules", *named]), str(caught.value)
+    assert not list(mixture_layers(model)) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_fused_experts_are_refused_by_name(family: str) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    experts = {"num_local_experts": 2} if family == "Mixtral" else {"num_experts": 2, "moe_intermediate_size": 8}
+    config = getattr(transformers, f"{family}Config")(**sizes, **experts)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with pytest.raises(ConfigError, match=rf"{family}ForCausalLM.*model\.layers\.0\.mlp\.experts\."):
+        inject_adapters(model, MALORA, ["q_proj"])
+
+
+def test_injecting_twice_is_refused(tiny_llama: LlamaFactory) -> None:
+    model = tiny_llama()
+    inject_adapters(model, MALORA, ["q_proj"])
+    with pytest.raises(ConfigError, match="q_proj.*MixtureLinear"):
+        inject_adapters(model, MALORA, ["q_proj"])
+
+
+# ------------------------------------------------------------------------------------------ activation checkpointing
+
+
+def _losses_and_gradients(model: nn.Module, aux_weight: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One step as the engine takes it: routers are read after forward and before backward."""
+    model.zero_grad()
+    logits = model(IDS, use_cache=False).logits
+    cross_entropy = torch.nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:])
+    layers = [layer for _, layer in mixture_layers(model)]
+    statistics = expert_statistics([layer.routing for layer in layers if layer.routing is not None])
+    counts_LE = statistics.counts_GLE.sum(dim=0)
+    aux = load_balancing_loss(counts_LE, statistics.prob_sum_LE, IDS.numel(), layers[0].top_k).mean()
+    (cross_entropy + aux_weight * aux).backward()
+    gradients = {name: p.grad.clone() for name, p in adapter_parameters(model) if p.grad is not None}
+    return cross_entropy.detach(), aux.detach(), gradients
+
+
+@pytest.mark.parametrize("computation", ["dense", "grouped"])
+def test_checkpointing_changes_no_gradient_and_counts_the_balance_loss_once(
+    tiny_llama: LlamaFactory, computation: str
+) -> None:
+    model = tiny_llama().double()
+    inject_adapters(model, MALORA, lora_dropout=0.2, computation=computation)
+    for number, (_, layer) in enumerate(mixture_layers(model)):
+        layer.double()
+        layer.B.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+        layer.token_keys = token_keys(1, 2, torch.zeros(40), torch.arange(40))
+    model.train()
+    plain = _losses_and_gradients(model, aux_weight=0.5)
+    without_aux = _losses_and_gradients(model, aux_weight=0.0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    forwards: list[str] = []
+    for name, layer in mixture_layers(model):
+        layer.register_forward_pre_hook(lambda *_, name=name: forwards.append(name))
+    checkpointed = _losses_and_gradients(model, aux_weight=0.5)
+
+    assert len(forwards) == 2 * len(set(forwards)) == 2 * 12  # backward did run each layer again
+    assert len(plain[2]) == 12 * 4
+    assert 1 < float(plain[1]) < MALORA.num_experts / MALORA.top_k
+    assert torch.equal(checkpointed[0], plain[0]) and torch.equal(checkpointed[1], plain[1])
+    torch.testing.assert_close(checkpointed[2], plain[2], rtol=1e-10, atol=1e-13)
+    routers = [name for name in plain[2] if name.endswith(".gate")]
+    assert all(not torch.allclose(plain[2][n], without_aux[2][n], rtol=0.01) for n in routers)

@@ -1,0 +1,65 @@
+"""Filling in a method's numbers, and what is refused. The paper's parameter totals are in test_method_tables.py."""
+
+import math
+from typing import Any
+
+import pytest
+
+from malora_dist.errors import ConfigError
+from malora_dist.methods import METHODS, count_parameters, default_shared_r, factor_shapes, mixture_spec
+
+
+def test_default_shared_r_is_the_papers() -> None:
+    assert [default_shared_r(8, r, 0.5) for r in (6, 12, 24, 48)] == [16, 32, 64, 128]
+    assert default_shared_r(8, 8, 1.0) == 64  # lambda = 1: no compression, the sum of all experts' ranks
+    assert default_shared_r(1, 1, 0.01) == 1
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("r", [6, 12, 48])
+def test_lora_alpha_defaults_to_twice_the_rank(method: str, r: int) -> None:
+    spec = mixture_spec(method, r=r)
+    assert (spec.lora_alpha, spec.scaling) == (2 * r, 2.0)
+    assert mixture_spec(method, r=r, lora_alpha=3.0).scaling == pytest.approx(3 / r)
+
+
+def test_a_method_keeps_only_the_numbers_it_has() -> None:
+    lora = mixture_spec("lora", num_experts=8, top_k=2, r=64, shared_r=32)
+    assert (lora.num_experts, lora.top_k, lora.shared_r) == (1, 1, None)
+    molora = mixture_spec("molora", num_experts=6, top_k=3, r=8, shared_r=1)
+    assert (molora.num_experts, molora.top_k, molora.shared_r) == (6, 3, None)
+    malora = mixture_spec("malora", num_experts=6, top_k=3, r=8, shared_r=11)
+    assert (malora.num_experts, malora.top_k, malora.shared_r) == (6, 3, 11)
+
+
+@pytest.mark.parametrize(
+    ("method", "shapes"),
+    [
+        ("lora", {"A": (1, 3, 20), "B": (1, 30, 3)}),
+        ("molora", {"gate": (5, 20), "A": (5, 3, 20), "B": (5, 30, 3)}),
+        ("malora", {"gate": (5, 20), "shared_A": (7, 20), "P": (5, 3, 7), "B": (5, 30, 3)}),
+    ],
+)
+def test_factors_of_a_method(method: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    spec = mixture_spec(method, num_experts=5, r=3, shared_r=7)
+    assert factor_shapes(spec, 20, 30) == shapes
+    assert count_parameters(spec, 20, 30) == sum(math.prod(shape) for shape in shapes.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "numbers", "named"),
+    [
+        ("dora", {}, ["adapter.method='dora'", "lora", "molora", "malora"]),
+        ("malora", {"r": 0}, ["adapter.r=0"]),
+        ("lora", {"r": -1}, ["adapter.r=-1"]),
+        ("molora", {"num_experts": 0}, ["adapter.num_experts=0"]),
+        ("molora", {"top_k": 0}, ["adapter.top_k=0"]),
+        ("malora", {"num_experts": 4, "top_k": 5}, ["adapter.num_experts=4", "adapter.top_k=5"]),
+        ("malora", {"r": 12, "shared_r": 11}, ["adapter.shared_r=11", "adapter.r=12"]),
+        ("malora", {"num_experts": 2, "top_k": 1, "r": 12}, ["adapter.shared_r=8", "adapter.r=12"]),
+    ],
+)
+def test_impossible_numbers_are_named(method: str, numbers: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        mixture_spec(method, **numbers)
+    assert all(name in str(caught.value) for name in named), str(caught.value)

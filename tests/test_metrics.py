@@ -1,0 +1,96 @@
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+
+from malora_dist.errors import MaloraError
+from malora_dist.metrics import MetricsWriter, read_metrics
+
+RECORDS = [
+    {"kind": "train", "step": 1, "loss": 2.5, "train/boolq/loss": 1 / 3},
+    {"kind": "routing", "step": 1, "tasks": ["nan", "boolq"], "share": {"nan": {"l": [0.25, 0.75]}}},
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "run" / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        for record in RECORDS:
+            writer.write(record)
+    return path
+
+
+def test_records_come_back_exactly(path: Path) -> None:
+    assert read_metrics(path) == RECORDS
+
+
+def test_a_record_is_on_disk_before_the_writer_is_closed(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "m.jsonl")
+    writer.write(RECORDS[0])
+    assert read_metrics(tmp_path / "m.jsonl") == RECORDS[:1]
+    writer.close()
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write({"kind": "train", "loss": math.nan, "grad_norm": -math.inf, "share": {"t": [math.inf, 1.0]}})
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} in the file")
+
+    line = json.loads(path.read_text(), parse_constant=refuse)
+    assert line == {"kind": "train", "loss": "nan", "grad_norm": "-inf", "share": {"t": ["inf", 1.0]}}
+    (record,) = read_metrics(path)
+    assert math.isnan(record["loss"]) and record["grad_norm"] == -math.inf and record["share"]["t"][0] == math.inf
+
+
+def test_a_half_written_last_line_is_left_out_and_said(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = path.read_bytes()
+    for cut in range(1, len(whole) - whole[:-1].rfind(b"\n") - 2):
+        path.write_bytes(whole[: -1 - cut])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert read_metrics(path) == RECORDS[:1]
+        assert "half written" in caplog.text and str(path) in caplog.text
+
+
+def test_a_last_line_that_lacks_only_its_newline_counts(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read_metrics(path) == RECORDS and caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"kind": "tr', b"", b"[1, 2]", b'{"step": 1}', b'{"kind": "train", "loss": NaN}', b'{"kind": "\xff"}'],
+    ids=["half", "empty", "list", "no kind", "bare NaN", "not UTF-8"],
+)
+def test_damage_elsewhere_names_the_line(path: Path, damage: bytes) -> None:
+    first, second, end = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([first, damage, second, end]))
+    with pytest.raises(MaloraError, match=r"metrics\.jsonl:2: damaged"):
+        read_metrics(path)
+    path.write_bytes(b"\n".join([first, damage, b""]))
+    with pytest.raises(MaloraError, match=r"metrics\.jsonl:2: damaged"):
+        read_metrics(path)
+
+
+def test_writing_goes_on_after_a_crash(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b'{"kind": "trai')
+    with MetricsWriter(path) as writer:
+        writer.write(RECORDS[0])
+    assert read_metrics(path) == [*RECORDS, RECORDS[0]]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MaloraError, match="none.jsonl cannot be read"):
+        read_metrics(tmp_path / "none.jsonl")
+
+
+def test_a_record_without_a_kind_is_refused(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "m.jsonl") as writer, pytest.raises(ValueError, match="kind"):
+        writer.write({"loss": 1.0})
+    assert (tmp_path / "m.jsonl").read_bytes() == b""
