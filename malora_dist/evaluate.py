@@ -1,23 +1,30 @@
 """`malora evaluate RUN`, or `deepspeed --module malora_dist.evaluate RUN`: accuracy of a run's adapter and its base.
 
 Also `--adapter DIR --recipe RECIPE` for an adapter on its own. Settings of the recipe may follow.
+
+The result goes to `RUN/eval.json` (`DIR/eval.json`), the log to `evaluate.log` beside it. Nothing measured before is
+lost: a result that says something else than the file, because settings, rows or numbers are others, becomes
+`eval-2.json`, `eval-3.json`, ...
 """
 
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from malora_dist.checkpoint.adapter import load_adapter
-from malora_dist.config import RunConfig, load_config, split_arguments
+from malora_dist.checkpoint.adapter import load_adapter, read_adapter_info
+from malora_dist.config import RunConfig, load_config
+from malora_dist.config.matrix import suggest_world_sizes
 from malora_dist.data.build import build_data
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.progress import LOGGER, start_logging
-from malora_dist.engine.run_folder import write_json
+from malora_dist.engine.run_folder import evaluation_file, write_json
 from malora_dist.engine.setup import base_model, engine_config
 from malora_dist.errors import ConfigError
 from malora_dist.model import load_tokenizer
@@ -34,34 +41,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _start(arguments: list[str]) -> None:
     from malora_dist.parallel.groups import start_processes
 
-    adapter, recipe, overrides = _parse(arguments)
-    config = load_config(recipe, overrides)
+    target = _parse(arguments)
+    config = load_config(target.recipe, target.overrides)
+    read_adapter_info(target.adapter)
     world = start_processes(config.parallel.timeout_seconds)
-    start_logging(adapter.parent / "evaluate.log" if world.is_main else None)
-    result = evaluate_adapter(config, adapter, world)
+    start_logging(target.folder / "evaluate.log" if world.is_main else None)
+    log = logging.getLogger(LOGGER)
+    log.info("evaluating %s on %s %s", target.adapter, target.recipe, shlex.join(target.overrides))
+    result = evaluate_adapter(config, target.adapter, world)
     if world.is_main:
-        write_json(adapter.parent / "eval.json", result)
-        logging.getLogger(LOGGER).info("wrote %s", adapter.parent / "eval.json")
+        path = evaluation_file(target.folder, result)
+        write_json(path, result)
+        log.info("wrote %s", path)
         Console().print(print_results(result))
 
 
-def _parse(arguments: list[str]) -> tuple[Path, str, list[str]]:
-    """Adapter folder, recipe and overrides. Raises ConfigError if the run folder is none."""
-    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
-    if arguments[:1] == ["--adapter"] and arguments[2:3] == ["--recipe"] and len(arguments) > 3:
-        return Path(arguments[1]), arguments[3], arguments[4:]
-    run, overrides = split_arguments(arguments)
-    folder = Path(run)
-    if not (folder / "config.yaml").is_file() or not (folder / "adapter").is_dir():
+@dataclass(frozen=True)
+class Target:
+    """What to evaluate, and the folder that takes the result."""
+
+    adapter: Path
+    recipe: str
+    overrides: list[str]
+    folder: Path
+
+
+def _parse(arguments: list[str]) -> Target:
+    """Read RUN or --adapter DIR --recipe RECIPE, then overrides. Raises ConfigError if they name no such thing."""
+    rest = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    adapter, recipe = _take(rest, "--adapter"), _take(rest, "--recipe")
+    if adapter is not None and recipe is not None:
+        return Target(Path(adapter), recipe, rest, Path(adapter))
+    if adapter is not None or recipe is not None:
+        raise ConfigError("--adapter DIR and --recipe RECIPE belong together")
+    if not rest or rest[0].startswith("-"):
+        raise ConfigError("give RUN, the folder of a run, or --adapter DIR with --recipe RECIPE; settings follow")
+    run = Path(rest[0])
+    if not (run / "config.yaml").is_file() or not (run / "adapter").is_dir():
         raise ConfigError(f"RUN={run} is not the folder of a finished run: it needs config.yaml and adapter/")
-    return folder / "adapter", str(folder / "config.yaml"), overrides
+    return Target(run / "adapter", str(run / "config.yaml"), rest[1:], run)
+
+
+def _take(arguments: list[str], option: str) -> str | None:
+    """Remove `option VALUE` or `option=VALUE` from the arguments and give the value."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != option:
+            continue
+        if not equals and index + 1 == len(arguments):
+            raise ConfigError(f"{option} needs a value")
+        taken = arguments[index : index + (1 if equals else 2)]
+        del arguments[index : index + len(taken)]
+        return value if equals else taken[1]
+    return None
 
 
 def evaluate_adapter(config: RunConfig, adapter: Path, world: World) -> dict[str, object]:
     """eval.json's content for an adapter folder on the recipe's base and tasks; on every process."""
     folder = resolve_model(config.model.name_or_path, config.model.revision)
     data = build_data(config.data, load_tokenizer(folder))
-    settings = engine_config(config, world)
+    settings = engine_config(_with_fitting_batch(config, world.size), world)
     model = base_model(config, folder, world, settings)
     load_adapter(model, adapter)
     engine = build_engine(
@@ -85,6 +124,15 @@ def evaluate_adapter(config: RunConfig, adapter: Path, world: World) -> dict[str
         for side, wanted in sides.items()
         if wanted
     }
+
+
+def _with_fitting_batch(config: RunConfig, world_size: int) -> RunConfig:
+    """The recipe, with a global batch that fits if its own does not: evaluation draws no training batch."""
+    if world_size in suggest_world_sizes(config):
+        return config
+    size = config.train.per_device_train_batch_size * world_size
+    train = config.train.model_copy(update={"global_batch_size": size, "gradient_accumulation_steps": None})
+    return config.model_copy(update={"train": train})
 
 
 if __name__ == "__main__":

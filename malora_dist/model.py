@@ -59,9 +59,11 @@ def load_base_model(
 
 
 def build_empty_model(folder: Path, *, dtype: torch.dtype, attn_implementation: str = "sdpa") -> "PreTrainedModel":
-    """The model of a folder's config.json on the meta device: shapes without memory."""
+    """The model of a folder's config.json on the meta device: shapes without memory. Raises ConfigError without one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a model folder: it holds no config.json")
     config = AutoConfig.from_pretrained(folder)
     config.use_cache = False
     with torch.device("meta"):

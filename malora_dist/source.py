@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from malora_dist.errors import ConfigError
@@ -100,9 +102,10 @@ class TensorReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if (folder / INDEX).is_file():
-            self._file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            with _readable(folder / INDEX):
+                self._file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
         elif (folder / SINGLE).is_file():
-            with safe_open(folder / SINGLE, framework="pt") as file:
+            with _readable(folder / SINGLE), safe_open(folder / SINGLE, framework="pt") as file:
                 self._file_of = dict.fromkeys(file.keys(), SINGLE)
         else:
             raise ConfigError(f"{folder} holds neither {SINGLE} nor {INDEX}; other weight formats are not read")
@@ -111,9 +114,18 @@ class TensorReader:
         """The tensor stored under the first of `names` that exists (tied weights have several)."""
         for name in names:
             if name in self._file_of:
-                with safe_open(self.folder / self._file_of[name], framework="pt") as file:
+                path = self.folder / self._file_of[name]
+                with _readable(path), safe_open(path, framework="pt") as file:
                     tensor: Tensor = file.get_tensor(name)
                     return tensor
         raise ConfigError(
             f"{self.folder} holds no weight named {' or '.join(names)}: do config and weights belong together?"
         )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{path} is missing or damaged: {error}") from error

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from malora_dist.errors import MaloraError
+from malora_dist.errors import ConfigError, MaloraError
 from malora_dist.metrics import EVAL, KIND, ROUTING, SHARE, STEP, TRAIN
 
 
@@ -38,12 +38,8 @@ class WandbTracker:
     """A wandb run named as the run folder; WANDB_PROJECT, WANDB_MODE and the like are honoured."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise _not_installed("wandb", "wandb") from error
         project = os.environ.get("WANDB_PROJECT", "malora_dist")
-        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(config))
+        self._run = _wandb().init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(config))
 
     def log(self, record: Mapping[str, Any]) -> None:
         values = scalars(record)
@@ -58,6 +54,13 @@ _TRACKERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
     "tensorboard": TensorBoardTracker,
     "wandb": WandbTracker,
 }
+
+
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Raise ConfigError that says what to install if a tracker's package is missing: before a run, not in it."""
+    imports: Mapping[str, Callable[[], Any]] = {"tensorboard": _summary_writer, "wandb": _wandb}
+    for name in report_to:
+        imports[name]()
 
 
 def open_trackers(report_to: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> list[Tracker]:
@@ -112,8 +115,15 @@ def _summary_writer() -> Callable[[str], Any]:
     raise _not_installed("tensorboard", "tensorboard")
 
 
-def _not_installed(tracker: str, package: str) -> MaloraError:
-    return MaloraError(
+def _wandb() -> Any:
+    try:
+        return import_module("wandb")
+    except ImportError as error:
+        raise _not_installed("wandb", "wandb") from error
+
+
+def _not_installed(tracker: str, package: str) -> ConfigError:
+    return ConfigError(
         f"train.report_to={tracker} needs the package {package}: pip install 'malora_dist[trackers]', "
         "or leave it out of train.report_to"
     )

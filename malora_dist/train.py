@@ -4,7 +4,6 @@ Read `run` as the table of contents; every line is a module of its own. The same
 `torchrun`, `srun` and plain `python`.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,13 @@ from malora_dist.engine.forward import BalanceSettings
 from malora_dist.engine.loop import LoopSettings, train_loop
 from malora_dist.engine.outputs import RunOutputs
 from malora_dist.engine.process import run_as_process
-from malora_dist.engine.progress import LOGGER
 from malora_dist.engine.setup import add_adapters, base_model, engine_config, optimizer_settings
 from malora_dist.engine.step import Stepper
 from malora_dist.model import load_tokenizer
 from malora_dist.parallel.groups import World
 from malora_dist.parallel.zero import resident_bytes
 from malora_dist.source import resolve_model
+from malora_dist.trackers import check_trackers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,15 +38,16 @@ def _start(arguments: Sequence[str]) -> None:
 
     recipe, overrides = split_arguments(arguments)
     config = load_config(recipe, overrides)
+    check_trackers(config.train.report_to)
     world = start_processes(config.parallel.timeout_seconds)
-    for note in check_plan(config, world.size).notes:
-        logging.getLogger(LOGGER).info("note: %s", note)
     run(config, world)
 
 
 def run(config: RunConfig, world: World) -> Path:
     """One run on this process's part; returns the run's folder."""
+    plan = check_plan(config, world.size)
     outputs = RunOutputs.claim(config, world)
+    outputs.notes(plan.notes)
     folder = resolve_model(config.model.name_or_path, config.model.revision)
     data = build_data(config.data, load_tokenizer(folder))
     outputs.data(data)

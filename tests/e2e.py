@@ -4,10 +4,12 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from malora_dist.errors import DataError
 from malora_dist.model import load_tokenizer
 from malora_dist.source import resolve_model
 
@@ -56,9 +59,18 @@ def launch(command: Sequence[str | Path], folder: Path, *, timeout: float = 240,
     return Finished(process.returncode, output, time.monotonic() - started)
 
 
-def deepspeed(module: str, *arguments: str | Path, port: int = 29500) -> list[str | Path]:
-    """`deepspeed --num_gpus 2 --module MODULE ...`; tests that run at the same time need ports of their own."""
-    return ["deepspeed", "--num_gpus", "2", "--master_port", str(port), "--module", module, *arguments]
+def launch_together(commands: Sequence[Sequence[str | Path]], folder: Path, *, timeout: float = 240) -> list[Finished]:
+    """`launch` several commands at the same time; their results in the same order."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda command: launch(command, folder, timeout=timeout), commands))
+
+
+def deepspeed(processes: int, module: str, *arguments: str | Path) -> list[str | Path]:
+    """`deepspeed --num_gpus N --module MODULE ...`, on a port of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ["deepspeed", "--num_gpus", str(processes), "--master_port", str(port), "--module", module, *arguments]
 
 
 def make_folder(folder: Path) -> Path:
@@ -118,6 +130,20 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def train_with_a_broken_rank(what: str, arguments: Sequence[str]) -> int:
+    """malora_dist.train where rank 1 alone cannot build its data: it `fails`, or it `hangs`."""
+    import malora_dist.train
+
+    def broken(*_: Any) -> None:
+        if what == "hangs":
+            time.sleep(3600)
+        raise DataError("rows.jsonl:7: only this rank cannot read it")
+
+    if os.environ["RANK"] == "1":
+        malora_dist.train.build_data = broken  # type: ignore[assignment]
+    return malora_dist.train.main(arguments)
+
+
 def files(folder: Path) -> set[str]:
     """Every file under a folder, by its path in it."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -150,8 +176,13 @@ RECIPE: dict[str, Any] = {
         "gradient_checkpointing": True,
         "logging_steps": 2,
         "eval_steps": 3,
-        "save_steps": 2,
+        "save_steps": 3,
     },
     "evaluation": {"batch_tokens": 256},
     "output_dir": "runs/tiny",
 }
+
+
+if __name__ == "__main__":
+    local_rank, what, *rest = sys.argv[1:]
+    sys.exit(train_with_a_broken_rank(what, rest))

@@ -16,10 +16,9 @@ from tests.conftest import LlamaFactory
 
 # Tokens of the prompt, and of each choice: prompts of one token, single-token choices, one choice to five.
 SHAPES = [
-    (7, (1, 1)), (3, (2, 1, 4)), (15, (3,)), (1, (1, 2)), (6, (1, 1, 1, 1, 1)), (7, (5, 2)), (1, (1,)), (12, (1, 6, 2, 3)),
-    (4, (2, 2, 2)), (9, (1, 3, 1, 2, 4)), (2, (8,)),
+    (7, (1, 1)), (3, (2, 1, 4)), (15, (3,)), (1, (1, 2)), (6, (1, 1, 1, 1, 1)), (7, (5, 2)), (1, (1,)),
+    (12, (1, 6, 2, 3)), (4, (2, 2, 2)), (9, (1, 3, 1, 2, 4)), (2, (8,)),
 ]  # fmt: skip
-SCORE = {"atol": 1e-5, "rtol": 0}
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def naive_scores(model: Any, items: list[ChoiceItem]) -> list[list[float]]:
 def assert_same(found: dict[int, list[float]], wanted: list[list[float]]) -> None:
     assert sorted(found) == list(range(len(wanted)))
     for index, row in enumerate(wanted):
-        torch.testing.assert_close(torch.tensor(found[index]), torch.tensor(row), **SCORE, msg=lambda m: f"{index}: {m}")
+        assert found[index] == pytest.approx(row, abs=1e-5, rel=0), index
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])

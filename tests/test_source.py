@@ -86,3 +86,23 @@ def test_gguf_is_converted_once_and_to_what_transformers_reads(tmp_path: Path) -
         expected = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)(ids)
         logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     assert torch.equal(logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("model.safetensors", b"junk", id="junk"),
+        pytest.param("model.safetensors.index.json", b"{}", id="index-without-map"),
+        pytest.param("model.safetensors.index.json", b"{", id="broken-index"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name} is missing or damaged"):
+        TensorReader(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(ConfigError, match="gone.safetensors is missing or damaged"):
+        TensorReader(tmp_path).read(["a"])

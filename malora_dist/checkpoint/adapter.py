@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from malora_dist.errors import CheckpointError
-from malora_dist.methods import MixtureSpec
+from malora_dist.methods import METHODS, MixtureSpec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
 
 CONFIG = "adapter_config.json"
@@ -57,28 +58,29 @@ def read_adapter_info(folder: Path) -> AdapterInfo:
         version = block.pop("format_version")
         if version > FORMAT_VERSION:
             raise CheckpointError(f"{folder / CONFIG}: format_version {version} is newer than {FORMAT_VERSION}")
+        if block["method"] not in METHODS:
+            raise CheckpointError(f"{folder / CONFIG}: method {block['method']!r} is not one of {', '.join(METHODS)}")
         return AdapterInfo(
             spec=MixtureSpec(**block),
             target_modules=tuple(config["target_modules"]),
             base_model=config["base_model_name_or_path"],
             lora_dropout=config["lora_dropout"],
         )
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not an adapter folder: it has no {CONFIG}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not an adapter folder: {CONFIG}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged or not written by malora_dist: {error!r}") from error
 
 
 def load_adapter(model: nn.Module, folder: Path) -> AdapterInfo:
     """Put the folder's adapter on a base model: inject its layers and fill them.
 
-    Raises CheckpointError if a tensor is missing, unknown or of another shape than the method on this base has.
+    Raises CheckpointError if a file is missing or damaged, or if a tensor is missing, unknown or of another shape than
+    the method on this base has.
     """
     info = read_adapter_info(folder)
+    state = _read_weights(folder)
     inject_adapters(model, info.spec, info.target_modules, lora_dropout=info.lora_dropout)
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} is not an adapter folder: it has no {WEIGHTS}")
-    state = dict(_from_file(name, tensor) for name, tensor in load_file(folder / WEIGHTS).items())
     parameters = dict(adapter_parameters(model))
     _check_names(folder, parameters, state)
     with torch.no_grad():
@@ -90,6 +92,15 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterInfo:
                 )
             parameter.copy_(state[name])
     return info
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return dict(_from_file(name, tensor) for name, tensor in load_file(folder / WEIGHTS).items())
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not an adapter folder: {WEIGHTS} cannot be read: {error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is damaged: {error}") from error
 
 
 def _check_names(folder: Path, wanted: Iterable[str], found: Iterable[str]) -> None:

@@ -42,6 +42,10 @@ def build_engine(
     """
     import deepspeed
 
+    if settings is None and zero_stage in (1, 2):
+        # These stages split what an optimizer holds, and DeepSpeed refuses them without one.
+        zero_stage = 0
+        deepspeed_config = {**deepspeed_config, "zero_optimization": {"stage": 0}}
     trained = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
     engine, _, _, _ = deepspeed.initialize(
         model=model,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.data.loader import MicroBatch
-from malora_dist.engine.forward import cross_entropies
+from malora_dist.engine.forward import cross_entropies, set_token_keys
 from malora_dist.errors import TrainingError
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.parallel.groups import max_over_processes
@@ -41,8 +41,10 @@ class GradientGuard:
         return self.names[int(bad[-1])] if len(bad) else None
 
 
-def first_nonfinite_layer(engine: Any, batches: Sequence[MicroBatch], device: torch.device) -> str:
-    """Run the step's micro-batches forward again and name the first adapted layer whose output is not finite.
+def first_nonfinite_layer(
+    engine: Any, batches: Sequence[MicroBatch], device: torch.device, *, seed: int, step: int
+) -> str:
+    """Run the step's micro-batches forward again, as they were, and name the first adapted layer that is not finite.
 
     Every process must call it. Falls back to `the loss` if all layers are finite.
     """
@@ -59,6 +61,7 @@ def first_nonfinite_layer(engine: Any, batches: Sequence[MicroBatch], device: to
     handles = [layer.register_forward_hook(watch(index)) for index, (_, layer) in enumerate(layers)]
     with torch.no_grad():
         for batch in batches:
+            set_token_keys(engine.module, batch, seed, step)
             cross_entropies(engine, batch)
     for handle in handles:
         handle.remove()

@@ -48,8 +48,9 @@ def train_loop(
     window = _Window(stepper)
     with Bar("training", settings.last_step, world.is_main) as bar:
         for number in range(1, settings.last_step + 1):
+            began = time.monotonic()
             batches = [batch.to(world.device) for batch in next(loader)]
-            window.add(stepper.step(number, batches))
+            window.add(stepper.step(number, batches), time.monotonic() - began)
             bar.update(number)
             last = number == settings.last_step
             if number % settings.logging_steps == 0 or number == 1 or last:
@@ -90,16 +91,17 @@ class _Window:
         self.stepper = stepper
         self.layers = [name for name, layer in mixture_layers(stepper.engine.module) if layer.gate is not None]
         self.results: list[StepResult] = []
+        self.seconds = 0.0
         self.expert_counts_GLE: Tensor = torch.zeros(())
-        self.started = time.monotonic()
 
-    def add(self, result: StepResult) -> None:
+    def add(self, result: StepResult, seconds: float) -> None:
         self.results.append(result)
+        self.seconds += seconds
         self.expert_counts_GLE = self.expert_counts_GLE + result.expert_counts_GLE
 
     def close(self, step: int, epoch: float) -> Record:
         """The window's record, the same on every process; starts a new window."""
-        results, seconds = self.results, time.monotonic() - self.started
+        results, seconds = self.results, self.seconds
         n = len(results)
         device = self.stepper.world.device
         peak = max_over_processes(torch.tensor([peak_memory_gib(device)], dtype=torch.float64, device=device))
@@ -119,7 +121,7 @@ class _Window:
             count = sum(result.task_token_counts[task] for result in results)
             if count > 0:
                 record[f"train/{name}/loss"] = sum(result.task_loss_sums[task] for result in results) / count
-        self.results, self.started = [], time.monotonic()
+        self.results, self.seconds = [], 0.0
         return record
 
     def routing(self, step: int) -> Record:

@@ -1,6 +1,7 @@
 """Everything a run writes, and what it says on the terminal. Only the main process writes; all may call."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from malora_dist.checkpoint.card import model_card
 from malora_dist.config import RunConfig, write_config
 from malora_dist.data.build import PreparedData
 from malora_dist.engine.progress import LOGGER, start_logging
-from malora_dist.engine.run_folder import claim_run_folder, write_json
+from malora_dist.engine.run_folder import claim_run_folder, write_json, write_text
 from malora_dist.metrics import MetricsWriter
 from malora_dist.nn.inject import InjectionReport
 from malora_dist.parallel.groups import World, from_main
@@ -35,7 +36,9 @@ class RunOutputs:
             write_config(config, folder / "config.yaml")
             self.metrics = MetricsWriter(folder / "metrics.jsonl")
             self.trackers = open_trackers(config.train.report_to, folder, config.model_dump(mode="json"))
-        self.log.info("run folder %s, %d processes on %s", folder, world.size, world.device.type)
+        self.log.info(
+            "run folder %s, %d process%s on %s", folder, world.size, "es" if world.size > 1 else "", world.device.type
+        )
 
     @classmethod
     def claim(cls, config: RunConfig, world: World) -> "RunOutputs":
@@ -43,10 +46,14 @@ class RunOutputs:
         folder = from_main(str(claim_run_folder(config.output_dir)) if world.is_main else None)
         return cls(config.model_copy(update={"output_dir": folder}), Path(folder), world)
 
+    def notes(self, notes: Sequence[str]) -> None:
+        """What a reader should know about the plan."""
+        for note in notes:
+            self.log.info("note: %s", note)
+
     def data(self, data: PreparedData) -> None:
         """data.json: what was read, skipped and removed, by task."""
-        for warning in data.warnings():
-            self.log.info("note: %s", warning)
+        self.notes(data.warnings())
         self._write("data.json", data.counts)
         sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
         self.log.info("training samples: %s", sizes)
@@ -118,28 +125,34 @@ class RunOutputs:
         self.evaluations[side] = result
         self._write("eval.json", self.evaluations)
         if result["average"] is not None:
-            self.log.info("%s: accuracy %.3f on average over %d tasks", side, result["average"], len(result["tasks"]))
+            measured = sum("accuracy" in row for row in result["tasks"].values())
+            self.log.info("%s: accuracy %.3f on average over %d tasks", side, result["average"], measured)
 
     def adapter(self, model: nn.Module, name: str) -> None:
         """Write the adapter folder `name`; gathers the weights, so every process must call it."""
         state = dict(gathered_adapter_state(model))
         if not self.world.is_main:
             return
+        save_adapter(self.folder / name, self._adapter_info(), state, self._card())
+        self.log.info("saved %s", self.folder / name)
+
+    def _adapter_info(self) -> AdapterInfo:
         adapter = self.config.adapter
-        info = AdapterInfo(
+        return AdapterInfo(
             spec=adapter_spec(self.config),
             target_modules=tuple(adapter.target_modules),
             base_model=self.config.model.name_or_path,
             lora_dropout=adapter.lora_dropout,
         )
-        card = model_card(info, [task.name for task in self.config.data.tasks], self.evaluations)
-        save_adapter(self.folder / name, info, state, card)
-        self.log.info("saved %s", self.folder / name)
+
+    def _card(self) -> str:
+        return model_card(self._adapter_info(), [task.name for task in self.config.data.tasks], self.evaluations)
 
     def finish(self) -> None:
-        """Write the report and say what to look at next."""
+        """Write the report, put the accuracies into the adapter's card, and say what to look at next."""
         if not self.world.is_main:
             return
+        write_text(self.folder / "adapter" / "README.md", self._card())
         self.metrics.close()
         for tracker in self.trackers:
             tracker.close()

@@ -1,45 +1,71 @@
 """A rank as a process: one clear message when it fails, a clean end when it does not."""
 
+import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
-from malora_dist.errors import ConfigError, DataError, MaloraError, TopologyError, TrainingError
+from malora_dist.engine.progress import LOGGER
+from malora_dist.errors import ConfigError, DataError, MaloraError, TopologyError
+
+# How long a rank leaves the word to the one that knows more, whose end makes the launcher end all.
+PATIENCE_SECONDS = 5
+# How gloo words that another process is gone or late.
+LOST_PEER = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def run_as_process(work: Callable[[], None]) -> int:
-    """Run a rank's work; 0, or 2 for mistakes in recipe or data, or 1 for anything else, said on stderr.
+    """Run a rank's work; 0, or 2 for mistakes in recipe or data, or 1 for anything else, said on stderr and in the log.
 
-    What all ranks find out alike is said by the main one only. A rank that fails alone says so and ends; its launcher
-    then ends the others, and without a launcher their next collective fails within the run's timeout.
+    A rank that fails ends; its launcher then ends the others, and without a launcher their next collective fails within
+    the run's timeout. Errors for people are mostly found by all ranks alike, and then said by the main one only.
     """
     try:
         work()
+        _leave_groups()
     except MaloraError as error:
-        alike = isinstance(error, ConfigError | TopologyError | TrainingError)
-        if os.environ.get("RANK", "0") == "0" or not alike:
-            _say(str(error))
+        if os.environ.get("RANK", "0") != "0":
+            # Leaving at once would make the launcher end the main rank before it has spoken.
+            time.sleep(PATIENCE_SECONDS)
+        _say(str(error))
         return _leave(2 if isinstance(error, ConfigError | DataError | TopologyError) else 1)
-    except Exception:
-        _say(traceback.format_exc())
+    except Exception as error:
+        lost = _lost_peer(error)
+        if lost is not None:
+            time.sleep(PATIENCE_SECONDS)
+        _say(lost or traceback.format_exc())
         return _leave(1)
-    return _finish()
+    return _leave(0)
+
+
+def _lost_peer(error: Exception) -> str | None:
+    """A sentence if the error only means that another rank is gone: tracebacks of all others would bury its message."""
+    if not isinstance(error, RuntimeError) or not any(words in str(error) for words in LOST_PEER):
+        return None
+    here = [frame for frame in traceback.extract_tb(error.__traceback__) if "malora_dist" in frame.filename][-1]
+    return (
+        "gave up waiting for another process: it failed, which its own message explains, or took longer than "
+        f"parallel.timeout_seconds ({here.name} in {here.filename}:{here.lineno}: {str(error).strip()})"
+    )
 
 
 def _say(message: str) -> None:
-    rank = os.environ.get("RANK")
-    where = f"[rank {rank}] " if rank is not None else ""
-    print(f"{where}{message}", file=sys.stderr, flush=True)
+    where = f"[rank {os.environ.get('RANK')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    logger = logging.getLogger(LOGGER)
+    if logger.handlers:
+        logger.error("%s%s", where, message)
+    else:
+        print(f"{where}{message}", file=sys.stderr, flush=True)
 
 
-def _finish() -> int:
+def _leave_groups() -> None:
     """Leave the process groups together, so that no rank ends while another still needs it."""
     from malora_dist.parallel.groups import stop_processes, wait_for_all
 
     wait_for_all()
     stop_processes()
-    return _leave(0)
 
 
 def _leave(code: int) -> int:

@@ -19,25 +19,34 @@ LOGGER = "malora_dist"
 
 
 def start_logging(log_file: Path | None) -> None:
-    """Send this package's messages to the terminal and to `log_file`; None silences all but errors (other ranks)."""
+    """Send this package's messages to stdout, errors to stderr, all to `log_file`; None leaves errors (other ranks)."""
     logger = logging.getLogger(LOGGER)
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if log_file is not None else logging.ERROR)
-    if sys.stdout.isatty():
-        logger.addHandler(RichHandler(console=Console(), show_path=False, show_level=False, markup=False))
-    else:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
+    logger.addHandler(_stdout_handler())
+    errors = logging.StreamHandler(sys.stderr)
+    errors.setLevel(logging.ERROR)
+    logger.addHandler(errors)
     if log_file is not None:
         to_file = logging.FileHandler(log_file)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
-    # DeepSpeed calls collectives by names that torch has deprecated; nobody who reads a run's log can change that.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     for noisy in ("DeepSpeed", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # DeepSpeed still calls torch's collectives by their older names, and torch says so on every rank.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def _stdout_handler() -> logging.Handler:
+    handler: logging.Handler
+    if sys.stdout.isatty():
+        handler = RichHandler(console=Console(), show_path=False, show_level=False, markup=False)
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(lambda record: record.levelno < logging.ERROR)
+    return handler
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """The folder of a run: claimed once, never overwritten, every file whole or absent."""
 
 import json
+import math
 import os
 from itertools import count
 from pathlib import Path
@@ -26,12 +27,44 @@ def claim_run_folder(output_dir: str | Path) -> Path:
     raise AssertionError("count() ended")
 
 
+def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
+    """Where `result` belongs: eval.json, or eval-2.json, -3, ... if the file says something that `result` does not.
+
+    So a measurement that comes out the same rewrites its file, one that was interrupted is completed, and one with
+    other tasks, rows or numbers (beyond rounding) goes beside it.
+    """
+    for number in count(1):
+        path = folder / ("eval.json" if number == 1 else f"eval-{number}.json")
+        if not path.exists() or _says_all_of(result, _read_json(path)):
+            return path
+    raise AssertionError("count() ended")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{path} is damaged, and nobody else's to overwrite"
+
+
+def _says_all_of(new: Any, old: Any) -> bool:
+    if isinstance(new, dict) and isinstance(old, dict):
+        return all(key in new and _says_all_of(new[key], value) for key, value in old.items())
+    if isinstance(new, float) and isinstance(old, float):
+        return math.isclose(new, old, rel_tol=1e-5, abs_tol=1e-9)
+    return bool(new == old)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file under a temporary name, then rename it."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -114,7 +114,7 @@ class Stepper:
             total[:2],
             sums.task_loss_G,
             self.task_names,
-            where=lambda: first_nonfinite_layer(self.engine, batches, self.world.device),
+            where=lambda: first_nonfinite_layer(self.engine, batches, self.world.device, seed=self.seed, step=number),
         )
         layer = self.guard.culprit(total[2 + G :])
         if layer is not None:

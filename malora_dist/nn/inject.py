@@ -60,6 +60,7 @@ def inject_adapters(
     """
     _refuse_fused_experts(model)
     matches = {target: _find_targets(model, target) for target in target_modules}
+    _check_matches(model, matches, spec)
     model.requires_grad_(False)
     base_parameters = count_base_parameters(model)
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
@@ -127,6 +128,25 @@ def _find_targets(model: nn.Module, target: str) -> list[str]:
     return list(candidates)
 
 
+def _check_matches(model: nn.Module, matches: dict[str, list[str]], spec: MixtureSpec) -> None:
+    """Refuse what cannot be built, before anything of the model is changed."""
+    if not matches:
+        raise ConfigError("adapter.target_modules is empty: there would be nothing to train")
+    target_of: dict[str, str] = {}
+    for target, names in matches.items():
+        for name in names:
+            if name in target_of:
+                raise ConfigError(f"adapter.target_modules: {target_of[name]!r} and {target!r} both match {name}")
+            target_of[name] = target
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear | NF4Linear)
+            if spec.shared_r is not None and spec.shared_r > linear.in_features:
+                raise ConfigError(
+                    f"adapter.shared_r={spec.shared_r} must be at most the {linear.in_features} inputs of {name}: "
+                    "S_A is made of that many orthogonal rows"
+                )
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, NF4Linear))
 
@@ -144,11 +164,6 @@ def _wrap(model: nn.Module, name: str, spec: MixtureSpec, dropout: float, comput
     parent_name, _, leaf = name.rpartition(".")
     parent, base = model.get_submodule(parent_name), model.get_submodule(name)
     assert isinstance(base, (nn.Linear, NF4Linear))
-    if spec.shared_r is not None and spec.shared_r > base.in_features:
-        raise ConfigError(
-            f"adapter.shared_r={spec.shared_r} must be at most the {base.in_features} inputs of {name}: "
-            "S_A is made of that many orthogonal rows"
-        )
     device = next(base.parameters()).device
     with torch.device(device):
         layer = MixtureLinear(

@@ -1,4 +1,4 @@
-"""A step on DeepSpeed equals a naive one-process loop: losses, clip norm, weights, at every ZeRO stage, 1 and 2 ranks."""
+"""A step on DeepSpeed equals a naive one-process loop in losses, clip norm and weights: ZeRO 0-3, 1 and 2 ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2-task": {"zero_stage": 2, "normalization": "task"},
     "zero3-lora": {"zero_stage": 3, "method": "lora"},
     "zero1-molora": {"zero_stage": 1, "method": "molora"},
+    "zero0-bf16-base": {"zero_stage": 0, "dtype": "bfloat16"},
+    "zero3-bf16-base": {"zero_stage": 3, "dtype": "bfloat16", "load_in_4bit": True},
 }
 
 
@@ -48,14 +50,24 @@ def test_equals_one_process(folder: Path, references: dict[str, dict[str, Any]],
             assert set(results[name]["timeouts"]) == {60.0}
             _is_partitioned(results[name], case, world_size)
         weights = load_file(output / f"{name}.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        if case.get("dtype") == "bfloat16":
+            continue
         for key, tensor in references[name]["state"].items():
-            torch.testing.assert_close(weights[key], tensor, atol=5e-5, rtol=0, msg=lambda m, k=key, n=name: f"{n} {k} {m}")
+            torch.testing.assert_close(
+                weights[key], tensor, atol=2e-5, rtol=0, msg=lambda m, k=key, n=name: f"{n} {k} {m}"
+            )
 
 
 def _equals(result: dict[str, Any], reference: dict[str, Any], name: str) -> None:
-    for key, tolerance in {"losses": 2e-6, "aux_losses": 2e-6, "grad_norms": 2e-5}.items():
+    """To rounding in fp32. A bf16 base rounds packed and single samples differently: there to about two bf16 digits."""
+    exact = {"losses": 2e-6, "aux_losses": 2e-6, "grad_norms": 2e-5}
+    rounded = {"losses": 2e-2, "aux_losses": 2e-2, "grad_norms": 6e-2}
+    for key, tolerance in (rounded if "bf16" in name else exact).items():
         found, wanted = torch.tensor(result[key]), torch.tensor(reference[key])
-        torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance, msg=lambda m: f"{name} {key}: {m}")
+        torch.testing.assert_close(
+            found, wanted, atol=tolerance, rtol=tolerance, msg=lambda m, k=key: f"{name} {k}: {m}"
+        )
 
 
 def _is_partitioned(result: dict[str, Any], case: dict[str, Any], world_size: int) -> None:

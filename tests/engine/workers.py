@@ -24,6 +24,8 @@ from tests.reference import adamw_reference_step, balance_reference, clip_refere
 
 STEPS, ACCUMULATION, SAMPLES = 5, 2, 4
 LEARNING_RATE, MAX_NORM, COEFFICIENT, SEED = 1e-3, 0.5, 0.01, 7
+# With Adam's usual epsilon, the rounding of gradients near 0 would grow a thousandfold in the weights.
+EPSILON = 1e-5
 # Prompt and response lengths of the samples of one step: counts from 0 to 60, so that one of two ranks has no
 # supervised token in the first micro-batch and the ranks' token counts differ widely in the second.
 LENGTHS = [(9, 0), (5, 0), (7, 60), (4, 1), (6, 1), (11, 0), (3, 30), (8, 2)]
@@ -60,7 +62,7 @@ def build_model(folder: str, case: dict[str, Any], world: World | None, config: 
     place = stay if world is None else partition_at_once(config) if case["zero_stage"] == 3 else replicate
     model = load_base_model(
         Path(folder),
-        dtype=torch.float32,
+        dtype=getattr(torch, case.get("dtype", "float32")),
         load_in_4bit=case.get("load_in_4bit", False),
         double_quant=True,
         reader=world is None or world.is_main,
@@ -92,7 +94,7 @@ def train_case(world: World, folder: str, output: str, case: dict[str, Any]) -> 
         learning_rate=LEARNING_RATE,
         weight_decay=0.01,
         betas=(0.9, 0.999),
-        epsilon=1e-8,
+        epsilon=EPSILON,
         lr_scheduler_type="constant",
         warmup_steps=0,
         total_steps=STEPS,
@@ -153,7 +155,13 @@ def reference_run(folder: str, case: dict[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
             for i, (parameter, gradient) in enumerate(zip(parameters, clipped, strict=True)):
                 new, *moments_i = adamw_reference_step(
-                    parameter, gradient, *moments[i], step, learning_rate=LEARNING_RATE, weight_decay=0.01
+                    parameter,
+                    gradient,
+                    *moments[i],
+                    step,
+                    learning_rate=LEARNING_RATE,
+                    epsilon=EPSILON,
+                    weight_decay=0.01,
                 )
                 parameter.copy_(new)
                 moments[i] = (moments_i[0], moments_i[1])

@@ -178,6 +178,14 @@ def test_fused_experts_are_refused_by_name(family: str) -> None:
         inject_adapters(model, MALORA, ["q_proj"])
 
 
+def test_a_shared_rank_above_the_inputs_is_named(tiny_llama: LlamaFactory) -> None:
+    """S_A has orthogonal rows, of which there are no more than inputs: 48 for all targets but down_proj's 80."""
+    model = tiny_llama()
+    inject_adapters(model, mixture_spec("malora", r=3, shared_r=80), ["down_proj"])
+    with pytest.raises(ConfigError, match=r"shared_r=49.*48.*q_proj"):
+        inject_adapters(tiny_llama(), mixture_spec("malora", r=3, shared_r=49), ["q_proj"])
+
+
 def test_injecting_twice_is_refused(tiny_llama: LlamaFactory) -> None:
     model = tiny_llama()
     inject_adapters(model, MALORA, ["q_proj"])
@@ -215,7 +223,7 @@ def test_checkpointing_changes_no_gradient_and_counts_the_balance_loss_once(
     model.train()
     plain = _losses_and_gradients(model, aux_weight=0.5)
     without_aux = _losses_and_gradients(model, aux_weight=0.0)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     forwards: list[str] = []
     for name, layer in mixture_layers(model):
         layer.register_forward_pre_hook(lambda *_, name=name: forwards.append(name))
@@ -228,3 +236,19 @@ def test_checkpointing_changes_no_gradient_and_counts_the_balance_loss_once(
     torch.testing.assert_close(checkpointed[2], plain[2], rtol=1e-10, atol=1e-13)
     routers = [name for name in plain[2] if name.endswith(".gate")]
     assert all(not torch.allclose(plain[2][n], without_aux[2][n], rtol=0.01) for n in routers)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        pytest.param([], "is empty", id="none"),
+        pytest.param(["q_proj", "self_attn.q_proj"], "both match model.layers.0.self_attn.q_proj", id="overlapping"),
+    ],
+)
+def test_impossible_targets_leave_the_model_as_it_was(
+    tiny_llama: LlamaFactory, targets: list[str], message: str
+) -> None:
+    model = tiny_llama()
+    with pytest.raises(ConfigError, match=message):
+        inject_adapters(model, mixture_spec("malora", r=2, shared_r=4), targets)
+    assert all(parameter.requires_grad for parameter in model.parameters())

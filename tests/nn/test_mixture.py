@@ -114,17 +114,20 @@ def test_initial_values(beta: float) -> None:
     assert not layer.B.any() and not molora.B.any()
 
 
-def test_factors_depend_on_the_generator_alone() -> None:
+@pytest.mark.parametrize(
+    ("method", "drawn"), [("malora", ("gate", "shared_A", "P")), ("molora", ("gate", "A")), ("lora", ("A",))]
+)
+def test_factors_depend_on_the_generator_alone(method: str, drawn: tuple[str, ...]) -> None:
     case = CASES["plain"]
 
     def parameters(seed: int) -> dict[str, Tensor]:
         torch.rand(1)  # moves the global generator
-        layer = _layer(nn.Identity(), case, "malora", "auto", generator=torch.Generator().manual_seed(seed))
+        layer = _layer(nn.Identity(), case, method, "auto", generator=torch.Generator().manual_seed(seed))
         return layer.state_dict()
 
     first, same, other = parameters(0), parameters(0), parameters(1)
     assert all(torch.equal(first[name], same[name]) for name in first)
-    assert all(not torch.equal(first[name], other[name]) for name in ("gate", "shared_A", "P"))
+    assert all(not torch.equal(first[name], other[name]) for name in drawn)
 
 
 def test_routing_is_kept_and_reads_x_before_dropout() -> None:

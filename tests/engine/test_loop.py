@@ -1,0 +1,146 @@
+"""The training loop at world size 1: what is logged when, from which steps, and what a stop leaves unchanged."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from malora_dist.data.encode import Sample
+from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.loop import LoopSettings, train_loop
+from malora_dist.parallel.groups import World
+from tests.distributed import run_distributed
+from tests.engine.guard_workers import ACCUMULATION, TASKS, new_stepper
+from tests.engine.workers import make_model
+
+STEPS, TASK_SIZES = 6, [9, 5]  # the third task has no samples
+PAUSE = 3.0
+EVERY: dict[str, Any] = {"logging_steps": 1, "eval_steps": None, "save_steps": None, "stop_after_steps": None}
+RUNS: dict[str, dict[str, Any]] = {
+    "every": EVERY,
+    "windows": {**EVERY, "logging_steps": 4, "eval_steps": 2, "save_steps": 3},
+    "stopped": {**EVERY, "stop_after_steps": 3, "save_steps": 3},
+    "lora": {**EVERY, "stop_after_steps": 1},
+}
+
+
+def loader() -> TrainLoader:
+    draw = np.random.default_rng(0)
+    tasks = np.repeat(np.arange(len(TASK_SIZES)), TASK_SIZES)
+    samples = [
+        Sample(i, int(task), draw.integers(0, 96, 8 + 3 * (i % 5)).astype(np.int32), 4) for i, task in enumerate(tasks)
+    ]
+    return TrainLoader(samples, task_sizes=TASK_SIZES, global_batch_size=2 * ACCUMULATION, micro_batch_size=2)
+
+
+def train_runs(world: World, folder: str) -> dict[str, dict[str, Any]]:
+    return {name: train_run(world, folder, name) for name in RUNS}
+
+
+def train_run(world: World, folder: str, name: str) -> dict[str, Any]:
+    method = "lora" if name == "lora" else "malora"
+    stepper = new_stepper(world, folder, {"zero_stage": 2, "method": method}, total_steps=STEPS)
+    settings = LoopSettings(max_steps=STEPS, steps_per_epoch=3.5, **RUNS[name])
+    records: list[dict[str, Any]] = []
+    calls: list[tuple[str, int]] = []
+
+    def evaluate(step: int) -> None:
+        calls.append(("evaluate", step))
+        time.sleep(PAUSE)
+
+    train_loop(
+        stepper, loader(), settings, log=records.append, evaluate=evaluate, save=lambda s: calls.append(("save", s))
+    )
+    return {"records": records, "calls": calls, "steps": stepper.engine.global_steps}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("loop")
+    make_model(folder)
+    (runs,) = run_distributed("tests.engine.test_loop:train_runs", 1, folder=str(folder))
+    return runs
+
+
+def of_kind(run: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [record for record in run["records"] if record["kind"] == kind]
+
+
+def test_a_record_of_every_step(runs: dict[str, dict[str, Any]]) -> None:
+    records = of_kind(runs["every"], "train")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["epoch"] for record in records] == [pytest.approx(step / 3.5) for step in range(1, 7)]
+    # Two steps of warm-up, then down to 0 at the end of the sixth.
+    schedule = [0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4]
+    assert [record["learning_rate"] for record in records] == [pytest.approx(rate) for rate in schedule]
+    names = {"kind", "step", "epoch", "loss", "aux_loss", "grad_norm", "learning_rate", "tokens_per_second",
+             "step_seconds", "peak_memory_gib", "train/a/loss", "train/b/loss"}  # fmt: skip
+    assert set().union(*records) == names
+    assert runs["every"]["steps"] == STEPS and runs["every"]["calls"] == []
+    assert all(0.05 < record["peak_memory_gib"] < 8 and record["aux_loss"] > 0.9 for record in records)
+
+
+def test_a_window_is_the_mean_of_its_steps_and_of_its_tasks_tokens(runs: dict[str, dict[str, Any]]) -> None:
+    single = of_kind(runs["every"], "train")
+    windows = of_kind(runs["windows"], "train")
+    assert [record["step"] for record in windows] == [1, 4, 6]
+    tokens, targets = counts()
+    for record, steps in zip(windows, ([0], [1, 2, 3], [4, 5]), strict=True):
+        for name in ("loss", "aux_loss", "grad_norm"):
+            assert record[name] == pytest.approx(np.mean([single[i][name] for i in steps]), rel=1e-5), name
+        assert record["learning_rate"] == single[steps[-1]]["learning_rate"]
+        for task, name in enumerate(("train/a/loss", "train/b/loss")):
+            total = sum(single[i].get(name, 0) * targets[i][task] for i in steps)
+            assert record[name] == pytest.approx(total / sum(targets[i][task] for i in steps), rel=1e-5)
+        seconds = record["step_seconds"] * len(steps)
+        assert record["tokens_per_second"] * seconds == pytest.approx(sum(tokens[i] for i in steps))
+    assert len({tuple(step) for step in targets}) > 3  # or a mean of means would pass
+
+
+def counts() -> tuple[list[int], list[list[int]]]:
+    """Tokens of every step, and each task's supervised ones."""
+    batches, tokens, targets = loader(), [], []
+    for _ in range(STEPS):
+        step = next(batches)
+        tokens.append(sum(batch.input_ids.numel() for batch in step))
+        tasks = np.concatenate([batch.task_ids[batch.target_sample].numpy() for batch in step])
+        targets.append(np.bincount(tasks, minlength=len(TASKS)).tolist())
+    return tokens, targets
+
+
+def test_evaluation_and_saves_come_at_their_steps_and_do_not_count_as_training(runs: dict[str, dict[str, Any]]) -> None:
+    run = runs["windows"]
+    # The last step is evaluated and saved by whoever trains, not by the loop.
+    assert run["calls"] == [["evaluate", 2], ["save", 3], ["evaluate", 4]]
+    assert all(record["step_seconds"] * 3 < PAUSE for record in of_kind(run, "train")[1:])
+
+
+def test_routing_shares_add_up(runs: dict[str, dict[str, Any]]) -> None:
+    assert [record["step"] for record in of_kind(runs["every"], "routing")] == [6]
+    records = of_kind(runs["windows"], "routing")
+    assert [record["step"] for record in records] == [2, 4, 6]
+    for record in records:
+        assert record["tasks"] == list(record["share"]) == TASKS
+        assert all(len(layers) == 12 for layers in record["share"].values())
+        for task, total in {"a": 1, "b": 1, "c": 0}.items():
+            for layer, shares in record["share"][task].items():
+                assert len(shares) == 4 and layer.startswith("model.layers.")
+                assert sum(shares) == pytest.approx(total, abs=1e-6), (task, layer)
+    # Each record counts its own steps: together they are those of the run that has one record.
+    (whole,) = of_kind(runs["every"], "routing")
+    assert records[0]["share"]["a"] != records[1]["share"]["a"] != whole["share"]["a"]
+
+
+def test_a_stop_leaves_schedule_and_steps_as_they_are(runs: dict[str, dict[str, Any]]) -> None:
+    stopped, whole = of_kind(runs["stopped"], "train"), of_kind(runs["every"], "train")[:3]
+    assert runs["stopped"]["steps"] == 3 and runs["stopped"]["calls"] == []
+    for name in ("step", "epoch", "loss", "aux_loss", "grad_norm", "learning_rate", "train/a/loss"):
+        assert [record.get(name) for record in stopped] == pytest.approx([record.get(name) for record in whole]), name
+    assert [record["step"] for record in of_kind(runs["stopped"], "routing")] == [3]
+
+
+def test_without_a_router_there_is_nothing_to_share(runs: dict[str, dict[str, Any]]) -> None:
+    (record,) = of_kind(runs["lora"], "train")
+    assert record["aux_loss"] == 0 and record["loss"] > 0
+    assert of_kind(runs["lora"], "routing")[0]["share"] == {"a": {}, "b": {}, "c": {}}

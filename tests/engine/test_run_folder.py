@@ -1,0 +1,84 @@
+"""Run folders are claimed once and never overwritten; their files are whole or absent."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from malora_dist.engine.run_folder import claim_run_folder, evaluation_file, write_json
+from malora_dist.errors import ConfigError
+from tests.distributed import ROOT
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+from malora_dist.engine.run_folder import claim_run_folder
+folder = Path(sys.argv[1])
+(folder / f"ready{sys.argv[2]}").touch()
+while len(list(folder.glob("ready*"))) < 3:
+    pass
+for _ in range(40):
+    print(claim_run_folder(folder / "runs" / "demo").name)
+"""
+KILLED = """
+import resource, signal, sys
+from pathlib import Path
+from malora_dist.engine.run_folder import write_json
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+write_json(Path(sys.argv[1]), {"long": "x" * 2**17})
+"""
+
+
+def test_a_taken_folder_is_never_reused(tmp_path: Path) -> None:
+    wanted = tmp_path / "runs" / "deep" / "demo"
+    assert [claim_run_folder(wanted).name for _ in range(3)] == ["demo", "demo-2", "demo-3"]
+    (wanted.parent / "demo-2").rmdir()
+    assert claim_run_folder(str(wanted)) == wanted.parent / "demo-2"
+    (wanted.parent / "file").touch()
+    assert claim_run_folder(wanted.parent / "file").name == "file-2"
+
+
+def test_processes_that_claim_at_once_get_different_folders(tmp_path: Path) -> None:
+    commands = [[sys.executable, "-c", CLAIM, str(tmp_path), str(number)] for number in range(3)]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for command in commands]
+    claims = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert [len(names) for names in claims] == [40, 40, 40]
+    assert sorted(sum(claims, [])) == sorted(["demo", *(f"demo-{number}" for number in range(2, 121))])
+
+
+def test_a_place_that_cannot_be_written_is_a_mistake_in_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output_dir in (tmp_path / "file" / "run", tmp_path / "file" / "below" / "run"):
+        with pytest.raises(ConfigError, match=rf"output_dir={output_dir} cannot be created: \w+"):
+            claim_run_folder(output_dir)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    write_json(path, {"task": "é", "n": [1, 2.5, None]})
+    assert json.loads(path.read_text()) == {"task": "é", "n": [1, 2.5, None]}
+    run = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGXFSZ, run.stderr
+    assert json.loads(path.read_text()) == {"task": "é", "n": [1, 2.5, None]}
+    write_json(path, {"after": 1})
+    assert json.loads(path.read_text()) == {"after": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_an_evaluation_overwrites_only_what_says_the_same_or_less(tmp_path: Path) -> None:
+    half = {"base": {"tasks": {"a": {"n": 3, "accuracy": 0.5}}}}
+    whole = {**half, "tuned": {"tasks": {"a": {"n": 3, "accuracy": 0.75}}}}
+    assert evaluation_file(tmp_path, half) == tmp_path / "eval.json"
+    write_json(tmp_path / "eval.json", half)
+    rounded = {"base": {"tasks": {"a": {"n": 3, "accuracy": 0.5 + 1e-7}}}}
+    other = {"base": {"tasks": {"a": {"n": 4, "accuracy": 0.5}}}}
+    assert [evaluation_file(tmp_path, result).name for result in (half, whole, rounded)] == ["eval.json"] * 3
+    assert evaluation_file(tmp_path, other).name == "eval-2.json"
+    write_json(tmp_path / "eval.json", whole)
+    assert evaluation_file(tmp_path, half).name == "eval-2.json"
+    (tmp_path / "eval-2.json").write_text("{half")
+    assert evaluation_file(tmp_path, other).name == "eval-3.json"

@@ -1,0 +1,33 @@
+"""From recipe to settings."""
+
+from pathlib import Path
+
+import torch
+
+from malora_dist.config import load_config
+from malora_dist.engine.setup import engine_config, optimizer_settings
+from malora_dist.parallel.groups import World
+from malora_dist.source import native_dtype
+
+RECIPE = Path(__file__).parents[2] / "malora_dist" / "recipes" / "demo.yaml"
+
+
+def test_warm_up_is_rounded_up_to_whole_steps() -> None:
+    config = load_config(RECIPE, ["--train.warmup_ratio", "0.07"])
+    assert optimizer_settings(config, 101).warmup_steps == 8
+    assert optimizer_settings(config, 101).total_steps == 101
+
+
+def test_engine_runs_in_fp32_and_keeps_the_plain_linear() -> None:
+    """DeepSpeed's memory-efficient linear does not survive non-reentrant recomputation."""
+    world = World(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
+    settings = engine_config(load_config(RECIPE), world)
+    assert "bf16" not in settings and "fp16" not in settings
+    assert settings["zero_optimization"]["memory_efficient_linear"] is False
+    assert settings["zero_optimization"]["stage"] == 3
+
+
+def test_native_dtype_follows_the_processor() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    native = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    assert native_dtype(torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)

@@ -1,0 +1,122 @@
+"""Evaluating a run again, alone and on three processes: the same numbers, and nothing measured before is lost."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from malora_dist.engine.progress import LOGGER
+from malora_dist.engine.run_folder import evaluation_file, write_json
+from malora_dist.evaluate import main
+from malora_dist.metrics import read_metrics
+from tests.e2e import SCRIPTS, contents, deepspeed, launch, make_folder
+
+PYTHON = str(SCRIPTS / "python")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run in `runs/tiny`, made by one process."""
+    path = make_folder(tmp_path_factory.mktemp("evaluate"))
+    settings = ["--num_gpus", "1", "--train.max_steps", "4", "--parallel.zero_stage", "0"]
+    done = launch([PYTHON, "-m", "malora_dist.cli", "train", "recipe.yaml", *settings], path)
+    assert done.code == 0, done.output
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """The same tasks and accuracies, and losses within 1e-5."""
+    assert found["average"] == wanted["average"] and found["tasks"].keys() == wanted["tasks"].keys()
+    for name, task in wanted["tasks"].items():
+        others = {key: value for key, value in found["tasks"][name].items() if key != "loss"}
+        assert others == {key: value for key, value in task.items() if key != "loss"}, name
+        assert found["tasks"][name]["loss"] == pytest.approx(task["loss"], abs=1e-5, rel=0), name
+
+
+def test_three_processes_measure_the_same(folder: Path) -> None:
+    """ZeRO-3, uneven shares of 71 questions, and a training batch that three processes could not share."""
+    run = folder / "runs" / "tiny"
+    before, others = read(run / "eval.json"), {k: v for k, v in contents(run).items() if k != "eval.json"}
+    done = launch(deepspeed(3, "malora_dist.evaluate", "runs/tiny", "--parallel.zero_stage", "3"), folder)
+    assert done.code == 0, done.output
+    assert "wrote runs/tiny/eval.json" in done.output and "Average accuracy" in done.output
+    after = read(run / "eval.json")
+    assert after.keys() == before.keys() == {"base", "tuned"}
+    for side in before:
+        assert_equal(after[side], before[side])
+    now = contents(run)
+    assert {k: v for k, v in now.items() if k not in ("eval.json", "evaluate.log")} == others
+    assert "evaluate.log" in now
+
+
+def test_one_process_with_other_settings_writes_beside(folder: Path) -> None:
+    run = folder / "runs" / "tiny"
+    before = (run / "eval.json").read_bytes()
+    command = [PYTHON, "-m", "malora_dist.cli", "evaluate", "runs/tiny", "--num_gpus", "1"]
+    done = launch([*command, "--evaluation.base", "false", "--evaluation.batch_tokens", "97"], folder)
+    assert done.code == 0, done.output
+    assert (run / "eval.json").read_bytes() == before
+    other = read(run / "eval-2.json")
+    assert other.keys() == {"tuned"}
+    assert_equal(other["tuned"], json.loads(before)["tuned"])
+    assert "--evaluation.batch_tokens 97" in (run / "evaluate.log").read_text(), "says how eval-2.json came about"
+
+
+def test_an_adapter_on_its_own_with_a_recipe(folder: Path) -> None:
+    """A checkpoint gives what the validation during training gave at its step; the result lies in its folder."""
+    run, adapter = folder / "runs" / "tiny", folder / "runs" / "tiny" / "adapter-step-000003"
+    before = {name: data for name, data in contents(run).items() if "adapter-step" not in name}
+    arguments = ["--recipe", "recipe.yaml", "--adapter", adapter, "--evaluation.split=validation"]
+    done = launch([PYTHON, "-m", "malora_dist.evaluate", *arguments, "--parallel.zero_stage=0"], folder)
+    assert done.code == 0, done.output
+    assert {name: data for name, data in contents(run).items() if "adapter-step" not in name} == before
+    tuned = read(adapter / "eval.json")["tuned"]["tasks"]
+    record = next(r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "eval" and r["step"] == 3)
+    for name, task in tuned.items():
+        assert task["n"] == 9
+        assert task["loss"] == pytest.approx(record[f"eval/{name}/loss"], abs=1e-5, rel=0)
+        assert task.get("accuracy") == record.get(f"eval/{name}/accuracy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "give RUN"),
+        (["runs/none"], "RUN=runs/none is not the folder of a finished run"),
+        (["--adapter", "a"], "belong together"),
+        (["--adapter"], "--adapter needs a value"),
+        (["--local_rank=0", "runs/none"], "RUN=runs/none"),
+        (["--adapter", "none", "--recipe", "recipe.yaml"], "none is not an adapter folder"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(logging.getLogger(LOGGER), "handlers", [])
+    assert main(arguments) in (1, 2)
+    assert part in capsys.readouterr().err and not (folder / "none").exists()
+
+
+def test_where_a_result_goes(tmp_path: Path) -> None:
+    """eval.json if nothing in it is lost, else the next number."""
+    base = {"tasks": {"a": {"n": 10, "loss": 2.5, "accuracy": 0.4}}, "average": 0.4}
+    moved = {"tasks": {"a": {"n": 10, "loss": 2.5, "accuracy": 0.5}}, "average": 0.5}
+    assert evaluation_file(tmp_path, {"base": base}).name == "eval.json"
+    write_json(tmp_path / "eval.json", {"base": base})
+    rounded = {"tasks": {"a": {"n": 10, "loss": 2.500001, "accuracy": 0.4}}, "average": 0.4}
+    assert evaluation_file(tmp_path, {"base": rounded}).name == "eval.json"
+    assert evaluation_file(tmp_path, {"base": base, "tuned": moved}).name == "eval.json", "completes it"
+    assert evaluation_file(tmp_path, {"tuned": moved}).name == "eval-2.json"
+    assert evaluation_file(tmp_path, {"base": moved}).name == "eval-2.json"
+    write_json(tmp_path / "eval-2.json", {"base": moved})
+    assert evaluation_file(tmp_path, {"base": moved}).name == "eval-2.json"
+    (tmp_path / "eval.json").write_text('{"base": {"ta')
+    assert evaluation_file(tmp_path, {"base": base}).name == "eval-3.json"

@@ -1,0 +1,258 @@
+"""Whole runs under the launchers people use: what they write and say, and how they end when something is wrong."""
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from malora_dist.config import load_config
+from malora_dist.metrics import Record, read_metrics
+from malora_dist.recipes import demo
+from tests.e2e import (
+    ROOT,
+    SCRIPTS,
+    Finished,
+    contents,
+    deepspeed,
+    files,
+    launch,
+    launch_together,
+    make_folder,
+    write_rows,
+)
+
+PYTHON = str(SCRIPTS / "python")
+TASKS = ("colour", "animal", "spell")
+# The same global micro-batches as two processes with 2 samples each make: the balance loss is one of a micro-batch.
+ALONE = ("--train.per_device_train_batch_size", "4")
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+RUN_FILES = {
+    "config.yaml", "metrics.jsonl", "eval.json", "data.json", "train.log", "report/index.html",
+    *(f"adapter/{name}" for name in ADAPTER), *(f"adapter-step-000003/{name}" for name in ADAPTER),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> tuple[Finished, dict[str, bytes]]:
+    """Two processes under `deepspeed`, and what the run folder held then."""
+    done = launch(deepspeed(2, "malora_dist.train", "recipe.yaml"), folder)
+    assert done.code == 0, done.output
+    return done, contents(folder / "runs" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def run(first: tuple[Finished, dict[str, bytes]], folder: Path) -> Path:
+    return folder / "runs" / "tiny"
+
+
+def records(run: Path, kind: str) -> list[Record]:
+    return [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == kind]
+
+
+def test_the_run_folder_holds_everything_and_nothing_else(run: Path, folder: Path) -> None:
+    assert files(run) == RUN_FILES
+    assert load_config(run / "config.yaml") == load_config(folder / "recipe.yaml")
+    assert json.loads((run / "data.json").read_text()).keys() == set(TASKS)
+    assert "step 6/6" in (run / "train.log").read_text()
+    page = (run / "report" / "index.html").read_text()
+    assert all(task in page for task in TASKS) and not re.search(r"""(src|href)=["']?https?:""", page)
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 6 * 4, "2 blocks x 6 targets x gate, shared_A, P, B"
+    assert all(tensor.dtype == torch.float32 and tensor.abs().sum() > 0 for tensor in tensors.values())
+    assert sum(tensor.numel() for tensor in tensors.values()) == records(run, "run")[0]["trainable_parameters"]
+
+
+def test_records_have_every_name(run: Path) -> None:
+    train = records(run, "train")
+    assert [record["step"] for record in train] == [1, 2, 4, 6]
+    names = {"loss", "aux_loss", "grad_norm", "tokens_per_second", "step_seconds", "peak_memory_gib", "epoch"}
+    for record in train:
+        assert all(record[name] > 0 for name in names)
+        assert 0 < len(losses := [v for k, v in record.items() if k.startswith("train/")]) <= 3
+        assert min(losses) <= record["loss"] + 1e-6 and max(losses) >= record["loss"] - 1e-6
+    assert {key.split("/")[1] for record in train for key in record if key.startswith("train/")} == set(TASKS)
+    evaluation = records(run, "eval")[0]
+    assert evaluation["step"] == 3 and 0 < evaluation["eval/colour/accuracy"] < 1
+    assert evaluation["eval/spell/loss"] > 0 and "eval/spell/accuracy" not in evaluation
+    routing = records(run, "routing")[-1]
+    assert routing["step"] == 6 and set(routing["share"]) == set(TASKS)
+    for layers in routing["share"].values():
+        assert len(layers) == 12 and all(abs(sum(share) - 1) < 1e-5 for share in layers.values())
+
+
+def test_eval_json_has_both_sides(run: Path) -> None:
+    sides = json.loads((run / "eval.json").read_text())
+    assert set(sides) == {"base", "tuned"}
+    for side in sides.values():
+        assert [task["n"] for task in side["tasks"].values()] == [37, 23, 11]
+        for name in ("colour", "animal"):
+            assert set(side["tasks"][name]) == {"n", "loss", "accuracy", "accuracy_norm", "stderr", "majority"}
+        assert set(side["tasks"]["spell"]) == {"n", "loss"}
+        accuracies = [side["tasks"][name]["accuracy"] for name in ("colour", "animal")]
+        assert side["average"] == pytest.approx(sum(accuracies) / 2)
+    assert sides["tuned"]["tasks"]["spell"]["loss"] < sides["base"]["tasks"]["spell"]["loss"]
+    card = (run / "adapter" / "README.md").read_text()
+    assert f"| colour | 37 | {sides['tuned']['tasks']['colour']['accuracy']:.3f} |" in card
+
+
+def test_the_terminal_shows_the_run_and_no_noise(first: tuple[Finished, dict[str, bytes]]) -> None:
+    output = first[0].output
+    for said in ("run folder runs/tiny, 2 processes on cpu", "note: 4-bit weights are unpacked to float32",
+                 "on average over 2 tasks", "runs/tiny/report/index.html", "malora evaluate runs/tiny"):  # fmt: skip
+        assert output.count(said) >= 1, f"{said!r} is not in\n{output}"
+    launcher = re.compile(r"\[(runner|launch|real_accelerator)\.py:\d+:")
+    noise = [line for line in output.splitlines() if re.search(r"\[(INFO|WARNING)\]|Warning", line)]
+    assert not [line for line in noise if not launcher.search(line)]
+    assert len([line for line in noise if "real_accelerator" in line]) <= 2, "the launcher's own two, none of ours"
+
+
+def test_torchrun_gives_the_same_run_beside_the_first(
+    run: Path, first: tuple[Finished, dict[str, bytes]], folder: Path
+) -> None:
+    arguments = ["--standalone", "--nproc_per_node", "2", "-m", "malora_dist.train", "recipe.yaml"]
+    done = launch([SCRIPTS / "torchrun", *arguments], folder)
+    assert done.code == 0, done.output
+    second = run.with_name("tiny-2")
+    assert "Look next at\n  runs/tiny-2/report/index.html" in done.output
+    assert files(second) == RUN_FILES and contents(run) == first[1]
+    wanted = load_config(folder / "recipe.yaml", ["--output_dir", "runs/tiny-2"])
+    assert load_config(second / "config.yaml") == wanted
+    assert_same_run(second, run)
+
+
+@pytest.fixture(scope="module")
+def alone(run: Path, folder: Path) -> Path:
+    """Two runs of one process each: `alone` has no sharding and no checkpointing, `short` stops early at ZeRO-3."""
+    report_to = "tensorboard" if find_spec("tensorboard") else "none"
+    plain = ["--parallel.zero_stage", "0", "--train.gradient_checkpointing", "false", "--output_dir", "runs/alone"]
+    short = ["--train.stop_after_steps", "4", "--train.report_to", report_to, "--output_dir", "runs/short"]
+    commands = [
+        [PYTHON, "-m", "malora_dist.cli", "train", "recipe.yaml", "--num_gpus", "1", *ALONE, *plain],
+        [PYTHON, "-m", "malora_dist.train", "recipe.yaml", *ALONE, *short],
+    ]
+    for done in launch_together(commands, folder):
+        assert done.code == 0, done.output
+    return run.parent
+
+
+def test_one_process_gives_the_same_run(run: Path, alone: Path) -> None:
+    assert_same_run(alone / "alone", run)
+
+
+def test_a_run_stopped_early_follows_the_full_schedule(run: Path, alone: Path) -> None:
+    short, full = records(alone / "short", "train"), records(run, "train")[:3]
+    assert [timeless(record) for record in short] == [pytest.approx(timeless(r), abs=5e-6, rel=0) for r in full]
+    assert [record["learning_rate"] for record in short] == pytest.approx([0, 5e-3, 3e-3])
+    events = {name for name in files(alone / "short") if name.startswith("tensorboard/events.out.tfevents")}
+    assert len(events) == bool(find_spec("tensorboard"))
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    """Measured: losses differ by at most 7e-7 and weights by 8e-6, where a step moves them by up to 5e-3."""
+    for kind in ("train", "eval"):
+        for record, other in zip(records(found, kind), records(wanted, kind), strict=True):
+            assert timeless(record) == pytest.approx(timeless(other), abs=5e-6, rel=0)
+    tensors, others = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (found, wanted))
+    for name, tensor in others.items():
+        torch.testing.assert_close(tensors[name], tensor, atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def timeless(record: Record) -> dict[str, float]:
+    """A record without what depends on the machine."""
+    return {
+        k: v for k, v in record.items() if k not in ("kind", "tokens_per_second", "step_seconds", "peak_memory_gib")
+    }
+
+
+def test_mistakes_in_a_recipe_end_all_ranks_and_are_said_once(folder: Path) -> None:
+    wrong = ["--adapter.rnk", "8", "--train.warmup_ratio", "3", "--output_dir", "runs/no"]
+    done = launch(deepspeed(2, "malora_dist.train", "recipe.yaml", *wrong), folder)
+    assert done.code == 2, done.output
+    for said in ("adapter.rnk=8: unknown key; did you mean r?", "train.warmup_ratio=3: must be"):
+        assert done.output.count(said) == 1, done.output
+    assert "Traceback" not in done.output and not (folder / "runs" / "no").exists()
+
+
+WRONG = """
+import sys
+from malora_dist.train import main
+sys.modules.update({"torch.utils.tensorboard": None, "tensorboardX": None})
+for number, wrong in enumerate(["train.report_to=tensorboard", "train.global_batch_size=6",
+                                "adapter.target_modules=[q_porj]"]):
+    code = main(["recipe.yaml", "train.per_device_train_batch_size=4", f"output_dir=runs/wrong{number}", wrong])
+    print(f"exit {code}", file=sys.stderr, flush=True)
+"""
+
+
+def test_what_cannot_run_is_refused(folder: Path) -> None:
+    """A tracker that is not installed and an indivisible batch leave no run folder; a target shows with the model."""
+    done = launch([PYTHON, "-c", WRONG], folder)
+    tracker, batch, target, _ = done.output.split("exit 2\n")
+    assert "pip install 'malora_dist[trackers]'" in tracker
+    assert "global_batch_size=6 " in batch and "Traceback" not in done.output
+    assert "q_porj" in target and "q_proj" in target
+    assert [(folder / "runs" / f"wrong{number}").exists() for number in range(3)] == [False, False, True]
+    assert "q_porj" in (folder / "runs" / "wrong2" / "train.log").read_text()
+
+
+def test_a_bad_row_ends_all_ranks_and_is_named(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "data" / "animal" / "train.jsonl").read_text().splitlines()]
+    write_rows(folder / "data" / "bad.jsonl", [*rows[:4], {**rows[4], "label": 7}, *rows[5:]])
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["data"]["tasks"][1]["train"] = "data/bad.jsonl"
+    (folder / "bad.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": "runs/bad"}))
+    done = launch(deepspeed(2, "malora_dist.train", "bad.yaml"), folder, timeout=120)
+    assert done.code == 2, done.output
+    assert done.output.count("data/bad.jsonl:5: field 'label'") == 1 and "Traceback" not in done.output
+
+
+def test_one_failing_or_hanging_rank_ends_the_launch(folder: Path) -> None:
+    """Only the rank that fails speaks; a rank that hangs is found out after the run's timeout."""
+    hung = ["--parallel.timeout_seconds", "20", "--output_dir", "runs/hung"]
+    commands = [
+        deepspeed(2, "tests.e2e", "fails", "recipe.yaml", "--output_dir", "runs/broken"),
+        deepspeed(2, "tests.e2e", "hangs", "recipe.yaml", *hung),
+    ]
+    fails, hangs = launch_together(commands, folder, timeout=150)
+    assert fails.code == 2 and hangs.code == 1
+    assert "[rank 1] rows.jsonl:7: only this rank cannot read it" in fails.output and "[rank 0]" not in fails.output
+    assert "[rank 0] gave up waiting for another process" in hangs.output and "20000ms" in hangs.output
+    assert "gave up waiting" in (folder / "runs" / "hung" / "train.log").read_text()
+    assert "Traceback" not in fails.output + hangs.output
+
+
+def test_a_real_model_on_real_tasks(tmp_path: Path) -> None:
+    """The demo's recipe in small: evaluating again with the adapter off gives the base's numbers of the run."""
+    demo.prepare_demo(tmp_path / "demo")
+    recipe: dict[str, Any] = yaml.safe_load((ROOT / "malora_dist" / "recipes" / "demo.yaml").read_text())
+    recipe["model"]["dtype"] = "float32"
+    recipe["data"] |= {"tasks": recipe["data"]["tasks"][:2], "cache_dir": "cache"}
+    for task in recipe["data"]["tasks"]:
+        task |= {"max_train_samples": 60, "max_eval_samples": 8}
+    recipe["train"] |= {"max_steps": 3, "global_batch_size": 4, "per_device_train_batch_size": 2, "logging_steps": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = launch(deepspeed(2, "malora_dist.train", "recipe.yaml"), tmp_path)
+    assert done.code == 0, done.output
+    run = tmp_path / "runs" / "demo"
+    train = records(run, "train")
+    assert len(train) == 3 and all(0 < record["loss"] < 10 and record["peak_memory_gib"] < 3 for record in train)
+    assert records(run, "run")[0]["trainable_parameters"] == 19_123_200
+    before = json.loads((run / "eval.json").read_text())
+    assert before["base"] != before["tuned"]
+    again = [PYTHON, "-m", "malora_dist.evaluate", run, "--parallel.zero_stage", "0", "--evaluation.tuned", "false"]
+    done = launch(again, tmp_path)
+    assert done.code == 0, done.output
+    after = json.loads((run / "eval-2.json").read_text())
+    for name, task in before["base"]["tasks"].items():
+        assert after["base"]["tasks"][name] == pytest.approx(task, rel=1e-5), name
