@@ -46,10 +46,11 @@ def _start(arguments: Sequence[str]) -> None:
 def run(config: RunConfig, world: World) -> Path:
     """One run on this process's part; returns the run's folder."""
     plan = check_plan(config, world.size)
-    outputs = RunOutputs.claim(config, world)
-    outputs.notes(plan.notes)
     folder = resolve_model(config.model.name_or_path, config.model.revision)
     data = build_data(config.data, load_tokenizer(folder))
+    # Claimed only now, so that a mistake in the tasks does not use up the run's name.
+    outputs = RunOutputs.claim(config, world)
+    outputs.notes(plan.notes)
     outputs.data(data)
 
     settings = engine_config(config, world)
