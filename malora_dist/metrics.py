@@ -26,6 +26,7 @@ ROUTING = "routing"
 # A "run" record. Parameters are counts over all processes.
 WORLD_SIZE = "world_size"
 DEVICE = "device"
+BASE_DTYPE = "base_dtype"
 TRAINABLE_PARAMETERS = "trainable_parameters"
 BASE_PARAMETERS = "base_parameters"
 
@@ -44,7 +45,7 @@ PEAK_MEMORY_GIB = "peak_memory_gib"
 TASKS = "tasks"
 SHARE = "share"
 
-_TEXT_KEYS = (KIND, TASKS, DEVICE)
+_TEXT_KEYS = (KIND, TASKS, DEVICE, BASE_DTYPE)
 _NON_FINITE = ("nan", "inf", "-inf")
 
 

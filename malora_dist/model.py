@@ -4,6 +4,8 @@ Only the reading process ever holds a full-precision weight, and only one at a t
 result lives: it stays (one process), is broadcast (replicated), or is broadcast and partitioned (ZeRO-3).
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -120,11 +122,24 @@ class _Loader:
             blob = torch.empty(nf4_bytes(linear.weight.numel(), double_quant), dtype=torch.uint8, device=self.device)
         else:
             blob = quantize_nf4(weight, double_quant)
+            del weight
+            _return_freed_memory()
         bias = None if linear.bias is None else self.parameter(linear.bias)
         quantized = NF4Linear(blob, None, linear.in_features, linear.out_features, double_quant)
         quantized.bias = bias
         self.place([quantized.blob])
         return quantized
+
+
+def _return_freed_memory() -> None:
+    """Give freed heap pages back to the system where the C library can.
+
+    Blobs that stay lie between temporaries that were freed, which otherwise keep the reading process as large as the
+    full-precision model.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

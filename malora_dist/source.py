@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +13,11 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from malora_dist.cache import default_cache_dir
 from malora_dist.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-def default_cache_dir() -> Path:
-    """$MALORA_CACHE, or ~/.cache/malora_dist."""
-    return Path(os.environ.get("MALORA_CACHE", "~/.cache/malora_dist")).expanduser()
 
 
 def resolve_model(name_or_path: str, revision: str | None = None, cache_dir: Path | None = None) -> Path:
@@ -72,7 +68,10 @@ def _convert_gguf(path: Path, cache_dir: Path) -> Path:
 
 def _write_converted(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # transformers marks the model as quantised by GGUF, which it is no longer, and then refuses to save it.
     for marker in ("hf_quantizer", "quantization_method", "is_quantized"):

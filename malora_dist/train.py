@@ -65,7 +65,7 @@ def run(config: RunConfig, world: World) -> Path:
         zero_stage=config.parallel.zero_stage,
         timeout_seconds=config.parallel.timeout_seconds,
     )
-    outputs.placement(resident_bytes(engine.module), steps, loader.steps_per_epoch)
+    outputs.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
 
     if config.evaluation.base:
         outputs.evaluation("base", _evaluate(config, data, engine, world, "base", use_adapter=False))

@@ -28,8 +28,8 @@ def run_distributed(function: str, world_size: int, *, timeout: float = 280, **a
             environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
             command = [sys.executable, "-m", "tests.distributed", function, folder, json.dumps(arguments)]
-            log = Path(folder, f"{rank}.log").open("w")
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+            with Path(folder, f"{rank}.log").open("w") as log:
+                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
         codes = [_wait(process, timeout) for process in processes]
         logs = "\n".join(f"--- rank {rank}\n{Path(folder, f'{rank}.log').read_text()}" for rank in range(world_size))
         assert codes == [0] * world_size, f"exit codes {codes}\n{logs}"

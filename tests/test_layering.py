@@ -18,7 +18,7 @@ FLOORS = {
     3: ["nn", "data", "plan", "launch", "summary", "source"],
     2: ["config", "methods", "report", "trackers"],
     1: ["topology", "metrics"],
-    0: ["errors", "functional", "cluster_files"],
+    0: ["errors", "cache", "functional", "cluster_files"],
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 WITHOUT_TORCH = ["cli", "config", "launch", "summary", "report", "metrics", "trackers", "topology", "methods", "errors"]

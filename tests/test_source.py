@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from malora_dist.cache import default_cache_dir
 from malora_dist.errors import ConfigError
-from malora_dist.source import TensorReader, default_cache_dir, resolve_model
+from malora_dist.source import TensorReader, resolve_model
 from tests.conftest import LlamaFactory
 
 

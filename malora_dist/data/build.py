@@ -7,13 +7,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from malora_dist.cache import default_cache_dir
 from malora_dist.config.data_schema import DataConfig, TaskConfig
 from malora_dist.data.encode import ChoiceItem, Encoder, Sample
 from malora_dist.data.mixture import epoch_counts, mixture_shares
 from malora_dist.data.store import TaskTokens, TrainStore
 from malora_dist.data.tokenize import (
     EVALUATION_SPLITS,
-    default_cache_dir,
     prepare_task,
     read_task,
     tokenizer_fingerprint,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -32,11 +31,6 @@ from malora_dist.errors import DataError
 
 EVALUATION_SPLITS = ("validation", "test")
 SPLITS = ("train", *EVALUATION_SPLITS)
-
-
-def default_cache_dir() -> Path:
-    """$MALORA_CACHE, or ~/.cache/malora_dist."""
-    return Path(os.environ.get("MALORA_CACHE", "~/.cache/malora_dist")).expanduser()
 
 
 def prepare_task(

@@ -65,6 +65,7 @@ def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch
         betas=settings.betas,
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 

@@ -57,7 +57,7 @@ def train_loop(
                 record = window.close(number, number / settings.steps_per_epoch)
                 log(record)
                 _say(record, started, settings)
-            if _due(settings.eval_steps, number) and not last:
+            if _due(settings.eval_steps, number):
                 evaluate(number)
             if _due(settings.save_steps, number) and not last:
                 save(number)

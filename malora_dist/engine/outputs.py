@@ -80,7 +80,7 @@ class RunOutputs:
             100 * report.adapted_parameters / base,
         )
 
-    def placement(self, resident: dict[str, int], steps: int, steps_per_epoch: float) -> None:
+    def placement(self, dtype: str, resident: dict[str, int], steps: int, steps_per_epoch: float) -> None:
         """What this process holds once DeepSpeed has placed everything."""
         self.log.info(
             "ZeRO-%d: this process keeps %.1f MiB of base and %.1f MiB of adapter weights",
@@ -95,6 +95,7 @@ class RunOutputs:
                 "kind": "run",
                 "world_size": self.world.size,
                 "device": self.world.device.type,
+                "base_dtype": dtype.removeprefix("torch."),
                 "trainable_parameters": self.report.trainable_parameters,
                 "base_parameters": self.report.base_parameters,
                 "resident_bytes": resident,

@@ -21,7 +21,9 @@ LOGGER = "malora_dist"
 def start_logging(log_file: Path | None) -> None:
     """Send this package's messages to stdout, errors to stderr, all to `log_file`; None leaves errors (other ranks)."""
     logger = logging.getLogger(LOGGER)
-    logger.handlers.clear()
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
     logger.propagate = False
     logger.setLevel(logging.INFO if log_file is not None else logging.ERROR)
     logger.addHandler(_stdout_handler())
@@ -53,6 +55,10 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory this process has held: device memory on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss, which starts at the size of the process that started this one.
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

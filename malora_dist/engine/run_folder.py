@@ -13,6 +13,8 @@ from malora_dist.errors import ConfigError
 def claim_run_folder(output_dir: str | Path) -> Path:
     """Create `output_dir`, or `output_dir-2`, `-3`, ... if it is taken. Raises ConfigError if it cannot be written."""
     wanted = Path(output_dir)
+    if wanted.name in ("", ".."):
+        raise ConfigError(f"output_dir={output_dir} must end in the name of the run's folder")
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
         for number in count(1):

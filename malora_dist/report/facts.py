@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from malora_dist.metrics import (
+    BASE_DTYPE,
     BASE_PARAMETERS,
     DEVICE,
     PEAK_MEMORY_GIB,
@@ -78,7 +79,7 @@ def _share(parameters: int, run: RunFiles) -> str:
 
 
 def _base_weights(run: RunFiles) -> str:
-    dtype = run.setting("model", "dtype")
+    dtype = run.run.get(BASE_DTYPE) or run.setting("model", "dtype")
     if dtype is None:
         return ""
     return f"4-bit {run.setting('model', 'bnb_4bit_quant_type')}, computed in {dtype}" if _in_4bit(run) else str(dtype)

@@ -21,6 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "every": EVERY,
     "windows": {**EVERY, "logging_steps": 4, "eval_steps": 2, "save_steps": 3},
     "stopped": {**EVERY, "stop_after_steps": 3, "save_steps": 3},
+    "routing": {**EVERY, "eval_steps": 1},
     "lora": {**EVERY, "stop_after_steps": 1},
 }
 
@@ -47,7 +48,7 @@ def train_run(world: World, folder: str, name: str) -> dict[str, Any]:
 
     def evaluate(step: int) -> None:
         calls.append(("evaluate", step))
-        time.sleep(PAUSE)
+        time.sleep(PAUSE if name == "windows" else 0)
 
     train_loop(
         stepper, loader(), settings, log=records.append, evaluate=evaluate, save=lambda s: calls.append(("save", s))
@@ -85,7 +86,7 @@ def test_a_window_is_the_mean_of_its_steps_and_of_its_tasks_tokens(runs: dict[st
     single = of_kind(runs["every"], "train")
     windows = of_kind(runs["windows"], "train")
     assert [record["step"] for record in windows] == [1, 4, 6]
-    tokens, targets = counts()
+    tokens, targets = counts("input_ids"), counts("targets")
     for record, steps in zip(windows, ([0], [1, 2, 3], [4, 5]), strict=True):
         for name in ("loss", "aux_loss", "grad_norm"):
             assert record[name] == pytest.approx(np.mean([single[i][name] for i in steps]), rel=1e-5), name
@@ -94,25 +95,23 @@ def test_a_window_is_the_mean_of_its_steps_and_of_its_tasks_tokens(runs: dict[st
             total = sum(single[i].get(name, 0) * targets[i][task] for i in steps)
             assert record[name] == pytest.approx(total / sum(targets[i][task] for i in steps), rel=1e-5)
         seconds = record["step_seconds"] * len(steps)
-        assert record["tokens_per_second"] * seconds == pytest.approx(sum(tokens[i] for i in steps))
+        assert record["tokens_per_second"] * seconds == pytest.approx(sum(sum(tokens[i]) for i in steps))
     assert len({tuple(step) for step in targets}) > 3  # or a mean of means would pass
 
 
-def counts() -> tuple[list[int], list[list[int]]]:
-    """Tokens of every step, and each task's supervised ones."""
-    batches, tokens, targets = loader(), [], []
+def counts(what: str) -> list[list[int]]:
+    """Each task's tokens of every step: all `input_ids`, or the `targets` only."""
+    batches, found = loader(), []
     for _ in range(STEPS):
-        step = next(batches)
-        tokens.append(sum(batch.input_ids.numel() for batch in step))
-        tasks = np.concatenate([batch.task_ids[batch.target_sample].numpy() for batch in step])
-        targets.append(np.bincount(tasks, minlength=len(TASKS)).tolist())
-    return tokens, targets
+        samples = [b.task_ids[b.target_sample if what == "targets" else b.token_sample] for b in next(batches)]
+        found.append(np.bincount(np.concatenate(samples), minlength=len(TASKS)).tolist())
+    return found
 
 
 def test_evaluation_and_saves_come_at_their_steps_and_do_not_count_as_training(runs: dict[str, dict[str, Any]]) -> None:
     run = runs["windows"]
-    # The last step is evaluated and saved by whoever trains, not by the loop.
-    assert run["calls"] == [["evaluate", 2], ["save", 3], ["evaluate", 4]]
+    # The last step is saved by whoever trains, not by the loop.
+    assert run["calls"] == [["evaluate", 2], ["save", 3], ["evaluate", 4], ["evaluate", 6]]
     assert all(record["step_seconds"] * 3 < PAUSE for record in of_kind(run, "train")[1:])
 
 
@@ -127,9 +126,13 @@ def test_routing_shares_add_up(runs: dict[str, dict[str, Any]]) -> None:
             for layer, shares in record["share"][task].items():
                 assert len(shares) == 4 and layer.startswith("model.layers.")
                 assert sum(shares) == pytest.approx(total, abs=1e-6), (task, layer)
-    # Each record counts its own steps: together they are those of the run that has one record.
-    (whole,) = of_kind(runs["every"], "routing")
-    assert records[0]["share"]["a"] != records[1]["share"]["a"] != whole["share"]["a"]
+    # Each record counts the steps since the one before it, weighted by the task's tokens.
+    single, tokens = of_kind(runs["routing"], "routing"), counts("input_ids")
+    for record, steps in zip(records, ([0, 1], [2, 3], [4, 5]), strict=True):
+        for task, name in enumerate("ab"):
+            for layer, shares in record["share"][name].items():
+                sums = sum(tokens[i][task] * np.array(single[i]["share"][name][layer]) for i in steps)
+                assert shares == pytest.approx(sums / sum(tokens[i][task] for i in steps), abs=1e-6), (name, layer)
 
 
 def test_a_stop_leaves_schedule_and_steps_as_they_are(runs: dict[str, dict[str, Any]]) -> None:

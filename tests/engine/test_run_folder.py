@@ -57,6 +57,12 @@ def test_a_place_that_cannot_be_written_is_a_mistake_in_the_recipe(tmp_path: Pat
             claim_run_folder(output_dir)
 
 
+@pytest.mark.parametrize("name", [".", "/", ".."])
+def test_a_folder_without_a_name_is_a_mistake_in_the_recipe(name: str) -> None:
+    with pytest.raises(ConfigError, match="must end in the name"):
+        claim_run_folder(name)
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "eval.json"
     write_json(path, {"task": "é", "n": [1, 2.5, None]})
