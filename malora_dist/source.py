@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from malora_dist.cache import default_cache_dir
@@ -73,14 +74,14 @@ def _write_converted(path: Path, target: Path) -> None:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # transformers marks the model as quantised by GGUF, which it is no longer, and then refuses to save it.
-    for marker in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if hasattr(model, marker):
-            delattr(model, marker)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
-    model.save_pretrained(target)
+    target.mkdir()
+    # Not model.save_pretrained, which writes nothing on any process but the main one, and refuses GGUF models.
+    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    save_file(tensors, target / SINGLE, metadata={"format": "pt"})
+    model.config.save_pretrained(target)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
 
 
