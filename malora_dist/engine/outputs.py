@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 from malora_dist.checkpoint.adapter import AdapterInfo, save_adapter
 from malora_dist.checkpoint.card import model_card
 from malora_dist.config import RunConfig, write_config
 from malora_dist.data.build import PreparedData
-from malora_dist.engine.progress import LOGGER, start_logging
+from malora_dist.engine.progress import LOGGER, console, start_logging
 from malora_dist.engine.run_folder import claim_run_folder, write_json, write_text
 from malora_dist.metrics import MetricsWriter
 from malora_dist.nn.inject import InjectionReport
@@ -158,10 +157,10 @@ class RunOutputs:
         for tracker in self.trackers:
             tracker.close()
         write_report(self.folder)
-        console = Console()
+        terminal = console()
         if self.evaluations:
-            console.print(print_results(self.evaluations))
-        console.print(
+            terminal.print(print_results(self.evaluations))
+        terminal.print(
             f"\nLook next at\n"
             f"  {self.folder}/report/index.html   pictures: losses, accuracies, routing of tasks to experts\n"
             f"  {self.folder}/adapter/            the adapter, {self.folder}/metrics.jsonl the numbers\n"

@@ -43,12 +43,17 @@ def start_logging(log_file: Path | None) -> None:
 def _stdout_handler() -> logging.Handler:
     handler: logging.Handler
     if sys.stdout.isatty():
-        handler = RichHandler(console=Console(), show_path=False, show_level=False, markup=False)
+        handler = RichHandler(console=console(), show_path=False, show_level=False, markup=False)
     else:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(lambda record: record.levelno < logging.ERROR)
     return handler
+
+
+def console() -> Console:
+    """The terminal; a file gets lines wide enough for a table of results."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def peak_memory_gib(device: torch.device) -> float:
