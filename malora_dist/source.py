@@ -81,6 +81,8 @@ def _write_converted(path: Path, target: Path) -> None:
     # Not model.save_pretrained, which writes nothing on any process but the main one, and refuses GGUF models.
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     save_file(tensors, target / SINGLE, metadata={"format": "pt"})
+    # safetensors makes files for their owner only; a cache may be shared.
+    (target / SINGLE).chmod(target.stat().st_mode & 0o666)
     model.config.save_pretrained(target)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
 

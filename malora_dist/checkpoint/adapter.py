@@ -43,6 +43,8 @@ def save_adapter(folder: Path, info: AdapterInfo, state: Mapping[str, Tensor], c
     tensors = dict(_to_file(info.spec, name, tensor) for name, tensor in state.items())
     partial = folder / f"{WEIGHTS}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
+    # safetensors makes files for their owner only; whoever may read the folder may read its weights.
+    partial.chmod(folder.stat().st_mode & 0o666)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(folder / WEIGHTS)

@@ -165,3 +165,11 @@ def test_killed_while_writing_leaves_the_former_file_whole(
     assert (tmp_path / name).read_bytes() == former
     save_adapter(tmp_path, info_of("malora"), {"layer.B": torch.zeros(9)}, "# new card\n")
     assert (tmp_path / name).read_bytes() != former
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path: Path) -> None:
+    spec = mixture_spec("lora", r=2)
+    info = AdapterInfo(spec=spec, target_modules=("q_proj",), base_model="base", lora_dropout=0.0)
+    tmp_path.chmod(0o755)
+    save_adapter(tmp_path, info, {"q_proj.A": torch.zeros(1, 2, 4), "q_proj.B": torch.zeros(1, 3, 2)}, "card")
+    assert (tmp_path / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
