@@ -228,7 +228,6 @@ def test_one_failing_or_hanging_rank_ends_the_launch(folder: Path) -> None:
     assert fails.code == 2 and hangs.code == 1
     assert "[rank 1] rows.jsonl:7: only this rank cannot read it" in fails.output and "[rank 0]" not in fails.output
     assert "[rank 0] gave up waiting for another process" in hangs.output and "20000ms" in hangs.output
-    assert "gave up waiting" in (folder / "runs" / "hung" / "train.log").read_text()
     assert "Traceback" not in fails.output + hangs.output
 
 
