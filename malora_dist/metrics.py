@@ -40,6 +40,8 @@ LEARNING_RATE = "learning_rate"
 TOKENS_PER_SECOND = "tokens_per_second"
 STEP_SECONDS = "step_seconds"
 PEAK_MEMORY_GIB = "peak_memory_gib"
+# Only with expert parallelism: bytes all processes send for it, per step.
+EXCHANGE_BYTES = "exchange_bytes"
 
 # A "routing" record: SHARE[task][layer] is a list of num_experts numbers that sum to 1.
 TASKS = "tasks"

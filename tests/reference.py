@@ -115,6 +115,48 @@ def balance_reference(probs_TE: Tensor, expert_ids_TK: Tensor, mask_T: Tensor | 
     return num_experts * loss
 
 
+# ------------------------------------------------------------------------------------------- expert parallelism
+
+
+def owners_reference(expert_ids_TK: Sequence[Sequence[int]], num_experts: int, num_ranks: int) -> list[list[int]]:
+    """Of each token, the ranks that own an expert of it, rising; rank w owns the w-th of `num_ranks` equal runs."""
+    size = num_experts // num_ranks
+    runs = [range(w * size, (w + 1) * size) for w in range(num_ranks)]
+    return [[w for w, run in enumerate(runs) if any(e in run for e in experts)] for experts in expert_ids_TK]
+
+
+def exchange_bytes_reference(
+    expert_ids: Sequence[Sequence[Sequence[int]]],
+    num_experts: int,
+    *,
+    in_width: int,
+    out_width: int,
+    itemsize: int,
+    gate_itemsize: int,
+    forwards: int = 1,
+    backwards: int = 1,
+) -> list[dict[str, int]]:
+    """Bytes each rank sends for one layer, by leg, message by message; `expert_ids[rank]` (T, K) of its own tokens.
+
+    A token sends each other owner one row with a gate per expert of that owner, and gets one row back; in backward the
+    gradients of both go the opposite ways. Before that every rank tells every other one an 8-byte count.
+    """
+    num_ranks = len(expert_ids)
+    out = in_width * itemsize + num_experts // num_ranks * gate_itemsize
+    home = out_width * itemsize
+    sent = [dict.fromkeys(("counts", "rows", "returns", "grad_returns", "grad_rows"), 0) for _ in range(num_ranks)]
+    for rank in range(num_ranks):
+        sent[rank]["counts"] += forwards * 8 * (num_ranks - 1)
+        for owners in owners_reference(expert_ids[rank], num_experts, num_ranks):
+            for owner in owners:
+                if owner != rank:
+                    sent[rank]["rows"] += forwards * out
+                    sent[owner]["returns"] += forwards * home
+                    sent[rank]["grad_returns"] += backwards * home
+                    sent[owner]["grad_rows"] += backwards * out
+    return sent
+
+
 # ----------------------------------------------------------------------------------------------- quantisation
 
 # 4-bit NormalFloat (QLoRA, arXiv 2305.14314, appendix E), as bitsandbytes stores it.

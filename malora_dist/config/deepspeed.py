@@ -94,6 +94,7 @@ def ds_config_problems(config: RunConfig, world_size: int | None, given: dict[st
     yield from _unknown(file, given, zero)
     yield from _contradictions(config, world_size, given, zero)
     yield from _offload_problems(config, zero)
+    yield from _expert_problems(config, zero)
 
 
 def _refused(file: str | None, given: dict[str, Any], zero: dict[str, Any]) -> Iterator[str]:
@@ -157,6 +158,22 @@ def _offload_problems(config: RunConfig, zero: dict[str, Any]) -> Iterator[str]:
             yield (
                 f"parallel.zero_stage={config.parallel.zero_stage} but {config.parallel.ds_config}: "
                 f"zero_optimization.{block} needs stage {lowest} or higher"
+            )
+
+
+def _expert_problems(config: RunConfig, zero: dict[str, Any]) -> Iterator[str]:
+    """Settings of stages 1 and 2 that are fine without expert parallelism only."""
+    if config.parallel.ep_size == 1 or config.parallel.zero_stage not in (1, 2):
+        return
+    reasons = {
+        "contiguous_gradients": "without it DeepSpeed mixes gradients of different experts",
+        "reduce_scatter": "without it DeepSpeed does not reduce experts over their own processes",
+    }
+    for key, reason in reasons.items():
+        if zero.get(key, AUTO) not in (True, AUTO, None):
+            yield (
+                f"{config.parallel.ds_config}: zero_optimization.{key}={zero[key]!r} is refused with "
+                f"parallel.ep_size={config.parallel.ep_size} at stage {config.parallel.zero_stage}: {reason}"
             )
 
 

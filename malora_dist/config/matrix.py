@@ -70,6 +70,7 @@ def suggest_world_sizes(config: RunConfig) -> list[int]:
     worlds = legal_world_sizes(train.global_batch_size, train.per_device_train_batch_size)
     given = train.gradient_accumulation_steps
     rows = train.global_batch_size // train.per_device_train_batch_size
+    worlds = [world for world in worlds if world % config.parallel.ep_size == 0]
     return worlds if given is None else [world for world in worlds if world * given == rows]
 
 
@@ -79,7 +80,7 @@ def _plan_errors(config: RunConfig, world_size: int, version: str | None) -> Ite
         return
     yield from _version_errors(version)
     yield from _batch_errors(config, world_size)
-    yield from _expert_parallel_errors(config, world_size)
+    yield from _expert_parallel_errors(config, world_size, version)
     yield from _ds_config_errors(config, world_size)
 
 
@@ -112,18 +113,14 @@ def _batch_errors(config: RunConfig, world_size: int) -> Iterator[MaloraError]:
         )
 
 
-def _expert_parallel_errors(config: RunConfig, world_size: int) -> Iterator[MaloraError]:
-    ep_size, stage = config.parallel.ep_size, config.parallel.zero_stage
+def _expert_parallel_errors(config: RunConfig, world_size: int, version: str | None) -> Iterator[MaloraError]:
+    ep_size = config.parallel.ep_size
     if ep_size == 1:
         return
-    yield ConfigError(
-        f"parallel.ep_size={ep_size} is refused: expert parallelism comes in the next version. "
-        "Nearest legal plan: parallel.ep_size: 1 with the same processes (ZeRO-3 splits the experts over all of them)"
-    )
-    if stage < 3:
+    if version is not None and version.partition("+")[0] != TESTED_VERSION:
         yield ConfigError(
-            f"parallel.ep_size={ep_size} with parallel.zero_stage={stage}: below stage 3 DeepSpeed knows only its own "
-            "expert layers, not those of an adapter. Nearest legal plan: parallel.ep_size: 1"
+            f"parallel.ep_size={ep_size} is refused with deepspeed {version}: it relies on names inside DeepSpeed "
+            f"tested in {TESTED_VERSION} only. Nearest legal plan: deepspeed=={TESTED_VERSION}, or parallel.ep_size: 1"
         )
     if config.adapter.method == "lora":
         yield ConfigError(f"parallel.ep_size={ep_size} has no meaning for adapter.method=lora, which has one expert")

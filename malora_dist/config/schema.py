@@ -49,7 +49,9 @@ class ParallelConfig(Section):
         le=3,
         description="DeepSpeed ZeRO: 0 copies all, 1 and 2 split optimizer and gradients, 3 the weights too.",
     )
-    ep_size: int = Field(1, ge=1, description="Processes that share one set of experts. This version: 1.")
+    ep_size: int = Field(
+        1, ge=1, description="Processes that share one set of experts, each owning a part. Above 1, tokens travel."
+    )
     timeout_seconds: int = Field(
         1800, ge=1, description="A process that waits longer than this for the others ends the run with an error."
     )

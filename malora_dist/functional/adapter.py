@@ -1,4 +1,4 @@
-"""The sum over experts, computed two ways: y = base + s * sum_t g_t B_t C_t h.
+"""The sum over experts, computed two ways: y = base + s * sum_t g_t B_t C_t h, or the sum alone without a base.
 
 h is what enters an expert (S_A x for MALoRA, x for MoLoRA and LoRA) and C_t its first factor (P_t or A_t).
 `dense_experts` multiplies all experts and masks by the gates: no sort, static shapes, no host synchronisation. Best
@@ -9,24 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from malora_dist.functional.routing import Routing, dense_gates
+from malora_dist.functional.routing import Routing
 
 MOVE_COST = 64
 
 
 def dense_experts(
-    base_TO: Tensor, h_TD: Tensor, core_ERD: Tensor, B_EOR: Tensor, routing: Routing | None, scaling: float
+    base_TO: Tensor | None, h_TD: Tensor, core_ERD: Tensor, B_EOR: Tensor, gates_TE: Tensor | None, scaling: float
 ) -> Tensor:
-    """(T, O), all experts as two products. Without `routing` every expert has weight 1."""
+    """(T, O), all experts as two products. `gates_TE` is 0 where an expert was not chosen; without it all weigh 1."""
     num_experts, out_features, r = B_EOR.shape
     z_TN = F.linear(h_TD, core_ERD.flatten(0, 1))
-    if routing is not None:
-        z_TN = (z_TN.unflatten(1, (num_experts, r)) * dense_gates(routing).to(z_TN.dtype)[:, :, None]).flatten(1)
-    return torch.addmm(base_TO, z_TN, B_EOR.transpose(1, 2).reshape(num_experts * r, out_features), alpha=scaling)
+    if gates_TE is not None:
+        z_TN = (z_TN.unflatten(1, (num_experts, r)) * gates_TE.to(z_TN.dtype)[:, :, None]).flatten(1)
+    B_NO = B_EOR.transpose(1, 2).reshape(num_experts * r, out_features)
+    return (z_TN * scaling) @ B_NO if base_TO is None else torch.addmm(base_TO, z_TN, B_NO, alpha=scaling)
 
 
 def grouped_experts(
-    base_TO: Tensor, h_TD: Tensor, core_ERD: Tensor, B_EOR: Tensor, routing: Routing, scaling: float
+    base_TO: Tensor | None, h_TD: Tensor, core_ERD: Tensor, B_EOR: Tensor, routing: Routing, scaling: float
 ) -> Tensor:
     """(T, O), one product per expert and factor over the rows routed to it.
 
@@ -44,7 +45,8 @@ def grouped_experts(
         for rows_e, gates_e, core_RD, B_OR in zip(rows.split(sizes), gates.split(sizes), core_ERD, B_EOR, strict=True)
     ]
     delta_TKO = torch.cat(outputs)[order.argsort()].view(T, K, B_EOR.shape[1])
-    return torch.add(base_TO, delta_TKO.sum(dim=1), alpha=scaling)
+    delta_TO = delta_TKO.sum(dim=1)
+    return delta_TO * scaling if base_TO is None else torch.add(base_TO, delta_TO, alpha=scaling)
 
 
 def prefer_grouped(num_experts: int, top_k: int, r: int, in_width: int, out_width: int) -> bool:

@@ -32,8 +32,13 @@ def quantize_nf4(weight_OI: Tensor, double_quant: bool = False) -> Tensor:
     codes, state = bnb.quantize_4bit(
         weight_OI.detach().contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=double_quant
     )
+    return pack_nf4(codes, state)
+
+
+def pack_nf4(codes: Tensor, state: bnb.QuantState) -> Tensor:
+    """uint8 blob of codes (of any storage dtype) and scales as bitsandbytes keeps them."""
     parts = [codes, state.absmax]
-    if double_quant:
+    if state.nested:
         parts += [state.state2.absmax, state.offset.reshape(1)]
     return torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
 

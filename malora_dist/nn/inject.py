@@ -2,14 +2,14 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
-from malora_dist.methods import MixtureSpec, factor_shapes
+from malora_dist.methods import MixtureSpec, count_parameters, factor_shapes
 from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.nf4_linear import NF4Linear
 
@@ -49,11 +49,13 @@ def inject_adapters(
     lora_dropout: float = 0.0,
     computation: str = "auto",
     seed: int = 0,
+    place: Callable[[MixtureLinear], None] | None = None,
 ) -> InjectionReport:
     """Freeze `model` and wrap each linear whose name ends in one of `target_modules` in a MixtureLinear, in place.
 
     Adapters are fp32, built on the device of the layer they wrap. Their initial values depend on the seed and the
-    module's name alone, so every process builds the same ones.
+    module's name alone, so every process builds the same ones. `place` then decides what of a layer stays on this
+    process, before the next layer is built; the report counts whole layers all the same.
 
     Raises ConfigError if a target matches nothing or matches a module that is not a linear, or if the model keeps its
     experts as fused 3-D parameters, which linears cannot reach.
@@ -67,8 +69,10 @@ def inject_adapters(
     rows = []
     for target, names in matches.items():
         for name in names:
-            _wrap(model, name, spec, lora_dropout, computation, seed)
-        rows.append(_row(model, target, names))
+            layer = _wrap(model, name, spec, lora_dropout, computation, seed)
+            if place is not None:
+                place(layer)
+        rows.append(_row(model, spec, target, names))
     return InjectionReport(
         rows=tuple(rows),
         trainable_parameters=sum(row.trainable_parameters for row in rows),
@@ -88,7 +92,7 @@ def mixture_layers(model: nn.Module) -> Iterator[tuple[str, MixtureLinear]]:
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and parameter of every adapter tensor: `<layer>.<factor>`, e.g. `model.layers.0.mlp.up_proj.shared_A`."""
     for name, layer in mixture_layers(model):
-        for factor, parameter in layer.named_parameters(recurse=False):
+        for factor, parameter in layer.factors():
             yield f"{name}.{factor}", parameter
 
 
@@ -160,7 +164,7 @@ def _refuse_fused_experts(model: nn.Module) -> None:
             )
 
 
-def _wrap(model: nn.Module, name: str, spec: MixtureSpec, dropout: float, computation: str, seed: int) -> None:
+def _wrap(model: nn.Module, name: str, spec: MixtureSpec, dropout: float, computation: str, seed: int) -> MixtureLinear:
     parent_name, _, leaf = name.rpartition(".")
     parent, base = model.get_submodule(parent_name), model.get_submodule(name)
     assert isinstance(base, (nn.Linear, NF4Linear))
@@ -185,14 +189,12 @@ def _wrap(model: nn.Module, name: str, spec: MixtureSpec, dropout: float, comput
         )
     layer.train(base.training)
     setattr(parent, leaf, layer)
+    return layer
 
 
-def _row(model: nn.Module, target: str, names: list[str]) -> InjectionRow:
-    layers = [model.get_submodule(name) for name in names]
-    first = layers[0]
-    assert isinstance(first, MixtureLinear)
-    trainable = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
-    return InjectionRow(target, len(names), first.in_features, first.out_features, trainable)
+def _row(model: nn.Module, spec: MixtureSpec, target: str, names: list[str]) -> InjectionRow:
+    sizes = [(layer.in_features, layer.out_features) for name, layer in mixture_layers(model) if name in set(names)]
+    return InjectionRow(target, len(names), *sizes[0], sum(count_parameters(spec, *size) for size in sizes))
 
 
 def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int, ...]]:

@@ -1,21 +1,35 @@
 """The adapted linear: a frozen base layer plus a mixture of low-rank experts."""
 
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from malora_dist.functional.adapter import dense_experts, grouped_experts, prefer_grouped
-from malora_dist.functional.dropout import keyed_dropout
 from malora_dist.functional.init import kaiming_uniform, shared_subspace_init
-from malora_dist.functional.routing import Routing, route
+from malora_dist.functional.routing import Routing, dense_gates
+from malora_dist.nn.entrance import Entrance
+
+AddExperts = Callable[[Tensor], Tensor]
+
+
+class Dispatcher(Protocol):
+    """How the tokens of a layer reach their experts."""
+
+    def start(self, layer: "MixtureLinear", x: Tensor) -> AddExperts:
+        """Begin with the layer's input (..., I); the result turns the base output (T, O) into the layer's output."""
 
 
 class MixtureLinear(nn.Module):
     """y = base(x) + s * sum_{t in top-k} g_t B_t C_t h, the layer of LoRA, MoLoRA and MALoRA (eqs. 1, 5, 7).
 
     MALoRA (`shared_r` given): h = S_A drop(x), C_t = P_t. MoLoRA: h = drop(x), C_t = A_t. LoRA: one expert, no router.
-    All adapter parameters are fp32 and belong to this module, so that one ZeRO-3 gather serves them; products run in
-    the dtype of x. The router reads x before dropout. `routing` keeps the last forward's decision for the balance loss.
+    The experts' stacked factors belong to this module, router and S_A to its `entrance`. All are fp32; products run in
+    the dtype of x. `routing` keeps the last forward's decision for the balance loss.
+
+    Without a `dispatcher` all experts are here. With one (`parallel.apply`), this module holds `num_local_experts` of
+    them and the dispatcher brings the tokens.
 
     Shapes: x (..., I) -> (..., O).
     """
@@ -45,73 +59,107 @@ class MixtureLinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.num_experts, self.top_k, self.r, self.shared_r = num_experts, top_k, r, shared_r
-        self.scaling, self.beta, self.dropout = scaling, beta, dropout
-        self.normalize_gates, self.input_salt = normalize_gates, input_salt
-        entering = in_features if shared_r is None else shared_r
-        self.grouped = routed and (
-            computation == "grouped"
-            or (computation == "auto" and prefer_grouped(num_experts, top_k, r, entering, out_features))
+        self.routed, self.scaling, self.beta, self.computation = routed, scaling, beta, computation
+        self.entrance = Entrance(
+            in_features,
+            num_experts,
+            top_k=top_k,
+            shared_r=shared_r,
+            routed=routed,
+            normalize_gates=normalize_gates,
+            dropout=dropout,
+            input_salt=input_salt,
         )
+        self.core_name = "A" if shared_r is None else "P"
+        core = nn.Parameter(torch.empty(num_experts, r, in_features if shared_r is None else shared_r))
+        self.register_parameter(self.core_name, core)
+        self.B = nn.Parameter(torch.empty(num_experts, out_features, r))
+        self.set_experts(core, self.B)
         self.adapter_enabled = True
+        self.dispatcher: Dispatcher | None = None
         self.routing = None
         self.token_keys: Tensor | None = None
-        if routed:
-            self.gate = nn.Parameter(torch.empty(num_experts, in_features))
-        else:
-            self.register_parameter("gate", None)
-        if shared_r is None:
-            self.A = nn.Parameter(torch.empty(num_experts, r, in_features))
-        else:
-            self.shared_A = nn.Parameter(torch.empty(shared_r, in_features))
-            self.P = nn.Parameter(torch.empty(num_experts, r, shared_r))
-        self.B = nn.Parameter(torch.empty(num_experts, out_features, r))
         if not self.B.is_meta:
             self.reset_parameters(generator)
+
+    @property
+    def core(self) -> nn.Parameter:
+        """What leads into the experts' ranks: P (E, r, D), or A (E, r, I) without S_A."""
+        return self.get_parameter(self.core_name)
+
+    def set_experts(self, core: nn.Parameter, B: nn.Parameter) -> None:
+        """Hold these experts, all or a slice of them, and choose the cheaper form for their number."""
+        setattr(self, self.core_name, core)
+        self.B = B
+        self.num_local_experts, _, in_width = core.shape
+        top_k = min(self.top_k, self.num_local_experts)
+        self.grouped = self.routed and (
+            self.computation == "grouped"
+            or (
+                self.computation == "auto"
+                and prefer_grouped(self.num_local_experts, top_k, self.r, in_width, self.out_features)
+            )
+        )
+
+    def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and parameter of every adapter tensor: gate, shared_A, P or A, B; those the method has."""
+        for module in (self.entrance, self):
+            yield from module.named_parameters(recurse=False)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """B = 0, so the adapted layer starts as its base; the rest Kaiming-uniform, for MALoRA through eqs. 8-10."""
         n, E = self.in_features, self.num_experts
-        if self.gate is not None:
-            self.gate.copy_(kaiming_uniform((E, n), fan_in=n, generator=generator))
-        if self.shared_r is None:
-            self.A.copy_(kaiming_uniform((E, self.r, n), fan_in=n, generator=generator))
+        if self.entrance.gate is not None:
+            self.entrance.gate.copy_(kaiming_uniform((E, n), fan_in=n, generator=generator))
+        if self.entrance.shared_A is None:
+            self.core.copy_(kaiming_uniform((E, self.r, n), fan_in=n, generator=generator))
         else:
-            K_EDI = kaiming_uniform((E, self.shared_r, n), fan_in=n, generator=generator)
+            K_EDI = kaiming_uniform((E, self.entrance.shared_A.shape[0], n), fan_in=n, generator=generator)
             shared_A, P = shared_subspace_init(K_EDI, self.r, self.beta)
-            self.shared_A.copy_(shared_A)
-            self.P.copy_(P)
+            self.entrance.shared_A.copy_(shared_A)
+            self.core.copy_(P)
         self.B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        base: Tensor = self.base_layer(x)
         if not self.adapter_enabled:
+            base: Tensor = self.base_layer(x)
             return base
-        y_TO = self.experts(base.reshape(-1, self.out_features), x.reshape(-1, self.in_features))
-        return y_TO.view(base.shape)
+        add_experts = self._start(x) if self.dispatcher is None else self.dispatcher.start(self, x)
+        base = self.base_layer(x)
+        return add_experts(base.reshape(-1, self.out_features)).view(base.shape)
 
-    def experts(self, base_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """The base output with the weighted experts added."""
-        self.routing = None if self.gate is None else route(x_TI, self.gate, self.top_k, self.normalize_gates)
-        h = self._drop(x_TI)
-        if self.shared_r is None:
-            core = self.A
-        else:
-            h, core = F.linear(h, self.shared_A.to(x_TI.dtype)), self.P
-        form = grouped_experts if self.grouped else dense_experts
-        return form(base_TO, h, core.to(x_TI.dtype), self.B.to(x_TI.dtype), self.routing, self.scaling)
+    def enter(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        """h (T, D or I) and the routing of the input (..., I), which `routing` keeps."""
+        h, self.routing = self.entrance(x.reshape(-1, self.in_features), self.token_keys)
+        return h, self.routing
 
-    def _drop(self, x_TI: Tensor) -> Tensor:
-        if self.dropout == 0 or not self.training:
-            return x_TI
-        keys_T = self.token_keys
-        if keys_T is None:
-            # Outside our training loop nobody has named the samples: draw keys as nn.Dropout would draw a mask.
-            keys_T = torch.randint(2**31 - 1, x_TI.shape[:1], dtype=torch.int32, device=x_TI.device)
-        return keyed_dropout(x_TI, keys_T, self.input_salt, self.dropout)
+    def _start(self, x: Tensor) -> AddExperts:
+        h, routing = self.enter(x)
+        return lambda base_TO: self.add_experts(base_TO, h, routing)
+
+    def add_experts(self, base_TO: Tensor, h: Tensor, routing: Routing | None) -> Tensor:
+        """The base output with the weighted experts of this module added."""
+        core, B = self.core.to(h.dtype), self.B.to(h.dtype)
+        if self.grouped:
+            assert routing is not None
+            return grouped_experts(base_TO, h, core, B, routing, self.scaling)
+        gates_TE = None if routing is None else dense_gates(routing)
+        return dense_experts(base_TO, h, core, B, gates_TE, self.scaling)
+
+    def sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
+        """(N, O): the sum over this module's experts for rows that come with one gate per local expert."""
+        core, B = self.core.to(h_ND.dtype), self.B.to(h_ND.dtype)
+        if not self.grouped:
+            return dense_experts(None, h_ND, core, B, gates_NE, self.scaling)
+        top_k = min(self.top_k, self.num_local_experts)
+        # A row may have fewer experts here than top_k: its further ones have gate 0 and add nothing.
+        ids_NK = gates_NE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        routing = Routing(gates_NE.gather(1, ids_NK), ids_NK, gates_NE)
+        return grouped_experts(None, h_ND, core, B, routing, self.scaling)
 
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, top_k={self.top_k}, r={self.r}, shared_r={self.shared_r}, "
-            f"scaling={self.scaling}, dropout={self.dropout}, grouped={self.grouped}"
+            f"scaling={self.scaling}, grouped={self.grouped}"
         )

@@ -56,16 +56,33 @@ def test_batches() -> None:
     assert suggest_world_sizes(config("train.global_batch_size=18")) == []
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_expert_parallelism_is_a_plan_at_every_stage(stage: int) -> None:
+    check_plan(config("parallel.ep_size=2", f"parallel.zero_stage={stage}"), 4)
+    assert suggest_world_sizes(config("parallel.ep_size=2")) == [2, 4]
+
+
 def test_expert_parallelism_is_refused_with_every_reason() -> None:
     with pytest.raises(TopologyError) as error:
-        check_plan(config("parallel.ep_size=3", "parallel.zero_stage=2"), 4)
+        check_plan(config("parallel.ep_size=3"), 4)
     text = str(error.value)
-    assert "comes in the next version" in text and "Nearest legal plan: parallel.ep_size: 1" in text
     assert "parallel.ep_size=3 must divide adapter.num_experts=8; the nearest that does is 2" in text
     assert "parallel.ep_size=3 must divide the number of processes=4" in text
-    assert "parallel.zero_stage=2" in text
-    with pytest.raises(ConfigError, match="next version"):
-        check_plan(config("parallel.ep_size=2"), 2)
+    with pytest.raises(ConfigError, match="method=lora, which has one expert"):
+        check_plan(config("parallel.ep_size=2", "adapter.method=lora"), 2)
+    with pytest.raises(ConfigError, match=r"deepspeed 0.19.7: .* Nearest legal plan: deepspeed==0.19.8, or"):
+        check_plan(config("parallel.ep_size=2"), 2, deepspeed_version="0.19.7")
+
+
+@pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
+def test_settings_that_would_mix_experts_are_refused(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {key: False}}))
+    file = f"parallel.ds_config={path}"
+    with pytest.raises(ConfigError, match=f"zero_optimization.{key}=False is refused with parallel.ep_size=2"):
+        check_plan(config("parallel.ep_size=2", "parallel.zero_stage=1", file), 2)
+    check_plan(config("parallel.ep_size=1", "parallel.zero_stage=1", file), 2)
+    check_plan(config("parallel.ep_size=2", "parallel.zero_stage=3", file), 2)
 
 
 def test_all_refusals_together(tmp_path: Path) -> None:

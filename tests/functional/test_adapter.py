@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from malora_dist.functional.adapter import dense_experts, grouped_experts, prefer_grouped
-from malora_dist.functional.routing import route
+from malora_dist.functional.routing import dense_gates, route
 from tests.cases import ADAPTER_CASES, CASES, DROPOUT_P, AdapterCase, make_inputs, output_gradient
 from tests.reference import adapter_reference, gradients
 
@@ -26,10 +26,11 @@ FORMS = [
 
 def _forward(form: Form, method: str, tensors: dict[str, Tensor], top_k: int, normalize: bool = False) -> Tensor:
     routing = None if method == "lora" else route(tensors["x"], tensors["gate"], top_k, normalize)
+    weights = routing if routing is None or form is grouped_experts else dense_gates(routing)
     h = tensors["x"] * tensors["mask"] / (1 - DROPOUT_P)
     if method == "malora":
-        return form(tensors["base"], F.linear(h, tensors["shared_A"]), tensors["P"], tensors["B"], routing, SCALING)
-    return form(tensors["base"], h, tensors["A"], tensors["B"], routing, SCALING)
+        return form(tensors["base"], F.linear(h, tensors["shared_A"]), tensors["P"], tensors["B"], weights, SCALING)
+    return form(tensors["base"], h, tensors["A"], tensors["B"], weights, SCALING)
 
 
 def _twin(method: str, tensors: dict[str, Tensor], top_k: int, normalize: bool = False) -> Tensor:

@@ -56,7 +56,7 @@ def test_report_and_trainable_parameters(tiny_llama: LlamaFactory, method: str) 
     assert [row.trainable_parameters for row in report.rows] == [
         2 * count_parameters(spec, *SIZES[target]) for target in DEFAULT_TARGETS
     ]
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name.replace(".entrance", ""): p for name, p in model.named_parameters() if p.requires_grad}
     assert report.trainable_parameters == sum(p.numel() for p in trainable.values())
     assert set(trainable) == {name for name, _ in adapter_parameters(model)}
     assert {id(p) for p in model.parameters() if not p.requires_grad} == {id(p) for p in before.values()}
@@ -125,7 +125,7 @@ def test_state_dict_names_every_factor(tiny_llama: LlamaFactory) -> None:
 def test_layers_that_read_the_same_tensor_drop_the_same_numbers(tiny_llama: LlamaFactory) -> None:
     model = tiny_llama()
     inject_adapters(model, MALORA, [*DEFAULT_TARGETS, "o_proj"], seed=3)
-    salts = {name.removeprefix("model.layers."): layer.input_salt for name, layer in mixture_layers(model)}
+    salts = {name.removeprefix("model.layers."): layer.entrance.input_salt for name, layer in mixture_layers(model)}
     for block in "01":
         assert salts[f"{block}.self_attn.q_proj"] == salts[f"{block}.self_attn.k_proj"]
         assert salts[f"{block}.self_attn.q_proj"] == salts[f"{block}.self_attn.v_proj"]

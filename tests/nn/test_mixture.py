@@ -49,7 +49,8 @@ def _filled(
     state = {name: tensor.detach() for name, tensor in tensors.items() if name not in ("x", "base", "mask")}
     for name, parameter in base.named_parameters():
         state[f"base_layer.{name}"] = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    layer.load_state_dict(state, assign=True)
+    names = {"gate": "entrance.gate", "shared_A": "entrance.shared_A"}
+    layer.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()}, assign=True)
     return layer.train()
 
 
@@ -66,7 +67,7 @@ def test_layer_equals_the_twin(case: AdapterCase, method: str, computation: str,
     y = layer(x[None])
     assert y.shape == (1, case.T, case.O)
 
-    named = dict(layer.named_parameters())
+    named = {name.removeprefix("entrance."): parameter for name, parameter in layer.named_parameters()}
     twin = {name: parameter for name, parameter in named.items() if not name.startswith("base_layer")}
     twin |= {"x": x, "base": F.linear(x, named["base_layer.weight"], named["base_layer.bias"])}
     twin["mask"] = keep_mask(layer.token_keys, SALT, case.I, DROPOUT_P).double()
@@ -88,7 +89,7 @@ def test_starts_as_its_base_bit_for_bit(method: str, computation: str, dtype: to
     if base_kind == "nf4":
         base = NF4Linear(quantize_nf4(base.weight), base.bias.detach(), case.I, case.O, False)
     layer = _layer(base, case, method, computation, dropout=0.5).train()
-    assert {p.dtype for p in layer.parameters(recurse=False)} == {torch.float32}
+    assert {p.dtype for _, p in layer.factors()} == {torch.float32}
     x = torch.randn(2, 7, case.I, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = layer(x)
     assert y.dtype == dtype and torch.equal(y, base(x))
@@ -104,11 +105,13 @@ def test_initial_values(beta: float) -> None:
     n = 1024
     case = AdapterCase(T=1, I=n, O=3, E=8, K=2, r=12, D=32)
     layer = _layer(nn.Linear(n, 3), case, "malora", "auto", beta=beta, generator=torch.Generator().manual_seed(0))
-    for t, product in enumerate(layer.P.detach() @ layer.shared_A.detach()):
+    for t, product in enumerate(layer.P.detach() @ layer.entrance.shared_A.detach()):
         assert product.var().item() == pytest.approx(1 / (3 * n), rel=0.04), f"expert {t}"
-    torch.testing.assert_close(layer.shared_A @ layer.shared_A.T, beta**2 * torch.eye(32), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        layer.entrance.shared_A @ layer.entrance.shared_A.T, beta**2 * torch.eye(32), rtol=1e-5, atol=1e-4
+    )
     molora = _layer(nn.Linear(n, 3), case, "molora", "auto", generator=torch.Generator().manual_seed(0))
-    for kaiming in (layer.gate.detach(), molora.gate.detach(), *molora.A.detach()):
+    for kaiming in (layer.entrance.gate.detach(), molora.entrance.gate.detach(), *molora.A.detach()):
         assert kaiming.abs().max().item() == pytest.approx(1 / n**0.5, rel=0.01)
         assert kaiming.var().item() == pytest.approx(1 / (3 * n), rel=0.05)
     assert not layer.B.any() and not molora.B.any()
@@ -123,7 +126,7 @@ def test_factors_depend_on_the_generator_alone(method: str, drawn: tuple[str, ..
     def parameters(seed: int) -> dict[str, Tensor]:
         torch.rand(1)  # moves the global generator
         layer = _layer(nn.Identity(), case, method, "auto", generator=torch.Generator().manual_seed(seed))
-        return layer.state_dict()
+        return {name: parameter.detach() for name, parameter in layer.factors()}
 
     first, same, other = parameters(0), parameters(0), parameters(1)
     assert all(torch.equal(first[name], same[name]) for name in first)
@@ -136,7 +139,7 @@ def test_routing_is_kept_and_reads_x_before_dropout() -> None:
     layer = _filled(case, "malora", "auto", tensors)
     layer.token_keys = token_keys(1, 2, torch.zeros(case.T), torch.arange(case.T))
     layer(tensors["x"])
-    expected = route(tensors["x"], layer.gate, case.K)
+    expected = route(tensors["x"], layer.entrance.gate, case.K)
     assert all(torch.equal(got, want) for got, want in zip(layer.routing, expected, strict=True))
     assert layer.routing.probs_TE.requires_grad
     lora = _filled(case, "lora", "auto", make_inputs(case, "lora"))
@@ -153,7 +156,7 @@ def test_dropout_is_off_in_evaluation_and_random_without_keys() -> None:
     assert not torch.equal(first, second)
     torch.manual_seed(0)
     assert torch.equal(layer(x), first)
-    twin = dict(layer.named_parameters()) | {"x": x, "base": layer.base_layer(x)}
+    twin = dict(layer.factors()) | {"x": x, "base": layer.base_layer(x)}
     expected = adapter_reference("malora", twin, top_k=case.K, scaling=SCALING)
     torch.testing.assert_close(layer.eval()(x), expected, **CLOSE)
 
@@ -163,6 +166,6 @@ def test_backward_through_bf16_leaves_fp32_gradients() -> None:
     layer = _layer(nn.Linear(case.I, case.O, dtype=torch.bfloat16), case, "malora", "auto")
     layer.B.data.normal_(generator=torch.Generator().manual_seed(0))
     layer(torch.randn(5, case.I).bfloat16()).float().sum().backward()
-    for name in ("gate", "shared_A", "P", "B"):
-        gradient = getattr(layer, name).grad
+    for name, parameter in layer.factors():
+        gradient = parameter.grad
         assert gradient.dtype == torch.float32 and gradient.any(), name

@@ -1,5 +1,9 @@
 """ZeRO-3 on two real processes: parts of the right size, the right bits back, and what is misplaced is refused."""
 
+import pytest
+
+from tests.parallel.loading_workers import SHAPES
+from tests.parallel.loading_workers import results as loading_results
 from tests.parallel.workers import DTYPES, results
 
 
@@ -37,3 +41,10 @@ def test_the_process_that_reads_holds_one_full_layer_at_a_time() -> None:
     """It ends with the same 18 MB; on the way come single bfloat16 weights, never the 125 MB of them all."""
     memory = results()[0]["memory"]
     assert memory["growth"] < memory["part"] + 1.5 * memory["whole"], memory
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_part_read_alone_is_the_part_that_deepspeed_cuts(world_size: int) -> None:
+    """Same size, padding, place and attributes, also where there are fewer elements than processes."""
+    for found in loading_results(world_size):
+        assert found["parts"] == [True] * len(SHAPES) * len(DTYPES) * 2, "with and without offload_param"

@@ -143,7 +143,7 @@ def refusals(world: World, folder: str) -> dict[str, str]:
     whole, parts = nn.Linear(3, 5), nn.Linear(3, 5)
     partition_at_once(CONFIG)(list(parts.parameters()))
     alone = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
-    model = build_model(folder, {"zero_stage": 3}, world, CONFIG)
+    model = build_model(folder, {"zero_stage": 3, "whole_adapters": True}, world, CONFIG)
     astray = dict(adapter_parameters(model))["model.layers.1.mlp.up_proj.P"]
     astray.ds_zero_partition_process_group = alone
     return {
@@ -157,7 +157,7 @@ def refusals(world: World, folder: str) -> dict[str, str]:
 
 def engine_of_adapters(world: World, folder: str) -> dict[str, Any]:
     """An engine's groups' timeouts, and whether its adapters come out as they were put in."""
-    model = build_model(folder, {"zero_stage": 3}, world, CONFIG)
+    model = build_model(folder, {"zero_stage": 3, "whole_adapters": True}, world, CONFIG)
     for _, parameter in adapter_parameters(model):
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
     wanted = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}

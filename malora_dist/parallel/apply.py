@@ -1,0 +1,49 @@
+"""Spreading a model's experts over expert-parallel groups: which slice a process keeps, and how its tokens travel."""
+
+import torch
+from torch import nn
+
+from malora_dist.nn.inject import SIBLINGS, mixture_layers
+from malora_dist.nn.mixture import MixtureLinear
+from malora_dist.parallel.dispatch import SharedInputDispatcher
+from malora_dist.parallel.exchange import Wire
+from malora_dist.parallel.expert_groups import ExpertGroups
+from malora_dist.parallel.zero import mark_expert_parameter
+
+
+def keep_owned_experts(layer: MixtureLinear, groups: ExpertGroups) -> None:
+    """Replace a layer's stacked factors by this process's slice, marked for ZeRO."""
+    if not layer.routed:
+        return
+    owned = groups.owned(layer.num_experts)
+    parts = [_slice(parameter, owned) for parameter in (layer.core, layer.B)]
+    for part in parts:
+        mark_expert_parameter(part, groups)
+    layer.set_experts(*parts)
+
+
+def _slice(parameter: nn.Parameter, owned: range) -> nn.Parameter:
+    part = parameter.detach()[owned.start : owned.stop].clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(part, requires_grad=parameter.requires_grad)
+
+
+def connect_experts(model: nn.Module, groups: ExpertGroups, *, overlap: bool = True, share: bool = True) -> Wire:
+    """Give every routed layer a dispatcher through the expert-parallel group; the wire they share counts the bytes.
+
+    overlap: the home leg flies while the base layer computes. share: linears that read one tensor send together.
+    """
+    wire = Wire(groups.expert_parallel, overlap=overlap)
+    for layers in _sharing_an_input(model, share):
+        dispatcher = SharedInputDispatcher(layers, wire)
+        for layer in layers:
+            layer.dispatcher = dispatcher
+    return wire
+
+
+def _sharing_an_input(model: nn.Module, share: bool) -> list[list[MixtureLinear]]:
+    sets: dict[str, list[MixtureLinear]] = {}
+    for name, layer in mixture_layers(model):
+        if layer.routed:
+            parent, _, leaf = name.rpartition(".")
+            sets.setdefault(f"{parent}:{SIBLINGS.get(leaf, leaf) if share else leaf}", []).append(layer)
+    return list(sets.values())
