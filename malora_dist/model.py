@@ -1,27 +1,30 @@
-"""The frozen base model: read layer by layer, quantised to 4 bits, placed at once.
+"""The frozen base model: read tensor by tensor, quantised to 4 bits, placed at once.
 
-Only the reading process ever holds a full-precision weight, and only one at a time. `place` then decides where the
-result lives: it stays (one process), is broadcast (replicated), or is broadcast and partitioned (ZeRO-3).
+Only a reading process ever holds a full-precision weight, and only one at a time. `place` then decides where the
+result lives: it stays (one process), is broadcast (replicated), or is broadcast and partitioned (ZeRO-3). With
+`place_part` nothing is sent: every process reads its own part of each tensor, and no process ever holds a whole one.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
-from malora_dist.functional.nf4 import nf4_bytes, quantize_nf4
 from malora_dist.nn.nf4_linear import NF4Linear
-from malora_dist.source import TensorReader
+from malora_dist.weights.base_tensor import BaseTensor, Weights
+from malora_dist.weights.checkpoint import CheckpointWeights
+from malora_dist.weights.prequantized import check_stored_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Place = Callable[[list[nn.Parameter]], None]
+ReadPart = Callable[[int, int], Tensor]
+PlacePart = Callable[[tuple[int, ...], torch.dtype, ReadPart], nn.Parameter]
 
 
 def stay(parameters: list[nn.Parameter]) -> None:
@@ -36,24 +39,39 @@ def load_base_model(
     double_quant: bool = False,
     attn_implementation: str = "sdpa",
     device: torch.device | str = "cpu",
+    weights: Weights | None = None,
     reader: bool = True,
     place: Place = stay,
+    place_part: PlacePart | None = None,
 ) -> "PreTrainedModel":
     """The causal LM in `folder`, frozen, on `device`; linears other than the head 4-bit if `load_in_4bit`.
 
-    `reader` says whether this process reads the files; the others allocate tensors of the same shape one at a time
-    and get the values from `place`, which every process calls with the same parameters in the same order.
+    `weights` gives the values, by default from the folder itself. `reader` says whether this process reads; the others
+    allocate tensors of the same shape one at a time and get the values from `place`, which every process calls with
+    the same parameters in the same order. `place_part(shape, dtype, read_part)` instead makes a parameter from the
+    elements it asks `read_part(start, stop)` for; every process reads then. The folder's own weights have no parts
+    where they must be quantised.
 
-    Raises ConfigError if a weight is missing or has another shape than the configuration says.
+    Raises ConfigError if a weight is missing or has another shape than the configuration says, or if the folder's
+    weights are stored in a format that is not read.
     """
     model = build_empty_model(folder, dtype=dtype, attn_implementation=attn_implementation)
-    loader = _Loader(model, TensorReader(folder) if reader else None, torch.device(device), place)
-    head = model.get_output_embeddings()
+    check_stored_format(folder, load_in_4bit=load_in_4bit, double_quant=double_quant)
+    if weights is None and (reader or place_part is not None):
+        weights = CheckpointWeights(folder, device)
+    maker = _ParameterMaker(
+        weights if reader or place_part is not None else None, torch.device(device), place, place_part
+    )
+    tensors = base_tensors(model, load_in_4bit=load_in_4bit, double_quant=double_quant)
     for name, module in list(model.named_modules()):
-        if load_in_4bit and isinstance(module, nn.Linear) and module is not head:
-            _replace(model, name, loader.quantized_linear(module, double_quant))
+        prefix = f"{name}." if name else ""
+        own = {leaf: tensors[prefix + leaf] for leaf, _ in module.named_parameters(recurse=False)}
+        if any(tensor.quantized for tensor in own.values()):
+            assert isinstance(module, nn.Linear)
+            _replace(model, name, _quantized_linear(module, own, maker))
         else:
-            loader.materialise(module)
+            for leaf, tensor in own.items():
+                module.register_parameter(leaf, maker.parameter(tensor))
     _rebuild_buffers(model, torch.device(device))
     model.requires_grad_(False)
     model.eval()
@@ -68,6 +86,8 @@ def build_empty_model(folder: Path, *, dtype: torch.dtype, attn_implementation: 
         raise ConfigError(f"{folder} is not a model folder: it holds no config.json")
     config = AutoConfig.from_pretrained(folder)
     config.use_cache = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # says how files are stored, not how this model computes
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 
@@ -82,64 +102,66 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-class _Loader:
-    """Gives meta parameters their values, each once even if several modules share it."""
+def base_tensors(model: nn.Module, *, load_in_4bit: bool, double_quant: bool) -> dict[str, BaseTensor]:
+    """The tensors of an empty base model, by every name a parameter has; tied parameters are one tensor."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    quantized = {id(linear.weight) for linear in linears} if load_in_4bit else set()
+    tensors: dict[str, BaseTensor] = {}
+    for parameter in model.parameters():
+        sources = tuple(names[id(parameter)])
+        is_quantized = id(parameter) in quantized
+        tensor = BaseTensor(
+            name=sources[0].removesuffix("weight") + "blob" if is_quantized else sources[0],
+            sources=sources,
+            weight_shape=tuple(parameter.shape),
+            weight_dtype=parameter.dtype,
+            quantized=is_quantized,
+            double_quant=is_quantized and double_quant,
+        )
+        tensors.update(dict.fromkeys(sources, tensor))
+    return tensors
 
-    def __init__(self, model: nn.Module, reader: TensorReader | None, device: torch.device, place: Place) -> None:
-        self.reader, self.device, self.place = reader, device, place
-        self.names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(id(parameter), []).append(name)
-        # Kept by meta parameter, which stays alive here so that its id stays unique.
-        self.loaded: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
-    def read(self, meta: nn.Parameter) -> Tensor | None:
-        """The stored tensor, in the model's dtype on the device; None if this process does not read."""
-        if self.reader is None:
-            return None
-        names = self.names[id(meta)]
-        tensor = self.reader.read(names)
-        if tensor.shape != meta.shape:
-            raise ConfigError(f"weight {names[0]} has shape {tuple(tensor.shape)}, the config says {tuple(meta.shape)}")
-        return tensor.to(device=self.device, dtype=meta.dtype)
+class _ParameterMaker:
+    """Makes each parameter once, even if several modules share it."""
 
-    def parameter(self, meta: nn.Parameter) -> nn.Parameter:
-        if id(meta) not in self.loaded:
-            value = self.read(meta)
-            value = torch.empty(meta.shape, dtype=meta.dtype, device=self.device) if value is None else value
-            parameter = nn.Parameter(value, requires_grad=False)
-            self.place([parameter])
-            self.loaded[id(meta)] = (meta, parameter)
-        return self.loaded[id(meta)][1]
+    def __init__(
+        self, weights: Weights | None, device: torch.device, place: Place, place_part: PlacePart | None
+    ) -> None:
+        self.weights, self.device, self.place, self.place_part = weights, device, place, place_part
+        self.made: dict[BaseTensor, nn.Parameter] = {}
 
-    def materialise(self, module: nn.Module) -> None:
-        for name, meta in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, self.parameter(meta))
+    def parameter(self, tensor: BaseTensor) -> nn.Parameter:
+        if tensor not in self.made:
+            self.made[tensor] = self._part(tensor) if self.place_part is not None else self._whole(tensor)
+        return self.made[tensor]
 
-    def quantized_linear(self, linear: nn.Linear, double_quant: bool) -> NF4Linear:
-        weight = self.read(cast(nn.Parameter, linear.weight))
-        if weight is None:
-            blob = torch.empty(nf4_bytes(linear.weight.numel(), double_quant), dtype=torch.uint8, device=self.device)
+    def _whole(self, tensor: BaseTensor) -> nn.Parameter:
+        if self.weights is None:
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
         else:
-            blob = quantize_nf4(weight, double_quant)
-            del weight
-            _return_freed_memory()
-        bias = None if linear.bias is None else self.parameter(linear.bias)
-        quantized = NF4Linear(blob, None, linear.in_features, linear.out_features, double_quant)
-        quantized.bias = bias
-        self.place([quantized.blob])
-        return quantized
+            value = self.weights.read(tensor).to(self.device)
+        parameter = nn.Parameter(value, requires_grad=False)
+        self.place([parameter])
+        return parameter
+
+    def _part(self, tensor: BaseTensor) -> nn.Parameter:
+        assert self.place_part is not None and self.weights is not None
+        return self.place_part(tensor.shape, tensor.dtype, partial(self.weights.read_part, tensor))
 
 
-def _return_freed_memory() -> None:
-    """Give freed heap pages back to the system where the C library can.
-
-    Blobs that stay lie between temporaries that were freed, which otherwise keep the reading process as large as the
-    full-precision model.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+def _quantized_linear(linear: nn.Linear, own: dict[str, BaseTensor], maker: _ParameterMaker) -> NF4Linear:
+    tensor = own["weight"]
+    # The blob may be placed elsewhere by now; a linear is made around its shape alone.
+    shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    quantized = NF4Linear(shape, None, linear.in_features, linear.out_features, tensor.double_quant)
+    quantized.bias = maker.parameter(own["bias"]) if "bias" in own else None
+    quantized.blob = maker.parameter(tensor)
+    return quantized
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,24 +1,15 @@
-"""Where base weights come from: a hub id, a local folder, or a GGUF file; read one tensor at a time."""
+"""Where a base model comes from: a hub id, a local folder, or a GGUF file; the result is a folder."""
 
 import hashlib
-import json
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from malora_dist.cache import default_cache_dir
+from malora_dist.cache import build_once, default_cache_dir
 from malora_dist.errors import ConfigError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def resolve_model(name_or_path: str, revision: str | None = None, cache_dir: Path | None = None) -> Path:
@@ -40,16 +31,29 @@ def resolve_model(name_or_path: str, revision: str | None = None, cache_dir: Pat
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    said = f"model.name_or_path={repository!r}"
+    page = f"{constants.ENDPOINT}/{repository}"
     try:
         patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model"]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+    except GatedRepoError as error:
         raise ConfigError(
-            f"model.name_or_path={repository!r} is neither a local folder nor a model that can be downloaded: {error}"
+            f"{said} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account"
         ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{said} is neither a local folder nor a model at {page}; a private one needs HF_TOKEN"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ConfigError(
+                f"{said} is neither a local folder nor wholly downloaded in {constants.HF_HUB_CACHE}, and "
+                "HF_HUB_OFFLINE=1 forbids to download it: run `malora prepare` where the network is"
+            ) from error
+        raise ConfigError(f"{said} is neither a local folder nor a model that can be downloaded: {error}") from error
 
 
 def _convert_gguf(path: Path, cache_dir: Path) -> Path:
@@ -57,13 +61,7 @@ def _convert_gguf(path: Path, cache_dir: Path) -> Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = cache_dir / "gguf" / f"{path.stem}-{digest}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            partial = target.with_name(target.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            _write_converted(path.resolve(), partial)
-            partial.rename(target)
+    build_once(target, partial(_write_converted, path.resolve()))
     return target
 
 
@@ -77,12 +75,11 @@ def _write_converted(path: Path, target: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
-    target.mkdir()
     # Not model.save_pretrained, which writes nothing on any process but the main one, and refuses GGUF models.
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    save_file(tensors, target / SINGLE, metadata={"format": "pt"})
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     # safetensors makes files for their owner only; a cache may be shared.
-    (target / SINGLE).chmod(target.stat().st_mode & 0o666)
+    (target / "model.safetensors").chmod(target.stat().st_mode & 0o666)
     model.config.save_pretrained(target)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
 
@@ -93,41 +90,3 @@ def native_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     return torch.bfloat16 if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else torch.float32
-
-
-class TensorReader:
-    """Reads single tensors from the safetensors files of a model folder.
-
-    Raises ConfigError if the folder has no safetensors, or for a tensor that no file holds.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if (folder / INDEX).is_file():
-            with _readable(folder / INDEX):
-                self._file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        elif (folder / SINGLE).is_file():
-            with _readable(folder / SINGLE), safe_open(folder / SINGLE, framework="pt") as file:
-                self._file_of = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise ConfigError(f"{folder} holds neither {SINGLE} nor {INDEX}; other weight formats are not read")
-
-    def read(self, names: list[str]) -> Tensor:
-        """The tensor stored under the first of `names` that exists (tied weights have several)."""
-        for name in names:
-            if name in self._file_of:
-                path = self.folder / self._file_of[name]
-                with _readable(path), safe_open(path, framework="pt") as file:
-                    tensor: Tensor = file.get_tensor(name)
-                    return tensor
-        raise ConfigError(
-            f"{self.folder} holds no weight named {' or '.join(names)}: do config and weights belong together?"
-        )
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{path} is missing or damaged: {error}") from error

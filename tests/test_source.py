@@ -1,4 +1,4 @@
-"""Finding a model's folder, reading single tensors, and converting a GGUF file."""
+"""Finding a model's folder, and converting a GGUF file."""
 
 import importlib.util
 import json
@@ -10,9 +10,9 @@ import torch
 from malora_dist.cache import default_cache_dir
 from malora_dist.errors import ConfigError
 from malora_dist.parallel.groups import World
-from malora_dist.source import TensorReader, resolve_model
-from tests.conftest import LlamaFactory
+from malora_dist.source import resolve_model
 from tests.distributed import run_distributed
+from tests.hub import local_hub
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -32,8 +32,28 @@ def test_a_missing_path_is_named_and_never_looked_up_elsewhere(
 
 def test_a_hub_id_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="model.name_or_path='nobody/no-such-model'"):
+    with pytest.raises(ConfigError, match="model.name_or_path='nobody/no-such-model' .* HF_HUB_OFFLINE=1 forbids"):
         resolve_model("nobody/no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            "big/gated",
+            "model.name_or_path='big/gated' is gated: accept its terms at {url}/big/gated, then set HF_TOKEN",
+        ),
+        (
+            "nobody/private",
+            "'nobody/private' is neither a local folder nor a model at {url}.*; a private one needs HF_TOKEN",
+        ),
+    ],
+)
+def test_a_model_that_needs_a_token_says_so(monkeypatch: pytest.MonkeyPatch, model: str, message: str) -> None:
+    with local_hub({"big/gated": None}) as url:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        with pytest.raises(ConfigError, match=message.format(url=url)):
+            resolve_model(model)
 
 
 def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,28 +62,6 @@ def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("MALORA_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / ".cache" / "malora_dist"
-
-
-@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
-def test_reader_finds_each_tensor_in_its_file(tiny_llama: LlamaFactory, tmp_path: Path, shard_size: str) -> None:
-    model = tiny_llama()
-    model.save_pretrained(tmp_path, max_shard_size=shard_size)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "20KB")
-    reader = TensorReader(tmp_path)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(reader.read([name]), parameter)
-    name, parameter = next(model.named_parameters())
-    assert torch.equal(reader.read(["an.older.name", name]), parameter)
-    with pytest.raises(ConfigError) as caught:
-        reader.read(["model.gone.weight", "gone.too"])
-    assert all(part in str(caught.value) for part in ("model.gone.weight or gone.too", str(tmp_path)))
-
-
-def test_a_folder_without_safetensors_is_named(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError) as caught:
-        TensorReader(tmp_path)
-    assert str(tmp_path) in str(caught.value) and "model.safetensors" in str(caught.value)
 
 
 def convert_on_rank_1(world: World, gguf: str, cache_dir: str) -> str:
@@ -94,23 +92,3 @@ def test_gguf_is_converted_once_and_to_what_transformers_reads(tmp_path: Path) -
         expected = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)(ids)
         logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     assert torch.equal(logits, expected.logits)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        pytest.param("model.safetensors", b"junk", id="junk"),
-        pytest.param("model.safetensors.index.json", b"{}", id="index-without-map"),
-        pytest.param("model.safetensors.index.json", b"{", id="broken-index"),
-    ],
-)
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=f"{name} is missing or damaged"):
-        TensorReader(tmp_path)
-
-
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    with pytest.raises(ConfigError, match="gone.safetensors is missing or damaged"):
-        TensorReader(tmp_path).read(["a"])

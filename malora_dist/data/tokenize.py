@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from malora_dist.cache import build_once
 from malora_dist.data.encode import Encoder
 from malora_dist.data.example import MULTIPLE_CHOICE
 from malora_dist.data.rows import find_files
@@ -52,35 +50,11 @@ def prepare_task(
     def build(target: Path) -> None:
         _write_task(target, load_task(**settings), encoder)
 
-    build_once(folder, build)
-    return folder, key
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Call `build` with a temporary folder that then becomes `folder`, unless that exists.
-
-    Of many processes one builds, under a lock that a killed process releases. A folder is whole or not there.
-    Raises DataError if the cache cannot be written.
-    """
-    if folder.is_dir():
-        return
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _build(folder, build)
+        build_once(folder, build)
     except OSError as error:
         raise DataError(f"data.cache_dir: {folder.parent} cannot be written: {error}") from error
-
-
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
-        build(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return folder, key
 
 
 def read_task(folder: Path, *, task_id: int, first_id: int) -> TaskTokens:

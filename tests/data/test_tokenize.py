@@ -1,18 +1,14 @@
-"""Built once, by one of many processes, whole or not at all; and built again exactly when its content changes."""
+"""Built once, whole or not at all; and built again exactly when its content changes."""
 
 import copy
-import multiprocessing
-import os
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from malora_dist.data.encode import Encoder
-from malora_dist.data.tokenize import build_once, prepare_task, read_task, tokenizer_fingerprint
+from malora_dist.data.tokenize import prepare_task, read_task, tokenizer_fingerprint
 from malora_dist.errors import DataError
 
 ROWS = [{"prompt": f"p {i} of many", "choices": ["no", "yes it is"], "label": i % 2} for i in range(20)]
@@ -78,43 +74,18 @@ def test_the_fingerprint_follows_the_vocabulary(tokenizer: PreTrainedTokenizerBa
     assert tokenizer_fingerprint(same) == tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other)
 
 
-def _build_slowly(folder: Path) -> None:
-    def build(target: Path) -> None:
-        with (folder.parent / "builders").open("a") as log:
-            log.write(f"{os.getpid()}\n")
-        np.save(target / "first.npy", np.arange(3))
-        time.sleep(0.2)
-        (target / "second").touch()
-
-    build_once(folder, build)
-    assert (folder / "second").exists()
+def test_a_failed_build_leaves_nothing_behind(
+    write_jsonl: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write_jsonl("t.jsonl", [*ROWS, {"prompt": "no choices"}])
+    with pytest.raises(DataError, match="choices"):
+        prepare(settings(path), Encoder(tokenizer, 64), tmp_path / "cache")
+    assert [found.suffix for found in (tmp_path / "cache" / "data").iterdir()] == [".lock"]
 
 
-def test_many_processes_build_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_build_slowly, args=(tmp_path / "cache" / "t",)) for _ in range(4)]
-    (tmp_path / "cache").mkdir()
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert len((tmp_path / "cache" / "builders").read_text().splitlines()) == 1
-
-
-def test_a_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fail(target: Path) -> None:
-        (target / "half").touch()
-        raise DataError("bad row")
-
-    with pytest.raises(DataError, match="bad row"):
-        build_once(tmp_path / "t", fail)
-    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
-    build_once(tmp_path / "t", lambda target: (target / "whole").touch())
-    assert (tmp_path / "t" / "whole").exists()
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(
+    write_jsonl: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data\.cache_dir: .* cannot be written"):
-        build_once(tmp_path / "file" / "t", lambda target: None)
+        prepare(settings(write_jsonl("t.jsonl", ROWS)), Encoder(tokenizer, 64), tmp_path / "file")

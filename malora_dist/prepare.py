@@ -1,0 +1,77 @@
+"""`malora prepare RECIPE [--section.key value ...]`: everything a run would otherwise fetch and compute at its start.
+
+One process without GPU, launcher or DeepSpeed, on a machine that has the network: the model is downloaded or converted,
+the tasks are tokenised, and the base is quantised. Runs of the recipe find all three, with or without network.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+from malora_dist.config import RunConfig, load_config, split_arguments
+from malora_dist.data.build import build_data
+from malora_dist.model import base_tensors, build_empty_model, load_tokenizer
+from malora_dist.source import resolve_model
+from malora_dist.weights.checkpoint import CheckpointWeights
+from malora_dist.weights.prepared import prepared_folder, write_prepared
+from malora_dist.weights.prequantized import check_stored_format
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare what the recipe names. Raises ConfigError or DataError for a mistake in it."""
+    recipe, overrides = split_arguments(sys.argv[1:] if arguments is None else arguments)
+    config = load_config(recipe, overrides)
+    console = Console()
+
+    def say(line: str, style: str = "") -> None:
+        console.print(Text(line, style=style), soft_wrap=True, highlight=False)
+
+    folder = resolve_model(config.model.name_or_path, config.model.revision)
+    say(f"model: {folder}")
+    data = build_data(config.data, load_tokenizer(folder))
+    sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
+    say(f"training samples, tokenised: {sizes}")
+    for warning in data.warnings():
+        say(f"note: {warning}", style="yellow")
+    if not config.model.load_in_4bit:
+        say("base: model.load_in_4bit=false, so runs read it as it is")
+        return 0
+    dtype = prepared_dtype(config)
+    prepared, written = prepare_base(config, folder, dtype, console)
+    size = sum(file.stat().st_size for file in prepared.iterdir()) / 2**30
+    say(f"base: {prepared} ({size:.2f} GiB, {'written' if written else 'was there'})")
+    if config.model.dtype == "auto":
+        say(
+            "note: model.dtype=auto was taken as bfloat16; where runs say that they compute in float32, prepare with "
+            "--model.dtype float32",
+            style="yellow",
+        )
+    return 0
+
+
+def prepared_dtype(config: RunConfig) -> torch.dtype:
+    """model.dtype; `auto` is bfloat16, as on GPUs, since this machine is not the one that will compute."""
+    return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+
+
+def prepare_base(config: RunConfig, folder: Path, dtype: torch.dtype, console: Console) -> tuple[Path, bool]:
+    """The folder of the prepared 4-bit base, and whether it was written now rather than found.
+
+    Raises ConfigError if the model's weights are damaged or stored in a format that is not read.
+    """
+    double_quant = config.model.bnb_4bit_use_double_quant
+    check_stored_format(folder, load_in_4bit=True, double_quant=double_quant)
+    model = build_empty_model(folder, dtype=dtype)
+    tensors = dict.fromkeys(base_tensors(model, load_in_4bit=True, double_quant=double_quant).values())
+    prepared, identity = prepared_folder(folder, dtype=dtype, double_quant=double_quant)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("quantising", total=len(tensors))
+        written = write_prepared(
+            prepared, identity, tensors, CheckpointWeights(folder), advance=lambda: progress.advance(bar)
+        )
+    return prepared, written

@@ -1,0 +1,106 @@
+"""safetensors files, written one tensor at a time and read by ranges of elements.
+
+The library's own `save_file` wants all tensors of a file at once, and its slices are whole rows. Here memory stays at
+one tensor, and only the bytes asked for leave the disk.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor's dtype and shape, and where in its file its bytes start."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.numel * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorPlace]:
+    """The tensors of a file. Raises OSError, or ValueError if the file is damaged or cut short."""
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        prefix = file.read(LENGTH_BYTES)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == LENGTH_BYTES else size
+        if LENGTH_BYTES + length > size:
+            raise ValueError("the header is longer than the file")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    places = {name: _place(name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
+    if any(place.end > size for place in places.values()):
+        raise ValueError(f"the file ends after {size} bytes, before its last tensor does")
+    return places
+
+
+def _place(name: str, entry: dict[str, object], data_start: int) -> TensorPlace:
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {dtype}; those read are {', '.join(DTYPES)}")
+    assert isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
+    place = TensorPlace(DTYPES[dtype], tuple(shape), data_start + offsets[0])
+    if place.end != data_start + offsets[1]:
+        raise ValueError(f"{name} has another number of bytes than its shape says")
+    return place
+
+
+def read_elements(path: Path, place: TensorPlace, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the flat tensor, 1-D. Raises OSError or ValueError."""
+    itemsize = place.dtype.itemsize
+    raw = torch.empty((stop - start) * itemsize, dtype=torch.uint8)
+    view = raw.numpy().data
+    with path.open("rb", buffering=0) as file:
+        file.seek(place.start + start * itemsize)
+        # One read may return less than was asked for, always above 2 GiB.
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise ValueError("the file ends before its last tensor does")
+            view = view[count:]
+    return raw.view(place.dtype)
+
+
+def write_tensors(
+    path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], values: Iterable[Tensor]
+) -> None:
+    """Write a new file of named dtypes and shapes; `values` come in the same order and are asked for one at a time."""
+    names_of = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names_of[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (name, expected), tensor in zip(shapes.items(), values, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == expected, name
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
