@@ -1,0 +1,74 @@
+"""Seconds of an optimizer step from rates that the user gives."""
+
+from dataclasses import dataclass
+
+from malora_dist.plan.activations import expected_rows, is_grouped
+from malora_dist.plan.run import Run
+from malora_dist.plan.shapes import Linear
+from malora_dist.plan.steps import KINDS, Flow, flows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A cluster of equal nodes. intra and inter are bytes a second one GPU sends, flops what a GPU really reaches."""
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    hbm: int = 80 * 2**30
+    intra: float = 450e9
+    inter: float = 50e9
+    flops: float = 400e12
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+def step_seconds(run: Run, hardware: Hardware) -> dict[str, float]:
+    """Seconds of computing and of each kind of traffic, and their sum `total`: a step in which nothing overlaps.
+
+    compute = step_flops / flops. A flow takes bytes / bandwidth, at `intra` if its groups lie within nodes and at
+    `inter`, the slower link of the ring, if they span nodes. Latency, the unpacking of 4-bit weights and the optimizer
+    are left out. ZeRO-3's gathers and reductions can hide behind computing; the exchange of tokens only in part.
+    """
+    seconds = {"compute": step_flops(run) / hardware.flops} | dict.fromkeys(KINDS, 0.0)
+    for flow in flows(run):
+        seconds[flow.kind] += flow.nbytes / (hardware.inter if spans_nodes(flow, hardware) else hardware.intra)
+    return seconds | {"total": sum(seconds.values())}
+
+
+def spans_nodes(flow: Flow, hardware: Hardware) -> bool:
+    """Whether groups of a flow have ranks on several nodes: ranks are numbered node by node, groups start at rank 0."""
+    return hardware.gpus_per_node % (flow.group * flow.stride) != 0
+
+
+def step_flops(run: Run) -> float:
+    """Floating-point operations of a rank in a step: 2 a multiplication.
+
+    A frozen product runs forward and once backward (for its input), a trained one and attention twice backward;
+    checkpointing runs all but the head forward again.
+    """
+    T, shape, again = run.tokens, run.shape, 1 if run.checkpointing else 0
+    frozen = 2 * T * sum(linear.weights for linear in shape.linears)
+    trained = 2 * T * sum(_adapter_multiplications(run, linear) for linear in run.adapted)
+    block = (2 + again) * frozen + (3 + again) * (trained + _attention_flops(run))
+    return run.accumulation * (shape.num_layers * block + 2 * 2 * run.targets * shape.embedding_numel)
+
+
+def _attention_flops(run: Run) -> float:
+    """Scores and their product with v: over all pairs of a packed row if masked, else over causal pairs of samples."""
+    masked = run.micro_batch > 1 and run.attention != "flash_attention_2"
+    causal_pairs = run.micro_batch * run.tokens_per_sample**2 / 2
+    pairs = run.tokens**2 if masked or run.attention == "eager" else causal_pairs
+    return 4 * pairs * run.shape.num_heads * run.shape.head_dim
+
+
+def _adapter_multiplications(run: Run, linear: Linear) -> float:
+    """Per token: router, S_A, and the experts that are computed."""
+    spec, E = run.spec, run.num_local_experts
+    total = float(spec.num_experts * linear.in_features) if spec.structure.routed else 0.0
+    total += 0 if spec.shared_r is None else spec.shared_r * linear.in_features
+    in_width = linear.in_features if spec.shared_r is None else spec.shared_r
+    computed = min(spec.top_k, E) if is_grouped(run, linear) else E
+    rows = expected_rows(run) / run.tokens if run.ep_size > 1 else 1
+    return total + rows * computed * spec.r * (in_width + linear.out_features)

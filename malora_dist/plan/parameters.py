@@ -1,0 +1,150 @@
+"""Every stored tensor of a run, what a rank keeps of it under ZeRO, and the optimizer's state on top."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from malora_dist.methods import count_parameters, factor_shapes
+from malora_dist.plan.run import Run
+from malora_dist.plan.shapes import Linear
+
+FP32 = 4
+NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
+EXPERT_FACTORS = ("P", "A", "B")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """`copies` tensors alike: this rank's share of the experts where `group` is the expert-data-parallel group.
+
+    kind: base_4bit, base_other or adapters. numel counts elements before ZeRO-3 splits them over `group` ranks.
+    """
+
+    kind: str
+    numel: int
+    itemsize: int
+    group: int
+    copies: int = 1
+    trained: bool = False
+    is_embedding: bool = False
+
+    @property
+    def part(self) -> int:
+        """Elements of a rank's part; ZeRO-3 pads to equal parts."""
+        return math.ceil(self.numel / self.group)
+
+    @property
+    def nbytes(self) -> int:
+        return self.copies * self.numel * self.itemsize
+
+
+def stored_tensors(run: Run) -> list[Stored]:
+    """Every parameter of the model that a rank is responsible for, whole."""
+    shape, W = run.shape, run.world_size
+    L, s = shape.num_layers, run.itemsize
+    tensors = [Stored("base_other", numel, s, W, L) for numel in shape.vectors]
+    tensors.append(Stored("base_other", shape.hidden_size, s, W))
+    heads = 1 if shape.tied_head else 2
+    tensors.append(Stored("base_other", shape.embedding_numel, s, W, heads, is_embedding=True))
+    for linear in shape.linears:
+        if run.load_in_4bit:
+            tensors.append(Stored("base_4bit", nf4_blob_bytes(linear.weights, run.double_quant), 1, W, L))
+        else:
+            tensors.append(Stored("base_other", linear.weights, s, W, L))
+    for linear in run.adapted:
+        tensors += _adapter_tensors(run, linear)
+    return tensors
+
+
+def _adapter_tensors(run: Run, linear: Linear) -> Iterator[Stored]:
+    for factor, shape in factor_shapes(run.spec, linear.in_features, linear.out_features).items():
+        is_expert = factor in EXPERT_FACTORS and run.ep_size > 1
+        numel = math.prod(shape) // (run.ep_size if is_expert else 1)
+        group = run.expert_group if is_expert else run.world_size
+        yield Stored("adapters", numel, FP32, group, run.shape.num_layers, trained=True)
+
+
+def nf4_blob_bytes(numel: int, double_quant: bool) -> int:
+    """Bytes of codes and scales of `numel` weights, as `functional.nf4` lays them out."""
+    blocks = math.ceil(numel / NF4_BLOCK)
+    scales = blocks + FP32 * (math.ceil(blocks / NF4_SCALE_BLOCK) + 1) if double_quant else FP32 * blocks
+    return math.ceil(numel / 2) + scales
+
+
+def trainable_parameters(run: Run) -> int:
+    """Trained numbers of the whole model, over all ranks."""
+    per_block = sum(count_parameters(run.spec, linear.in_features, linear.out_features) for linear in run.adapted)
+    return run.shape.num_layers * per_block
+
+
+def persists(run: Run, tensor: Stored) -> bool:
+    """Whether ZeRO-3 keeps a tensor whole between uses, because it is small (stage3_param_persistence_threshold)."""
+    return run.zero_stage == 3 and tensor.numel <= run.zero.persistence_threshold
+
+
+def parameter_bytes(run: Run) -> dict[str, int]:
+    """Bytes a rank keeps of each kind: everything below ZeRO-3; there its parts, and small tensors whole as well."""
+    result = {"base_4bit": 0, "base_other": 0, "adapters": 0}
+    for tensor in stored_tensors(run):
+        if run.zero_stage < 3:
+            result[tensor.kind] += tensor.nbytes
+        else:
+            result[tensor.kind] += tensor.copies * tensor.part * tensor.itemsize
+            result[tensor.kind] += tensor.nbytes if persists(run, tensor) and tensor.group > 1 else 0
+    if run.zero_stage in (1, 2):
+        result["adapters"] = FP32 * sum(flat.numel for flat in flat_groups(run))
+    return result
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """All trained tensors that the same ranks share, as ZeRO-1 and 2 lay them out: `numel` is padded."""
+
+    numel: int
+    group: int
+    stride: int
+
+
+def flat_groups(run: Run) -> list[FlatGroup]:
+    """Router and S_A, or everything, over the world; experts over their expert-data-parallel group.
+
+    ZeRO-1 and 2 pad a flat tensor to a multiple of 2 x its ranks; ZeRO-0 does not pad.
+    """
+    totals: dict[int, int] = {}
+    for tensor in stored_tensors(run):
+        if tensor.trained:
+            totals[tensor.group] = totals.get(tensor.group, 0) + tensor.copies * tensor.numel
+    result = []
+    for group, total in totals.items():
+        alignment = 2 * group if run.zero_stage > 0 else 1
+        result.append(FlatGroup(math.ceil(total / alignment) * alignment, group, run.world_size // group))
+    return result
+
+
+def owned_numel(run: Run) -> int:
+    """Trained numbers whose optimizer state this rank keeps: all, a part of each flat tensor, or of each tensor."""
+    if run.zero_stage == 0:
+        return sum(flat.numel for flat in flat_groups(run))
+    if run.zero_stage < 3:
+        return sum(flat.numel // flat.group for flat in flat_groups(run))
+    return sum(tensor.copies * tensor.part for tensor in stored_tensors(run) if tensor.trained)
+
+
+def optimizer_bytes(run: Run) -> dict[str, int]:
+    """Bytes of fp32 master weights, AdamW's two moments, and gradients between backward and step.
+
+    From stage 1 on DeepSpeed clones the trained partition as its master even where that is fp32 already. Stages 0 and 1
+    keep whole gradients, 2 and 3 the rank's part. DeepSpeed copies reduced gradients through a bucket of
+    reduce_bucket_size elements, two of them below stage 3 if overlap_comm; it is allocated whole.
+    """
+    numel = owned_numel(run)
+    whole = sum(tensor.copies * tensor.numel for tensor in stored_tensors(run) if tensor.trained)
+    buckets = 0
+    if run.zero_stage > 0 and run.zero.contiguous_gradients:
+        buckets = 2 if run.zero.overlap_comm and run.zero_stage < 3 else 1
+    return {
+        "master": FP32 * numel if run.zero_stage > 0 else 0,
+        "moments": 2 * FP32 * numel,
+        "gradients": FP32 * (whole if run.zero_stage < 2 else numel),
+        "reduce_bucket": FP32 * buckets * run.zero.reduce_bucket_size,
+    }

@@ -1,0 +1,157 @@
+"""The facts of a run that memory, traffic and time follow from, taken out of the recipe once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from malora_dist.config import RunConfig
+from malora_dist.config.deepspeed import read_ds_config
+from malora_dist.config.matrix import check_plan
+from malora_dist.errors import ConfigError
+from malora_dist.methods import MixtureSpec
+from malora_dist.plan.shapes import Linear, ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """DeepSpeed's own settings that cost memory or traffic, with the defaults of 0.19.8. Sizes count elements."""
+
+    persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    reduce_bucket_size: int = 500_000_000
+    contiguous_gradients: bool = True
+    overlap_comm: bool | None = None
+    offload_optimizer: bool = False
+    offload_param: bool = False
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean length of a sample, by default its bound data.max_seq_length; and how many of it are learned, else all."""
+
+    tokens_per_sample: int | None = None
+    targets_per_sample: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run. T is `tokens`: the tokens of one micro-batch on one rank, which are one row without padding."""
+
+    shape: ModelShape
+    spec: MixtureSpec
+    adapted: tuple[Linear, ...]
+    world_size: int
+    zero_stage: int
+    ep_size: int
+    micro_batch: int
+    accumulation: int
+    tokens_per_sample: int
+    targets_per_sample: int
+    itemsize: int
+    load_in_4bit: bool
+    double_quant: bool
+    checkpointing: bool
+    attention: str
+    dropout: float
+    computation: str
+    zero: ZeroSettings
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.tokens_per_sample
+
+    @property
+    def targets(self) -> int:
+        """Tokens of a micro-batch whose logits are computed."""
+        return self.micro_batch * self.targets_per_sample
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.spec.num_experts // self.ep_size
+
+    @property
+    def expert_group(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world_size // self.ep_size
+
+
+def run_of(
+    config: RunConfig,
+    spec: MixtureSpec,
+    shape: ModelShape,
+    world_size: int,
+    *,
+    lengths: Lengths = Lengths(),  # noqa: B008  # frozen
+    zero: ZeroSettings | None = None,
+) -> Run:
+    """The run that a recipe describes on `world_size` processes; `zero` replaces what its DeepSpeed file says.
+
+    model.dtype `auto` is taken as bfloat16, which every GPU since 2020 multiplies.
+    Raises ConfigError or TopologyError for a plan that cannot run.
+    """
+    checked = check_plan(config, world_size)
+    model, adapter = config.model, config.adapter
+    tokens = lengths.tokens_per_sample or config.data.max_seq_length
+    targets = lengths.targets_per_sample or tokens
+    if targets > tokens:
+        raise ConfigError(f"--targets-per-sample={targets} must be at most --tokens-per-sample={tokens}")
+    return Run(
+        shape=shape,
+        spec=spec,
+        adapted=_adapted(shape, adapter.target_modules),
+        world_size=world_size,
+        zero_stage=config.parallel.zero_stage,
+        ep_size=config.parallel.ep_size,
+        micro_batch=config.train.per_device_train_batch_size,
+        accumulation=checked.gradient_accumulation_steps,
+        tokens_per_sample=tokens,
+        targets_per_sample=targets,
+        itemsize=4 if model.dtype == "float32" else 2,
+        load_in_4bit=model.load_in_4bit,
+        double_quant=model.bnb_4bit_use_double_quant,
+        checkpointing=config.train.gradient_checkpointing,
+        attention=model.attn_implementation,
+        dropout=adapter.lora_dropout,
+        computation=adapter.computation,
+        zero=zero_settings(config) if zero is None else zero,
+    )
+
+
+def zero_settings(config: RunConfig) -> ZeroSettings:
+    """DeepSpeed's settings in parallel.ds_config; its defaults without one."""
+    if config.parallel.ds_config is None:
+        return ZeroSettings()
+    given = read_ds_config(config.parallel.ds_config).get("zero_optimization", {})
+    names = {
+        "persistence_threshold": "param_persistence_threshold",
+        "max_live_parameters": "max_live_parameters",
+        "reduce_bucket_size": "reduce_bucket_size",
+        "contiguous_gradients": "contiguous_gradients",
+        "overlap_comm": "overlap_comm",
+    }
+    found: dict[str, Any] = {}
+    for name, key in names.items():
+        value = given.get(f"stage3_{key}", given.get(key))
+        if value is not None and value != "auto":
+            found[name] = value if isinstance(value, bool) else int(value)
+    for block in ("offload_optimizer", "offload_param"):
+        found[block] = _device(given.get(block)) != "none"
+    return ZeroSettings(**found)
+
+
+def _device(block: Any) -> str:
+    device = block.get("device", "none") if isinstance(block, Mapping) else "none"
+    return "none" if device in (None, "auto") else str(device)
+
+
+def _adapted(shape: ModelShape, targets: tuple[str, ...]) -> tuple[Linear, ...]:
+    """The linears of a block that `targets` name by the ends of their full names, as injection matches them."""
+    paths = {linear: f".{'mlp' if linear.name in _MLP else 'self_attn'}.{linear.name}" for linear in shape.linears}
+    for target in targets:
+        if not any(path.endswith(f".{target}") for path in paths.values()):
+            names = ", ".join(linear.name for linear in shape.linears)
+            raise ConfigError(f"adapter.target_modules: {target!r} is none of the linears of a block: {names}")
+    return tuple(linear for linear, path in paths.items() if any(path.endswith(f".{target}") for target in targets))
+
+
+_MLP = ("gate_proj", "up_proj", "down_proj")

@@ -1,0 +1,197 @@
+"""What the arithmetic needs to know of a base model, from its config.json or the metadata of a GGUF file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from malora_dist.errors import ConfigError
+
+ASK_FOR_CONFIG = "give its config.json: --model path/to/config.json (or the model's folder)"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a block: O = out_features, I = in_features."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A Llama-style decoder: equal blocks of seven linears and two norms, embeddings, a final norm and a head."""
+
+    source: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_head: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linears of one block, in the order they run."""
+        h, f, q, kv = (
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+        )
+        return (
+            Linear("q_proj", h, q, self.qkv_bias),
+            Linear("k_proj", h, kv, self.qkv_bias),
+            Linear("v_proj", h, kv, self.qkv_bias),
+            Linear("o_proj", q, h, self.o_bias),
+            Linear("gate_proj", h, f, self.mlp_bias),
+            Linear("up_proj", h, f, self.mlp_bias),
+            Linear("down_proj", f, h, self.mlp_bias),
+        )
+
+    @property
+    def vectors(self) -> tuple[int, ...]:
+        """Lengths of a block's norms and biases."""
+        norms = (self.hidden_size, self.hidden_size) + ((self.head_dim, self.head_dim) if self.qk_norm else ())
+        return norms + tuple(linear.out_features for linear in self.linears if linear.bias)
+
+    @property
+    def embedding_numel(self) -> int:
+        """Weights of the embedding, and of the head where it is not tied to it."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights of the base model; a tied head counts once."""
+        block = sum(linear.weights for linear in self.linears) + sum(self.vectors)
+        embeddings = self.embedding_numel * (1 if self.tied_head else 2)
+        return self.num_layers * block + embeddings + self.hidden_size
+
+
+# What a config.json may leave to its model_type, by key of the file; True where the type has it always.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True, "head_dim": 128},
+}
+
+
+def find_shape(name_or_path: str, revision: str | None = None) -> ModelShape:
+    """The shape of the model that a recipe names: a folder, a config.json, a GGUF file, or a hub id in the local cache.
+
+    Nothing is downloaded. Raises ConfigError if there is no configuration here or its layout is not known.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return read_config(path / "config.json")
+    if path.suffix == ".json":
+        return read_config(path)
+    if path.suffix == ".gguf":
+        return read_gguf(path)
+    cached = _cached_config(name_or_path, revision)
+    if cached is None:
+        raise ConfigError(f"model.name_or_path={name_or_path!r} is not on this machine: {ASK_FOR_CONFIG}")
+    return read_config(cached)
+
+
+def read_config(path: Path) -> ModelShape:
+    """The shape in a config.json. Raises ConfigError for a file that cannot be read, or a layout not known here."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error}): {ASK_FOR_CONFIG}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+    return shape_of(config, str(path))
+
+
+def shape_of(config: Mapping[str, Any], source: str) -> ModelShape:
+    """The shape in the keys of a config.json; `source` names it in errors."""
+    model_type = config.get("model_type")
+    if model_type not in LAYOUTS:
+        raise ConfigError(
+            f"{source}: model_type={model_type!r} has a layout that plan does not know; it knows {', '.join(LAYOUTS)}"
+        )
+    layout = LAYOUTS[model_type]
+    heads = _integer(config, "num_attention_heads", source)
+    hidden = _integer(config, "hidden_size", source)
+    attention_bias = bool(config.get("attention_bias", False)) and model_type in ("llama", "qwen3")
+    return ModelShape(
+        source=source,
+        hidden_size=hidden,
+        intermediate_size=_integer(config, "intermediate_size", source),
+        num_layers=_integer(config, "num_hidden_layers", source),
+        num_heads=heads,
+        num_kv_heads=_integer(config, "num_key_value_heads", source, layout.get("num_key_value_heads", heads)),
+        head_dim=_integer(config, "head_dim", source, layout.get("head_dim", hidden // heads)),
+        vocab_size=_integer(config, "vocab_size", source),
+        tied_head=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=attention_bias or layout.get("qkv_bias", False),
+        o_bias=attention_bias,
+        mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
+        qk_norm=layout.get("qk_norm", False),
+    )
+
+
+def _integer(config: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{source}: {key}={value!r} must be a whole number above 0")
+    return value
+
+
+def read_gguf(path: Path) -> ModelShape:
+    """The shape in a GGUF file's metadata. Raises ConfigError if the file cannot be read or has an unknown layout."""
+    if not path.is_file():
+        raise ConfigError(f"model.name_or_path={str(path)!r}: there is no such GGUF file; {ASK_FOR_CONFIG}")
+    try:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(path)
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as GGUF ({error}): {ASK_FOR_CONFIG}") from error
+    fields = {name.split(".", 1)[-1]: field for name, field in reader.fields.items()}
+    tensors = {tensor.name for tensor in reader.tensors}
+    keys = {
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "vocab_size": "vocab_size",
+    }
+    config = {key: fields[name].contents() for key, name in keys.items() if name in fields}
+    config["model_type"] = fields["architecture"].contents() if "architecture" in fields else None
+    config["tie_word_embeddings"] = "output.weight" not in tensors
+    if "vocab_size" not in config and "ggml.tokens" in fields:
+        config["vocab_size"] = len(fields["ggml.tokens"].data)
+    return shape_of(config, str(path))
+
+
+def _cached_config(repository: str, revision: str | None) -> Path | None:
+    """config.json of a hub id if it was downloaded before."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(repository, "config.json", revision=revision)
+    except (ImportError, ValueError):
+        return None
+    return Path(found) if isinstance(found, str) else None

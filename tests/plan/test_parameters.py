@@ -1,0 +1,79 @@
+"""Parameters and optimizer state: equal to the built model, and to what real processes hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from malora_dist.config import config_from_dict
+from malora_dist.functional.nf4 import nf4_bytes
+from malora_dist.methods import METHODS
+from malora_dist.model import build_empty_model
+from malora_dist.nn.inject import inject_adapters
+from malora_dist.plan.parameters import (
+    FP32,
+    nf4_blob_bytes,
+    optimizer_bytes,
+    parameter_bytes,
+    stored_tensors,
+    trainable_parameters,
+)
+from malora_dist.plan.run import Lengths, run_of
+from malora_dist.plan.shapes import find_shape
+from malora_dist.summary import adapter_spec
+from tests.config.recipes import recipe
+from tests.plan.conftest import RealRuns
+from tests.plan.workers import names_at
+
+LLAMA = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "vocab_size": 61}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": LLAMA | HEADS | {"tie_word_embeddings": True},
+    "untied-biases": LLAMA | HEADS | {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "all-heads": LLAMA | {"num_attention_heads": 4},
+    "head-dim": LLAMA | HEADS | {"head_dim": 20},
+    "mistral": LLAMA | HEADS | {"model_type": "mistral"},
+    "qwen2": LLAMA | HEADS | {"model_type": "qwen2"},
+    "qwen3": LLAMA | HEADS | {"model_type": "qwen3", "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_equal_to_the_built_model(tmp_path: Path, model: str, method: str) -> None:
+    """Every tensor's size and number, on the meta device."""
+    (tmp_path / "config.json").write_text(json.dumps(MODELS[model]))
+    targets = ["q_proj", "mlp.down_proj", "o_proj"]
+    adapter = {"method": method, "target_modules": targets}
+    config = config_from_dict(recipe(model={"load_in_4bit": False}, adapter=adapter))
+    run = run_of(config, adapter_spec(config), find_shape(str(tmp_path)), 1, lengths=Lengths())
+    built = build_empty_model(tmp_path, dtype=torch.bfloat16)
+    base = sum(parameter.numel() for parameter in built.parameters())
+    report = inject_adapters(built, adapter_spec(config), targets)
+    wanted = sorted((p.numel(), p.element_size()) for p in built.parameters())
+    found = sorted((t.numel, t.itemsize) for t in stored_tensors(run) for _ in range(t.copies))
+    assert found == wanted
+    assert run.shape.num_parameters == base
+    assert trainable_parameters(run) == report.trainable_parameters
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_blob_bytes_are_those_of_the_kernels(double_quant: bool) -> None:
+    for numel in (1, 63, 64, 65, 16384, 16385, 4096 * 11008):
+        assert nf4_blob_bytes(numel, double_quant) == nf4_bytes(numel, double_quant)
+
+
+@pytest.mark.parametrize(
+    ("real_runs", "name"), [(world, name) for world in (2, 4) for name in names_at(world)], indirect=["real_runs"]
+)
+def test_equal_to_what_each_process_holds(real_runs: RealRuns, name: str) -> None:
+    """Bytes of parameters by kind, of master weights and moments; at stage 3 gradients and bucket too."""
+    run = real_runs.plan(name)
+    optimizer = optimizer_bytes(run)
+    for rank in real_runs.ranks:
+        result = rank[name]
+        assert result["held"] == parameter_bytes(run)
+        for kind in {"moments", "master", "gradients", "reduce_bucket"} & set(result):
+            assert FP32 * result[kind] == optimizer[kind], kind
