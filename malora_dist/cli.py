@@ -1,5 +1,6 @@
-"""The command `malora`. Each verb is a few lines over the package; only `train` and `evaluate` import torch."""
+"""The command `malora`. Each verb is a few lines over the package; only those that load a model import torch."""
 
+import json
 import os
 import shlex
 import sys
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from malora_dist import __version__
+from malora_dist.bench.variants import TOPICS, recipe_variant
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.matrix import check_plan, suggest_world_sizes
 from malora_dist.config.template import recipe_text
@@ -34,6 +36,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure variants of a recipe side by side.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 OVERRIDES_HELP = "Settings of the recipe follow it: --adapter.r 16 --train.learning_rate=5e-4"
 
@@ -108,6 +112,50 @@ def validate(
 
 
 @app.command(context_settings=OVERRIDES)
+def prepare(context: typer.Context, recipe: Recipe) -> None:
+    """Fetch the model, tokenise the tasks and quantise the base once, without a GPU; runs then start from that."""
+    path, overrides = _recipe_first(recipe, context.args)
+    raise typer.Exit(import_module("malora_dist.prepare").main([path, *overrides]))
+
+
+@app.command(context_settings=OVERRIDES)
+def plan(
+    context: typer.Context,
+    recipe: Recipe,
+    model: Annotated[str | None, typer.Option(help="The base's config.json or folder, if it is not here.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of each. Default: the most up to 8 that can share the batch.")
+    ] = None,
+    hbm: Annotated[str, typer.Option(help="Memory of a GPU.")] = "80GiB",
+    intra: Annotated[str, typer.Option(help="What a GPU sends to others of its node.")] = "450GB/s",
+    inter: Annotated[str, typer.Option(help="What a GPU sends to other nodes.")] = "50GB/s",
+    flops: Annotated[str, typer.Option(help="What a GPU really computes, in model.dtype.")] = "400TFLOP/s",
+    tokens_per_sample: Annotated[
+        int | None, typer.Option(min=1, help="Mean length of a sample. Default: data.max_seq_length, its bound.")
+    ] = None,
+    targets_per_sample: Annotated[
+        int | None, typer.Option(min=1, help="Learned tokens of a sample, whose logits are computed. Default: all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Memory, traffic and time of a run before it starts, what fits, and what is fastest. Needs no GPU and no torch."""
+    from malora_dist.plan import Lengths, Report, find_shape, hardware_of
+
+    config = load_config(*_recipe_first(recipe, context.args))
+    hardware = hardware_of(
+        config, nodes=nodes, gpus_per_node=gpus_per_node, hbm=hbm, intra=intra, inter=inter, flops=flops
+    )
+    shape = find_shape(model or config.model.name_or_path, config.model.revision if model is None else None)
+    result = Report(config, adapter_spec(config), shape, hardware, Lengths(tokens_per_sample, targets_per_sample))
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+        return
+    for part in result.tables():
+        Console().print(part, soft_wrap=isinstance(part, Text))
+
+
+@app.command(context_settings=OVERRIDES)
 def train(context: typer.Context, recipe: Recipe, num_gpus: NumGpus = None) -> None:
     """Train. Outside a launcher, several GPUs are used through `deepspeed`; --num_gpus 1 trains in this process."""
     path, overrides = _recipe_first(recipe, context.args)
@@ -142,6 +190,27 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) ->
         raise ConfigError(f"RUN_DIR={run_dir} is not a folder")
     written = import_module("malora_dist.report").write_report(run_dir)
     Console().print(f"wrote {written}", soft_wrap=True, highlight=False)
+
+
+@bench.command(name="ep", context_settings=OVERRIDES)
+def bench_ep(
+    context: typer.Context,
+    recipe: Recipe,
+    num_gpus: NumGpus = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps measured of each variant.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 2,
+    variants: Annotated[
+        str | None, typer.Option(help=f"What to compare, of {','.join(TOPICS)}. Default: all that fits.")
+    ] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write every step of every variant here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
+) -> None:
+    """Step time, bytes and loss with experts spread or not, overlap, 4-bit base, ZeRO stages; variants take turns."""
+    path, overrides = _recipe_first(recipe, context.args)
+    config = load_config(path, overrides)
+    given = {"--steps": steps, "--warmup": warmup, "--variants": variants, "--json": as_json, "--markdown": markdown}
+    options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
+    _run("malora_dist.bench.run", [path, *options, *overrides], num_gpus, recipe_variant(config).of(config))
 
 
 def _recipe_first(recipe: str, overrides: list[str]) -> tuple[str, list[str]]:

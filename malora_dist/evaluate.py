@@ -18,12 +18,13 @@ from malora_dist.checkpoint.adapter import load_adapter, read_adapter_info
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.matrix import suggest_world_sizes
 from malora_dist.data.build import build_data
+from malora_dist.engine.base import base_model
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.progress import LOGGER, console, start_logging
 from malora_dist.engine.run_folder import evaluation_file, write_json
-from malora_dist.engine.setup import base_model, engine_config
+from malora_dist.engine.setup import engine_config
 from malora_dist.errors import ConfigError
 from malora_dist.model import load_tokenizer
 from malora_dist.parallel.groups import World

@@ -12,16 +12,17 @@ from typing import Any
 from malora_dist.config import RunConfig, load_config, split_arguments
 from malora_dist.config.matrix import check_plan
 from malora_dist.data.build import PreparedData, build_data
-from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.base import base_model
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.evaluation import evaluate_tasks
-from malora_dist.engine.forward import BalanceSettings
 from malora_dist.engine.loop import LoopSettings, train_loop
 from malora_dist.engine.outputs import RunOutputs
+from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
-from malora_dist.engine.setup import add_adapters, base_model, engine_config, optimizer_settings
+from malora_dist.engine.setup import add_adapters, engine_config, new_stepper, optimizer_settings, train_loader
 from malora_dist.engine.step import Stepper
 from malora_dist.model import load_tokenizer
+from malora_dist.parallel.expert_groups import create_expert_groups
 from malora_dist.parallel.groups import World
 from malora_dist.parallel.zero import resident_bytes
 from malora_dist.source import resolve_model
@@ -40,11 +41,13 @@ def _start(arguments: Sequence[str]) -> None:
     config = load_config(recipe, overrides)
     check_trackers(config.train.report_to)
     world = start_processes(config.parallel.timeout_seconds)
-    run(config, world)
+    position = Position(world.rank)
+    with watched(position, config.parallel.timeout_seconds):
+        run(config, world, position)
 
 
-def run(config: RunConfig, world: World) -> Path:
-    """One run on this process's part; returns the run's folder."""
+def run(config: RunConfig, world: World, position: Position) -> Path:
+    """One run on this process's part, which keeps `position` up to date; returns the run's folder."""
     plan = check_plan(config, world.size)
     folder = resolve_model(config.model.name_or_path, config.model.revision)
     data = build_data(config.data, load_tokenizer(folder))
@@ -53,62 +56,42 @@ def run(config: RunConfig, world: World) -> Path:
     outputs.notes(plan.notes)
     outputs.data(data)
 
+    position.enter("loading the base model")
     settings = engine_config(config, world)
+    groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
     model = base_model(config, folder, world, settings)
-    outputs.injection(add_adapters(model, config))
-    loader = _loader(config, data, world)
+    report, wire = add_adapters(model, config, settings, groups)
+    outputs.injection(report)
+    loader = train_loader(config, data, world)
     steps = config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
+    position.enter("starting DeepSpeed")
     engine = build_engine(
         model,
         settings,
         optimizer_settings(config, steps),
         zero_stage=config.parallel.zero_stage,
         timeout_seconds=config.parallel.timeout_seconds,
+        expert_groups=groups,
     )
     outputs.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
 
+    stepper = new_stepper(config, data, engine, world, wire, position)
     if config.evaluation.base:
-        outputs.evaluation("base", _evaluate(config, data, engine, world, "base", use_adapter=False))
+        outputs.evaluation("base", _evaluate(config, data, stepper, "base", use_adapter=False))
     train_loop(
-        _stepper(config, data, engine, world),
+        stepper,
         loader,
         _loop_settings(config, steps, loader.steps_per_epoch),
         log=outputs.record,
-        evaluate=lambda step: outputs.validation(step, _evaluate(config, data, engine, world, "validation")),
-        save=lambda step: outputs.adapter(engine.module, f"adapter-step-{step:06d}"),
+        evaluate=lambda step: outputs.validation(step, _evaluate(config, data, stepper, "validation")),
+        save=lambda step: _save(outputs, stepper, f"adapter-step-{step:06d}"),
     )
-    outputs.adapter(engine.module, "adapter")
+    _save(outputs, stepper, "adapter")
     if config.evaluation.tuned:
-        outputs.evaluation("tuned", _evaluate(config, data, engine, world, "tuned"))
+        outputs.evaluation("tuned", _evaluate(config, data, stepper, "tuned"))
+    position.enter("finishing the report")
     outputs.finish()
     return outputs.folder
-
-
-def _loader(config: RunConfig, data: PreparedData, world: World) -> TrainLoader:
-    return TrainLoader(
-        data.train,
-        task_sizes=data.train_sizes,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.per_device_train_batch_size,
-        shares=data.shares,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.train.seed,
-        fingerprint=data.fingerprint,
-    )
-
-
-def _stepper(config: RunConfig, data: PreparedData, engine: Any, world: World) -> Stepper:
-    adapter = config.adapter
-    return Stepper(
-        engine,
-        world,
-        task_names=data.task_names,
-        balance=BalanceSettings(adapter.router_aux_loss_coef, adapter.router_aux_loss_reduction, adapter.balance_scope),
-        normalization=config.train.loss_normalization,
-        zero_stage=config.parallel.zero_stage,
-        seed=config.train.seed,
-    )
 
 
 def _loop_settings(config: RunConfig, steps: int, steps_per_epoch: float) -> LoopSettings:
@@ -124,18 +107,24 @@ def _loop_settings(config: RunConfig, steps: int, steps_per_epoch: float) -> Loo
 
 
 def _evaluate(
-    config: RunConfig, data: PreparedData, engine: Any, world: World, what: str, use_adapter: bool = True
+    config: RunConfig, data: PreparedData, stepper: Stepper, what: str, use_adapter: bool = True
 ) -> dict[str, Any]:
+    stepper.position.enter(f"evaluation ({what})")
     split = "validation" if what == "validation" else config.evaluation.split
     return evaluate_tasks(
-        engine,
+        stepper.engine,
         data.evaluation[split],
-        world,
+        stepper.world,
         batch_tokens=config.evaluation.batch_tokens,
         share_prompt=config.model.attn_implementation == "sdpa",
         title=f"evaluating ({what})",
         use_adapter=use_adapter,
     )
+
+
+def _save(outputs: RunOutputs, stepper: Stepper, name: str) -> None:
+    stepper.position.enter(f"saving {name}")
+    outputs.adapter(stepper.engine.module, name)
 
 
 if __name__ == "__main__":

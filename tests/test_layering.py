@@ -12,16 +12,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "malora_dist"
 FLOORS = {
     7: ["cli", "recipes"],
-    6: ["train", "evaluate"],
+    6: ["train", "evaluate", "prepare", "bench"],
     5: ["engine"],
     4: ["parallel", "model", "checkpoint", "scoring"],
-    3: ["nn", "data", "plan", "launch", "summary", "source"],
+    3: ["nn", "data", "plan", "launch", "summary", "source", "weights"],
     2: ["config", "methods", "report", "trackers"],
-    1: ["topology", "metrics"],
+    1: ["topology", "metrics", "traffic"],
     0: ["errors", "cache", "functional", "cluster_files"],
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
-WITHOUT_TORCH = ["cli", "config", "launch", "summary", "report", "metrics", "trackers", "topology", "methods", "errors"]
+WITHOUT_TORCH = ["cli", "config", "launch", "plan", "summary", "report", "metrics", "trackers", "topology", "traffic"]
+WITHOUT_TORCH += ["methods", "errors"]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

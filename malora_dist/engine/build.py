@@ -1,6 +1,7 @@
 """From a model with adapters to a DeepSpeed engine. Holds the only `deepspeed.initialize`."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from malora_dist.nn.inject import adapter_parameters
+from malora_dist.parallel.below_zero3 import check_reduction, parameter_groups, showing_experts
+from malora_dist.parallel.expert_groups import ExpertGroups
 from malora_dist.parallel.groups import set_timeouts
 from malora_dist.parallel.zero import check_partitioning
 
@@ -33,12 +36,13 @@ def build_engine(
     *,
     zero_stage: int,
     timeout_seconds: float,
+    expert_groups: ExpertGroups | None = None,
 ) -> Any:
     """The DeepSpeed engine over `model`; without `settings` one that only computes forward.
 
     The engine runs in fp32: adapters, their gradients and AdamW's moments are fp32 at every ZeRO stage, while the
     frozen base keeps its own dtype. Raises TopologyError if DeepSpeed spread a parameter over another group than it
-    should.
+    should, or would add gradients of experts up over another one. At stage 0 the caller clips (`clip_gradients`).
     """
     import deepspeed
 
@@ -46,21 +50,27 @@ def build_engine(
         # These stages split what an optimizer holds, and DeepSpeed refuses them without one.
         zero_stage = 0
         deepspeed_config = {**deepspeed_config, "zero_optimization": {"stage": 0}}
+    if zero_stage == 0:
+        deepspeed_config = {**deepspeed_config, "gradient_clipping": 0.0}
     trained = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=None if settings is None else _adamw(trained, settings),
-        lr_scheduler=None if settings is None else _schedule(settings),
-        config=deepspeed_config,
-    )
+    groups_below_3 = expert_groups if zero_stage < 3 else None
+    with showing_experts(model) if groups_below_3 is not None else nullcontext():
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=None if settings is None else _adamw(parameter_groups(trained, groups_below_3), settings),
+            lr_scheduler=None if settings is None else _schedule(settings),
+            config=deepspeed_config,
+        )
     set_timeouts(timeout_seconds)
-    check_partitioning(engine.module, zero_stage)
+    check_partitioning(engine.module, zero_stage, expert_groups)
+    if groups_below_3 is not None and settings is not None:
+        check_reduction(engine, zero_stage, groups_below_3)
     return engine
 
 
-def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+def _adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.epsilon,

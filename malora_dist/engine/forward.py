@@ -54,7 +54,7 @@ def balance_loss(
     The counts are (G, L, E): how often each task's tokens chose each expert of each layer, on this process. Call after
     forward and before backward: recomputation under activation checkpointing replaces `layer.routing`.
     """
-    layers = [layer for _, layer in mixture_layers(model) if layer.gate is not None]
+    layers = [layer for _, layer in mixture_layers(model) if layer.routed]
     if not layers:
         return batch.position_ids.new_zeros((), dtype=torch.float32), torch.zeros(num_tasks, 0, 0)
     task_T = batch.task_ids[batch.token_sample]

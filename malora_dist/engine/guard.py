@@ -14,20 +14,25 @@ from malora_dist.parallel.groups import max_over_processes
 
 
 class GradientGuard:
-    """Collects, without synchronising, which layers got a non-finite adapter gradient since the last `clear`."""
+    """Collects, without synchronising, which layers got a non-finite adapter gradient since the last `clear`.
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    Calls `reached` with the name of each layer that backward comes to.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, reached: Callable[[str], None]) -> None:
         layers = list(mixture_layers(model))
+        self.reached = reached
         self.names = [name for name, _ in layers]
         self.flags_L = torch.zeros(len(layers), dtype=torch.float64, device=device)
         for index, (_, layer) in enumerate(layers):
-            for parameter in layer.parameters(recurse=False):
+            for _, parameter in layer.factors():
                 if parameter.requires_grad:
                     parameter.register_hook(self._hook(index))
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def record(gradient: Tensor) -> None:
             # 0 x inf and 0 x nan are nan: one reduction, no comparison, no host synchronisation.
+            self.reached(self.names[index])
             self.flags_L[index] += gradient.sum().double() * 0
 
         return record

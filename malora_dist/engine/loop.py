@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from malora_dist.data.loader import MicroBatch
+from malora_dist.engine.position import Position
 from malora_dist.engine.progress import LOGGER, Bar, peak_memory_gib, time_left
 from malora_dist.engine.step import Stepper, StepResult
+from malora_dist.errors import TrainingError
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.parallel.groups import max_over_processes, sum_over_processes
 
@@ -49,11 +51,12 @@ def train_loop(
     with Bar("training", settings.last_step, world.is_main) as bar:
         for number in range(1, settings.last_step + 1):
             began = time.monotonic()
-            batches = [batch.to(world.device) for batch in next(loader)]
+            batches = _next(loader, stepper.position, number, world.device)
             window.add(stepper.step(number, batches), time.monotonic() - began)
             bar.update(number)
             last = number == settings.last_step
             if number % settings.logging_steps == 0 or number == 1 or last:
+                stepper.position.enter("logging")
                 record = window.close(number, number / settings.steps_per_epoch)
                 log(record)
                 _say(record, started, settings)
@@ -62,7 +65,18 @@ def train_loop(
             if _due(settings.save_steps, number) and not last:
                 save(number)
             if last or _due(settings.eval_steps, number):
+                stepper.position.enter("logging")
                 log(window.routing(number))
+
+
+def _next(
+    loader: Iterator[Sequence[MicroBatch]], position: Position, number: int, device: torch.device
+) -> list[MicroBatch]:
+    position.enter("reading data", number)
+    try:
+        return [batch.to(device) for batch in next(loader)]
+    except StopIteration:
+        raise TrainingError(f"this process's training data ended before step {number}") from None
 
 
 def _due(interval: int | None, number: int) -> bool:
@@ -89,7 +103,7 @@ class _Window:
 
     def __init__(self, stepper: Stepper) -> None:
         self.stepper = stepper
-        self.layers = [name for name, layer in mixture_layers(stepper.engine.module) if layer.gate is not None]
+        self.layers = [name for name, layer in mixture_layers(stepper.engine.module) if layer.routed]
         self.results: list[StepResult] = []
         self.seconds = 0.0
         self.expert_counts_GLE: Tensor = torch.zeros(())
@@ -117,6 +131,9 @@ class _Window:
             "step_seconds": seconds / n,
             "peak_memory_gib": float(peak),
         }
+        if self.stepper.wire is not None:
+            sent = torch.tensor([sum(result.exchange_bytes for result in results)], dtype=torch.float64, device=device)
+            record["exchange_bytes"] = float(sum_over_processes(sent)) / n
         for task, name in enumerate(self.stepper.task_names):
             count = sum(result.task_token_counts[task] for result in results)
             if count > 0:

@@ -1,10 +1,14 @@
-"""Everything a run writes, and what it says on the terminal. Only the main process writes; all may call."""
+"""Everything a run writes, and what it says on the terminal. Only the main process writes, and all must call.
+
+What it cannot write ends the run on all processes alike.
+"""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from malora_dist.checkpoint.adapter import AdapterInfo, save_adapter
@@ -13,6 +17,7 @@ from malora_dist.config import RunConfig, write_config
 from malora_dist.data.build import PreparedData
 from malora_dist.engine.progress import LOGGER, console, start_logging
 from malora_dist.engine.run_folder import claim_run_folder, write_json, write_text
+from malora_dist.errors import TrainingError
 from malora_dist.metrics import MetricsWriter
 from malora_dist.nn.inject import InjectionReport
 from malora_dist.parallel.groups import World, from_main
@@ -87,6 +92,14 @@ class RunOutputs:
             resident["base"] / 2**20,
             resident["adapter"] / 2**20,
         )
+        if self.config.parallel.ep_size > 1:
+            experts, ep_size = self.config.adapter.num_experts, self.config.parallel.ep_size
+            self.log.info(
+                "expert parallelism: groups of %d processes exchange tokens, each owns %d of %d experts of a layer",
+                ep_size,
+                experts // ep_size,
+                experts,
+            )
         self.log.info("training for %d steps, %.1f steps an epoch", steps, steps_per_epoch)
         assert self.report is not None
         self.record(
@@ -103,10 +116,13 @@ class RunOutputs:
 
     def record(self, record: dict[str, Any]) -> None:
         """Append to metrics.jsonl and to the trackers."""
-        if self.world.is_main:
+
+        def append() -> None:
             self.metrics.write(record)
             for tracker in self.trackers:
                 tracker.log(record)
+
+        self._on_main(append)
 
     def validation(self, step: int, result: dict[str, Any]) -> None:
         """An evaluation during training: a record `eval/<task>/accuracy` and `eval/<task>/loss`."""
@@ -131,9 +147,7 @@ class RunOutputs:
     def adapter(self, model: nn.Module, name: str) -> None:
         """Write the adapter folder `name`; gathers the weights, so every process must call it."""
         state = dict(gathered_adapter_state(model))
-        if not self.world.is_main:
-            return
-        save_adapter(self.folder / name, self._adapter_info(), state, self._card())
+        self._on_main(lambda: save_adapter(self.folder / name, self._adapter_info(), state, self._card()))
         self.log.info("saved %s", self.folder / name)
 
     def _adapter_info(self) -> AdapterInfo:
@@ -150,8 +164,9 @@ class RunOutputs:
 
     def finish(self) -> None:
         """Write the report, put the accuracies into the adapter's card, and say what to look at next."""
-        if not self.world.is_main:
-            return
+        self._on_main(self._finish)
+
+    def _finish(self) -> None:
         write_text(self.folder / "adapter" / "README.md", self._card())
         self.metrics.close()
         for tracker in self.trackers:
@@ -170,5 +185,18 @@ class RunOutputs:
         )
 
     def _write(self, name: str, value: Any) -> None:
+        self._on_main(lambda: write_json(self.folder / name, value))
+
+    def _on_main(self, write: Callable[[], None]) -> None:
+        """Let the main process write while the others wait. Raises TrainingError on all if that fails."""
+        error: Exception | None = None
         if self.world.is_main:
-            write_json(self.folder / name, value)
+            try:
+                write()
+            except Exception as caught:
+                error = caught
+        problem = from_main(None if error is None else f"{self.folder} cannot be written: {error}")
+        if error is not None and not isinstance(error, OSError | SafetensorError):
+            raise error
+        if problem is not None:
+            raise TrainingError(problem) from error

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -12,8 +13,15 @@ from malora_dist.errors import ConfigError, DataError, MaloraError, TopologyErro
 
 # How long a rank leaves the word to the one that knows more, whose end makes the launcher end all.
 PATIENCE_SECONDS = 5
-# How gloo words that another process is gone or late.
-LOST_PEER = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# How gloo and NCCL word that another process is gone or late.
+LOST_PEER = (
+    "Timed out waiting",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL communicator was aborted",
+    "remote process exited",
+)
 
 
 def run_as_process(work: Callable[[], None]) -> int:
@@ -29,13 +37,15 @@ def run_as_process(work: Callable[[], None]) -> int:
         if os.environ.get("RANK", "0") != "0":
             # Leaving at once would make the launcher end the main rank before it has spoken.
             time.sleep(PATIENCE_SECONDS)
-        _say(str(error))
+        say("\n  ".join([str(error), *_notes(error)]))
         return _leave(2 if isinstance(error, ConfigError | DataError | TopologyError) else 1)
     except Exception as error:
         lost = _lost_peer(error)
-        if lost is not None:
-            time.sleep(PATIENCE_SECONDS)
-        _say(lost or traceback.format_exc())
+        if lost is None:
+            say(traceback.format_exc())
+        # Who is told to end before its time has only its place in the run to add to what the others say.
+        elif not _told_to_end(PATIENCE_SECONDS) or _notes(error):
+            say(lost)
         return _leave(1)
     return _leave(0)
 
@@ -44,14 +54,45 @@ def _lost_peer(error: Exception) -> str | None:
     """A sentence if the error only means that another rank is gone: tracebacks of all others would bury its message."""
     if not isinstance(error, RuntimeError) or not any(words in str(error) for words in LOST_PEER):
         return None
+    notes = _notes(error)
+    places = "; ".join(notes if any("group" in note for note in notes) else [*notes, _group(error)])
     here = [frame for frame in traceback.extract_tb(error.__traceback__) if "malora_dist" in frame.filename][-1]
     return (
-        "gave up waiting for another process: it failed, which its own message explains, or took longer than "
-        f"parallel.timeout_seconds ({here.name} in {here.filename}:{here.lineno}: {str(error).strip()})"
+        f"gave up waiting for another process ({places}): it failed, which its own message explains, or took longer "
+        f"than parallel.timeout_seconds ({here.name} in {here.filename}:{here.lineno}: {str(error).strip()})"
     )
 
 
-def _say(message: str) -> None:
+def _notes(error: Exception) -> list[str]:
+    """Where it happened, the whole first: the process's place in its run, then the group of processes."""
+    return list(reversed(getattr(error, "__notes__", [])))
+
+
+def _group(error: Exception) -> str:
+    """The group whose collective failed, as far as the frames of PyTorch and DeepSpeed tell."""
+    from torch.distributed import ProcessGroup, get_process_group_ranks, get_world_size
+
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        group = frame.f_locals.get("group")
+        if isinstance(group, ProcessGroup):
+            ranks = get_process_group_ranks(group)
+            return "all processes" if len(ranks) == get_world_size() else f"group {ranks}"
+    return "a collective of DeepSpeed"
+
+
+def _told_to_end(seconds: float) -> bool:
+    """Wait; whether SIGTERM came meanwhile, as from a launcher that ends all because of one."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: told.append(number))
+    until = time.monotonic() + seconds
+    while not told and time.monotonic() < until:
+        time.sleep(0.05)
+    signal.signal(signal.SIGTERM, before)
+    return bool(told)
+
+
+def say(message: str) -> None:
+    """Say an error of this process, with its rank if there are several, on stderr and in the run's log."""
     where = f"[rank {os.environ.get('RANK')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     logger = logging.getLogger(LOGGER)
     if logger.handlers:

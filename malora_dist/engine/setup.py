@@ -1,20 +1,25 @@
-"""From a recipe to the parts of a run: base model, adapters, engine. The last places that read the recipe."""
+"""From a recipe to the parts of a run: data, adapters, engine, steps. The last places that read the recipe."""
 
 import math
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from malora_dist.config import RunConfig
 from malora_dist.config.deepspeed import deepspeed_config
+from malora_dist.data.build import PreparedData
+from malora_dist.data.loader import TrainLoader
 from malora_dist.engine.build import OptimizerSettings
-from malora_dist.model import Place, load_base_model
+from malora_dist.engine.forward import BalanceSettings
+from malora_dist.engine.position import Position
+from malora_dist.engine.step import Stepper
 from malora_dist.nn.inject import InjectionReport, inject_adapters
-from malora_dist.parallel.groups import World, from_main, replicate
+from malora_dist.nn.mixture import MixtureLinear
+from malora_dist.parallel.apply import connect_experts, keep_owned_experts
+from malora_dist.parallel.exchange import Wire
+from malora_dist.parallel.expert_groups import ExpertGroups
+from malora_dist.parallel.groups import World
 from malora_dist.parallel.zero import partition_at_once
-from malora_dist.source import native_dtype
 from malora_dist.summary import adapter_spec
 
 
@@ -26,44 +31,33 @@ def engine_config(config: RunConfig, world: World) -> dict[str, Any]:
     return result
 
 
-def base_model(config: RunConfig, folder: Path, world: World, deepspeed_settings: dict[str, Any]) -> Any:
-    """The frozen base, placed as the ZeRO stage wants it while it is being read."""
-    place: Place = partition_at_once(deepspeed_settings) if config.parallel.zero_stage == 3 else replicate
-    model = load_base_model(
-        folder,
-        dtype=base_dtype(config, world),
-        load_in_4bit=config.model.load_in_4bit,
-        double_quant=config.model.bnb_4bit_use_double_quant,
-        attn_implementation=config.model.attn_implementation,
-        device=world.device,
-        reader=world.is_main,
-        place=place,
-    )
-    if config.train.gradient_checkpointing:
-        # Reentrant checkpointing would run forward without a graph and lose the balance loss's gradient.
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return model
+def add_adapters(
+    model: nn.Module, config: RunConfig, deepspeed_settings: dict[str, Any], groups: ExpertGroups | None
+) -> tuple[InjectionReport, Wire | None]:
+    """Inject the recipe's mixture; with expert groups each process keeps its own experts, and a wire joins them.
 
-
-def base_dtype(config: RunConfig, world: World) -> torch.dtype:
-    """model.dtype; `auto` is what the main process computes natively, on all processes."""
-    if config.model.dtype == "auto":
-        dtype: torch.dtype = from_main(native_dtype(world.device))
-        return dtype
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.model.dtype]
-
-
-def add_adapters(model: nn.Module, config: RunConfig) -> InjectionReport:
-    """Inject the recipe's mixture. Built outside zero.Init, so that every rank draws the same whole tensors."""
+    Every process draws the same whole layer before it keeps its part, and does so before the next layer is drawn: step
+    0 does not depend on the topology, and no process ever holds more than one whole layer at ZeRO-3.
+    """
     adapter = config.adapter
-    return inject_adapters(
+    partition = partition_at_once(deepspeed_settings, share=None) if config.parallel.zero_stage == 3 else None
+
+    def place(layer: MixtureLinear) -> None:
+        if groups is not None:
+            keep_owned_experts(layer, groups)
+        if partition is not None:
+            partition([parameter for _, parameter in layer.factors()])
+
+    report = inject_adapters(
         model,
         adapter_spec(config),
         adapter.target_modules,
         lora_dropout=adapter.lora_dropout,
         computation=adapter.computation,
         seed=config.train.seed,
+        place=place,
     )
+    return report, None if groups is None else connect_experts(model, groups)
 
 
 def optimizer_settings(config: RunConfig, total_steps: int) -> OptimizerSettings:
@@ -77,4 +71,38 @@ def optimizer_settings(config: RunConfig, total_steps: int) -> OptimizerSettings
         lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=math.ceil(total_steps * train.warmup_ratio),
         total_steps=total_steps,
+    )
+
+
+def train_loader(config: RunConfig, data: PreparedData, world: World) -> TrainLoader:
+    """This process's micro-batches of the training data."""
+    return TrainLoader(
+        data.train,
+        task_sizes=data.train_sizes,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.per_device_train_batch_size,
+        shares=data.shares,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.train.seed,
+        fingerprint=data.fingerprint,
+    )
+
+
+def new_stepper(
+    config: RunConfig, data: PreparedData, engine: Any, world: World, wire: Wire | None, position: Position
+) -> Stepper:
+    """What runs the recipe's optimizer steps on `engine`."""
+    adapter = config.adapter
+    return Stepper(
+        engine,
+        world,
+        task_names=data.task_names,
+        balance=BalanceSettings(adapter.router_aux_loss_coef, adapter.router_aux_loss_reduction, adapter.balance_scope),
+        normalization=config.train.loss_normalization,
+        zero_stage=config.parallel.zero_stage,
+        max_grad_norm=config.train.max_grad_norm,
+        seed=config.train.seed,
+        wire=wire,
+        position=position,
     )

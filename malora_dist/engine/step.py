@@ -10,16 +10,21 @@ from torch import Tensor
 from malora_dist.data.loader import MicroBatch
 from malora_dist.engine.forward import BalanceSettings, balance_loss, cross_entropies, set_token_keys
 from malora_dist.engine.guard import GradientGuard, first_nonfinite_layer, stop_if_nonfinite
+from malora_dist.engine.position import Position
 from malora_dist.errors import TrainingError
 from malora_dist.functional.loss import batch_counts, target_weights
 from malora_dist.nn.inject import adapter_parameters
+from malora_dist.parallel.below_zero3 import clip_gradients
+from malora_dist.parallel.exchange import Wire
 from malora_dist.parallel.groups import World, sum_over_processes
-from malora_dist.parallel.zero import gradient_norm_before_step
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives, equal on every process (`expert_counts_GLE` excepted, which is this process's)."""
+    """What a step gives, equal on every process; but `expert_counts_GLE` and `exchange_bytes` are this process's own.
+
+    exchange_bytes: what it sent to other processes for expert parallelism.
+    """
 
     loss: float
     aux_loss: float
@@ -29,6 +34,7 @@ class StepResult:
     task_loss_sums: list[float]
     task_token_counts: list[float]
     expert_counts_GLE: Tensor
+    exchange_bytes: int = 0
 
 
 class Stepper:
@@ -48,32 +54,42 @@ class Stepper:
         balance: BalanceSettings,
         normalization: str,
         zero_stage: int,
+        max_grad_norm: float,
         seed: int,
+        wire: Wire | None = None,
+        position: Position | None = None,
     ) -> None:
+        self.wire = wire
+        self.position = position or Position(world.rank)
+        self.position.follow(engine.module)
         self.engine, self.world, self.task_names = engine, world, task_names
-        self.balance, self.normalization, self.zero_stage, self.seed = balance, normalization, zero_stage, seed
+        self.balance, self.normalization, self.seed = balance, normalization, seed
+        self.zero_stage, self.max_grad_norm = zero_stage, max_grad_norm
         self.trained = [p for _, p in adapter_parameters(engine.module) if p.requires_grad]
-        self.guard = GradientGuard(engine.module, world.device)
+        self.guard = GradientGuard(engine.module, world.device, self.position.reach)
 
     def step(self, number: int, batches: Sequence[MicroBatch]) -> StepResult:
         """Run optimizer step `number` (from 1) on this process's micro-batches.
 
-        Raises TrainingError, on every process alike, if a loss or gradient is not finite; the weights are then still
-        those of the step before.
+        Raises TrainingError, on every process alike, if a loss or gradient is not finite or if the processes have
+        different numbers of micro-batches; the weights are then still those of the step before.
         """
+        self.position.enter("counting tokens", number)
         self.engine.train()
         self.guard.clear()
-        step_counts = self._step_counts(batches)
+        sent_before = self._sent_bytes()
+        step_counts = self._step_counts(number, batches)
         learning_rate = float(self.engine.optimizer.param_groups[0]["lr"])
         sums = _Sums(len(self.task_names), self.world.device)
         for batch in batches[:-1]:
             self._backward(number, batch, step_counts, len(batches), sums)
             self.engine.step()
         self._backward(number, batches[-1], step_counts, len(batches), sums)
+        self.position.enter("optimizer step")
         self._check(number, batches, sums)
-        norm_at_zero = gradient_norm_before_step(self.trained) if self.zero_stage == 0 else None
+        norm = clip_gradients(self.trained, self.max_grad_norm) if self.zero_stage == 0 else None
         self.engine.step()
-        norm = self.engine.get_global_grad_norm() if norm_at_zero is None else norm_at_zero
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
         return StepResult(
             loss=float(sums.loss),
             aux_loss=float(sums.aux),
@@ -83,17 +99,27 @@ class Stepper:
             task_loss_sums=sums.task_loss_G.tolist(),
             task_token_counts=step_counts.supervised[:-1].tolist(),
             expert_counts_GLE=sums.expert_counts_GLE,
+            exchange_bytes=self._sent_bytes() - sent_before,
         )
 
-    def _step_counts(self, batches: Sequence[MicroBatch]) -> "_StepCounts":
-        counts = [batch_counts(b.target_sample, b.task_ids, len(self.task_names)) for b in batches]
-        tokens = counts[0].new_tensor([sum(b.input_ids.numel() for b in batches)])
-        summed = sum_over_processes(torch.cat([torch.stack(counts).sum(dim=0), tokens]))
-        return _StepCounts(summed[:-1], summed[-1])
+    def _sent_bytes(self) -> int:
+        return 0 if self.wire is None else self.wire.total_bytes
+
+    def _step_counts(self, number: int, batches: Sequence[MicroBatch]) -> "_StepCounts":
+        G, W = len(self.task_names), self.world.size
+        counts = torch.zeros(G + 2 + W, dtype=torch.float64, device=self.world.device)
+        for batch in batches:
+            counts[: G + 1] += batch_counts(batch.target_sample, batch.task_ids, G)
+            counts[G + 1] += batch.input_ids.numel()
+        counts[G + 2 + self.world.rank] = len(batches)
+        sum_over_processes(counts)
+        _need_equal(number, counts[G + 2 :].long().tolist())
+        return _StepCounts(counts[: G + 1], counts[G + 1])
 
     def _backward(
         self, number: int, batch: MicroBatch, step_counts: "_StepCounts", accumulation: int, sums: "_Sums"
     ) -> None:
+        self.position.enter("forward")
         set_token_keys(self.engine.module, batch, self.seed, number)
         ce_N = cross_entropies(self.engine, batch)
         aux, expert_counts_GLE = balance_loss(
@@ -102,6 +128,7 @@ class Stepper:
         weights_N = target_weights(batch.target_sample, batch.task_ids, step_counts.supervised, self.normalization)
         loss = (ce_N * weights_N).sum()
         share = loss * accumulation + self.balance.coefficient * aux
+        self.position.enter("backward")
         self.engine.backward(share * self.world.size)
         sums.add(batch, ce_N.detach(), loss.detach(), aux.detach() / accumulation, expert_counts_GLE)
 
@@ -122,6 +149,16 @@ class Stepper:
             raise TrainingError(
                 f"a gradient is not finite at step {number}, first in layer {layer}; tasks here: {', '.join(tasks)}"
             )
+
+
+def _need_equal(number: int, micro_batches_W: Sequence[int]) -> None:
+    """Raise TrainingError at once: in the middle of a step, the process that has one less would be waited for."""
+    ranks: dict[int, list[int]] = {}
+    for rank, count in enumerate(micro_batches_W):
+        ranks.setdefault(count, []).append(rank)
+    if len(ranks) > 1:
+        found = ", ".join(f"{count} on rank {' '.join(map(str, which))}" for count, which in sorted(ranks.items()))
+        raise TrainingError(f"step {number} needs as many micro-batches on every process, but there are {found}")
 
 
 @dataclass(frozen=True)

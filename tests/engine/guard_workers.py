@@ -51,7 +51,16 @@ def new_stepper(world: World, folder: str, case: dict[str, Any], *, total_steps:
     model = build_model(folder, case, world, settings)
     engine = build_engine(model, settings, schedule, zero_stage=stage, timeout_seconds=60)
     balance = BalanceSettings(0.01, "mean", "global")
-    return Stepper(engine, world, task_names=TASKS, balance=balance, normalization="token", zero_stage=stage, seed=7)
+    return Stepper(
+        engine,
+        world,
+        task_names=TASKS,
+        balance=balance,
+        normalization="token",
+        zero_stage=stage,
+        max_grad_norm=1.0,
+        seed=7,
+    )
 
 
 def batches(world: World, step: int) -> list[MicroBatch]:

@@ -1,11 +1,13 @@
-"""What the processes of the engine's tests do, and the one-process loop they are compared with."""
+"""What the processes of the engine's tests do; `one_process` is what they are compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,17 +15,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.engine.build import OptimizerSettings, build_engine
-from malora_dist.engine.forward import BalanceSettings, set_token_keys
-from malora_dist.engine.step import Stepper
+from malora_dist.engine.forward import BalanceSettings
+from malora_dist.engine.step import Stepper, StepResult
 from malora_dist.methods import mixture_spec
 from malora_dist.model import load_base_model, stay
-from malora_dist.nn.inject import adapter_parameters, inject_adapters, mixture_layers
+from malora_dist.nn.inject import adapter_parameters, inject_adapters
+from malora_dist.nn.mixture import MixtureLinear
+from malora_dist.parallel.apply import connect_experts, keep_owned_experts
+from malora_dist.parallel.below_zero3 import link_optimizer_state
+from malora_dist.parallel.expert_groups import ExpertGroups, create_expert_groups
 from malora_dist.parallel.groups import World, group_timeouts, replicate
-from malora_dist.parallel.zero import gathered_adapter_state, partition_at_once, resident_bytes
-from tests.reference import adamw_reference_step, balance_reference, clip_reference, loss_reference
+from malora_dist.parallel.zero import gathered_adapter_state, join_experts, partition_at_once, resident_bytes
 
-STEPS, ACCUMULATION, SAMPLES = 5, 2, 4
-LEARNING_RATE, MAX_NORM, COEFFICIENT, SEED = 1e-3, 0.5, 0.01, 7
+STEPS, ACCUMULATION = 5, 2
+LEARNING_RATE, MAX_NORM, COEFFICIENT, SEED = 1e-3, 0.1, 0.01, 7
 # With Adam's usual epsilon, the rounding of gradients near 0 would grow a thousandfold in the weights.
 EPSILON = 1e-5
 # Prompt and response lengths of the samples of one step: counts from 0 to 60, so that one of two ranks has no
@@ -49,47 +54,69 @@ def make_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def step_samples(step: int) -> list[Sample]:
-    """The global batch of a step: ACCUMULATION micro-batches of SAMPLES each, over all ranks."""
+def step_samples(step: int, lengths: Sequence[Sequence[int]] = LENGTHS) -> list[Sample]:
+    """The global batch of a step, over all ranks and micro-batches."""
     draw = np.random.default_rng(step)
     return [
         Sample(100 * step + i, i % 3, draw.integers(0, 96, prompt + response).astype(np.int32), prompt)
-        for i, (prompt, response) in enumerate(LENGTHS)
+        for i, (prompt, response) in enumerate(lengths)
     ]
 
 
-def build_model(folder: str, case: dict[str, Any], world: World | None, config: dict[str, Any]) -> nn.Module:
+def build_model(
+    folder: str,
+    case: dict[str, Any],
+    world: World | None,
+    config: dict[str, Any],
+    groups: ExpertGroups | None = None,
+) -> nn.Module:
     place = stay if world is None else partition_at_once(config) if case["zero_stage"] == 3 else replicate
     model = load_base_model(
         Path(folder),
         dtype=getattr(torch, case.get("dtype", "float32")),
         load_in_4bit=case.get("load_in_4bit", False),
-        double_quant=True,
+        double_quant=case.get("double_quant", False),
         reader=world is None or world.is_main,
         place=place,
     )
     if case.get("gradient_checkpointing") and world is not None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    spec = mixture_spec(case.get("method", "malora"), num_experts=4, r=3, shared_r=6)
-    inject_adapters(model, spec, lora_dropout=0.1, seed=SEED)
+    shape = {"num_experts": 4, "top_k": 2, "r": 3, "shared_r": 6} | case.get("shape", {})
+    spec = mixture_spec(case.get("method", "malora"), **shape)
+    partition = partition_at_once(config, share=None) if world is not None and case["zero_stage"] == 3 else None
+
+    def place_adapters(layer: MixtureLinear) -> None:
+        if case.get("tied_router"):
+            # Equal probabilities: every token goes to experts 0 and 1, so to one rank, and nobody visits the others.
+            layer.entrance.gate.data.zero_()
+            layer.entrance.gate.requires_grad_(False)
+        if groups is not None:
+            keep_owned_experts(layer, groups)
+        if partition is not None and not case.get("whole_adapters"):
+            partition([parameter for _, parameter in layer.factors()])
+
+    computation = case.get("computation", "auto")
+    inject_adapters(model, spec, lora_dropout=0.1, computation=computation, seed=SEED, place=place_adapters)
+    if groups is not None:
+        connect_experts(model, groups)
     return model
 
 
-def train_case(world: World, folder: str, output: str, case: dict[str, Any]) -> dict[str, Any]:
-    """Five steps of one case on this process's share of the batches; the adapter goes to a file."""
-    config = {
-        "train_micro_batch_size_per_gpu": SAMPLES // world.size,
-        "gradient_accumulation_steps": ACCUMULATION,
+def new_stepper(world: World, folder: str, case: dict[str, Any]) -> "RecordingStepper":
+    """The case's model, adapters and engine, before the first step."""
+    accumulation, stage = case.get("accumulation", ACCUMULATION), case["zero_stage"]
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": len(LENGTHS) // accumulation // world.size,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": MAX_NORM,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": case["zero_stage"], "memory_efficient_linear": False},
+        "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
     }
-    if case["zero_stage"] == 3:
+    if stage == 3 and not case.get("default_persistence"):
         # A tiny model's parameters would otherwise all stay whole on every rank.
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    model = build_model(folder, case, world, config)
-    whole = {name: p.numel() if p.numel() else p.ds_numel for name, p in model.named_parameters()}
+    groups = create_expert_groups(case.get("ep_size", 1), 60)
     settings = OptimizerSettings(
         learning_rate=LEARNING_RATE,
         weight_decay=0.01,
@@ -99,29 +126,47 @@ def train_case(world: World, folder: str, output: str, case: dict[str, Any]) -> 
         warmup_steps=0,
         total_steps=STEPS,
     )
-    engine = build_engine(model, config, settings, zero_stage=case["zero_stage"], timeout_seconds=60)
-    stepper = Stepper(
-        engine,
+    model = build_model(folder, case, world, config, groups)
+    return RecordingStepper(
+        build_engine(model, config, settings, zero_stage=stage, timeout_seconds=60, expert_groups=groups),
         world,
         task_names=["a", "b", "c"],
         balance=BalanceSettings(COEFFICIENT, "mean", "global"),
         normalization=case.get("normalization", "token"),
-        zero_stage=case["zero_stage"],
+        zero_stage=stage,
+        max_grad_norm=MAX_NORM,
         seed=SEED,
     )
-    results = [stepper.step(step, _share(step_samples(step), world)) for step in range(1, STEPS + 1)]
-    state = dict(gathered_adapter_state(engine.module))
+
+
+def run_steps(stepper: Stepper, case: dict[str, Any], steps: Iterable[int]) -> list[StepResult]:
+    """Those steps on this process's share of their batches."""
+    results = []
+    for step in steps:
+        samples = step_samples(step, case.get("lengths", LENGTHS))
+        results.append(stepper.step(step, _share(samples, stepper.world, case.get("accumulation", ACCUMULATION))))
+        if case.get("evaluation_between"):
+            evaluate_between(stepper.engine, step)
+    return results
+
+
+def train_case(world: World, folder: str, output: str, case: dict[str, Any]) -> dict[str, Any]:
+    """Five steps of one case; weights, gradients and moments go to a file."""
+    stepper = new_stepper(world, folder, case)
+    model = stepper.engine.module
+    results = run_steps(stepper, case, range(1, STEPS + 1))
+    tensors = dict(gathered_adapter_state(model)) | dict(gathered_moments(stepper))
+    tensors |= {f"gradient.{step}.{name}": g for step, name, g in stepper.gradients}
     if world.is_main:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, output)
-    parts = {name: p.ds_tensor.numel() for name, p in model.named_parameters() if hasattr(p, "ds_tensor")}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)
     return {
         "losses": [result.loss for result in results],
         "aux_losses": [result.aux_loss for result in results],
         "grad_norms": [result.grad_norm for result in results],
         "task_losses": [result.task_loss_sums for result in results],
-        "resident": resident_bytes(engine.module),
-        "whole": whole,
-        "parts": parts,
+        "resident": resident_bytes(model),
+        "whole": {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()},
+        "parts": {name: p.ds_tensor.numel() for name, p in model.named_parameters() if hasattr(p, "ds_tensor")},
         "timeouts": group_timeouts(),
     }
 
@@ -131,66 +176,45 @@ def train_cases(world: World, folder: str, output: str, cases: dict[str, dict[st
     return {name: train_case(world, folder, f"{output}/{name}.safetensors", case) for name, case in cases.items()}
 
 
-def _share(samples: Sequence[Sample], world: World) -> list[Any]:
-    size = SAMPLES // world.size
-    first = [(micro * world.size + world.rank) * size for micro in range(ACCUMULATION)]
+def _share(samples: Sequence[Sample], world: World, accumulation: int) -> list[Any]:
+    size = len(samples) // accumulation // world.size
+    first = [(micro * world.size + world.rank) * size for micro in range(accumulation)]
     return [collate(samples[start : start + size]) for start in first]
 
 
-def reference_run(folder: str, case: dict[str, Any]) -> dict[str, Any]:
-    """The same five steps in one process without DeepSpeed, packing or ranks: one sample a forward, naive sums."""
-    model = build_model(folder, case, None, {}).train()
-    names = [name for name, _ in adapter_parameters(model)]
-    parameters = [parameter for _, parameter in adapter_parameters(model)]
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-    losses, aux_losses, grad_norms = [], [], []
-    for step in range(1, STEPS + 1):
-        samples = step_samples(step)
-        ce, aux = zip(*[_micro_batch(model, samples[i : i + SAMPLES], step) for i in (0, SAMPLES)], strict=True)
-        tasks = [[[[s.task_id for s in samples[i : i + SAMPLES]] for i in (0, SAMPLES)]]]
-        loss = loss_reference([[list(ce)]], case.get("normalization", "token"), tasks)[0]
-        balance = torch.stack(aux).mean()
-        gradients = torch.autograd.grad(loss + COEFFICIENT * balance, parameters)
-        clipped, norm = clip_reference(gradients, MAX_NORM)
-        with torch.no_grad():
-            for i, (parameter, gradient) in enumerate(zip(parameters, clipped, strict=True)):
-                new, *moments_i = adamw_reference_step(
-                    parameter,
-                    gradient,
-                    *moments[i],
-                    step,
-                    learning_rate=LEARNING_RATE,
-                    epsilon=EPSILON,
-                    weight_decay=0.01,
-                )
-                parameter.copy_(new)
-                moments[i] = (moments_i[0], moments_i[1])
-        losses.append(float(loss.detach()))
-        aux_losses.append(float(balance.detach()))
-        grad_norms.append(float(norm))
-    state = {name: parameter.detach() for name, parameter in zip(names, parameters, strict=True)}
-    return {"losses": losses, "aux_losses": aux_losses, "grad_norms": grad_norms, "state": state}
+class RecordingStepper(Stepper):
+    """Keeps every gradient of every step as it is before clipping: (step, name, whole tensor)."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.gradients: list[tuple[int, str, Tensor]] = []
+
+    def _check(self, number: int, batches: Sequence[Any], sums: Any) -> None:
+        super()._check(number, batches, sums)
+        for name, parameter in adapter_parameters(self.engine.module):
+            if parameter.requires_grad:
+                self.gradients.append((number, name, join_experts(parameter, safe_get_full_grad(parameter))))
 
 
-def _micro_batch(model: nn.Module, samples: Sequence[Sample], step: int) -> tuple[list[Tensor], Tensor]:
-    """Cross-entropies of each sample, run on its own, and the balance loss over all their tokens."""
-    layers = [layer for _, layer in mixture_layers(model)]
-    ce, routings = [], []
-    for sample in samples:
-        set_token_keys(model, collate([sample]), SEED, step)
-        ids = torch.as_tensor(sample.input_ids, dtype=torch.int64)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        targets = ids[sample.prompt_length :]
-        predicted = logits[sample.prompt_length - 1 : len(ids) - 1]
-        ce.append(nn.functional.cross_entropy(predicted, targets, reduction="none"))
-        routings.append([layer.routing for layer in layers])
-    if routings[0][0] is None:
-        return ce, torch.zeros(())
-    losses = [
-        balance_reference(
-            torch.cat([routing[i].probs_TE for routing in routings]),
-            torch.cat([routing[i].expert_ids_TK for routing in routings]),
-        )
-        for i in range(len(layers))
-    ]
-    return ce, torch.stack(losses).mean()
+def gathered_moments(stepper: Stepper) -> Iterator[tuple[str, Tensor]]:
+    """Both moments of every trained adapter tensor, whole: `exp_avg.<name>`, `exp_avg_sq.<name>`."""
+    optimizer = stepper.engine.optimizer
+    if stepper.zero_stage in (1, 2):
+        link_optimizer_state(optimizer)
+    for name, parameter in adapter_parameters(stepper.engine.module):
+        if parameter.requires_grad:
+            for key in ("exp_avg", "exp_avg_sq"):
+                if stepper.zero_stage == 0:
+                    moment = optimizer.state[parameter][key]
+                else:
+                    moment = safe_get_full_optimizer_state(parameter, key)
+                yield f"{key}.{name}", join_experts(parameter, moment)
+
+
+def evaluate_between(engine: Any, step: int) -> None:
+    """A forward without gradients, other lengths on every rank, as evaluation makes them; then back to training."""
+    engine.eval()
+    ids = torch.arange(3 + 2 * dist.get_rank() + step)[None]
+    with torch.no_grad():
+        engine(input_ids=ids, use_cache=False)
+    engine.train()

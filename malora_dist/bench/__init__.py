@@ -1,0 +1,1 @@
+"""`malora bench`: variants of one recipe, measured side by side in one set of processes."""

@@ -1,0 +1,122 @@
+"""One variant of a run, built and ready, and what one of its steps costs."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from malora_dist.bench.results import Record
+from malora_dist.bench.variants import Variant
+from malora_dist.bench.waiting import timed_messages
+from malora_dist.config import RunConfig
+from malora_dist.data.build import PreparedData
+from malora_dist.data.loader import MicroBatch
+from malora_dist.engine.base import base_model
+from malora_dist.engine.build import build_engine
+from malora_dist.engine.position import Position
+from malora_dist.engine.setup import add_adapters, engine_config, new_stepper, optimizer_settings
+from malora_dist.engine.step import Stepper
+from malora_dist.nn.inject import mixture_layers
+from malora_dist.parallel.apply import connect_experts
+from malora_dist.parallel.expert_groups import create_expert_groups
+from malora_dist.parallel.groups import World, gather_lists, wait_for_all
+from malora_dist.parallel.zero import resident_bytes
+from malora_dist.traffic import exchange_bytes, rows_per_token
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A variant's engine with all it needs; `kept_bytes` of parameters stay on this process between steps."""
+
+    variant: Variant
+    stepper: Stepper
+    recompute: bool
+    dtype: torch.dtype
+    kept_bytes: int
+
+    @classmethod
+    def build(
+        cls,
+        variant: Variant,
+        recipe: RunConfig,
+        folder: Path,
+        data: PreparedData,
+        world: World,
+        *,
+        steps: int,
+        position: Position,
+    ) -> "Subject":
+        """Build the variant as a run of its own would be, for `steps` optimizer steps."""
+        config, parallel = variant.of(recipe), variant.of(recipe).parallel
+        position.enter(f"building {variant.name}")
+        settings = engine_config(config, world)
+        groups = create_expert_groups(parallel.ep_size, parallel.timeout_seconds)
+        model = base_model(config, folder, world, settings)
+        _, wire = add_adapters(model, config, settings, groups)
+        if groups is not None:
+            wire = connect_experts(model, groups, overlap=variant.overlap, share=variant.share)
+        engine = build_engine(
+            model,
+            settings,
+            optimizer_settings(config, steps),
+            zero_stage=parallel.zero_stage,
+            timeout_seconds=parallel.timeout_seconds,
+            expert_groups=groups,
+        )
+        kept = sum(resident_bytes(model).values())
+        stepper = new_stepper(config, data, engine, world, wire, position)
+        return cls(variant, stepper, config.train.gradient_checkpointing, model.dtype, kept)
+
+    def step(self, number: int, batches: Sequence[MicroBatch]) -> Record:
+        """Run optimizer step `number`; the same record on every process."""
+        wire, world = self.stepper.wire, self.stepper.world
+        before = Counter() if wire is None else Counter(wire.sent_bytes)
+        wait_for_all()
+        started, cpu_started = time.perf_counter(), time.process_time()
+        with timed_messages(wire) as watch:
+            result = self.stepper.step(number, batches)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize(world.device)
+        own = {
+            "seconds": time.perf_counter() - started,
+            "cpu": time.process_time() - cpu_started,
+            "waiting": watch.seconds,
+            "sent": {} if wire is None else {leg: wire.sent_bytes[leg] - before[leg] for leg in wire.sent_bytes},
+            "uniform": self._uniform_bytes(batches),
+        }
+        everyone = gather_lists([own])
+        return Record(
+            seconds=max(part["seconds"] for part in everyone),
+            waiting_seconds=sum(part["waiting"] for part in everyone) / world.size,
+            cpu_seconds=sum(part["cpu"] for part in everyone) / world.size,
+            sent_bytes=dict(sum((Counter(part["sent"]) for part in everyone), Counter())),
+            uniform_bytes=sum(part["uniform"] for part in everyone),
+            loss=result.loss,
+            tokens=result.tokens,
+        )
+
+    def _uniform_bytes(self, batches: Sequence[MicroBatch]) -> int:
+        """What this process would send if every set of top_k experts were equally likely."""
+        if self.stepper.wire is None:
+            return 0
+        tokens = [batch.input_ids.numel() for batch in batches]
+        return sum(
+            self._layer_bytes(layer, T) for T in tokens for _, layer in mixture_layers(self.stepper.engine.module)
+        )
+
+    def _layer_bytes(self, layer: Any, tokens: int) -> int:
+        W = self.variant.ep_size
+        rows = [round(tokens * rows_per_token(layer.num_experts, layer.top_k, W) / W)] * (W - 1)
+        return exchange_bytes(
+            rows,
+            rows,
+            in_width=layer.in_features if layer.shared_r is None else layer.shared_r,
+            out_width=layer.out_features,
+            num_local_experts=layer.num_local_experts,
+            itemsize=self.dtype.itemsize,
+            recompute=self.recompute,
+        ).total

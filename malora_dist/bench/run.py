@@ -1,0 +1,172 @@
+"""`malora bench ep RECIPE`, or `deepspeed --module malora_dist.bench.run RECIPE`: variants of a recipe, interleaved.
+
+All variants live in the same processes and take turns on every batch, so that a busy machine slows all of them alike.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from malora_dist.bench.measure import Subject
+from malora_dist.bench.results import Record, Result
+from malora_dist.bench.table import NOTES, markdown, sheets, step_line
+from malora_dist.bench.variants import Selection, Variant, select
+from malora_dist.config import RunConfig, load_config
+from malora_dist.data.build import build_data
+from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.position import Position, watched
+from malora_dist.engine.process import run_as_process
+from malora_dist.engine.progress import console, start_logging
+from malora_dist.engine.run_folder import write_json, write_text
+from malora_dist.engine.setup import train_loader
+from malora_dist.errors import ConfigError
+from malora_dist.model import load_tokenizer
+from malora_dist.parallel.groups import World, gather_lists
+from malora_dist.source import resolve_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line. `command` says it again, without the files it writes."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    topics: tuple[str, ...]
+    steps: int
+    warmup: int
+    json: Path | None
+    markdown: Path | None
+
+    def command(self, world_size: int) -> str:
+        topics = ["--variants", ",".join(self.topics)] if self.topics else []
+        numbers = ["--num_gpus", world_size, "--steps", self.steps, "--warmup", self.warmup]
+        return shlex.join(map(str, ["malora", "bench", "ep", self.recipe, *numbers, *topics, *self.overrides]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure. Returns the exit code: 0, 1 for a failure, 2 for a mistake in the arguments."""
+    return run_as_process(lambda: _start(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _start(arguments: list[str]) -> None:
+    from malora_dist.parallel.groups import start_processes
+
+    options = parse(arguments)
+    config = load_config(options.recipe, options.overrides)
+    world = start_processes(config.parallel.timeout_seconds)
+    bench(options, config, world)
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Options and the recipe's settings, in any order after the recipe. Raises ConfigError for what cannot be done."""
+    parser = argparse.ArgumentParser(prog="malora bench ep", allow_abbrev=False)
+    parser.add_argument("recipe")
+    parser.add_argument("--local_rank")
+    parser.add_argument("--variants", default="")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    given, overrides = parser.parse_known_args(arguments)
+    if given.steps < 1 or given.warmup < 0:
+        raise ConfigError(f"--steps {given.steps} must be at least 1, and --warmup {given.warmup} at least 0")
+    for option, path in (("--json", given.json), ("--markdown", given.markdown)):
+        if path is not None and (path.exists() or not path.parent.is_dir()):
+            wrong = "exists, and is not overwritten" if path.exists() else "is in a folder that does not exist"
+            raise ConfigError(f"{option} {path} {wrong}")
+    return Options(
+        recipe=given.recipe,
+        overrides=tuple(overrides),
+        topics=tuple(topic for topic in given.variants.split(",") if topic),
+        steps=given.steps,
+        warmup=given.warmup,
+        json=given.json,
+        markdown=given.markdown,
+    )
+
+
+def bench(options: Options, config: RunConfig, world: World) -> None:
+    """Build every variant, let them take turns, and print and write what came out."""
+    start_logging(None)
+    selection = select(config, world.size, options.topics)
+    position = Position(world.rank)
+    with watched(position, config.parallel.timeout_seconds):
+        result = _measure(options, config, world, selection, position)
+    if not world.is_main:
+        return
+    for sheet in sheets(result):
+        console().print(sheet.for_terminal())
+    _say(world, "\n".join(NOTES))
+    if options.json is not None:
+        write_json(options.json, result.as_dict())
+    if options.markdown is not None:
+        write_text(options.markdown, markdown(result, options.command(world.size)))
+
+
+def _measure(options: Options, config: RunConfig, world: World, selection: Selection, position: Position) -> Result:
+    for sentence in selection.left_out:
+        _say(world, f"left out: {sentence}")
+    load = os.getloadavg()[0]
+    folder = resolve_model(config.model.name_or_path, config.model.revision)
+    data = build_data(config.data, load_tokenizer(folder))
+    loader = train_loader(config, data, world)
+    steps = options.warmup + options.steps
+    # The recipe's own length, so that the learning rate is that of its first steps.
+    length = max(steps, config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0))
+    subjects = []
+    for variant in selection.variants:
+        _say(world, f"building {variant.name}")
+        subjects.append(Subject.build(variant, config, folder, data, world, steps=length, position=position))
+    records = _take_turns(subjects, loader, steps, world)
+    facts = {
+        **_facts(config, world),
+        "base computes in": str(subjects[0].dtype).removeprefix("torch."),
+        "tokens of a step": round(mean(record.tokens for record in records[selection.variants[0]])),
+        "steps": f"{options.steps} measured after {options.warmup} of warm-up",
+        "load average before": f"{load:.1f}",
+    }
+    kept = gather_lists([[subject.kept_bytes for subject in subjects]])
+    kept_bytes = {s.variant: mean(part[index] for part in kept) for index, s in enumerate(subjects)}
+    return Result(facts, world.size, options.warmup, selection, records, kept_bytes)
+
+
+def _take_turns(
+    subjects: Sequence[Subject], loader: TrainLoader, steps: int, world: World
+) -> dict[Variant, list[Record]]:
+    records: dict[Variant, list[Record]] = {subject.variant: [] for subject in subjects}
+    for number in range(1, steps + 1):
+        batches = [batch.to(world.device) for batch in next(loader)]
+        for subject in subjects:
+            record = subject.step(number, batches)
+            records[subject.variant].append(record)
+            first = records[subjects[0].variant][-1]
+            _say(world, step_line(number, steps, subject.variant.name, record, first, world.size))
+    return records
+
+
+def _facts(config: RunConfig, world: World) -> dict[str, Any]:
+    train = config.train
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
+    return {
+        "model": Path(config.model.name_or_path).name,
+        "a process has": cores if world.device.type == "cpu" else torch.cuda.get_device_name(world.device),
+        "batch": f"{train.global_batch_size} samples a step, {train.per_device_train_batch_size} at a time",
+        "torch": torch.__version__,
+    }
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The frozen base of a run: where it is read from, by whom, and where it goes."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from malora_dist.config import RunConfig
+from malora_dist.engine.progress import LOGGER
+from malora_dist.model import load_base_model
+from malora_dist.parallel.groups import World, from_main, gather_lists
+from malora_dist.parallel.nodes import this_node
+from malora_dist.parallel.zero import partition_at_once, partition_parts
+from malora_dist.source import native_dtype
+from malora_dist.weights.base_tensor import Weights
+from malora_dist.weights.checkpoint import CheckpointWeights
+from malora_dist.weights.prepared import PreparedWeights, prepared_folder
+
+
+def base_model(config: RunConfig, folder: Path, world: World, deepspeed_settings: dict[str, Any]) -> Any:
+    """The frozen base, placed as the ZeRO stage wants it while it is being read.
+
+    Under ZeRO-3 every process reads its own part of a base that is prepared, or that is not to be quantised. Otherwise
+    one process of each node reads whole tensors, quantises them, and the others of its node get them from it.
+    """
+    dtype = base_dtype(config, world)
+    weights, where = _weights(config, folder, dtype, world)
+    model = load_base_model(
+        folder,
+        dtype=dtype,
+        load_in_4bit=config.model.load_in_4bit,
+        double_quant=config.model.bnb_4bit_use_double_quant,
+        attn_implementation=config.model.attn_implementation,
+        device=world.device,
+        weights=weights,
+        **_placement(config, world, deepspeed_settings, in_parts=isinstance(weights, PreparedWeights)),
+    )
+    logging.getLogger(LOGGER).info("base model: %s; this process read %.1f MiB", where, weights.bytes_read / 2**20)
+    if config.train.gradient_checkpointing:
+        # Reentrant checkpointing would run forward without a graph and lose the balance loss's gradient.
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _weights(config: RunConfig, folder: Path, dtype: torch.dtype, world: World) -> tuple[Weights, str]:
+    """Where the base is read from, alike on all processes, and a sentence about it."""
+    if not config.model.load_in_4bit:
+        return CheckpointWeights(folder, world.device), str(folder)
+    prepared = Path(from_main(str(_prepared_folder(config, folder, dtype)) if world.is_main else None))
+    if all(gather_lists([prepared.is_dir()])):
+        return PreparedWeights(prepared), f"prepared in {prepared}"
+    return CheckpointWeights(folder, world.device), f"{folder}, quantised now (`malora prepare` would make {prepared})"
+
+
+def _prepared_folder(config: RunConfig, folder: Path, dtype: torch.dtype) -> Path:
+    return prepared_folder(folder, dtype=dtype, double_quant=config.model.bnb_4bit_use_double_quant)[0]
+
+
+def _placement(
+    config: RunConfig, world: World, deepspeed_settings: dict[str, Any], *, in_parts: bool
+) -> dict[str, Any]:
+    """Arguments of `load_base_model` that say who reads and what becomes of it."""
+    partitioned = config.parallel.zero_stage == 3
+    offload = deepspeed_settings["zero_optimization"].get("offload_param", {}).get("device")
+    if partitioned and (in_parts or not config.model.load_in_4bit) and offload != "nvme":
+        return {"place_part": partition_parts(deepspeed_settings)}
+    node = this_node(world, config.parallel.timeout_seconds)
+    place = partition_at_once(deepspeed_settings, node.share) if partitioned else node.share
+    return {"reader": world.rank == node.reader_rank, "place": place}
+
+
+def base_dtype(config: RunConfig, world: World) -> torch.dtype:
+    """model.dtype; `auto` is what the main process computes natively, on all processes."""
+    if config.model.dtype == "auto":
+        dtype: torch.dtype = from_main(native_dtype(world.device))
+        return dtype
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.model.dtype]

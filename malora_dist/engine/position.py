@@ -1,0 +1,145 @@
+"""Where a process is in its run: step, phase and layer, for the message when it fails, is stuck or is told to end."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from malora_dist.engine.process import say
+from malora_dist.errors import MaloraError
+from malora_dist.nn.inject import mixture_layers
+
+# Said this early, the others have not given up yet; NCCL's watchdog then ends a process without a Python exception.
+STUCK_SHARE = 0.9
+STOP = 0
+
+
+class Position:
+    """Optimizer step, phase and adapted layer of this process. Every change is a sign of life.
+
+    Nothing is said about a process before it has entered its first phase.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank, self.step = rank, 0
+        self.phase: str | None = None
+        self.layer: str | None = None
+        self.moved = time.monotonic()
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Begin a phase, of the given optimizer step or of the one before it."""
+        self.step = self.step if step is None else step
+        # The gradients begin at the layer where forward ended.
+        self.phase, self.layer = phase, self.layer if phase == "backward" else None
+        self.moved = time.monotonic()
+
+    def reach(self, layer: str) -> None:
+        """Come to an adapted layer, forward or backward."""
+        self.layer, self.moved = layer, time.monotonic()
+
+    def follow(self, model: nn.Module) -> None:
+        """Note every adapted layer that a forward of `model` comes to, recomputation included."""
+        for name, layer in mixture_layers(model):
+            # Before DeepSpeed's own hook, which gathers the layer and may wait for others.
+            layer.register_forward_pre_hook(lambda _module, _inputs, name=name: self.reach(name), prepend=True)
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f", near layer {self.layer}"
+        return f"at step {self.step}, {self.phase}{layer}"
+
+
+@contextmanager
+def watched(position: Position, timeout_seconds: float) -> Iterator[None]:
+    """Tell the position when it matters: in errors that leave this block, when it is stuck, when SIGTERM ends it.
+
+    Only for the main thread. An error gets the position as a note, but not a mistake that is found before step 1.
+    """
+    watch = _Watch(position, STUCK_SHARE * timeout_seconds)
+    watch.start()
+    try:
+        yield
+    except Exception as error:
+        if position.phase is not None and not (isinstance(error, MaloraError) and position.step == 0):
+            error.add_note(f"rank {position.rank} {position}")
+        raise
+    finally:
+        watch.stop()
+
+
+class _Watch:
+    """A thread that says once where this process is when it has not moved for `limit_seconds`, and kills nothing.
+
+    The main thread may be waiting inside PyTorch or CUDA, where no signal handler of Python runs. So the thread hears
+    signals through a socket, and ends the process as SIGTERM would have, once it has said where.
+    """
+
+    def __init__(self, position: Position, limit_seconds: float) -> None:
+        self.position, self.limit_seconds = position, limit_seconds
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        self._inbox, self._outbox = socket.socketpair()
+        self._outbox.setblocking(False)
+        self._inbox.settimeout(self.limit_seconds / 20)
+        self._old_handler = signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+        self._old_wakeup = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_forget)
+        self._thread.start()
+
+    def stop(self) -> None:
+        signal.set_wakeup_fd(self._old_wakeup)
+        signal.signal(signal.SIGTERM, self._old_handler)
+        self._outbox.send(bytes([STOP]))
+        self._thread.join()
+        self._inbox.close()
+        self._outbox.close()
+
+    def _run(self) -> None:
+        said = None
+        while True:
+            try:
+                received = self._inbox.recv(64)
+            except TimeoutError:
+                moved = self.position.moved
+                if moved != said and self._is_stuck():
+                    said = moved
+                continue
+            if STOP in received:
+                return
+            if signal.SIGTERM in received:
+                self._end()
+
+    def _is_stuck(self) -> bool:
+        """Whether it is; says so."""
+        idle = time.monotonic() - self.position.moved
+        if self.position.phase is None or idle < self.limit_seconds:
+            return False
+        say(
+            f"no progress for {idle:.0f} s: {self.position}, in {_main_function()}; "
+            "a process that waits longer than parallel.timeout_seconds for another one gives up"
+        )
+        return True
+
+    def _end(self) -> None:
+        if self.position.phase is not None:
+            say(f"told to end (SIGTERM), as launchers do when another process has failed: {self.position}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGTERM)
+
+
+def _forget() -> None:
+    """Keep a forked child, which shares the socket, from passing its own SIGTERM to its parent's watch."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _main_function() -> str:
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"

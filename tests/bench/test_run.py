@@ -1,0 +1,109 @@
+"""The whole command on two processes, and on one; no time is asserted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from malora_dist.bench.run import parse
+from malora_dist.errors import ConfigError
+from tests.distributed import run_distributed
+from tests.e2e import RECIPE, launch, make_folder
+
+STEPS, WARMUP, BLOCKS, EXPERTS = 2, 1, 2, RECIPE["adapter"]["num_experts"]
+REFERENCE, SPREAD, FULL = "ZeRO-3, ep 1, NF4", "ZeRO-3, ep 2, NF4", "ZeRO-3, ep 1, not quantised"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The JSON file, and what each process saw."""
+    recipe = (folder / "recipe.yaml").read_text()
+    for name in ("model", "data", "cache"):
+        recipe = recipe.replace(f": {name}\n", f": {folder / name}\n").replace(f" {name}/", f" {folder / name}/")
+    (folder / "absolute.yaml").write_text(recipe)
+    arguments = [folder / "absolute.yaml", "--steps", STEPS, "--warmup", WARMUP]
+    arguments += ["--json", folder / "two.json", "--markdown", folder / "two.md"]
+    seen = run_distributed("tests.bench.workers:recorded_bench", 2, arguments=[str(part) for part in arguments])
+    return json.loads((folder / "two.json").read_text()), seen
+
+
+def test_every_variant_is_what_its_name_says(measured: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    result, seen = measured
+    assert len(result["variants"]) == 11
+    for name, variant in result["variants"].items():
+        spread, sets = variant["ep_size"] > 1, (3 if variant["share"] else 6) * BLOCKS
+        assert seen[0]["found"][name] == {
+            "zero_stage": variant["zero_stage"],
+            "load_in_4bit": variant["load_in_4bit"],
+            "experts": EXPERTS // variant["ep_size"],
+            "overlap": variant["overlap"],
+            "dispatchers": sets if spread else 0,
+        }
+
+
+def test_bytes_are_those_of_the_messages(measured: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    result, seen = measured
+    in_turns = zip(*(variant["records"] for variant in result["variants"].values()), strict=True)
+    written = [sum(record["sent_bytes"].values()) for turn in in_turns for record in turn]
+    assert written == [sum(both) for both in zip(*(process["sent"] for process in seen), strict=True)]
+    for variant in result["variants"].values():
+        for record in variant["records"]:
+            sent = sum(record["sent_bytes"].values())
+            assert (sent > 0) == (variant["ep_size"] > 1)
+            assert record["uniform_bytes"] == pytest.approx(sent, rel=0.25)
+
+
+def test_all_variants_of_one_base_have_one_loss(measured: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    variants = measured[0]["variants"]
+    losses = {name: [record["loss"] for record in variant["records"]] for name, variant in variants.items()}
+    assert all(len(values) == STEPS + WARMUP for values in losses.values())
+    assert max(losses[REFERENCE]) - min(losses[REFERENCE]) > 1e-3, "batches differ"
+    for name, values in losses.items():
+        if name != FULL:
+            assert values == pytest.approx(losses[REFERENCE], abs=1e-5), name
+    assert losses[FULL] != pytest.approx(losses[REFERENCE], abs=1e-3)
+
+
+def test_rows_follow_from_the_records(measured: tuple[dict[str, Any], list[dict[str, Any]]], folder: Path) -> None:
+    result, _ = measured
+    assert [c["topic"] for c in result["comparisons"]] == ["ep", "overlap", "share", "base", "zero"]
+    first, second = result["comparisons"][0]["rows"]
+    a, b = (result["variants"][name]["records"][WARMUP:] for name in (REFERENCE, SPREAD))
+    assert first["variant"] == REFERENCE and first["ratio"] == 1 and first["loss_difference"] == 0
+    ratios = [right["seconds"] / left["seconds"] for left, right in zip(a, b, strict=True)]
+    assert second["ratio"] == pytest.approx(sum(ratios) / STEPS), "the median of two is their mean"
+    assert second["sent_bytes"] == sum(sum(record["sent_bytes"].values()) for record in b) / STEPS / 2
+    assert 0 < second["waiting_share"] < 1 and first["waiting_share"] == 0
+    rows = {row["variant"]: row for comparison in result["comparisons"] for row in comparison["rows"]}
+    assert rows["ZeRO-0, ep 1, NF4"]["kept_bytes"] > 1.9 * rows[REFERENCE]["kept_bytes"]
+    text = (folder / "two.md").read_text()
+    assert text.count("### ") == 5 and all(f"| {name} |" in text for name in result["variants"])
+
+
+def test_options_and_settings_in_any_order() -> None:
+    options = parse(
+        ["--local_rank=1", "r.yaml", "--adapter.r", "16", "--steps", "3", "x.y=-1", "--variants", "ep,zero"]
+    )
+    assert (options.recipe, options.overrides) == ("r.yaml", ("--adapter.r", "16", "x.y=-1"))
+    assert (options.steps, options.warmup, options.topics) == (3, 2, ("ep", "zero"))
+    assert options.command(2) == (
+        "malora bench ep r.yaml --num_gpus 2 --steps 3 --warmup 2 --variants ep,zero --adapter.r 16 x.y=-1"
+    )
+    with pytest.raises(ConfigError, match="--steps 0 must be at least 1"):
+        parse(["r.yaml", "--steps", "0"])
+
+
+def test_one_process_and_nothing_is_overwritten(folder: Path) -> None:
+    command = ["malora", "bench", "ep", "recipe.yaml", "--num_gpus", "1", "--variants", "ep", "--steps", "1"]
+    done = launch([*command, "--warmup", "0", "--json", "one.json", "--train.seed", "7"], folder)
+    assert done.code == 0 and "step 1/1" in done.output, done.output
+    result = json.loads((folder / "one.json").read_text())
+    assert list(result["variants"]) == [REFERENCE] and result["world_size"] == 1
+    with pytest.raises(ConfigError, match="exists, and is not overwritten"):
+        parse(["recipe.yaml", "--json", str(folder / "one.json")])

@@ -1,0 +1,43 @@
+"""What the processes of the benchmark's test do: the whole command, with every message and every variant recorded."""
+
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+from malora_dist.bench.measure import Subject
+from malora_dist.bench.results import Record
+from malora_dist.bench.run import bench, parse
+from malora_dist.config import load_config
+from malora_dist.data.loader import MicroBatch
+from malora_dist.nn.inject import mixture_layers
+from malora_dist.nn.nf4_linear import NF4Linear
+from malora_dist.parallel.groups import World
+from tests.parallel.exchange_runs import recorded_messages
+
+STEP = Subject.step
+
+
+def recorded_bench(world: World, arguments: Sequence[str]) -> dict[str, Any]:
+    """Bytes of this process's messages in every step, in order, and what was found in each variant's engine."""
+    found: dict[str, dict[str, Any]] = {}
+    sent: list[int] = []
+
+    def step(subject: Subject, number: int, batches: Sequence[MicroBatch]) -> Record:
+        engine, wire = subject.stepper.engine, subject.stepper.wire
+        dispatchers = {id(layer.dispatcher) for _, layer in mixture_layers(engine.module) if layer.dispatcher}
+        found[subject.variant.name] = {
+            "zero_stage": engine.zero_optimization_stage(),
+            "load_in_4bit": any(isinstance(module, NF4Linear) for module in engine.module.modules()),
+            "experts": {layer.num_local_experts for _, layer in mixture_layers(engine.module)}.pop(),
+            "overlap": wire is None or wire.overlap,
+            "dispatchers": len(dispatchers),
+        }
+        with recorded_messages() as messages:
+            record = STEP(subject, number, batches)
+        sent.append(sum(messages))
+        return record
+
+    options = parse(arguments)
+    with patch.object(Subject, "step", step):
+        bench(options, load_config(options.recipe, options.overrides), world)
+    return {"found": found, "sent": sent}
