@@ -80,12 +80,12 @@ class SharedInputDispatcher:
 
     def __init__(self, layers: Sequence[MixtureLinear], wire: Wire) -> None:
         self.layers, self.wire = list(layers), wire
-        self._input: Tensor | None = None
+        self._input: _Memory | None = None
         self._arrived: dict[int, Arrived] = {}
 
     def start(self, layer: MixtureLinear, x: Tensor) -> AddExperts:
         """Rows out unless a sibling has sent them, this layer's experts, and their sums launched homeward."""
-        if id(layer) not in self._arrived or not _same_tensor(x, self._input):
+        if id(layer) not in self._arrived or self._input is None or not self._input.holds(x):
             self._send(x)
         arrived = self._arrived.pop(id(layer))
         if not self._arrived:
@@ -96,16 +96,28 @@ class SharedInputDispatcher:
         entered = [layer.enter(x) for layer in self.layers]
         routings = [routing for _, routing in entered if routing is not None]
         arrived = send_rows([h for h, _ in entered], routings, self.wire)
-        self._input = x
+        self._input = _Memory(x)
         self._arrived = {id(layer): part for layer, part in zip(self.layers, arrived, strict=True)}
 
 
-def _same_tensor(a: Tensor, b: Tensor | None) -> bool:
-    """Whether both are the same numbers in memory: DeepSpeed's hooks hand each module an alias of its input."""
-    return (
-        b is not None
-        and a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a._version == b._version
-    )
+class _Memory:
+    """The numbers of a tensor as they are now; kept alive, so that nothing else takes their place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, _version(tensor)
+
+    def holds(self, other: Tensor) -> bool:
+        """Whether `other` is the same numbers in memory: DeepSpeed's hooks hand each module an alias of its input."""
+        tensor = self._tensor
+        return (
+            tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
+            and tensor.storage_offset() == other.storage_offset()
+            and tensor.shape == other.shape
+            and tensor.stride() == other.stride()
+            and self._version == _version(other)
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the memory was written to in place; inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -136,14 +136,20 @@ class SendRows(torch.autograd.Function):
 
 def _pack(rows_ND: Tensor, gates_NE: Tensor) -> Tensor:
     """Two row-wise tensors of different dtype as one of bytes: one message has half the latency of two."""
-    return torch.cat([rows_ND.contiguous().view(torch.uint8), gates_NE.contiguous().view(torch.uint8)], dim=1)
+    return torch.cat([_as_bytes(rows_ND), _as_bytes(gates_NE)], dim=1)
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    # Flat in between: few rows may count as contiguous with strides that cannot be viewed as bytes.
+    return rows.contiguous().view(-1).view(torch.uint8).view(len(rows), rows.shape[1] * rows.element_size())
 
 
 def _unpack(message: Tensor, rows_ND: Tensor, gates_NE: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `_pack`, with widths and dtypes of the given tensors."""
     widths = [like.shape[1] * like.element_size() for like in (rows_ND, gates_NE)]
-    rows, gates = message.split(widths, dim=1)
-    return rows.contiguous().view(rows_ND.dtype), gates.contiguous().view(gates_NE.dtype)
+    # Copied whatever the strides say: a single row counts as contiguous, wherever in the message it starts.
+    rows, gates = (part.clone(memory_format=torch.contiguous_format) for part in message.split(widths, dim=1))
+    return rows.view(rows_ND.dtype), gates.view(gates_NE.dtype)
 
 
 class Homeward:

@@ -164,5 +164,5 @@ def wrong_bytes(
     for leg, size in zip(legs, found.messages, strict=True):
         real[leg] += size
     counts = {"wire": found.sent_bytes, "formula": formula, "naive": naive, "real": real}
-    texts = {name: str({leg: count[leg] for leg in real}) for name, count in counts.items()}
+    texts = {name: str({leg: count.get(leg, 0) for leg in real}) for name, count in counts.items()}
     return [] if len(set(texts.values())) == 1 else [f"{switch}: {texts}"]
