@@ -15,12 +15,14 @@ from malora_dist.data.loader import collate
 from malora_dist.engine.forward import cross_entropies, set_token_keys
 from malora_dist.functional.adapter import prefer_grouped
 from malora_dist.model import load_base_model
-from malora_dist.nn.inject import inject_adapters, mixture_layers
+from malora_dist.nn.inject import inject_adapters
 from malora_dist.plan.activations import activation_bytes, block_bytes, is_grouped, saved_logit_bytes
 from malora_dist.plan.run import Run, run_of
 from malora_dist.plan.shapes import Linear, find_shape
 from malora_dist.summary import adapter_spec
 from tests.config.recipes import recipe
+from tests.plan.conftest import RealRuns
+from tests.plan.workers import saved_bytes
 
 # A quarter of SmolLM2-135M: as many heads a kv-head, the same ratio of widths.
 SIZES = {
@@ -82,7 +84,7 @@ def planned(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool =
 
 
 def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool = False) -> int:
-    """Bytes of the storages that backward or the balance loss needs, parameters excepted."""
+    """Bytes that one process saves in a forward."""
     config = case_config(folder, name, layers, checkpointing)
     model = load_base_model(
         Path(config.model.name_or_path),
@@ -106,20 +108,7 @@ def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool 
     samples = [Sample(i, 0, draw.integers(0, 211, TOKENS).astype(np.int32), 1) for i in range(2)]
     batch = collate(samples[: config.train.per_device_train_batch_size])
     set_token_keys(model, batch, 0, 1)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = cross_entropies(model, batch).sum()
-    for _, layer in mixture_layers(model):
-        for tensor in layer.routing or ():
-            keep(tensor)
-    assert loss.requires_grad
-    return sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in parameters)
+    return saved_bytes(model, lambda: cross_entropies(model, batch))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -130,9 +119,10 @@ def test_within_15_percent_of_what_forward_saves(folder: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_block_alone(folder: Path, name: str) -> None:
-    """Within 5 %; within 10 % in the grouped form, where a few index tensors are not counted."""
+    """Closely, so that a forgotten tensor shows; the grouped form and eager attention count a few that are not kept."""
     block = measured(folder, name) - measured(folder, name, LAYERS - 1)
-    assert block_bytes(planned(folder, name)) == pytest.approx(block, rel=0.1 if "grouped" in name else 0.05)
+    tolerance = 0.1 if "grouped" in name else 0.05 if "eager" in name else 0.01
+    assert block_bytes(planned(folder, name)) == pytest.approx(block, rel=tolerance)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16-dropout", "bf16-one-sample", "fp32-molora", "bf16-lora-dropout"])
@@ -142,6 +132,15 @@ def test_with_recomputation_within_15_percent(folder: Path, name: str) -> None:
     kept = activation_bytes(run) - block_bytes(run) + saved_logit_bytes(run)
     assert kept == pytest.approx(measured(folder, name, checkpointing=True), rel=0.15)
     assert activation_bytes(run) < activation_bytes(planned(folder, name))
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero2-ep2"])
+def test_on_two_processes_within_15_percent(runs_of_2: RealRuns, name: str) -> None:
+    """With ep_size 2 the rows that reach a process are random, so their mean is compared."""
+    run = runs_of_2.plan(name)
+    run = replace(run, targets_per_sample=run.tokens_per_sample - 1)
+    saved = [rank[name]["saved"] for rank in runs_of_2.ranks]
+    assert activation_bytes(run) + saved_logit_bytes(run) == pytest.approx(sum(saved) / 2, rel=0.15)
 
 
 def test_the_form_is_the_layers_choice(llama_run: Run) -> None:

@@ -141,7 +141,29 @@ def run_case(world: Any, config: RunConfig) -> dict[str, Any]:
         "whole": peak[0],
         "sent": dict(sent),
         **_optimizer_numel(engine.optimizer, stage),
+        # Last, since a forward under ZeRO-3 leaves weights whole.
+        "saved": saved_bytes(engine.module, lambda: cross_entropies(engine, _batches(world.rank, STEPS)[0])),
     }
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the storages that backward or the balance loss needs after `forward`, parameters excepted."""
+    from malora_dist.nn.inject import mixture_layers
+
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward().sum()
+    for _, layer in mixture_layers(model):
+        for tensor in layer.routing or ():
+            keep(tensor)
+    assert loss.requires_grad
+    return sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in parameters)
 
 
 def _batches(rank: int, step: int) -> list[MicroBatch]:
