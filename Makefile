@@ -1,4 +1,5 @@
 # make demo    train and evaluate the demo, real model and real tasks, on this machine
+# make demo-ep the demo's first steps with experts on every process and spread over two, side by side
 # make test    the whole test suite
 # make check   lint, format, types, layering
 # make setup   the environment all of them need, in .venv
@@ -12,7 +13,7 @@ NUM_PROCESSES ?= 2
 # More arguments for the installation of torch, such as the index of another build.
 TORCH_ARGS ?=
 
-.PHONY: setup demo test check
+.PHONY: setup demo demo-ep test check
 
 setup: $(READY)
 
@@ -28,6 +29,11 @@ demo: setup
 	$(BIN)/python -m malora_dist.recipes.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 \
 	$(BIN)/deepspeed --num_gpus $(NUM_PROCESSES) --module malora_dist.train malora_dist/recipes/demo.yaml
+
+demo-ep: setup
+	$(BIN)/python -m malora_dist.recipes.demo
+	OMP_NUM_THREADS=1 $(BIN)/malora bench ep malora_dist/recipes/demo.yaml \
+		--num_gpus $(NUM_PROCESSES) --variants ep --steps 20 --warmup 0
 
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -3,9 +3,8 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,11 +20,12 @@ from malora_dist.engine.position import Position
 from malora_dist.engine.setup import add_adapters, engine_config, new_stepper, optimizer_settings
 from malora_dist.engine.step import Stepper
 from malora_dist.nn.inject import mixture_layers
+from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.parallel.apply import connect_experts
 from malora_dist.parallel.expert_groups import create_expert_groups
 from malora_dist.parallel.groups import World, gather_lists, wait_for_all
 from malora_dist.parallel.zero import resident_bytes
-from malora_dist.traffic import exchange_bytes, rows_per_token
+from malora_dist.traffic import ExchangeBytes, exchange_bytes, rows_per_token
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,21 @@ class Subject:
             waiting_seconds=sum(part["waiting"] for part in everyone) / world.size,
             cpu_seconds=sum(part["cpu"] for part in everyone) / world.size,
             sent_bytes=dict(sum((Counter(part["sent"]) for part in everyone), Counter())),
-            uniform_bytes=sum(part["uniform"] for part in everyone),
+            uniform_bytes=dict(sum((part["uniform"] for part in everyone), Counter())),
             loss=result.loss,
             tokens=result.tokens,
         )
 
-    def _uniform_bytes(self, batches: Sequence[MicroBatch]) -> int:
-        """What this process would send if every set of top_k experts were equally likely."""
-        if self.stepper.wire is None:
-            return 0
-        tokens = [batch.input_ids.numel() for batch in batches]
-        return sum(
-            self._layer_bytes(layer, T) for T in tokens for _, layer in mixture_layers(self.stepper.engine.module)
-        )
+    def _uniform_bytes(self, batches: Sequence[MicroBatch]) -> Counter[str]:
+        """What this process would send by leg if every set of top_k experts were equally likely."""
+        total: Counter[str] = Counter()
+        if self.stepper.wire is not None:
+            for _, layer in mixture_layers(self.stepper.engine.module):
+                for batch in batches:
+                    total.update(asdict(self._layer_bytes(layer, batch.input_ids.numel())))
+        return total
 
-    def _layer_bytes(self, layer: Any, tokens: int) -> int:
+    def _layer_bytes(self, layer: MixtureLinear, tokens: int) -> ExchangeBytes:
         W = self.variant.ep_size
         rows = [round(tokens * rows_per_token(layer.num_experts, layer.top_k, W) / W)] * (W - 1)
         return exchange_bytes(
@@ -119,4 +119,4 @@ class Subject:
             num_local_experts=layer.num_local_experts,
             itemsize=self.dtype.itemsize,
             recompute=self.recompute,
-        ).total
+        )

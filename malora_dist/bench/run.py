@@ -141,14 +141,16 @@ def _measure(options: Options, config: RunConfig, world: World, selection: Selec
 def _take_turns(
     subjects: Sequence[Subject], loader: TrainLoader, steps: int, world: World
 ) -> dict[Variant, list[Record]]:
+    """Every subject's record of every step. Each round begins with another one, so that none always follows another."""
     records: dict[Variant, list[Record]] = {subject.variant: [] for subject in subjects}
     for number in range(1, steps + 1):
         batches = [batch.to(world.device) for batch in next(loader)]
-        for subject in subjects:
-            record = subject.step(number, batches)
-            records[subject.variant].append(record)
-            first = records[subjects[0].variant][-1]
-            _say(world, step_line(number, steps, subject.variant.name, record, first, world.size))
+        begin = (number - 1) % len(subjects)
+        for subject in [*subjects[begin:], *subjects[:begin]]:
+            records[subject.variant].append(subject.step(number, batches))
+        first = records[subjects[0].variant][-1]
+        for variant, done in records.items():
+            _say(world, step_line(number, steps, variant.name, done[-1], first, world.size))
     return records
 
 

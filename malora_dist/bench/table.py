@@ -1,13 +1,14 @@
 """The tables of a measurement, for a terminal and for a Markdown file."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from malora_dist.bench.results import Record, Result, Row
-from malora_dist.bench.variants import TOPICS, Comparison
+from malora_dist.bench.variants import TOPICS
+from malora_dist.traffic import ExchangeBytes
 
 HEADERS = (
     "variant",
@@ -21,6 +22,8 @@ HEADERS = (
     "MiB kept",
     "loss diff.",
 )
+LEGS = tuple(field.name for field in fields(ExchangeBytes))
+LEG_HEADERS = ("variant", *(leg.replace("_", " ") for leg in LEGS), "all")
 NOTES = (
     "s/step: median over the steps measured. ratio: to the first variant, median over pairs of the same step; beside "
     "it the quartiles of the pairs. CPU ratio: the same of processor time, to which waiting and other programs add "
@@ -58,30 +61,34 @@ class Sheet:
 
 
 def sheets(result: Result) -> Iterator[Sheet]:
-    """One sheet for each comparison."""
+    """One sheet for each comparison, and one of bytes by leg."""
     for comparison in result.selection.comparisons:
-        yield _sheet(comparison, result)
-
-
-def _sheet(comparison: Comparison, result: Result) -> Sheet:
-    rows = tuple(_cells(row) for row in result.rows(comparison))
-    return Sheet(f"{comparison.topic}: {TOPICS[comparison.topic]}", HEADERS, rows)
+        rows = tuple(_cells(row) for row in result.rows(comparison))
+        yield Sheet(f"{comparison.topic}: {TOPICS[comparison.topic]}", HEADERS, rows)
+        if comparison.topic == "ep" and len(comparison.variants) > 1:
+            rows = tuple(cells for row in result.rows(comparison) if row.sent_bytes for cells in _legs(row))
+            yield Sheet("ep: MiB that one process sends in a step, by leg", LEG_HEADERS, rows)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    exchanges = row.sent_bytes > 0
+    sent, uniform = sum(row.sent_bytes.values()), sum(row.uniform_bytes.values())
     return (
         row.variant,
         f"{row.step_seconds:.3f}",
         f"{row.ratio:.2f}",
         "-".join(f"{quartile:.2f}" for quartile in row.ratio_quartiles),
         f"{row.cpu_ratio:.2f}",
-        f"{row.waiting_share:.1%}" if exchanges else "",
-        _mib(row.sent_bytes) if exchanges else "",
-        _mib(row.uniform_bytes) if exchanges else "",
+        f"{row.waiting_share:.1%}" if sent else "",
+        _mib(sent) if sent else "",
+        _mib(uniform) if sent else "",
         _mib(row.kept_bytes),
         f"{row.loss_difference:.1e}" if row.loss_difference else "0",
     )
+
+
+def _legs(row: Row) -> Iterator[tuple[str, ...]]:
+    for what, by_leg in (("sent", row.sent_bytes), ("uniform", row.uniform_bytes)):
+        yield f"{row.variant}: {what}", *(_mib(by_leg.get(leg, 0)) for leg in LEGS), _mib(sum(by_leg.values()))
 
 
 def markdown(result: Result, command: str) -> str:
@@ -95,7 +102,8 @@ def markdown(result: Result, command: str) -> str:
 
 def step_line(number: int, steps: int, name: str, record: Record, first: Record, world_size: int) -> str:
     """One step of one variant: loss, difference to the first variant's, seconds, and what a process sent."""
-    sent = f"  {_mib(record.total_bytes / world_size)} MiB sent" if record.sent_bytes else ""
+    total = sum(record.sent_bytes.values())
+    sent = f"  {_mib(total / world_size)} MiB sent" if total else ""
     difference = "" if record is first else f" ({record.loss - first.loss:+.1e})"
     return f"step {number}/{steps}  {name}  loss {record.loss:.6f}{difference}  {record.seconds:.3f} s{sent}"
 

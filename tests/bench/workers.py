@@ -18,9 +18,9 @@ STEP = Subject.step
 
 
 def recorded_bench(world: World, arguments: Sequence[str]) -> dict[str, Any]:
-    """Bytes of this process's messages in every step, in order, and what was found in each variant's engine."""
+    """Bytes of this process's messages in each variant's steps, and what was found in its engine."""
     found: dict[str, dict[str, Any]] = {}
-    sent: list[int] = []
+    sent: dict[str, list[int]] = {}
 
     def step(subject: Subject, number: int, batches: Sequence[MicroBatch]) -> Record:
         engine, wire = subject.stepper.engine, subject.stepper.wire
@@ -34,7 +34,7 @@ def recorded_bench(world: World, arguments: Sequence[str]) -> dict[str, Any]:
         }
         with recorded_messages() as messages:
             record = STEP(subject, number, batches)
-        sent.append(sum(messages))
+        sent.setdefault(subject.variant.name, []).append(sum(messages))
         return record
 
     options = parse(arguments)
