@@ -33,7 +33,7 @@ demo: setup
 demo-ep: setup
 	$(BIN)/python -m malora_dist.recipes.demo
 	OMP_NUM_THREADS=1 $(BIN)/malora bench ep malora_dist/recipes/demo.yaml \
-		--num_gpus $(NUM_PROCESSES) --variants ep --steps 20 --warmup 0
+		--num_gpus $(NUM_PROCESSES) --variants ep --steps 20 --warmup 2 --model.dtype float32
 
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -21,6 +21,7 @@ from malora_dist.data.build import build_data
 from malora_dist.engine.base import base_model
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.evaluation import evaluate_tasks
+from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.progress import LOGGER, console, start_logging
 from malora_dist.engine.run_folder import evaluation_file, write_json
@@ -47,7 +48,9 @@ def _start(arguments: list[str]) -> None:
     start_logging(target.folder / "evaluate.log" if world.is_main else None)
     log = logging.getLogger(LOGGER)
     log.info("evaluating %s on %s %s", target.adapter, target.recipe, shlex.join(target.overrides))
-    result = evaluate_adapter(config, target.adapter, world)
+    position = Position(world.rank)
+    with watched(position, config.parallel.timeout_seconds):
+        result = evaluate_adapter(config, target.adapter, world, position)
     if world.is_main:
         path = evaluation_file(target.folder, result)
         write_json(path, result)
@@ -95,10 +98,14 @@ def _take(arguments: list[str], option: str) -> str | None:
     return None
 
 
-def evaluate_adapter(config: RunConfig, adapter: Path, world: World) -> dict[str, object]:
-    """eval.json's content for an adapter folder on the recipe's base and tasks; on every process."""
+def evaluate_adapter(config: RunConfig, adapter: Path, world: World, position: Position) -> dict[str, object]:
+    """eval.json's content for an adapter folder on the recipe's base and tasks; on every process.
+
+    Experts are not spread (`parallel.ep_size` is of no effect), so that any number of processes will do.
+    """
     folder = resolve_model(config.model.name_or_path, config.model.revision)
     data = build_data(config.data, load_tokenizer(folder))
+    position.enter("loading the base model")
     settings = engine_config(_with_fitting_batch(config, world.size), world)
     model = base_model(config, folder, world, settings)
     load_adapter(model, adapter)
@@ -109,6 +116,8 @@ def evaluate_adapter(config: RunConfig, adapter: Path, world: World) -> dict[str
         zero_stage=config.parallel.zero_stage,
         timeout_seconds=config.parallel.timeout_seconds,
     )
+    position.follow(engine.module)
+    position.enter("evaluation")
     sides = {"base": config.evaluation.base, "tuned": config.evaluation.tuned}
     return {
         side: evaluate_tasks(

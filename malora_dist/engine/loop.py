@@ -84,8 +84,9 @@ def _due(interval: int | None, number: int) -> bool:
 
 
 def _say(record: Record, started: float, settings: LoopSettings) -> None:
+    exchange = f"  exchanged {record['exchange_bytes'] / 2**20:.1f} MiB/step" if "exchange_bytes" in record else ""
     logging.getLogger(LOGGER).info(
-        "step %d/%d  loss %.3f  aux %.3f  grad norm %.2f  lr %.2e  %.0f tokens/s  %.2f GiB  left %s",
+        "step %d/%d  loss %.3f  aux %.3f  grad norm %.2f  lr %.2e  %.0f tokens/s  %.2f GiB%s  left %s",
         record["step"],
         settings.last_step,
         record["loss"],
@@ -94,6 +95,7 @@ def _say(record: Record, started: float, settings: LoopSettings) -> None:
         record["learning_rate"],
         record["tokens_per_second"],
         record["peak_memory_gib"],
+        exchange,
         time_left(started, record["step"], settings.last_step),
     )
 

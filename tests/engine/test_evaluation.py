@@ -60,7 +60,7 @@ def evaluate_cases(world: World, folder: str) -> dict[str, dict[str, Any]]:
     found = {}
     for case in CASES:
         stage, settings = CASES[case]["zero_stage"], deepspeed_settings(CASES[case]["zero_stage"])
-        model = trained(build_model(folder, CASES[case], world, settings))
+        model = trained(build_model(folder, CASES[case] | {"whole_adapters": True}, world, settings))
         engine = build_engine(model, settings, None, zero_stage=stage, timeout_seconds=60)
         for training in (True, False):
             engine.train(training)
