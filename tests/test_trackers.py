@@ -52,7 +52,7 @@ def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
 
 
 def test_wandb_takes_the_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb comes with the extra `trackers`, which the test setup leaves out")
+    import_module("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tracker,) = open_trackers(["wandb"], tmp_path, {"adapter": {"r": 12}})
     for record in (TRAIN, {"kind": "eval", "step": 7, "eval/boolq/accuracy": 0.5}, ROUTING):
