@@ -2,10 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock, Timeout
+
+WAIT_SECONDS = 0.3
 
 
 def default_cache_dir() -> Path:
@@ -13,16 +16,17 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("MALORA_CACHE", "~/.cache/malora_dist")).expanduser()
 
 
-def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
+def build_once(folder: Path, build: Callable[[Path], None], waiting: Callable[[], None] = lambda: None) -> bool:
     """Let `build` fill an empty folder that then becomes `folder`, unless that exists; whether it was built now.
 
     Of many processes one builds, under a lock that a killed process releases. A folder is whole and on disk, or not
-    there, and is never changed. Raises OSError if it cannot be written.
+    there, and is never changed. `waiting` is called several times a second while another process builds; what it
+    raises ends the wait. Raises OSError if it cannot be written.
     """
     if folder.is_dir():
         return False
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with _held(FileLock(f"{folder}.lock"), waiting):
         if folder.is_dir():
             return False
         partial = folder.with_name(f"{folder.name}.partial")
@@ -31,15 +35,30 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
         try:
             build(partial)
             for path in [*partial.iterdir(), partial]:
-                _to_disk(path)
+                to_disk(path)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        _to_disk(folder.parent)
+        to_disk(folder.parent)
     return True
 
 
-def _to_disk(path: Path) -> None:
+@contextmanager
+def _held(lock: BaseFileLock, waiting: Callable[[], None]) -> Iterator[None]:
+    while True:
+        try:
+            lock.acquire(timeout=WAIT_SECONDS)
+            break
+        except Timeout:
+            waiting()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

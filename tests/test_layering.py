@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "malora_dist"
 FLOORS = {
     7: ["cli", "recipes"],
-    6: ["train", "evaluate", "prepare", "bench"],
+    6: ["train", "evaluate", "prepare", "bench", "convert", "inspect"],
     5: ["engine"],
     4: ["parallel", "model", "checkpoint", "scoring"],
     3: ["nn", "data", "plan", "launch", "summary", "source", "weights"],

@@ -1,151 +1,237 @@
 """Adapter folders: adapter_config.json, adapter_model.safetensors and a model card, in the layout of PEFT.
 
-Keys are `base_model.model.<layer>.<factor>`. A `lora` adapter is a stock PEFT LoRA, which other tools load; the routed
-methods add a block `malora` to the config and keep their own factor names.
+Whatever holds an adapter is read through `open_adapter`, one tensor at a time; `load_adapter` puts it on a model.
 """
 
 import json
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from malora_dist.checkpoint.adapter_info import (
+    CONFIG,
+    WEIGHTS,
+    AdapterInfo,
+    adapter_config,
+    file_key,
+    file_shape,
+    model_name,
+    read_adapter_info,
+)
+from malora_dist.checkpoint.disk import share_file, write_text
+from malora_dist.checkpoint.folder import file_in, new_folder
+from malora_dist.checkpoint.found import what_is
+from malora_dist.checkpoint.layout import MANIFEST
+from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.errors import CheckpointError
-from malora_dist.methods import METHODS, MixtureSpec
+from malora_dist.methods import factor_shapes
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
+from malora_dist.weights.tensor_file import TensorPlace, read_elements, read_header, write_tensors
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-FORMAT_VERSION = 1
-# PEFT has one expert without the leading dimension.
-PEFT_LORA = {"A": "lora_A.weight", "B": "lora_B.weight"}
+__all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_folder", "load_adapter", "open_adapter"]
+__all__ += ["put_adapter", "read_adapter_info", "save_adapter", "write_adapter_folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterInfo:
-    """What an adapter folder says of its tensors."""
+class AdapterTensors:
+    """The tensors of an adapter by their name in the model, `<layer>.<factor>`, read one at a time.
 
-    spec: MixtureSpec
-    target_modules: tuple[str, ...]
-    base_model: str
-    lora_dropout: float
-
-
-def save_adapter(folder: Path, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:
-    """Write the folder so that each file is either whole or absent."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(_to_file(info.spec, name, tensor) for name, tensor in state.items())
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    # safetensors makes files for their owner only; whoever may read the folder may read its weights.
-    partial.chmod(folder.stat().st_mode & 0o666)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(folder / WEIGHTS)
-    _write_text(folder / CONFIG, json.dumps(_config(info), indent=2) + "\n")
-    _write_text(folder / "README.md", card)
-
-
-def read_adapter_info(folder: Path) -> AdapterInfo:
-    """Read adapter_config.json. Raises CheckpointError if it is missing, damaged or not from this package."""
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        block = dict(config["malora"])
-        version = block.pop("format_version")
-        if version > FORMAT_VERSION:
-            raise CheckpointError(f"{folder / CONFIG}: format_version {version} is newer than {FORMAT_VERSION}")
-        if block["method"] not in METHODS:
-            raise CheckpointError(f"{folder / CONFIG}: method {block['method']!r} is not one of {', '.join(METHODS)}")
-        return AdapterInfo(
-            spec=MixtureSpec(**block),
-            target_modules=tuple(config["target_modules"]),
-            base_model=config["base_model_name_or_path"],
-            lora_dropout=config["lora_dropout"],
-        )
-    except OSError as error:
-        raise CheckpointError(f"{folder} is not an adapter folder: {CONFIG}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is damaged or not written by malora_dist: {error!r}") from error
-
-
-def load_adapter(model: nn.Module, folder: Path) -> AdapterInfo:
-    """Put the folder's adapter on a base model: inject its layers and fill them.
-
-    Raises CheckpointError if a file is missing or damaged, or if a tensor is missing, unknown or of another shape than
-    the method on this base has.
+    `shapes` and what `read` returns have the experts on dim 0; the dtype is that of the file. `path` is what they are
+    read from, `checkpoint` the checkpoint if it is one. `read` raises CheckpointError for a damaged file and for
+    numbers that are not finite.
     """
-    info = read_adapter_info(folder)
-    state = _read_weights(folder)
+
+    info: AdapterInfo
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    checkpoint: Checkpoint | None = None
+
+    def layers(self) -> dict[str, list[str]]:
+        """The factors of every layer, in the order of the file."""
+        factors: dict[str, list[str]] = {}
+        for name in self.shapes:
+            layer, _, factor = name.rpartition(".")
+            factors.setdefault(layer, []).append(factor)
+        return factors
+
+    def read_layer(self, layer: str) -> dict[str, Tensor]:
+        """All factors of one layer, fp32 unless they are wider."""
+        tensors = {factor: self.read(f"{layer}.{factor}") for factor in self.layers()[layer]}
+        return {
+            factor: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for factor, tensor in tensors.items()
+        }
+
+
+def open_adapter(path: Path) -> AdapterTensors:
+    """The adapter of an adapter folder, of a checkpoint, or of a run: its `adapter`, else its newest checkpoint.
+
+    Raises CheckpointError if there is none, if a file is damaged or outside the folder, and if a layer lacks a tensor
+    of its method, has one too many or one of another shape.
+    """
+    folder = _find(path)
+    if (folder / MANIFEST).is_file():
+        return _open_checkpoint(folder)
+    return open_weights(folder, read_adapter_info(folder))
+
+
+def _find(path: Path) -> Path:
+    """The folder with adapter_config.json that `path` is or, as a run, holds."""
+    if not (path / CONFIG).exists():
+        if (path / "adapter" / CONFIG).exists():
+            return path / "adapter"
+        latest = CheckpointStore(path / "checkpoints").latest() if (path / "checkpoints").is_dir() else None
+        if latest is not None:
+            return latest
+        if not (path / MANIFEST).exists():
+            raise CheckpointError(
+                f"{path} is no adapter folder, having no {CONFIG}, no checkpoint and no run: {what_is(path)}"
+            )
+    return path
+
+
+def open_weights(folder: Path, info: AdapterInfo) -> AdapterTensors:
+    """The tensors of an adapter folder whose config says `info`, PEFT's own folders among them. Raises as above."""
+    places, shapes = {}, {}
+    for key, place in weights_header(folder).items():
+        name, alone = model_name(key)
+        places[name], shapes[name] = place, (1, *place.shape) if alone else place.shape
+    path = folder / WEIGHTS
+    tensors = AdapterTensors(info=info, path=path, shapes=shapes, read=partial(_read, path, places, shapes))
+    _check_factors(tensors)
+    return tensors
+
+
+def weights_header(folder: Path) -> dict[str, TensorPlace]:
+    """The tensors of an adapter folder by their keys. Raises CheckpointError if the file is no safetensors in it."""
+    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError(
+            f"{folder / 'adapter_model.bin'} is a pickle, which can run any code when it is read; only {WEIGHTS} is "
+            "read: save the adapter again as safetensors where you trust it"
+        )
+    path = file_in(folder, WEIGHTS)
+    try:
+        return read_header(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _read(path: Path, places: Mapping[str, TensorPlace], shapes: Mapping[str, tuple[int, ...]], name: str) -> Tensor:
+    try:
+        tensor = read_elements(path, places[name], 0, places[name].numel).view(shapes[name])
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{path}: {name} holds numbers that are not finite")
+    return tensor
+
+
+def _open_checkpoint(folder: Path) -> AdapterTensors:
+    file_in(folder, CONFIG)
+    checkpoint = Checkpoint.open(folder)
+    files = checkpoint.manifest.tensors["adapter"]
+    checkpoint.verify([CONFIG, *dict.fromkeys(files.values())])
+    tensors = AdapterTensors(
+        info=read_adapter_info(folder),
+        path=folder,
+        shapes={name: checkpoint.shape("adapter", name) for name in files},
+        read=partial(checkpoint.read, "adapter"),
+        checkpoint=checkpoint,
+    )
+    _check_factors(tensors)
+    return tensors
+
+
+def _check_factors(tensors: AdapterTensors) -> None:
+    """Every layer has the tensors of the method, and no other."""
+    spec, wanted = tensors.info.spec, dict[str, tuple[int, ...]]()
+    for layer, factors in tensors.layers().items():
+        found = {factor: tensors.shapes[f"{layer}.{factor}"] for factor in factors}
+        inputs = next((found[name][-1] for name in ("shared_A", "A", "gate") if found.get(name)), 0)
+        outputs = found["B"][1] if len(found.get("B", ())) == 3 else 0
+        wanted |= {f"{layer}.{factor}": shape for factor, shape in factor_shapes(spec, inputs, outputs).items()}
+    _check_names(tensors.path, wanted, tensors.shapes, f"a {spec.method} adapter")
+    for name, shape in wanted.items():
+        if tensors.shapes[name] != shape:
+            raise CheckpointError(
+                f"{tensors.path}: {name} has shape {tensors.shapes[name]}, {spec.method} of this config needs {shape}"
+            )
+
+
+def load_adapter(model: nn.Module, path: Path) -> AdapterInfo:
+    """Put the adapter of a folder, checkpoint or run on a base model.
+
+    Raises CheckpointError as `open_adapter` does, and if the adapter's layers are not those of this base.
+    """
+    return put_adapter(model, open_adapter(path))
+
+
+def put_adapter(model: nn.Module, tensors: AdapterTensors) -> AdapterInfo:
+    """Inject the adapter's layers into a base model and fill them, one tensor at a time. Raises as `load_adapter`."""
+    info = tensors.info
     inject_adapters(model, info.spec, info.target_modules, lora_dropout=info.lora_dropout)
     parameters = dict(adapter_parameters(model))
-    _check_names(folder, parameters, state)
+    _check_names(tensors.path, parameters, tensors.shapes, "this base")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if parameter.shape != state[name].shape:
+            if tuple(parameter.shape) != tensors.shapes[name]:
                 raise CheckpointError(
-                    f"{folder / WEIGHTS}: {name} has shape {tuple(state[name].shape)}, "
-                    f"this base needs {tuple(parameter.shape)}"
+                    f"{tensors.path}: {name} has shape {tensors.shapes[name]}, this base needs {tuple(parameter.shape)}"
                 )
-            parameter.copy_(state[name])
+            parameter.copy_(tensors.read(name))
     return info
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    try:
-        return dict(_from_file(name, tensor) for name, tensor in load_file(folder / WEIGHTS).items())
-    except OSError as error:
-        raise CheckpointError(f"{folder} is not an adapter folder: {WEIGHTS} cannot be read: {error}") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is damaged: {error}") from error
-
-
-def _check_names(folder: Path, wanted: Iterable[str], found: Iterable[str]) -> None:
+def _check_names(path: Path, wanted: Iterable[str], found: Iterable[str], whose: str) -> None:
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unknown:
-        which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which this base does not"
-        raise CheckpointError(f"{folder / WEIGHTS} {which} ({len(missing)} missing, {len(unknown)} unknown)")
+        which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which {whose} has not"
+        raise CheckpointError(f"{path} {which} ({len(missing)} missing, {len(unknown)} unknown)")
 
 
-def _config(info: AdapterInfo) -> dict[str, object]:
-    return {
-        "peft_type": "LORA" if not info.spec.structure.routed else info.spec.method.upper(),
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": info.base_model,
-        "target_modules": list(info.target_modules),
-        "r": info.spec.r,
-        "lora_alpha": info.spec.lora_alpha,
-        "lora_dropout": info.lora_dropout,
-        "bias": "none",
-        "inference_mode": True,
-        "malora": {"format_version": FORMAT_VERSION, **asdict(info.spec)},
+def save_adapter(folder: Path, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:
+    """Write the folder so that each file is either whole or absent; a former adapter there is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        file_key(info, name): tensor.reshape(file_shape(info, tuple(tensor.shape))).contiguous()
+        for name, tensor in state.items()
     }
+    partial_file = folder / f"{WEIGHTS}.partial"
+    save_file(tensors, partial_file, metadata={"format": "pt"})
+    share_file(partial_file)
+    partial_file.replace(folder / WEIGHTS)
+    write_text(folder / CONFIG, json.dumps(adapter_config(info), indent=2) + "\n")
+    write_text(folder / "README.md", card)
 
 
-def _to_file(spec: MixtureSpec, name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    layer, _, factor = name.rpartition(".")
-    if not spec.structure.routed:
-        return f"{PREFIX}{layer}.{PEFT_LORA[factor]}", tensor[0].contiguous()
-    return f"{PREFIX}{name}", tensor.contiguous()
+def write_adapter_folder(
+    folder: Path, info: AdapterInfo, shapes: Mapping[str, tuple[int, ...]], values: Iterable[Tensor], card: str
+) -> None:
+    """A new adapter folder, whole or not there, of fp32 tensors that are asked for one at a time.
+
+    `shapes` has the experts on dim 0 and names `<layer>.<factor>`; `values` come in its order. Raises CheckpointError
+    if `folder` exists or cannot be written.
+    """
+    with new_folder(folder) as partial_folder:
+        fill_adapter_folder(partial_folder, info, shapes, values, card)
 
 
-def _from_file(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    name = name.removeprefix(PREFIX)
-    for factor, peft in PEFT_LORA.items():
-        if name.endswith(f".{peft}"):
-            return name.removesuffix(peft) + factor, tensor[None]
-    return name, tensor
+def fill_adapter_folder(
+    folder: Path, info: AdapterInfo, shapes: Mapping[str, tuple[int, ...]], values: Iterable[Tensor], card: str
+) -> None:
+    """The files of `write_adapter_folder` in an empty folder that exists, for callers who rename it themselves."""
+    stored = {file_key(info, name): (torch.float32, file_shape(info, shape)) for name, shape in shapes.items()}
+    write_tensors(folder / WEIGHTS, stored, _in_file_form(info, values))
+    write_text(folder / CONFIG, json.dumps(adapter_config(info), indent=2) + "\n")
+    write_text(folder / "README.md", card)
 
 
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _in_file_form(info: AdapterInfo, values: Iterable[Tensor]) -> Iterator[Tensor]:
+    for value in values:
+        yield value.float().reshape(file_shape(info, tuple(value.shape)))

@@ -10,8 +10,10 @@ if TYPE_CHECKING:
 def model_card(info: "AdapterInfo", tasks: Sequence[str], evaluations: Mapping[str, Any]) -> str:
     """README.md of an adapter folder: what it is, what it was trained on, how to load it."""
     spec = info.spec
-    experts = f"{spec.num_experts} experts, top-{spec.top_k}, " if spec.structure.routed else ""
+    which = "all" if spec.structure.dense else f"top-{spec.top_k}"
+    experts = f"{spec.num_experts} experts, {which}, " if spec.structure.routed else ""
     shared = f", shared_r {spec.shared_r}" if spec.shared_r is not None else ""
+    rslora = ", use_rslora" if spec.use_rslora else ""
     lines = [
         "---",
         f"base_model: {info.base_model}",
@@ -20,8 +22,8 @@ def model_card(info: "AdapterInfo", tasks: Sequence[str], evaluations: Mapping[s
         "",
         f"# {spec.method} adapter",
         "",
-        f"{experts}r {spec.r}{shared}, lora_alpha {spec.lora_alpha:g}, on {', '.join(info.target_modules)} of",
-        f"`{info.base_model}`. Trained on {', '.join(tasks)}.",
+        f"{experts}r {spec.r}{shared}, lora_alpha {spec.lora_alpha:g}{rslora}, on {', '.join(info.target_modules)} of",
+        f"`{info.base_model}`." + (f" Trained on {', '.join(tasks)}." if tasks else ""),
         "",
         *_accuracies(evaluations),
         "```python",

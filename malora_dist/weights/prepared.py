@@ -20,13 +20,13 @@ from malora_dist.cache import build_once, default_cache_dir
 from malora_dist.errors import ConfigError
 from malora_dist.functional.nf4 import BLOCK, SCALE_BLOCK
 from malora_dist.weights.base_tensor import BaseTensor, Weights
+from malora_dist.weights.fingerprint import content_samples
 from malora_dist.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
 from malora_dist.weights.tensor_file import write_tensors
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FILE_BYTES = 4 * 2**30
-SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def prepared_folder(
@@ -69,14 +69,7 @@ def _content_identity(real: Path) -> list[Any]:
     size = real.stat().st_size
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
         return [size, real.name]
-    digest = hashlib.sha256()
-    with real.open("rb") as file:
-        header_bytes = min(int.from_bytes(file.read(8), "little"), 2**25)
-        digest.update(file.read(header_bytes))
-        for index in range(SAMPLES):
-            file.seek(index * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-    return [size, real.stat().st_mtime_ns, digest.hexdigest()]
+    return [size, real.stat().st_mtime_ns, content_samples(real)]
 
 
 def _readable_name(model: Path) -> str:

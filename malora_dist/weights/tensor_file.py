@@ -7,7 +7,7 @@ one tensor, and only the bytes asked for leave the disk.
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,8 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
         if LENGTH_BYTES + length > size:
             raise ValueError("the header is longer than the file")
         header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
     header.pop("__metadata__", None)
     places = {name: _place(name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
     if any(place.end > size for place in places.values()):
@@ -59,13 +61,18 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     return places
 
 
-def _place(name: str, entry: dict[str, object], data_start: int) -> TensorPlace:
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+def _place(name: str, entry: object, data_start: int) -> TensorPlace:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
+            pass
+        case _:
+            raise ValueError(f"{name} has no dtype, shape and data_offsets in the header")
     if dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {dtype}; those read are {', '.join(DTYPES)}")
-    assert isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
-    place = TensorPlace(DTYPES[dtype], tuple(shape), data_start + offsets[0])
-    if place.end != data_start + offsets[1]:
+    if start < 0 or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"{name} has shape {shape} from byte {start}; sizes must be integers of at least 0")
+    place = TensorPlace(DTYPES[dtype], tuple(shape), data_start + start)
+    if place.end != data_start + stop:
         raise ValueError(f"{name} has another number of bytes than its shape says")
     return place
 
@@ -87,9 +94,21 @@ def read_elements(path: Path, place: TensorPlace, start: int, stop: int) -> Tens
 
 
 def write_tensors(
-    path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], values: Iterable[Tensor]
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    values: Iterable[Tensor],
+    *,
+    observe: Callable[[bytes | memoryview], object] = lambda data: None,
 ) -> None:
-    """Write a new file of named dtypes and shapes; `values` come in the same order and are asked for one at a time."""
+    """Write a new file of named dtypes and shapes; `values` come in the same order and are asked for one at a time.
+
+    `observe` is shown every byte in the order of the file, for a checksum.
+    """
+
+    def write(data: bytes | memoryview) -> None:
+        file.write(data)
+        observe(data)
+
     names_of = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -100,7 +119,7 @@ def write_tensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
     with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        write(struct.pack("<Q", len(text)) + text)
         for (name, expected), tensor in zip(shapes.items(), values, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == expected, name
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
