@@ -15,19 +15,26 @@ from malora_dist.errors import ConfigError
 class Structure:
     """Which factors a method has.
 
-    shared_down: one down-projection S_A (D, I) serves all experts and each expert has a core P_t (R, D), eq. 7.
-        Otherwise each expert has its own A_t (R, I), eq. 3.
-    routed: a linear router picks `top_k` of the experts for each token, eq. 4. Otherwise there is one expert.
+    shared_down: one down-projection S_A (D, I) serves all experts. Otherwise each expert has its own A_t (R, I), eq. 3.
+    core: each expert has a P_t (R, D) behind S_A, eq. 7. Without one S_A has the experts' rank.
+    routed: a linear router weighs the experts for each token, eq. 4. Otherwise there is one expert.
+    dense: all experts take part in every token, with their softmax weights; there is no load to balance.
+    magnitude: the adapted weight W + s B A is rescaled to a trained norm for each output, as DoRA does.
     """
 
-    shared_down: bool
-    routed: bool
+    shared_down: bool = False
+    core: bool = False
+    routed: bool = False
+    dense: bool = False
+    magnitude: bool = False
 
 
 METHODS: dict[str, Structure] = {
-    "lora": Structure(shared_down=False, routed=False),
-    "molora": Structure(shared_down=False, routed=True),
-    "malora": Structure(shared_down=True, routed=True),
+    "lora": Structure(),
+    "dora": Structure(magnitude=True),
+    "molora": Structure(routed=True),
+    "hydralora": Structure(shared_down=True, routed=True, dense=True),
+    "malora": Structure(shared_down=True, core=True, routed=True),
 }
 
 
@@ -36,6 +43,7 @@ class MixtureSpec:
     """A method with its numbers; what `inject_adapters` builds on each target linear.
 
     r is the rank of an expert (r-bar in the paper), shared_r the rank of S_A (d), None for methods without one.
+    use_rslora: the scaling keeps its size as r grows (PEFT's name and meaning).
     """
 
     method: str
@@ -46,15 +54,21 @@ class MixtureSpec:
     lora_alpha: float
     beta: float
     normalize_gates: bool
+    use_rslora: bool = False
 
     @property
     def structure(self) -> Structure:
         return METHODS[self.method]
 
     @property
+    def has_core(self) -> bool:
+        """Whether each expert has a down-projection of its own, P_t or A_t."""
+        return self.structure.core or not self.structure.shared_down
+
+    @property
     def scaling(self) -> float:
-        """s = lora_alpha / r, which multiplies the sum over experts."""
-        return self.lora_alpha / self.r
+        """s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`; it multiplies the sum over experts."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 def default_shared_r(num_experts: int, r: int, compression_ratio: float) -> int:
@@ -76,8 +90,10 @@ def mixture_spec(
     lora_alpha: float | None = None,
     beta: float = 1.0,
     normalize_gates: bool = False,
+    use_rslora: bool = False,
 ) -> MixtureSpec:
-    """Fill in what follows from the method: a single expert for `lora`, `shared_r`, and lora_alpha = 2 r.
+    """Fill in what follows from the method: one expert without a router, all experts for a dense gate, `shared_r`
+    (r where experts have no core), and lora_alpha = 2 r.
 
     Raises ConfigError for an unknown method or impossible numbers.
     """
@@ -86,12 +102,16 @@ def mixture_spec(
     structure = METHODS[method]
     if not structure.routed:
         num_experts = top_k = 1
+    if structure.dense:
+        top_k = num_experts
     if min(num_experts, top_k, r) < 1 or top_k > num_experts:
         raise ConfigError(
             f"adapter.r={r}, adapter.num_experts={num_experts}, adapter.top_k={top_k}: "
             "each must be at least 1 and top_k at most num_experts"
         )
-    if structure.shared_down:
+    if not structure.core:
+        shared_r = r if structure.shared_down else None
+    else:
         shared_r = default_shared_r(num_experts, r, compression_ratio) if shared_r is None else shared_r
         if shared_r < r:
             raise ConfigError(f"adapter.shared_r={shared_r} must be at least adapter.r={r}: P_t keeps r of its d rows")
@@ -100,10 +120,11 @@ def mixture_spec(
         num_experts=num_experts,
         top_k=top_k,
         r=r,
-        shared_r=shared_r if structure.shared_down else None,
+        shared_r=shared_r,
         lora_alpha=2.0 * r if lora_alpha is None else lora_alpha,
         beta=beta,
         normalize_gates=normalize_gates,
+        use_rslora=use_rslora,
     )
 
 
@@ -111,7 +132,7 @@ def factor_shapes(spec: MixtureSpec, in_features: int, out_features: int) -> dic
     """Name and shape of every adapter tensor on one linear of I inputs and O outputs.
 
     `gate` (E, I) is the router's linear; `shared_A` (D, I) is S_A; `P` (E, R, D) or `A` (E, R, I) lead into an expert's
-    rank; `B` (E, O, R) leads out. Experts are stacked on dim 0.
+    rank; `B` (E, O, R) leads out. Experts are stacked on dim 0. `magnitude` (O,) is DoRA's norm of each output's row.
     """
     E, R = spec.num_experts, spec.r
     shapes: dict[str, tuple[int, ...]] = {}
@@ -119,13 +140,20 @@ def factor_shapes(spec: MixtureSpec, in_features: int, out_features: int) -> dic
         shapes["gate"] = (E, in_features)
     if spec.shared_r is not None:
         shapes["shared_A"] = (spec.shared_r, in_features)
+    if spec.structure.core:
+        assert spec.shared_r is not None
         shapes["P"] = (E, R, spec.shared_r)
-    else:
+    elif spec.shared_r is None:
         shapes["A"] = (E, R, in_features)
     shapes["B"] = (E, out_features, R)
+    if spec.structure.magnitude:
+        shapes["magnitude"] = (out_features,)
     return shapes
 
 
 def count_parameters(spec: MixtureSpec, in_features: int, out_features: int) -> int:
-    """Trainable numbers on one linear: LoRA r(n+m); MoLoRA N r(n+m) + N n; MALoRA d n + N r d + N r m + N n."""
+    """Trainable numbers on one linear of n inputs and m outputs.
+
+    LoRA r(n+m); DoRA r(n+m) + m; MoLoRA N r(n+m) + N n; HydraLoRA r n + N r m + N n; MALoRA d n + N r d + N r m + N n.
+    """
     return sum(math.prod(shape) for shape in factor_shapes(spec, in_features, out_features).values())

@@ -25,6 +25,7 @@ def adapter_spec(config: RunConfig) -> MixtureSpec:
         lora_alpha=adapter.lora_alpha,
         beta=adapter.beta,
         normalize_gates=adapter.normalize_gates,
+        use_rslora=adapter.use_rslora,
     )
 
 
@@ -76,7 +77,7 @@ def _adapter_line(spec: MixtureSpec) -> str:
     numbers = {"r": spec.r, "shared_r": spec.shared_r, "lora_alpha": spec.lora_alpha, "scaling": spec.scaling}
     if spec.structure.routed:
         numbers = {"num_experts": spec.num_experts, "top_k": spec.top_k, **numbers}
-    if spec.structure.shared_down:
+    if spec.structure.core:
         numbers["beta"] = spec.beta
     return f"{spec.method}: " + ", ".join(f"{name} {value:g}" for name, value in numbers.items() if value is not None)
 

@@ -76,24 +76,30 @@ def make_inputs(case: AdapterCase, method: str, dtype: torch.dtype = torch.float
     """Leaves that require gradients, and `mask`, as `adapter_reference` wants them.
 
     x (T, I), base (T, O), mask (T, I) of 0 and 1, B (E, O, r) not zero; malora: gate (E, I), shared_A (D, I),
-    P (E, r, D); molora: gate (E, I), A (E, r, I); lora: A (1, r, I), B (1, O, r). Drawn in float64, then cast.
+    P (E, r, D); molora: gate (E, I), A (E, r, I); hydralora: gate (E, I), shared_A (r, I); lora and dora: A (1, r, I),
+    B (1, O, r), for dora magnitude (O,). Drawn in float64, then cast.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64) / math.sqrt(shape[-1])
 
-    num_experts = 1 if method == "lora" else case.E
+    one = method in ("lora", "dora")
+    num_experts = 1 if one else case.E
     tensors = {"x": normal(case.T, case.I) * math.sqrt(case.I), "base": normal(case.T, case.O)}
     tensors["x"][:, 0] = 1.0
     mask = (torch.rand(case.T, case.I, generator=generator) >= DROPOUT_P).to(dtype)
-    if method != "lora":
+    if not one:
         tensors["gate"] = _gate(case, normal(case.E, case.I))
     if method == "malora":
         tensors |= {"shared_A": normal(case.D, case.I), "P": normal(num_experts, case.r, case.D)}
+    elif method == "hydralora":
+        tensors["shared_A"] = normal(case.r, case.I)
     else:
         tensors["A"] = normal(num_experts, case.r, case.I)
     tensors["B"] = normal(num_experts, case.O, case.r)
+    if method == "dora":
+        tensors["magnitude"] = normal(case.O).abs() + 0.5
     return {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()} | {"mask": mask}
 
 

@@ -56,7 +56,9 @@ def routing_reference(
 
 
 def _expert_reference(method: str, tensors: Mapping[str, Tensor]) -> Callable[[int, Tensor], Tensor]:
-    """Delta W_e x for one token: B_e P_e S_A x (eq. 7) for malora, B_e A_e x (eqs. 1, 3) for molora and lora."""
+    """Delta W_e x of a token: B_e P_e S_A x (eq. 7) for malora, B_e S_A x for hydralora, else B_e A_e x (1, 3)."""
+    if method == "hydralora":
+        return lambda e, x: tensors["B"][e] @ (tensors["shared_A"] @ x)
     if method == "malora":
         return lambda e, x: tensors["B"][e] @ (tensors["P"][e] @ (tensors["shared_A"] @ x))
     if method in ("molora", "lora"):
@@ -76,7 +78,8 @@ def adapter_reference(
     """Eq. 5 with the frozen output: y_t = base_t + scaling * sum_k g_tk Delta W_{e_tk} x_t, (T, O), token by token.
 
     `tensors`: x (T, I), base (T, O), B (E, O, R); malora: gate (E, I), shared_A (D, I), P (E, R, D);
-    molora: gate (E, I), A (E, R, I); lora: A (1, R, I), no gate. The router reads x; the experts read
+    molora: gate (E, I), A (E, R, I); hydralora: gate (E, I), shared_A (R, I), and all experts whatever top_k says;
+    lora: A (1, R, I), no gate. The router reads x; the experts read
     x * mask / (1 - dropout_p) with mask (T, I), or x where there is no mask.
     """
     x_TI, base_TO, mask_TI = tensors["x"], tensors["base"], tensors.get("mask")
@@ -84,6 +87,7 @@ def adapter_reference(
     if method == "lora":
         gates_TK, expert_ids_TK = x_TI.new_ones(len(x_TI), 1), torch.zeros(len(x_TI), 1, dtype=torch.int64)
     else:
+        top_k = len(tensors["gate"]) if method == "hydralora" else top_k
         gates_TK, expert_ids_TK, _ = routing_reference(x_TI, tensors["gate"], top_k, normalize)
     expert = _expert_reference(method, tensors)
     y_TO = []
@@ -91,6 +95,22 @@ def adapter_reference(
         delta = sum(g * expert(int(e), dropped_TI[t]) for g, e in zip(gates_TK[t], expert_ids_TK[t], strict=True))
         y_TO.append(base_TO[t] + scaling * delta)
     return torch.stack(y_TO) if y_TO else base_TO.clone()
+
+
+def dora_reference(
+    tensors: Mapping[str, Tensor], weight_OI: Tensor, bias_O: Tensor | None, *, scaling: float, dropout_p: float = 0.0
+) -> Tensor:
+    """y = W x + b + (g - 1) W h + g s B A h with g = m / ||W + s B A|| by rows, the norm a constant, (T, O).
+
+    h = x * mask / (1 - dropout_p), or x without a mask. `tensors`: x (T, I), A (1, R, I), B (1, O, R), magnitude (O,).
+    """
+    x_TI, A_RI, B_OR = tensors["x"], tensors["A"][0], tensors["B"][0]
+    h_TI = x_TI * tensors["mask"] / (1 - dropout_p) if "mask" in tensors else x_TI
+    adapted_OI = weight_OI + scaling * B_OR @ A_RI
+    norm_O = torch.stack([row.square().sum().sqrt() for row in adapted_OI]).detach()
+    factor_O = tensors["magnitude"] / norm_O
+    base_TO = x_TI @ weight_OI.T + (0 if bias_O is None else bias_O)
+    return base_TO + (factor_O - 1) * (h_TI @ weight_OI.T) + factor_O * scaling * (h_TI @ A_RI.T @ B_OR.T)
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], output_gradient: Tensor) -> tuple[Tensor, ...]:

@@ -18,12 +18,14 @@ LINEARS = {  # in_features, out_features, how many a block
 }
 
 LORA = mixture_spec("lora", r=64)
+DORA = mixture_spec("dora", r=64)
 MOLORA = mixture_spec("molora", r=8)
 MALORA = mixture_spec("malora", r=12, shared_r=32)
 SMALL = mixture_spec("malora", r=8, shared_r=22)
 
 TOTALS = [
     pytest.param(LORA, 143_130_624, id="lora-r64"),
+    pytest.param(DORA, 144_359_424, id="dora-r64"),
     pytest.param(mixture_spec("molora", r=4), 79_626_240, id="molora-r4"),
     pytest.param(MOLORA, 151_191_552, id="molora-r8"),
     pytest.param(mixture_spec("molora", r=12), 222_756_864, id="molora-r12"),
@@ -72,6 +74,7 @@ def _llama_2_7b() -> nn.Module:
     ("spec", "total"),
     [
         pytest.param(LORA, 143_130_624, id="lora-r64"),
+        pytest.param(DORA, 144_359_424, id="dora-r64"),
         pytest.param(MOLORA, 151_191_552, id="molora-r8"),
         pytest.param(MALORA, 158_859_264, id="malora-12-32"),
         pytest.param(SMALL, 109_142_016, id="malora-small-8-22"),

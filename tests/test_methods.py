@@ -30,12 +30,23 @@ def test_a_method_keeps_only_the_numbers_it_has() -> None:
     assert (molora.num_experts, molora.top_k, molora.shared_r) == (6, 3, None)
     malora = mixture_spec("malora", num_experts=6, top_k=3, r=8, shared_r=11)
     assert (malora.num_experts, malora.top_k, malora.shared_r) == (6, 3, 11)
+    hydralora = mixture_spec("hydralora", num_experts=6, top_k=3, r=8, shared_r=11)
+    assert (hydralora.num_experts, hydralora.top_k, hydralora.shared_r) == (6, 6, 8)
+    dora = mixture_spec("dora", num_experts=8, r=64, shared_r=32)
+    assert (dora.num_experts, dora.top_k, dora.shared_r) == (1, 1, None)
+
+
+def test_rank_stabilised_scaling() -> None:
+    assert mixture_spec("malora", r=16, lora_alpha=8, use_rslora=True).scaling == 2.0
+    assert mixture_spec("malora", r=16, lora_alpha=8).scaling == 0.5
 
 
 @pytest.mark.parametrize(
     ("method", "shapes"),
     [
         ("lora", {"A": (1, 3, 20), "B": (1, 30, 3)}),
+        ("dora", {"A": (1, 3, 20), "B": (1, 30, 3), "magnitude": (30,)}),
+        ("hydralora", {"gate": (5, 20), "shared_A": (3, 20), "B": (5, 30, 3)}),
         ("molora", {"gate": (5, 20), "A": (5, 3, 20), "B": (5, 30, 3)}),
         ("malora", {"gate": (5, 20), "shared_A": (7, 20), "P": (5, 3, 7), "B": (5, 30, 3)}),
     ],
@@ -49,7 +60,7 @@ def test_factors_of_a_method(method: str, shapes: dict[str, tuple[int, ...]]) ->
 @pytest.mark.parametrize(
     ("method", "numbers", "named"),
     [
-        ("dora", {}, ["adapter.method='dora'", "lora", "molora", "malora"]),
+        ("newlora", {}, ["adapter.method='newlora'", "lora", "molora", "malora"]),
         ("malora", {"r": 0}, ["adapter.r=0"]),
         ("lora", {"r": -1}, ["adapter.r=-1"]),
         ("molora", {"num_experts": 0}, ["adapter.num_experts=0"]),

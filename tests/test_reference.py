@@ -61,7 +61,7 @@ def test_routing_of_bf16_is_computed_in_fp32() -> None:
     torch.testing.assert_close(probs, torch.softmax(x.float() @ gate.float().T, dim=1))
 
 
-@pytest.mark.parametrize("method", ["malora", "molora", "lora"])
+@pytest.mark.parametrize("method", ["malora", "molora", "hydralora", "lora"])
 def test_adapter_with_zero_B_is_base(method: str) -> None:
     tensors = make_inputs(AdapterCase(9, 6, 5, 4, 2, 3, 4), method)
     tensors["B"] = torch.zeros_like(tensors["B"])
@@ -71,7 +71,8 @@ def test_adapter_with_zero_B_is_base(method: str) -> None:
 
 @pytest.mark.parametrize("case", ADAPTER_CASES)
 @pytest.mark.parametrize(
-    ("method", "normalize"), [("malora", False), ("malora", True), ("molora", False), ("lora", False)]
+    ("method", "normalize"),
+    [("malora", False), ("malora", True), ("molora", False), ("hydralora", False), ("lora", False)],
 )
 def test_adapter_equals_dense_matrices(method: str, normalize: bool, case: AdapterCase) -> None:
     """With gates scattered to (T, E), the same sum over all experts' whole Delta W, in outputs and every gradient."""
@@ -79,10 +80,12 @@ def test_adapter_equals_dense_matrices(method: str, normalize: bool, case: Adapt
     y = reference.adapter_reference(
         method, tensors, top_k=case.K, scaling=1.5, normalize=normalize, dropout_p=DROPOUT_P
     )
-    A = tensors["P"] @ tensors["shared_A"] if method == "malora" else tensors["A"]
+    products = {"malora": lambda: tensors["P"] @ tensors["shared_A"], "hydralora": lambda: tensors["shared_A"]}
+    A = products.get(method, lambda: tensors["A"])()
     gates_TE = torch.ones(case.T, 1, dtype=torch.float64)
     if method != "lora":
-        gates, ids, probs = reference.routing_reference(tensors["x"], tensors["gate"], case.K, normalize)
+        top_k = case.E if method == "hydralora" else case.K
+        gates, ids, probs = reference.routing_reference(tensors["x"], tensors["gate"], top_k, normalize)
         gates_TE = torch.zeros_like(probs).scatter(1, ids, gates)
     dropped = tensors["x"] * tensors["mask"] / (1 - DROPOUT_P)
     y_dense = tensors["base"] + 1.5 * torch.einsum("te,eoi,ti->to", gates_TE, tensors["B"] @ A, dropped)

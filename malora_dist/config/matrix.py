@@ -122,8 +122,14 @@ def _expert_parallel_errors(config: RunConfig, world_size: int, version: str | N
             f"parallel.ep_size={ep_size} is refused with deepspeed {version}: it relies on names inside DeepSpeed "
             f"tested in {TESTED_VERSION} only. Nearest legal plan: deepspeed=={TESTED_VERSION}, or parallel.ep_size: 1"
         )
-    if config.adapter.method == "lora":
-        yield ConfigError(f"parallel.ep_size={ep_size} has no meaning for adapter.method=lora, which has one expert")
+    method = config.adapter.method
+    why = {"lora": "which has one expert", "dora": "which has one expert", "hydralora": "whose tokens use every expert"}
+    if method in why:
+        yield ConfigError(
+            f"parallel.ep_size={ep_size} has no meaning for adapter.method={method}, {why[method]}. "
+            "Nearest legal plan: parallel.ep_size: 1"
+        )
+        return
     for check in (
         lambda: owned_experts(0, ep_size, config.adapter.num_experts),
         lambda: expert_parallel_ranks(world_size, ep_size),

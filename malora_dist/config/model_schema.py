@@ -59,14 +59,14 @@ class ModelConfig(Section):
 
 
 SHARED_DOWN_KEYS = ("shared_r", "compression_ratio", "beta")
-ROUTED_KEYS = (
-    "num_experts",
-    "top_k",
-    "normalize_gates",
-    "router_aux_loss_coef",
-    "router_aux_loss_reduction",
-    "balance_scope",
-)
+ROUTED_KEYS = ("top_k", "normalize_gates", "router_aux_loss_coef", "router_aux_loss_reduction", "balance_scope")
+WITHOUT_MEANING = {
+    "malora": (),
+    "molora": SHARED_DOWN_KEYS,
+    "hydralora": ROUTED_KEYS + SHARED_DOWN_KEYS,
+    "lora": ("num_experts", *ROUTED_KEYS, *SHARED_DOWN_KEYS),
+    "dora": ("num_experts", *ROUTED_KEYS, *SHARED_DOWN_KEYS),
+}
 
 
 class AdapterConfig(Section):
@@ -90,9 +90,10 @@ class AdapterConfig(Section):
         "shared_rank": "shared_r",
     }
 
-    method: Literal["malora", "molora", "lora"] = Field(
+    method: Literal["malora", "molora", "hydralora", "lora", "dora"] = Field(
         "malora",
-        description="malora: experts share one down-projection. molora: each has its own. lora: one expert, no router.",
+        description="malora: experts share one down-projection. molora: each has its own. hydralora: all experts act "
+        "on one shared projection. lora: one expert, no router. dora: lora with a trained norm for each output.",
     )
     num_experts: int = Field(8, ge=1, description="Experts on each target linear, over all processes.")
     top_k: int = Field(2, ge=1, description="Experts a token is sent to.")
@@ -108,6 +109,7 @@ class AdapterConfig(Section):
     lora_alpha: float | None = Field(
         None, gt=0, description="The adapter's output is scaled by lora_alpha / r; null: 2 r."
     )
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
     beta: float = Field(
         1.0, gt=0, description="Initial balance of the shared and the experts' down-projections (malora)."
     )
@@ -132,7 +134,7 @@ class AdapterConfig(Section):
     )
 
     def rules(self) -> Iterator[Rule]:
-        if self.method != "lora" and self.top_k > self.num_experts:
+        if "top_k" not in WITHOUT_MEANING[self.method] and self.top_k > self.num_experts:
             yield Rule(("top_k", "num_experts"), f"must be at most adapter.num_experts={self.num_experts}")
         if self.method == "malora" and self.shared_r is not None and self.shared_r < self.r:
             yield Rule(("shared_r", "r"), f"must be at least adapter.r={self.r}")
@@ -142,5 +144,4 @@ class AdapterConfig(Section):
             yield Rule(("target_modules",), "must not hold an empty name")
 
     def without_meaning(self) -> dict[str, str]:
-        keys = {"malora": (), "molora": SHARED_DOWN_KEYS, "lora": ROUTED_KEYS + SHARED_DOWN_KEYS}[self.method]
-        return {key: f"has no meaning for adapter.method={self.method}" for key in keys}
+        return {key: f"has no meaning for adapter.method={self.method}" for key in WITHOUT_MEANING[self.method]}

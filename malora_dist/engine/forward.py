@@ -51,19 +51,22 @@ def balance_loss(
 ) -> tuple[Tensor, Tensor]:
     """This process's share of the balance loss (shares of all processes add up to the loss), and expert counts.
 
-    The counts are (G, L, E): how often each task's tokens chose each expert of each layer, on this process. Call after
-    forward and before backward: recomputation under activation checkpointing replaces `layer.routing`.
+    The counts are (G, L, E): how often each task's tokens chose each expert of each layer, on this process. Layers
+    whose tokens use every expert have nothing to balance and are not among the L. Call after forward and before
+    backward: recomputation under activation checkpointing replaces `layer.routing`.
     """
-    layers = [layer for _, layer in mixture_layers(model) if layer.routed]
-    if not layers:
+    taken = [(layer.balanced, _take_routing(layer)) for _, layer in mixture_layers(model) if layer.routed]
+    routings = [routing for balanced, routing in taken if balanced]
+    if not routings:
         return batch.position_ids.new_zeros((), dtype=torch.float32), torch.zeros(num_tasks, 0, 0)
     task_T = batch.task_ids[batch.token_sample]
-    statistics = expert_statistics([_take_routing(layer) for layer in layers], task_T, num_tasks)
+    statistics = expert_statistics(routings, task_T, num_tasks)
     counts_LE = statistics.counts_GLE.sum(dim=0)
     if settings.scope == "global":
         counts_LE = sum_over_processes(counts_LE.clone())
-    tokens = counts_LE[0].sum() / layers[0].top_k
-    losses_L = load_balancing_loss(counts_LE, statistics.prob_sum_LE, tokens, layers[0].top_k)
+    top_k = routings[0].expert_ids_TK.shape[1]
+    tokens = counts_LE[0].sum() / top_k
+    losses_L = load_balancing_loss(counts_LE, statistics.prob_sum_LE, tokens, top_k)
     if settings.scope == "local":
         losses_L = losses_L / world_size
     return losses_L.mean() if settings.reduction == "mean" else losses_L.sum(), statistics.counts_GLE

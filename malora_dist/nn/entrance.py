@@ -12,8 +12,8 @@ class Entrance(nn.Module):
     """Router and shared down-projection S_A: x (T, I) -> h (T, D) and who gets it (MALoRA eqs. 4 and 7).
 
     The router reads x before dropout, h = S_A drop(x). Without `shared_r` (MoLoRA, LoRA) h is drop(x) itself, without
-    `routed` (LoRA) there is no routing. A module of its own, because ZeRO-3 gathers weights module by module: linears
-    that share their input can then be asked for h together, without gathering what their experts hold.
+    `routed` (LoRA, DoRA) there is no routing. A module of its own, because ZeRO-3 gathers weights module by module:
+    linears that share their input can then be asked for h together, without gathering what their experts hold.
     """
 
     gate: nn.Parameter | None

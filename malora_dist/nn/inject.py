@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +51,13 @@ def inject_adapters(
     computation: str = "auto",
     seed: int = 0,
     place: Callable[[MixtureLinear], None] | None = None,
+    whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
 ) -> InjectionReport:
     """Freeze `model` and wrap each linear whose name ends in one of `target_modules` in a MixtureLinear, in place.
 
     Adapters are fp32, built on the device of the layer they wrap. Their initial values depend on the seed and the
-    module's name alone, so every process builds the same ones. `place` then decides what of a layer stays on this
+    module's name alone, so every process builds the same ones (DoRA's magnitude depends on the base's weight too, which
+    `whole(base_layer)` must show whole while it is measured). `place` then decides what of a layer stays on this
     process, before the next layer is built; the report counts whole layers all the same.
 
     Raises ConfigError if a target matches nothing or matches a module that is not a linear, or if the model keeps its
@@ -69,7 +72,8 @@ def inject_adapters(
     rows = []
     for target, names in matches.items():
         for name in names:
-            layer = _wrap(model, name, spec, lora_dropout, computation, seed)
+            with whole(model.get_submodule(name)) if spec.structure.magnitude else nullcontext():
+                layer = _wrap(model, name, spec, lora_dropout, computation, seed)
             if place is not None:
                 place(layer)
         rows.append(_row(model, spec, target, names))
@@ -180,6 +184,9 @@ def _wrap(model: nn.Module, name: str, spec: MixtureSpec, dropout: float, comput
             shared_r=spec.shared_r,
             routed=spec.structure.routed,
             scaling=spec.scaling,
+            core=spec.structure.core,
+            balanced=not spec.structure.dense,
+            magnitude=spec.structure.magnitude,
             beta=spec.beta,
             dropout=dropout,
             normalize_gates=spec.normalize_gates,
@@ -204,3 +211,10 @@ def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int,
         for name, layer in mixture_layers(model)
         for factor, shape in factor_shapes(spec, layer.in_features, layer.out_features).items()
     }
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Put every adapted layer's base back in its place: the model is what `inject_adapters` was given."""
+    for name, layer in list(mixture_layers(model)):
+        parent_name, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), leaf, layer.base_layer)

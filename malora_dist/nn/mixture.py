@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from malora_dist.functional.adapter import dense_experts, grouped_experts, prefer_grouped
 from malora_dist.functional.init import kaiming_uniform, shared_subspace_init
 from malora_dist.functional.routing import Routing, dense_gates
+from malora_dist.nn.dora import Magnitude
 from malora_dist.nn.entrance import Entrance
 
 AddExperts = Callable[[Tensor], Tensor]
@@ -22,11 +23,13 @@ class Dispatcher(Protocol):
 
 
 class MixtureLinear(nn.Module):
-    """y = base(x) + s * sum_{t in top-k} g_t B_t C_t h, the layer of LoRA, MoLoRA and MALoRA (eqs. 1, 5, 7).
+    """y = base(x) + s * sum_{t in top-k} g_t B_t C_t h, the layer of all methods (eqs. 1, 5, 7).
 
-    MALoRA (`shared_r` given): h = S_A drop(x), C_t = P_t. MoLoRA: h = drop(x), C_t = A_t. LoRA: one expert, no router.
-    The experts' stacked factors belong to this module, router and S_A to its `entrance`. All are fp32; products run in
-    the dtype of x. `routing` keeps the last forward's decision for the balance loss.
+    MALoRA (`shared_r` and `core`): h = S_A drop(x), C_t = P_t. HydraLoRA (`shared_r` alone): h = S_A drop(x), no C_t,
+    all experts. MoLoRA: h = drop(x), C_t = A_t. LoRA: one expert, no router; DoRA (`magnitude`): LoRA, rescaled.
+    The experts' stacked factors belong to this module, router and S_A to its `entrance`, DoRA's norms to `dora`. All
+    are fp32; products run in the dtype of x. `routing` keeps the last forward's decision; `balanced` says whether it
+    belongs in the balance loss.
 
     Without a `dispatcher` all experts are here. With one (`parallel.apply`), this module holds `num_local_experts` of
     them and the dispatcher brings the tokens.
@@ -48,6 +51,9 @@ class MixtureLinear(nn.Module):
         shared_r: int | None,
         routed: bool,
         scaling: float,
+        core: bool = True,
+        balanced: bool = True,
+        magnitude: bool = False,
         beta: float = 1.0,
         dropout: float = 0.0,
         normalize_gates: bool = False,
@@ -70,11 +76,12 @@ class MixtureLinear(nn.Module):
             dropout=dropout,
             input_salt=input_salt,
         )
-        self.core_name = "A" if shared_r is None else "P"
-        core = nn.Parameter(torch.empty(num_experts, r, in_features if shared_r is None else shared_r))
-        self.register_parameter(self.core_name, core)
-        self.B = nn.Parameter(torch.empty(num_experts, out_features, r))
-        self.set_experts(core, self.B)
+        self.balanced = routed and balanced
+        self.dora = Magnitude(out_features) if magnitude else None
+        self.core_name = "A" if shared_r is None else "P" if core else None
+        width = in_features if shared_r is None else shared_r
+        B = nn.Parameter(torch.empty(num_experts, out_features, r))
+        self.set_experts(None if self.core_name is None else nn.Parameter(torch.empty(num_experts, r, width)), B)
         self.adapter_enabled = True
         self.dispatcher: Dispatcher | None = None
         self.routing = None
@@ -83,15 +90,17 @@ class MixtureLinear(nn.Module):
             self.reset_parameters(generator)
 
     @property
-    def core(self) -> nn.Parameter:
-        """What leads into the experts' ranks: P (E, r, D), or A (E, r, I) without S_A."""
-        return self.get_parameter(self.core_name)
+    def core(self) -> nn.Parameter | None:
+        """What leads into the experts' ranks: P (E, r, D), A (E, r, I) without S_A, or nothing."""
+        return None if self.core_name is None else self.get_parameter(self.core_name)
 
-    def set_experts(self, core: nn.Parameter, B: nn.Parameter) -> None:
+    def set_experts(self, core: nn.Parameter | None, B: nn.Parameter) -> None:
         """Hold these experts, all or a slice of them, and choose the cheaper form for their number."""
-        setattr(self, self.core_name, core)
+        if self.core_name is not None:
+            setattr(self, self.core_name, core)
         self.B = B
-        self.num_local_experts, _, in_width = core.shape
+        self.num_local_experts = len(B)
+        in_width = self.r if core is None else core.shape[2]
         top_k = min(self.top_k, self.num_local_experts)
         self.grouped = self.routed and (
             self.computation == "grouped"
@@ -102,24 +111,34 @@ class MixtureLinear(nn.Module):
         )
 
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter of every adapter tensor: gate, shared_A, P or A, B; those the method has."""
-        for module in (self.entrance, self):
-            yield from module.named_parameters(recurse=False)
+        """Name and parameter of every adapter tensor: gate, shared_A, P or A, B, magnitude; those the method has."""
+        for module in (self.entrance, self, self.dora):
+            if module is not None:
+                yield from module.named_parameters(recurse=False)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """B = 0, so the adapted layer starts as its base; the rest Kaiming-uniform, for MALoRA through eqs. 8-10."""
-        n, E = self.in_features, self.num_experts
+        """B = 0, so the adapted layer starts as its base; the rest Kaiming-uniform, for MALoRA through eqs. 8-10.
+
+        DoRA's magnitude is the norm of the base's rows, whose weight must be whole and in memory.
+        """
+        n, E, shared_A = self.in_features, self.num_experts, self.entrance.shared_A
         if self.entrance.gate is not None:
             self.entrance.gate.copy_(kaiming_uniform((E, n), fan_in=n, generator=generator))
-        if self.entrance.shared_A is None:
-            self.core.copy_(kaiming_uniform((E, self.r, n), fan_in=n, generator=generator))
+        if shared_A is None or self.core is None:
+            down = self.core if shared_A is None else shared_A
+            assert down is not None
+            down.copy_(kaiming_uniform(tuple(down.shape), fan_in=n, generator=generator))
         else:
-            K_EDI = kaiming_uniform((E, self.entrance.shared_A.shape[0], n), fan_in=n, generator=generator)
-            shared_A, P = shared_subspace_init(K_EDI, self.r, self.beta)
-            self.entrance.shared_A.copy_(shared_A)
-            self.core.copy_(P)
+            K_EDI = kaiming_uniform((E, len(shared_A), n), fan_in=n, generator=generator)
+            for factor, value in zip(
+                (shared_A, self.core), shared_subspace_init(K_EDI, self.r, self.beta), strict=True
+            ):
+                factor.copy_(value)
         self.B.zero_()
+        if self.dora is not None:
+            self.dora.measure(self.base_layer)
+            self.dora.magnitude.copy_(self.dora.base_squares.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.adapter_enabled:
@@ -140,7 +159,11 @@ class MixtureLinear(nn.Module):
 
     def add_experts(self, base_TO: Tensor, h: Tensor, routing: Routing | None) -> Tensor:
         """The base output with the weighted experts of this module added."""
-        core, B = self.core.to(h.dtype), self.B.to(h.dtype)
+        core, B = self._experts(h.dtype)
+        if self.dora is not None:
+            assert core is not None
+            same = self.entrance.dropout == 0 or not self.training
+            return self.dora(self.base_layer, base_TO, h, core, B, self.scaling, same)  # type: ignore[no-any-return]
         if self.grouped:
             assert routing is not None
             return grouped_experts(base_TO, h, core, B, routing, self.scaling)
@@ -149,7 +172,7 @@ class MixtureLinear(nn.Module):
 
     def sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
         """(N, O): the sum over this module's experts for rows that come with one gate per local expert."""
-        core, B = self.core.to(h_ND.dtype), self.B.to(h_ND.dtype)
+        core, B = self._experts(h_ND.dtype)
         if not self.grouped:
             return dense_experts(None, h_ND, core, B, gates_NE, self.scaling)
         top_k = min(self.top_k, self.num_local_experts)
@@ -157,6 +180,10 @@ class MixtureLinear(nn.Module):
         ids_NK = gates_NE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
         routing = Routing(gates_NE.gather(1, ids_NK), ids_NK, gates_NE)
         return grouped_experts(None, h_ND, core, B, routing, self.scaling)
+
+    def _experts(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        core = self.core
+        return None if core is None else core.to(dtype), self.B.to(dtype)
 
     def extra_repr(self) -> str:
         return (

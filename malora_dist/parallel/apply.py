@@ -16,6 +16,7 @@ def keep_owned_experts(layer: MixtureLinear, groups: ExpertGroups) -> None:
     if not layer.routed:
         return
     owned = groups.owned(layer.num_experts)
+    assert layer.core is not None, "check_plan refuses methods whose tokens use every expert"
     parts = [_slice(parameter, owned) for parameter in (layer.core, layer.B)]
     for part in parts:
         mark_expert_parameter(part, groups)

@@ -5,6 +5,7 @@ Tested with DeepSpeed 0.19.8. Under ZeRO-3 a parameter holds no data between use
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -130,6 +131,17 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
         part = getattr(parameter, "ds_tensor", parameter)
         total["adapter" if id(parameter) in adapters else "base"] += part.numel() * part.element_size()
     return total
+
+
+def gathered(module: nn.Module) -> AbstractContextManager[object]:
+    """While it is open the module's parameters are whole. Every process must take part where they are partitioned."""
+    import deepspeed
+
+    parameters = list(module.parameters())
+    context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+        parameters, enabled=any(hasattr(parameter, "ds_id") for parameter in parameters)
+    )
+    return context
 
 
 def gathered_adapter_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

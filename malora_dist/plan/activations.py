@@ -107,8 +107,8 @@ def _adapter_bytes(run: Run, linear: Linear) -> int:
 def _expert_bytes(run: Run, linear: Linear) -> int:
     """What the experts here keep: of all tokens or, under expert parallelism, of the rows that reach this rank.
 
-    Copies of P or A and B; then, dense, h = S_A x, the products h P, the gates, and both multiplied; grouped, a row of
-    h for each chosen expert and its products.
+    Copies of P or A and B; then, dense, h = S_A x, the products h P, the gates, and both multiplied, and DoRA's output
+    before it is rescaled; grouped, a row of h for each chosen expert and its products.
     """
     spec, s, E = run.spec, run.itemsize, run.num_local_experts
     in_width = linear.in_features if spec.shared_r is None else spec.shared_r
@@ -117,13 +117,14 @@ def _expert_bytes(run: Run, linear: Linear) -> int:
         rows = expected_rows(run)
         arriving = rows * (in_width * s + E * FP32 + 3 * INDEX)
     weights = E * spec.r * linear.out_features * s if s < FP32 or E > 1 else 0
-    weights += E * spec.r * in_width * s if s < FP32 else 0
+    weights += E * spec.r * in_width * s if s < FP32 and spec.has_core else 0
     if is_grouped(run, linear):
         chosen = rows * min(spec.top_k, E)
         return arriving + weights + chosen * (in_width * s + 2 * spec.r * s + s + 2 * INDEX)
     h = rows * in_width * s if spec.shared_r is not None and run.ep_size == 1 else 0
     gated = rows * E * (spec.r + 1) * s if spec.structure.routed else 0
-    return arriving + weights + h + rows * E * spec.r * s + gated
+    rescaled = rows * linear.out_features * s if spec.structure.magnitude else 0
+    return arriving + weights + h + rows * E * spec.r * s + gated + rescaled
 
 
 def expected_rows(run: Run) -> int:

@@ -46,10 +46,12 @@ def step_flops(run: Run) -> float:
     """Floating-point operations of a rank in a step: 2 a multiplication.
 
     A frozen product runs forward and once backward (for its input), a trained one and attention twice backward;
-    checkpointing runs all but the head forward again.
+    checkpointing runs all but the head forward again. DoRA multiplies the dropped input by the frozen weight too.
     """
     T, shape, again = run.tokens, run.shape, 1 if run.checkpointing else 0
     frozen = 2 * T * sum(linear.weights for linear in shape.linears)
+    if run.spec.structure.magnitude and run.dropout > 0:
+        frozen += 2 * T * sum(linear.weights for linear in run.adapted)
     trained = 2 * T * sum(_adapter_multiplications(run, linear) for linear in run.adapted)
     block = (2 + again) * frozen + (3 + again) * (trained + _attention_flops(run))
     return run.accumulation * (shape.num_layers * block + 2 * 2 * run.targets * shape.embedding_numel)
@@ -71,4 +73,4 @@ def _adapter_multiplications(run: Run, linear: Linear) -> float:
     in_width = linear.in_features if spec.shared_r is None else spec.shared_r
     computed = min(spec.top_k, E) if is_grouped(run, linear) else E
     rows = expected_rows(run) / run.tokens if run.ep_size > 1 else 1
-    return total + rows * computed * spec.r * (in_width + linear.out_features)
+    return total + rows * computed * spec.r * ((in_width if spec.has_core else 0) + linear.out_features)

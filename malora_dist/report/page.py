@@ -126,8 +126,9 @@ def _cost_charts(run: RunFiles) -> list[str]:
 def _routing(run: RunFiles) -> str:
     method = run.setting("adapter", "method")
     if run.routing is None or not routing.mean_shares(run.routing):
-        why = "lora has one expert" if method == "lora" else "metrics.jsonl holds no routing record"
-        return _note(f"There is no routing to show: {why}.")
+        reasons = {"lora": "lora has one expert", "dora": "dora has one expert"}
+        reasons["hydralora"] = "every token uses every expert of hydralora"
+        return _note(f"There is no routing to show: {reasons.get(method, 'metrics.jsonl holds no routing record')}.")
     experts = len(next(iter(routing.mean_shares(run.routing).values()), [])) or 1
     reduction = run.setting("adapter", "router_aux_loss_reduction")
     even = 1.0 if reduction == "mean" else None

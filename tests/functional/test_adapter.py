@@ -20,16 +20,20 @@ FORMS = [
     pytest.param("malora", grouped_experts, id="malora-grouped"),
     pytest.param("molora", dense_experts, id="molora-dense"),
     pytest.param("molora", grouped_experts, id="molora-grouped"),
+    pytest.param("hydralora", dense_experts, id="hydralora-dense"),
+    pytest.param("hydralora", grouped_experts, id="hydralora-grouped"),
     pytest.param("lora", dense_experts, id="lora-dense"),
 ]
 
 
 def _forward(form: Form, method: str, tensors: dict[str, Tensor], top_k: int, normalize: bool = False) -> Tensor:
+    top_k = len(tensors["B"]) if method == "hydralora" else top_k
     routing = None if method == "lora" else route(tensors["x"], tensors["gate"], top_k, normalize)
     weights = routing if routing is None or form is grouped_experts else dense_gates(routing)
     h = tensors["x"] * tensors["mask"] / (1 - DROPOUT_P)
-    if method == "malora":
-        return form(tensors["base"], F.linear(h, tensors["shared_A"]), tensors["P"], tensors["B"], weights, SCALING)
+    if method in ("malora", "hydralora"):
+        h = F.linear(h, tensors["shared_A"])
+        return form(tensors["base"], h, tensors.get("P"), tensors["B"], weights, SCALING)
     return form(tensors["base"], h, tensors["A"], tensors["B"], weights, SCALING)
 
 

@@ -1,5 +1,6 @@
 """Putting adapters on a model: what matches, what is refused, what is trained; and the model under checkpointing."""
 
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from malora_dist.errors import ConfigError
 from malora_dist.functional.balance import expert_statistics, load_balancing_loss
 from malora_dist.functional.dropout import token_keys
 from malora_dist.functional.nf4 import quantize_nf4
-from malora_dist.methods import count_parameters, mixture_spec
+from malora_dist.methods import METHODS, count_parameters, mixture_spec
 from malora_dist.nn.inject import (
     DEFAULT_TARGETS,
     adapter_parameters,
@@ -32,7 +33,7 @@ IDS = torch.arange(40)[None] % 61
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["malora", "molora", "lora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_adapted_model_starts_as_its_base_bit_for_bit(
     tiny_llama: LlamaFactory, method: str, dtype: torch.dtype
 ) -> None:
@@ -44,7 +45,7 @@ def test_adapted_model_starts_as_its_base_bit_for_bit(
     assert len(list(mixture_layers(model))) == 12
 
 
-@pytest.mark.parametrize("method", ["malora", "molora", "lora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_report_and_trainable_parameters(tiny_llama: LlamaFactory, method: str) -> None:
     model, spec = tiny_llama(), mixture_spec(method, num_experts=4, r=3)
     before = dict(model.named_parameters())
@@ -56,7 +57,7 @@ def test_report_and_trainable_parameters(tiny_llama: LlamaFactory, method: str) 
     assert [row.trainable_parameters for row in report.rows] == [
         2 * count_parameters(spec, *SIZES[target]) for target in DEFAULT_TARGETS
     ]
-    trainable = {name.replace(".entrance", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {re.sub(r"\.(entrance|dora)", "", name): p for name, p in model.named_parameters() if p.requires_grad}
     assert report.trainable_parameters == sum(p.numel() for p in trainable.values())
     assert set(trainable) == {name for name, _ in adapter_parameters(model)}
     assert {id(p) for p in model.parameters() if not p.requires_grad} == {id(p) for p in before.values()}

@@ -1,5 +1,6 @@
 """The adapted linear against the naive twin, its start, and its dropout."""
 
+import re
 from typing import Any
 
 import pytest
@@ -10,16 +11,17 @@ from torch import Tensor, nn
 from malora_dist.functional.dropout import keep_mask, token_keys
 from malora_dist.functional.nf4 import quantize_nf4
 from malora_dist.functional.routing import route
+from malora_dist.methods import METHODS
 from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.nf4_linear import NF4Linear
 from tests.cases import ADAPTER_CASES, CASES, DROPOUT_P, AdapterCase, make_inputs, output_gradient
-from tests.reference import adapter_reference, gradients
+from tests.reference import adapter_reference, dora_reference, gradients
 
 SCALING = 1.5
 SALT = 77
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 METHODS_AND_FORMS = [("malora", "dense"), ("malora", "grouped"), ("molora", "dense"), ("molora", "grouped"),
-                     ("lora", "auto")]  # fmt: skip
+                     ("hydralora", "dense"), ("hydralora", "grouped"), ("lora", "auto"), ("dora", "auto")]  # fmt: skip
 
 
 def _layer(base: nn.Module, case: AdapterCase, method: str, computation: str, **switches: Any) -> MixtureLinear:
@@ -27,11 +29,13 @@ def _layer(base: nn.Module, case: AdapterCase, method: str, computation: str, **
         base,
         in_features=case.I,
         out_features=case.O,
-        num_experts=1 if method == "lora" else case.E,
-        top_k=1 if method == "lora" else case.K,
+        num_experts=case.E if METHODS[method].routed else 1,
+        top_k=1 if not METHODS[method].routed else case.E if method == "hydralora" else case.K,
         r=case.r,
-        shared_r=case.D if method == "malora" else None,
-        routed=method != "lora",
+        shared_r={"malora": case.D, "hydralora": case.r}.get(method),
+        routed=METHODS[method].routed,
+        core=METHODS[method].core,
+        magnitude=METHODS[method].magnitude,
         scaling=SCALING,
         computation=computation,
         **switches,
@@ -49,8 +53,10 @@ def _filled(
     state = {name: tensor.detach() for name, tensor in tensors.items() if name not in ("x", "base", "mask")}
     for name, parameter in base.named_parameters():
         state[f"base_layer.{name}"] = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    names = {"gate": "entrance.gate", "shared_A": "entrance.shared_A"}
+    names = {"gate": "entrance.gate", "shared_A": "entrance.shared_A", "magnitude": "dora.magnitude"}
     layer.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()}, assign=True)
+    if layer.dora is not None:
+        layer.dora.measure(base)
     return layer.train()
 
 
@@ -67,11 +73,16 @@ def test_layer_equals_the_twin(case: AdapterCase, method: str, computation: str,
     y = layer(x[None])
     assert y.shape == (1, case.T, case.O)
 
-    named = {name.removeprefix("entrance."): parameter for name, parameter in layer.named_parameters()}
+    named = {re.sub(r"^(entrance|dora)\.", "", name): parameter for name, parameter in layer.named_parameters()}
     twin = {name: parameter for name, parameter in named.items() if not name.startswith("base_layer")}
     twin |= {"x": x, "base": F.linear(x, named["base_layer.weight"], named["base_layer.bias"])}
     twin["mask"] = keep_mask(layer.token_keys, SALT, case.I, DROPOUT_P).double()
-    expected = adapter_reference(method, twin, top_k=case.K, scaling=SCALING, normalize=normalize, dropout_p=DROPOUT_P)
+    if method == "dora":
+        base = named["base_layer.weight"], named["base_layer.bias"]
+        expected = dora_reference(twin, *base, scaling=SCALING, dropout_p=DROPOUT_P)
+    else:
+        numbers = {"top_k": case.K, "scaling": SCALING, "dropout_p": DROPOUT_P}
+        expected = adapter_reference(method, twin, normalize=normalize, **numbers)
     torch.testing.assert_close(y[0], expected, **CLOSE)
     leaves, direction = {"x": x, **named}, output_gradient(case)
     # Without allow_unused: each rank's backward must touch every parameter.
@@ -118,7 +129,13 @@ def test_initial_values(beta: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "drawn"), [("malora", ("gate", "shared_A", "P")), ("molora", ("gate", "A")), ("lora", ("A",))]
+    ("method", "drawn"),
+    [
+        ("malora", ("gate", "shared_A", "P")),
+        ("molora", ("gate", "A")),
+        ("hydralora", ("gate", "shared_A")),
+        ("lora", ("A",)),
+    ],
 )
 def test_factors_depend_on_the_generator_alone(method: str, drawn: tuple[str, ...]) -> None:
     case = CASES["plain"]

@@ -50,6 +50,12 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"dtype": "bfloat16"},
         "adapter": {"method": "lora", "lora_dropout": 0.1, "num_experts": None},
     },
+    "bf16-dora-dropout": {
+        "model": {"dtype": "bfloat16"},
+        "adapter": {"method": "dora", "lora_dropout": 0.1, "num_experts": None},
+    },
+    "fp32-dora": {"adapter": {"method": "dora", "num_experts": None}},
+    "bf16-hydralora": {"model": {"dtype": "bfloat16"}, "adapter": {"method": "hydralora"}},
     "fp32-few-targets": {"adapter": {"target_modules": ["q_proj", "o_proj"]}},
 }
 
