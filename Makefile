@@ -1,4 +1,5 @@
-# make demo    train and evaluate the demo, real model and real tasks, on this machine
+# make demo    train and evaluate the demo, real model and real tasks, on this machine; again, it goes on where it was
+#              stopped; ARGS=--new-run starts another run
 # make demo-ep the demo's first steps with experts on every process and spread over two, side by side
 # make test    the whole test suite
 # make check   lint, format, types, layering
@@ -12,6 +13,8 @@ READY := $(VENV)/.setup-done
 NUM_PROCESSES ?= 2
 # More arguments for the installation of torch, such as the index of another build.
 TORCH_ARGS ?=
+# Settings of the demo.
+ARGS ?=
 
 .PHONY: setup demo demo-ep test check
 
@@ -28,7 +31,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m malora_dist.recipes.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 \
-	$(BIN)/deepspeed --num_gpus $(NUM_PROCESSES) --module malora_dist.train malora_dist/recipes/demo.yaml
+	$(BIN)/deepspeed --num_gpus $(NUM_PROCESSES) --module malora_dist.train malora_dist/recipes/demo.yaml $(ARGS)
 
 demo-ep: setup
 	$(BIN)/python -m malora_dist.recipes.demo

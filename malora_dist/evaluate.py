@@ -1,6 +1,7 @@
 """`malora evaluate RUN`, or `deepspeed --module malora_dist.evaluate RUN`: accuracy of a run's adapter and its base.
 
-Also `--adapter DIR --recipe RECIPE` for an adapter on its own. Settings of the recipe may follow.
+Of a run that is not finished its newest checkpoint. Also `--adapter DIR --recipe RECIPE` for an adapter folder or a
+checkpoint on its own. Settings of the recipe may follow.
 
 The result goes to `RUN/eval.json` (`DIR/eval.json`), the log to `evaluate.log` beside it. Nothing measured before is
 lost: a result that says something else than the file, because settings, rows or numbers are others, becomes
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from malora_dist.checkpoint.adapter import load_adapter, read_adapter_info
+from malora_dist.checkpoint.adapter import AdapterTensors, open_adapter, put_adapter
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.matrix import suggest_world_sizes
 from malora_dist.data.build import build_data
@@ -43,14 +44,14 @@ def _start(arguments: list[str]) -> None:
 
     target = _parse(arguments)
     config = load_config(target.recipe, target.overrides)
-    read_adapter_info(target.adapter)
+    adapter = open_adapter(target.adapter)
     world = start_processes(config.parallel.timeout_seconds)
     start_logging(target.folder / "evaluate.log" if world.is_main else None)
     log = logging.getLogger(LOGGER)
-    log.info("evaluating %s on %s %s", target.adapter, target.recipe, shlex.join(target.overrides))
+    log.info("evaluating %s on %s %s", adapter.path, target.recipe, shlex.join(target.overrides))
     position = Position(world.rank)
     with watched(position, config.parallel.timeout_seconds):
-        result = evaluate_adapter(config, target.adapter, world, position)
+        result = evaluate_adapter(config, adapter, world, position)
     if world.is_main:
         path = evaluation_file(target.folder, result)
         write_json(path, result)
@@ -79,9 +80,9 @@ def _parse(arguments: list[str]) -> Target:
     if not rest or rest[0].startswith("-"):
         raise ConfigError("give RUN, the folder of a run, or --adapter DIR with --recipe RECIPE; settings follow")
     run = Path(rest[0])
-    if not (run / "config.yaml").is_file() or not (run / "adapter").is_dir():
-        raise ConfigError(f"RUN={run} is not the folder of a finished run: it needs config.yaml and adapter/")
-    return Target(run / "adapter", str(run / "config.yaml"), rest[1:], run)
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"RUN={run} is not the folder of a run: it has no config.yaml")
+    return Target(run, str(run / "config.yaml"), rest[1:], run)
 
 
 def _take(arguments: list[str], option: str) -> str | None:
@@ -98,8 +99,8 @@ def _take(arguments: list[str], option: str) -> str | None:
     return None
 
 
-def evaluate_adapter(config: RunConfig, adapter: Path, world: World, position: Position) -> dict[str, object]:
-    """eval.json's content for an adapter folder on the recipe's base and tasks; on every process.
+def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, position: Position) -> dict[str, object]:
+    """eval.json's content for an adapter on the recipe's base and tasks; on every process.
 
     Experts are not spread (`parallel.ep_size` is of no effect), so that any number of processes will do.
     """
@@ -108,7 +109,7 @@ def evaluate_adapter(config: RunConfig, adapter: Path, world: World, position: P
     position.enter("loading the base model")
     settings = engine_config(_with_fitting_batch(config, world.size), world)
     model = base_model(config, folder, world, settings)
-    load_adapter(model, adapter)
+    put_adapter(model, adapter)
     engine = build_engine(
         model,
         settings,

@@ -1,14 +1,15 @@
 """metrics.jsonl: the numbers of a run, one JSON record a line, and the names they go by.
 
-Every record has a `kind`: "run" (once, facts of the run), "train" (a log step), "eval" (validation while training) or
-"routing" (which experts the tasks' tokens went to). JSON has no NaN and no infinity: they are written as the strings
-"nan", "inf" and "-inf", and become numbers again when read.
+Every record has a `kind`: "run" (facts, at each start), "train" (a log step), "eval" (validation while training),
+"routing" (which experts the tasks' tokens went to), "checkpoint" (one was saved) or "resume" (training went on after
+`step`: earlier records of later steps are of steps that were lost). JSON has no NaN and no infinity: they are written
+as the strings "nan", "inf" and "-inf", and become numbers again when read.
 """
 
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,8 @@ RUN = "run"
 TRAIN = "train"
 EVAL = "eval"
 ROUTING = "routing"
+CHECKPOINT = "checkpoint"
+RESUME = "resume"
 
 # A "run" record. Parameters are counts over all processes.
 WORLD_SIZE = "world_size"
@@ -43,11 +46,16 @@ PEAK_MEMORY_GIB = "peak_memory_gib"
 # Only with expert parallelism: bytes all processes send for it, per step.
 EXCHANGE_BYTES = "exchange_bytes"
 
+# A "checkpoint" record: bytes of all files, seconds until it is finished, and of these those in which training waited.
+BYTES = "bytes"
+SECONDS = "seconds"
+STALL_SECONDS = "stall_seconds"
+
 # A "routing" record: SHARE[task][layer] is a list of num_experts numbers that sum to 1.
 TASKS = "tasks"
 SHARE = "share"
 
-_TEXT_KEYS = (KIND, TASKS, DEVICE, BASE_DTYPE)
+_TEXT_KEYS = (KIND, TASKS, DEVICE, BASE_DTYPE, CHECKPOINT)
 _NON_FINITE = ("nan", "inf", "-inf")
 
 
@@ -93,8 +101,20 @@ class MetricsWriter:
         self.close()
 
 
+def without_lost_steps(records: Iterable[Record]) -> list[Record]:
+    """The records as of a run that was never stopped: those of work that was lost and done again are left out."""
+    kept: dict[Any, Record] = {}
+    for number, record in enumerate(records):
+        if record[KIND] == RESUME:
+            kept = {key: earlier for key, earlier in kept.items() if earlier.get(STEP, 0) <= record[STEP]}
+        # What follows the last step before a stop, such as its validation, may be done again too.
+        once = STEP in record and record[KIND] != RESUME
+        kept[(record[KIND], record[STEP]) if once else number] = record
+    return list(kept.values())
+
+
 def read_metrics(path: Path) -> list[Record]:
-    """All records of a file, in order.
+    """All records of a file, in order; a resumed run's hold lost steps too, see `without_lost_steps`.
 
     A last line that was only half written is left out, with a warning in the log. Raises MaloraError naming the line
     for damage anywhere else, and if the file cannot be read.

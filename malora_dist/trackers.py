@@ -1,13 +1,14 @@
 """Trackers beside metrics.jsonl: TensorBoard and Weights & Biases, imported only when a recipe asks for them."""
 
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from malora_dist.errors import ConfigError, MaloraError
-from malora_dist.metrics import EVAL, KIND, ROUTING, SHARE, STEP, TRAIN
+from malora_dist.metrics import CHECKPOINT, EVAL, KIND, ROUTING, SHARE, STEP, TRAIN
 
 
 class Tracker(Protocol):
@@ -35,11 +36,23 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A wandb run named as the run folder; WANDB_PROJECT, WANDB_MODE and the like are honoured."""
+    """A wandb run named as the run folder; WANDB_PROJECT, WANDB_MODE and the like are honoured.
+
+    A run that goes on is the same run there, by the id in `run_dir/wandb-id`.
+    """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        project = os.environ.get("WANDB_PROJECT", "malora_dist")
-        self._run = _wandb().init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(config))
+        id_file = run_dir / "wandb-id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        self._run = _wandb().init(
+            project=os.environ.get("WANDB_PROJECT", "malora_dist"),
+            id=id_file.read_text(),
+            resume="allow",
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=dict(config),
+        )
 
     def log(self, record: Mapping[str, Any]) -> None:
         values = scalars(record)
@@ -90,7 +103,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     kind = record[KIND]
     if kind == ROUTING:
         return _routing_scalars(record)
-    if kind not in (TRAIN, EVAL):
+    if kind not in (TRAIN, EVAL, CHECKPOINT):
         return {}
     values = {name: value for name, value in record.items() if isinstance(value, int | float) and name != STEP}
     return {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()}

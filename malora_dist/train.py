@@ -1,66 +1,148 @@
 """`deepspeed --module malora_dist.train recipe.yaml [--section.key value ...]`: a run from its recipe to its report.
 
 Read `run` as the table of contents; every line is a module of its own. The same file runs under `deepspeed`,
-`torchrun`, `srun` and plain `python`.
+`torchrun`, `srun` and plain `python`. Started again, it goes on where it was stopped.
 """
 
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, load_config, split_arguments
 from malora_dist.config.matrix import check_plan
 from malora_dist.data.build import PreparedData, build_data
-from malora_dist.engine.base import base_model
+from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.base import base_identity, base_model
 from malora_dist.engine.build import build_engine
+from malora_dist.engine.checkpoints import RunCheckpoints
 from malora_dist.engine.evaluation import evaluate_tasks
-from malora_dist.engine.loop import LoopSettings, train_loop
+from malora_dist.engine.loop import Actions, LoopSettings, train_loop
 from malora_dist.engine.outputs import RunOutputs
 from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
-from malora_dist.engine.setup import add_adapters, engine_config, new_stepper, optimizer_settings, train_loader
+from malora_dist.engine.resume import check_base, open_checkpoint
+from malora_dist.engine.selection import Tasks, read_baseline
+from malora_dist.engine.session import Session
+from malora_dist.engine.setup import (
+    add_adapters,
+    engine_config,
+    new_stepper,
+    optimizer_settings,
+    train_loader,
+)
 from malora_dist.engine.step import Stepper
+from malora_dist.engine.stop import Agreement, Preempted, deadline_of
+from malora_dist.engine.window import Window
+from malora_dist.errors import ConfigError
 from malora_dist.model import load_tokenizer
 from malora_dist.parallel.expert_groups import create_expert_groups
-from malora_dist.parallel.groups import World
+from malora_dist.parallel.groups import on_main
 from malora_dist.parallel.zero import resident_bytes
 from malora_dist.source import resolve_model
 from malora_dist.trackers import check_trackers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the recipe says. Returns the exit code: 0, 1 for a failed run, 2 for a mistake in the recipe."""
+    """Train as the recipe says. Returns the exit code, see docs/checkpoints.md."""
     return run_as_process(lambda: _start(sys.argv[1:] if arguments is None else arguments))
 
 
 def _start(arguments: Sequence[str]) -> None:
     from malora_dist.parallel.groups import start_processes
 
+    started = time.time()
     recipe, overrides = split_arguments(arguments)
     config = load_config(recipe, overrides)
     check_trackers(config.train.report_to)
-    world = start_processes(config.parallel.timeout_seconds)
-    position = Position(world.rank)
-    with watched(position, config.parallel.timeout_seconds):
-        run(config, world, position)
+    agreement = Agreement()
+    position = Position(int(os.environ.get("RANK", "0")))
+    with watched(position, config.parallel.timeout_seconds, agreement.request):
+        world = start_processes(config.parallel.timeout_seconds)
+        position.rank = world.rank
+        # Thousands of processes must not all ask Slurm.
+        agreement.deadline = deadline_of(config.train.max_hours, started) if world.is_main else None
+        check_plan(config, world.size)
+        with Session(config, world) as session:
+            agreement.join(world)
+            run(session, position, agreement)
 
 
-def run(config: RunConfig, world: World, position: Position) -> Path:
-    """One run on this process's part, which keeps `position` up to date; returns the run's folder."""
-    plan = check_plan(config, world.size)
-    folder = resolve_model(config.model.name_or_path, config.model.revision)
-    data = build_data(config.data, load_tokenizer(folder))
-    # Claimed only now, so that a mistake in the tasks does not use up the run's name.
-    outputs = RunOutputs.claim(config, world)
-    outputs.notes(plan.notes)
+def run(session: Session, position: Position, agreement: Agreement) -> Path:
+    """One run, or the rest of one, on this process's part; returns the run's folder.
+
+    Raises Preempted on every process, with everything saved, if the run is to end early.
+    """
+    config, world = session.config, session.world
+    with agreement.apart() as look:
+        folder = resolve_model(config.model.name_or_path, config.model.revision)
+        data = build_data(config.data, load_tokenizer(folder), look)
+    baseline = on_main(lambda: _baseline(config, data), world)
+    # Opened only now, so that a mistake in the tasks does not use up the run's name.
+    outputs = session.open()
+    outputs.notes(check_plan(config, world.size).notes)
     outputs.data(data)
 
+    base = base_identity(config, folder, world)
+    checkpoint = _checkpoint(session, base)
+    stepper, loader, steps = _build(session, outputs, data, folder, position, agreement)
+    window = Window(stepper)
+    checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base)
+    agreement.background = checkpoints.saver
+    if checkpoint is not None:
+        session.state = checkpoints.restore(checkpoint)
+        outputs.resumed(session.state.step, str(checkpoint.folder))
+    elif session.start.folder is not None:
+        outputs.resumed(0, None)
+    measure = _Measurement(config, data, stepper, agreement)
+    try:
+        baseline = _measure_base(config, outputs, measure, baseline)
+        actions = Actions(
+            log=outputs.record,
+            validate=lambda step: outputs.validation(step, measure("validation"), config.train.best_metric, baseline),
+            save=checkpoints.save,
+        )
+        train_loop(stepper, loader, window, _loop_settings(config, steps, loader), session.state, actions, agreement)
+        position.enter("saving the adapter")
+        outputs.adapter(stepper.engine.module, "adapter")
+        if config.evaluation.tuned:
+            outputs.evaluation("tuned", measure("tuned"))
+        checkpoints.complete()
+    except Preempted:
+        checkpoints.complete()
+        raise
+    position.enter("finishing the report")
+    outputs.finish()
+    return outputs.folder
+
+
+def _checkpoint(session: Session, base: Mapping[str, str | None]) -> Checkpoint | None:
+    """What the run goes on from, checked before any weight is loaded."""
+    if session.start.checkpoint is None:
+        return None
+    checkpoint = open_checkpoint(Path(session.start.checkpoint), session.world)
+    check_base(checkpoint.manifest, base)
+    return checkpoint
+
+
+def _build(
+    session: Session,
+    outputs: RunOutputs,
+    data: PreparedData,
+    folder: Path,
+    position: Position,
+    agreement: Agreement,
+) -> tuple[Stepper, TrainLoader, int]:
+    """Base, adapters and engine; the training data's micro-batches, and the number of optimizer steps."""
+    config, world = session.config, session.world
     position.enter("loading the base model")
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
-    model = base_model(config, folder, world, settings)
-    report, wire = add_adapters(model, config, settings, groups)
+    model = base_model(config, folder, world, settings, agreement.check)
+    report, wire = add_adapters(model, config, settings, groups, agreement.check)
     outputs.injection(report)
     loader = train_loader(config, data, world)
     steps = config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
@@ -74,31 +156,38 @@ def run(config: RunConfig, world: World, position: Position) -> Path:
         expert_groups=groups,
     )
     outputs.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
-
-    stepper = new_stepper(config, data, engine, world, wire, position)
-    if config.evaluation.base:
-        outputs.evaluation("base", _evaluate(config, data, stepper, "base", use_adapter=False))
-    train_loop(
-        stepper,
-        loader,
-        _loop_settings(config, steps, loader.steps_per_epoch),
-        log=outputs.record,
-        evaluate=lambda step: outputs.validation(step, _evaluate(config, data, stepper, "validation")),
-        save=lambda step: _save(outputs, stepper, f"adapter-step-{step:06d}"),
-    )
-    _save(outputs, stepper, "adapter")
-    if config.evaluation.tuned:
-        outputs.evaluation("tuned", _evaluate(config, data, stepper, "tuned"))
-    position.enter("finishing the report")
-    outputs.finish()
-    return outputs.folder
+    return new_stepper(config, data, engine, world, wire, position), loader, steps
 
 
-def _loop_settings(config: RunConfig, steps: int, steps_per_epoch: float) -> LoopSettings:
+def _baseline(config: RunConfig, data: PreparedData) -> Tasks | None:
+    """What best_metric compares with, if that is a file. Raises ConfigError for what cannot be validated."""
+    if config.train.eval_steps is None:
+        return None
+    measured = [task for task, rows in data.evaluation["validation"].items() if rows]
+    if not measured:
+        raise ConfigError(f"train.eval_steps={config.train.eval_steps}: no task has validation rows to evaluate on")
+    if config.train.best_baseline is None:
+        return None
+    return read_baseline(Path(config.train.best_baseline), measured)
+
+
+def _measure_base(
+    config: RunConfig, outputs: RunOutputs, measure: "_Measurement", baseline: Tasks | None
+) -> Tasks | None:
+    """Measure the untouched model, unless a start before this one has; the baseline of best_metric."""
+    if config.evaluation.base and "base" not in outputs.evaluations:
+        outputs.evaluation("base", measure("base", use_adapter=False))
+    if config.train.eval_steps is None or config.train.best_metric != "worst_drop" or baseline is not None:
+        return baseline
+    tasks: Tasks = outputs.kept("baseline.json", lambda: measure("validation", use_adapter=False))["tasks"]
+    return tasks
+
+
+def _loop_settings(config: RunConfig, steps: int, loader: TrainLoader) -> LoopSettings:
     train = config.train
     return LoopSettings(
         max_steps=steps,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=loader.steps_per_epoch,
         logging_steps=train.logging_steps,
         eval_steps=train.eval_steps,
         save_steps=train.save_steps,
@@ -106,25 +195,24 @@ def _loop_settings(config: RunConfig, steps: int, steps_per_epoch: float) -> Loo
     )
 
 
-def _evaluate(
-    config: RunConfig, data: PreparedData, stepper: Stepper, what: str, use_adapter: bool = True
-) -> dict[str, Any]:
-    stepper.position.enter(f"evaluation ({what})")
-    split = "validation" if what == "validation" else config.evaluation.split
-    return evaluate_tasks(
-        stepper.engine,
-        data.evaluation[split],
-        stepper.world,
-        batch_tokens=config.evaluation.batch_tokens,
-        share_prompt=config.model.attn_implementation == "sdpa",
-        title=f"evaluating ({what})",
-        use_adapter=use_adapter,
-    )
+class _Measurement:
+    """Measures the engine on a split of the tasks."""
 
+    def __init__(self, config: RunConfig, data: PreparedData, stepper: Stepper, agreement: Agreement) -> None:
+        self.config, self.data, self.stepper, self.agreement = config, data, stepper, agreement
 
-def _save(outputs: RunOutputs, stepper: Stepper, name: str) -> None:
-    stepper.position.enter(f"saving {name}")
-    outputs.adapter(stepper.engine.module, name)
+    def __call__(self, what: str, use_adapter: bool = True) -> dict[str, Any]:
+        self.stepper.position.enter(f"evaluation ({what})")
+        return evaluate_tasks(
+            self.stepper.engine,
+            self.data.evaluation["validation" if what == "validation" else self.config.evaluation.split],
+            self.stepper.world,
+            batch_tokens=self.config.evaluation.batch_tokens,
+            share_prompt=self.config.model.attn_implementation == "sdpa",
+            title=f"evaluating ({what})",
+            use_adapter=use_adapter,
+            between=self.agreement.check,
+        )
 
 
 if __name__ == "__main__":

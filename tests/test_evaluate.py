@@ -71,12 +71,12 @@ def test_one_process_with_other_settings_writes_beside(folder: Path) -> None:
 
 def test_an_adapter_on_its_own_with_a_recipe(folder: Path) -> None:
     """A checkpoint gives what the validation during training gave at its step; the result lies in its folder."""
-    run, adapter = folder / "runs" / "tiny", folder / "runs" / "tiny" / "adapter-step-000003"
-    before = {name: data for name, data in contents(run).items() if "adapter-step" not in name}
+    run, adapter = folder / "runs" / "tiny", folder / "runs" / "tiny" / "checkpoints" / "step-000003"
+    before = {name: data for name, data in contents(run).items() if "step-000003" not in name}
     arguments = ["--recipe", "recipe.yaml", "--adapter", adapter, "--evaluation.split=validation"]
     done = launch([PYTHON, "-m", "malora_dist.evaluate", *arguments, "--parallel.zero_stage=0"], folder)
     assert done.code == 0, done.output
-    assert {name: data for name, data in contents(run).items() if "adapter-step" not in name} == before
+    assert {name: data for name, data in contents(run).items() if "step-000003" not in name} == before
     tuned = read(adapter / "eval.json")["tuned"]["tasks"]
     record = next(r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "eval" and r["step"] == 3)
     for name, task in tuned.items():
@@ -89,11 +89,11 @@ def test_an_adapter_on_its_own_with_a_recipe(folder: Path) -> None:
     ("arguments", "part"),
     [
         ([], "give RUN"),
-        (["runs/none"], "RUN=runs/none is not the folder of a finished run"),
+        (["runs/none"], "RUN=runs/none is not the folder of a run: it has no config.yaml"),
         (["--adapter", "a"], "belong together"),
         (["--adapter"], "--adapter needs a value"),
         (["--local_rank=0", "runs/none"], "RUN=runs/none"),
-        (["--adapter", "none", "--recipe", "recipe.yaml"], "none is not an adapter folder"),
+        (["--adapter", "none", "--recipe", "recipe.yaml"], "none is no adapter folder"),
     ],
 )
 def test_wrong_arguments_are_named(

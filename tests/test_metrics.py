@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from malora_dist.errors import MaloraError
-from malora_dist.metrics import MetricsWriter, read_metrics
+from malora_dist.metrics import MetricsWriter, Record, read_metrics, without_lost_steps
 
 RECORDS = [
     {"kind": "train", "step": 1, "loss": 2.5, "train/boolq/loss": 1 / 3},
@@ -94,3 +94,31 @@ def test_a_record_without_a_kind_is_refused(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "m.jsonl") as writer, pytest.raises(ValueError, match="kind"):
         writer.write({"loss": 1.0})
     assert (tmp_path / "m.jsonl").read_bytes() == b""
+
+
+def test_steps_that_were_lost_and_done_again_are_left_out() -> None:
+    def record(kind: str, step: int, **more: float) -> Record:
+        return {"kind": kind, "step": step, **more}
+
+    facts: Record = {"kind": "run", "world_size": 2}
+    lost = [record("train", 5), record("eval", 6), record("routing", 6), record("train", 7)]
+    records = [
+        facts,
+        record("train", 3),
+        record("eval", 4),
+        *lost,
+        facts,
+        record("resume", 4),
+        record("train", 5, loss=2),
+    ]
+    once = without_lost_steps(records)
+    assert once == [
+        facts, record("train", 3), record("eval", 4), facts, record("resume", 4), record("train", 5, loss=2),
+    ]  # fmt: skip
+    # Again, from before the first resume.
+    twice = without_lost_steps([*records, record("resume", 3), record("eval", 4, loss=1)])
+    assert twice == [facts, record("train", 3), facts, record("resume", 3), record("eval", 4, loss=1)]
+    assert without_lost_steps(records[:4]) == records[:4]
+    # The validation of the step that was resumed from is done a second time, and a third.
+    again = [record("eval", 5), record("resume", 5), record("eval", 5, loss=3)]
+    assert without_lost_steps([*records, *again]) == [*once, record("eval", 5, loss=3), record("resume", 5)]

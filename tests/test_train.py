@@ -1,8 +1,8 @@
 """Whole runs under the launchers people use: what they write and say, and how they end when something is wrong."""
 
 import json
+import math
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,16 @@ PYTHON = str(SCRIPTS / "python")
 TASKS = ("colour", "animal", "spell")
 # The same global micro-batches as two processes with 2 samples each make: the balance loss is one of a micro-batch.
 ALONE = ("--train.per_device_train_batch_size", "4")
+SHORT = ("--train.stop_after_steps", "4", "--train.report_to", "tensorboard", "--output_dir", "runs/short")
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+CHECKPOINT = {
+    "manifest.json", "adapter_config.json", "rng.safetensors",
+    "adapter-00001-of-00001.safetensors", "optimizer-00001-of-00001.safetensors",
+}  # fmt: skip
 RUN_FILES = {
-    "config.yaml", "metrics.jsonl", "eval.json", "data.json", "train.log", "report/index.html",
-    *(f"adapter/{name}" for name in ADAPTER), *(f"adapter-step-000003/{name}" for name in ADAPTER),
+    "config.yaml", "metrics.jsonl", "eval.json", "data.json", "train.log", "report/index.html", "exit.json", ".lock",
+    *(f"adapter/{name}" for name in ADAPTER), "checkpoints/latest", "checkpoints/best",
+    *(f"checkpoints/step-{step:06d}/{name}" for step in (3, 6) for name in CHECKPOINT),
 }  # fmt: skip
 
 
@@ -120,29 +126,32 @@ def test_the_terminal_shows_the_run_and_no_noise(first: tuple[Finished, dict[str
 def test_torchrun_gives_the_same_run_beside_the_first(
     run: Path, first: tuple[Finished, dict[str, bytes]], folder: Path
 ) -> None:
-    arguments = ["--standalone", "--nproc_per_node", "2", "-m", "malora_dist.train", "recipe.yaml"]
+    arguments = ["--standalone", "--nproc_per_node", "2", "-m", "malora_dist.train", "recipe.yaml", "--new-run"]
     done = launch([SCRIPTS / "torchrun", *arguments], folder)
     assert done.code == 0, done.output
     second = run.with_name("tiny-2")
     assert "Look next at\n  runs/tiny-2/report/index.html" in done.output
     assert files(second) == RUN_FILES and contents(run) == first[1]
-    wanted = load_config(folder / "recipe.yaml", ["--output_dir", "runs/tiny-2"])
+    wanted = load_config(folder / "recipe.yaml", ["--output_dir=runs/tiny-2", "--train.resume_from_checkpoint=null"])
     assert load_config(second / "config.yaml") == wanted
     assert_same_run(second, run)
 
 
 @pytest.fixture(scope="module")
 def alone(run: Path, folder: Path) -> Path:
-    """Two runs of one process each: `alone` has no sharding and no checkpointing, `short` stops early at ZeRO-3."""
-    report_to = "tensorboard" if find_spec("tensorboard") else "none"
+    """Runs of one process each: `alone` has no sharding and no checkpointing, `short` stops early at ZeRO-3, `drop`
+    looks at the worst task.
+    """
     plain = ["--parallel.zero_stage", "0", "--train.gradient_checkpointing", "false", "--output_dir", "runs/alone"]
-    short = ["--train.stop_after_steps", "4", "--train.report_to", report_to, "--output_dir", "runs/short"]
     commands = [
         [PYTHON, "-m", "malora_dist.cli", "train", "recipe.yaml", "--num_gpus", "1", *ALONE, *plain],
-        [PYTHON, "-m", "malora_dist.train", "recipe.yaml", *ALONE, *short],
+        [PYTHON, "-m", "malora_dist.train", "recipe.yaml", *ALONE, *SHORT],
     ]
-    for done in launch_together(commands, folder):
-        assert done.code == 0, done.output
+    drop = ["--train.best_metric", "worst_drop", "--train.save_total_limit", "1", "--train.eval_steps", "2"]
+    drop += ["--train.save_steps", "1", "--parallel.zero_stage", "1", "--output_dir", "runs/drop"]
+    commands.append([PYTHON, "-m", "malora_dist.train", "recipe.yaml", *ALONE, *drop])
+    whole, short, drops = launch_together(commands, folder)
+    assert (whole.code, short.code, drops.code) == (0, 75, 0), whole.output + short.output + drops.output
     return run.parent
 
 
@@ -150,12 +159,49 @@ def test_one_process_gives_the_same_run(run: Path, alone: Path) -> None:
     assert_same_run(alone / "alone", run)
 
 
-def test_a_run_stopped_early_follows_the_full_schedule(run: Path, alone: Path) -> None:
-    short, full = records(alone / "short", "train"), records(run, "train")[:3]
-    assert [timeless(record) for record in short] == [pytest.approx(timeless(r), abs=5e-6, rel=0) for r in full]
-    assert [record["learning_rate"] for record in short] == pytest.approx([0, 5e-3, 3e-3])
-    events = {name for name in files(alone / "short") if name.startswith("tensorboard/events.out.tfevents")}
-    assert len(events) == bool(find_spec("tensorboard"))
+def test_a_run_stopped_early_goes_on_with_more_processes(run: Path, alone: Path, folder: Path) -> None:
+    short = alone / "short"
+    ended = json.loads((short / "exit.json").read_text())
+    assert (ended["outcome"], ended["exit_code"], ended["step"]) == ("preempted", 75, 4)
+    assert ended["checkpoint"] == "step-000004" and not (short / "adapter").exists()
+    assert [record["learning_rate"] for record in records(short, "train")] == pytest.approx([0, 5e-3, 3e-3])
+    done = launch(deepspeed(2, "malora_dist.train", "recipe.yaml", *SHORT), folder)
+    assert done.code == 0, done.output
+    for said in ("going on after step 4, from runs/short/checkpoints/step-000004", "(same numbers to rounding)"):
+        assert said in done.output
+    assert_same_run(short, run)
+    assert json.loads((short / "eval.json").read_text()).keys() == {"base", "tuned"}
+    assert done.output.count("base: accuracy") == 0, "the base is not measured again"
+    events = {name for name in files(short) if name.startswith("tensorboard/events.out.tfevents")}
+    assert len(events) == 2, "one of each start"
+
+
+def test_the_best_checkpoint_is_that_of_the_best_validation_and_is_kept(alone: Path) -> None:
+    run = alone / "drop"
+    baseline = json.loads((run / "baseline.json").read_text())["tasks"]
+    scores = {}
+    for record in records(run, "eval"):
+        drops = [record[f"eval/{task}/accuracy"] - baseline[task]["accuracy"] for task in ("colour", "animal")]
+        drops.append(math.exp(-record["eval/spell/loss"]) - math.exp(-baseline["spell"]["loss"]))
+        scores[record["step"]] = record["eval/worst_drop"]
+        assert record["eval/worst_drop"] == pytest.approx(min(drops), abs=1e-12)
+    assert list(scores) == [2, 4, 6]
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert (run / "checkpoints" / "best").read_text() == f"step-{best:06d}\n"
+    kept = {path.name for path in (run / "checkpoints").iterdir() if path.is_dir()}
+    assert kept == {f"step-{best:06d}", "step-000006"}
+    saved = [record["step"] for record in records(run, "checkpoint")]
+    assert saved == [1, 2, 3, 4, 5, 6] and all(r["stall_seconds"] > 0 for r in records(run, "checkpoint"))
+
+
+def test_a_finished_run_is_not_touched(run: Path, folder: Path, alone: Path) -> None:
+    before = contents(run)
+    done = launch([PYTHON, "-m", "malora_dist.train", "recipe.yaml", *ALONE], folder)
+    assert done.code == 2 and "the run there is finished. --new-run starts another" in done.output
+    assert contents(run) == before
+    wrong = ["--output_dir", "runs/short", "--train.learning_rate", "1e-3"]
+    done = launch([PYTHON, "-m", "malora_dist.train", "recipe.yaml", *ALONE, *wrong], folder)
+    assert done.code == 2 and "finished" in done.output
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:

@@ -1,7 +1,7 @@
 """What a run is: the recipe, its checks, and DeepSpeed's configuration made from it. Importable without torch."""
 
-from malora_dist.config.load import config_from_dict, load_config, write_config
-from malora_dist.config.overrides import split_arguments
+from malora_dist.config.load import config_from_dict, config_text, load_config, plain_config
+from malora_dist.config.overrides import NEW_RUN, split_arguments
 from malora_dist.config.schema import (
     AdapterConfig,
     DataConfig,
@@ -14,6 +14,7 @@ from malora_dist.config.schema import (
 )
 
 __all__ = [
+    "NEW_RUN",
     "AdapterConfig",
     "DataConfig",
     "EvaluationConfig",
@@ -23,7 +24,8 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "config_from_dict",
+    "config_text",
     "load_config",
+    "plain_config",
     "split_arguments",
-    "write_config",
 ]

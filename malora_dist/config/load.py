@@ -45,17 +45,18 @@ def config_from_dict(
     return config
 
 
-def write_config(config: RunConfig, path: str | FilePath) -> None:
-    """Write every key with its value; loading the file gives an equal config. Keys without meaning are left out."""
-    text = yaml.safe_dump(_as_plain(config), sort_keys=False, allow_unicode=True, width=120)
-    FilePath(path).write_text(text, encoding="utf-8")
+def config_text(config: RunConfig) -> str:
+    """Every key with its value as YAML; loading it gives an equal config. Keys without meaning are left out."""
+    text: str = yaml.safe_dump(plain_config(config), sort_keys=False, allow_unicode=True, width=120)
+    return text
 
 
-def _as_plain(value: Any) -> Any:
+def plain_config(value: Any) -> Any:
+    """A config, or a part of one, as nested mappings and lists; keys without meaning are left out."""
     if isinstance(value, Section):
         skipped = value.without_meaning()
-        return {key: _as_plain(getattr(value, key)) for key in type(value).model_fields if key not in skipped}
-    return [_as_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {key: plain_config(getattr(value, key)) for key in type(value).model_fields if key not in skipped}
+    return [plain_config(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _validate(data: dict[str, Any], lines: Lines, wrong: set[Path]) -> tuple[RunConfig | None, list[Problem]]:

@@ -10,18 +10,21 @@ from malora_dist.config.schema import RunConfig
 from malora_dist.config.yaml_reader import parse_value
 from malora_dist.errors import ConfigError
 
+# What --new-run is short for.
+NEW_RUN = "--train.resume_from_checkpoint=null"
+
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """The recipe and the overrides of a process's arguments, without the --local_rank a launcher adds.
 
-    Raises ConfigError if the recipe is missing.
+    `--new-run` is short for train.resume_from_checkpoint=null. Raises ConfigError if the recipe is missing.
     """
     given = list(arguments)
     if given and given[0].startswith("--local_rank="):
         given = given[1:]
     if not given or given[0].startswith("-"):
         raise ConfigError("the recipe must come first: RECIPE.yaml [--section.key value ...]")
-    return given[0], given[1:]
+    return given[0], [NEW_RUN if part == "--new-run" else part for part in given[1:]]
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:

@@ -113,17 +113,43 @@ class TrainConfig(Section):
     eval_steps: int | None = Field(
         None, ge=1, description="Steps between evaluations on the validation split; null: none."
     )
-    save_steps: int | None = Field(None, ge=1, description="Steps between saves of the adapter; null: only at the end.")
+    save_steps: int | None = Field(
+        None, ge=1, description="Steps between checkpoints; null: one at the end, and one whenever the run is stopped."
+    )
+    save_total_limit: int | None = Field(
+        None, ge=1, description="Checkpoints to keep; the latest and the best are always among them. null: all."
+    )
+    async_save: bool = Field(True, description="Write checkpoints from memory while training goes on.")
+    best_metric: Literal["average", "worst_task", "worst_drop"] = Field(
+        "average",
+        description="What makes a checkpoint `best`, by the validations of eval_steps: the tasks' average, the worst "
+        "task, or the largest loss of a task against best_baseline.",
+    )
+    best_baseline: str | None = Field(
+        None,
+        min_length=1,
+        description="For worst_drop: an eval.json (its `tuned` side, else its `base`) to compare each task with; "
+        "null: the untouched base model.",
+    )
     stop_after_steps: int | None = Field(
         None,
         ge=1,
-        description="End early after this many steps; the learning rate's shape still follows the full length.",
+        description="Save and end after this many steps of this process; the same command then goes on. The learning "
+        "rate's shape follows the full length.",
+    )
+    max_hours: float | None = Field(
+        None, gt=0, description="Save and end when this process has run so long. In a Slurm job its limit counts too."
     )
     seed: int = Field(42, ge=0, description="Seed of adapters, dropout and the order of samples.")
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_tracker_names)] = Field(
         (), description="Trackers beside metrics.jsonl: tensorboard, wandb (the extra `trackers`)."
     )
-    resume_from_checkpoint: str | None = Field(None, description="Not in this version: must be null.")
+    resume_from_checkpoint: str | None = Field(
+        "auto",
+        min_length=1,
+        description="auto: go on with the unfinished run in output_dir, if there is one. A checkpoint's folder: a new "
+        "run from there. null (or --new-run): a new run.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -138,10 +164,10 @@ class TrainConfig(Section):
                 ("max_steps", "num_train_epochs"),
                 f"give either max_steps or num_train_epochs={self.num_train_epochs}, not both",
             )
+        if self.best_baseline is not None and self.best_metric != "worst_drop":
+            yield Rule(("best_baseline", "best_metric"), f"has no meaning for train.best_metric={self.best_metric}")
         if len(set(self.report_to)) < len(self.report_to):
             yield Rule(("report_to",), "must not name a tracker twice")
-        if self.resume_from_checkpoint is not None:
-            yield Rule(("resume_from_checkpoint",), "resuming comes in a later version; it must be null")
 
 
 class EvaluationConfig(Section):
@@ -167,5 +193,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(TrainConfig(), description="Steps, batches, optimizer, logging.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is measured after training.")
     output_dir: str = Field(
-        "runs/malora", min_length=1, description="Folder of the run; a name already taken gets -2, -3, ..."
+        "runs/malora",
+        min_length=1,
+        description="Folder of the run. A new run beside another one gets -2, -3, ... after its name.",
     )

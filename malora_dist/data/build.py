@@ -1,7 +1,7 @@
 """All data of a run from its `data` section: the mixture to train on and the questions to evaluate with."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,22 +56,25 @@ class PreparedData:
         ]
 
 
-def build_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+def build_data(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, look: Callable[[], None] = lambda: None
+) -> PreparedData:
     """Read, check, split and tokenise all tasks, or load them from the cache. Safe to call on all ranks at once.
 
+    `look` is called often; it may raise to end the work, of which finished tasks are kept.
     Raises DataError as `malora_dist.data.tasks.load_task` does.
     """
     cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir is not None else default_cache_dir()
     tasks: list[TaskTokens] = []
-    keys: list[str] = []
     tokenizer_key = tokenizer_fingerprint(tokenizer)
     for task_id, task in enumerate(data.tasks):
-        encoder = Encoder(tokenizer, data.max_seq_length, task.prompt_template, task.response_template, task.scoring)
-        folder, key = prepare_task(_task_settings(data, task), encoder, cache_dir, tokenizer_key=tokenizer_key)
+        encoder = Encoder(
+            tokenizer, data.max_seq_length, task.prompt_template, task.response_template, task.scoring, look
+        )
+        folder, _ = prepare_task(_task_settings(data, task), encoder, cache_dir, tokenizer_key=tokenizer_key)
         first_id = sum(len(earlier.train) for earlier in tasks)
         tasks.append(read_task(folder, task_id=task_id, first_id=first_id))
-        keys.append(key)
-    return _prepared(data, tasks, keys)
+    return _prepared(data, tasks)
 
 
 def _task_settings(data: DataConfig, task: TaskConfig) -> dict[str, object]:
@@ -94,7 +97,7 @@ def _task_settings(data: DataConfig, task: TaskConfig) -> dict[str, object]:
     }
 
 
-def _prepared(data: DataConfig, tasks: Sequence[TaskTokens], keys: Sequence[str]) -> PreparedData:
+def _prepared(data: DataConfig, tasks: Sequence[TaskTokens]) -> PreparedData:
     names = tuple(task.name for task in data.tasks)
     sizes = tuple(len(task.train) for task in tasks)
     weights = [task.weight for task in data.tasks]
@@ -108,7 +111,7 @@ def _prepared(data: DataConfig, tasks: Sequence[TaskTokens], keys: Sequence[str]
         name: {**task.counts, "samples_per_epoch": count}
         for name, task, count in zip(names, tasks, per_epoch, strict=True)
     }
-    fingerprint = hashlib.sha256("\n".join(keys).encode()).hexdigest()
+    fingerprint = hashlib.sha256("\n".join(task.digest for task in tasks).encode()).hexdigest()
     kinds = tuple(task.kind for task in tasks)
     return PreparedData(
         names, kinds, TrainStore(tasks=[t.train for t in tasks]), sizes, shares, evaluation, counts, fingerprint

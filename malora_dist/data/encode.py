@@ -1,7 +1,7 @@
 """Examples as token ids. Prompt and answer are tokenised apart, so training and evaluation cut between them alike."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from malora_dist.data.templates import (
 from malora_dist.errors import DataError
 
 Ids = npt.NDArray[np.int32]
+BATCH_TEXTS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Encoder:
     """Turns examples into token ids of at most `max_seq_length`.
 
     A prompt that is too long loses its start (never a leading BOS). A response that alone is too long loses its end:
-    `counts` reports both, `prompts_cut` and `responses_cut`.
+    `counts` reports both, `prompts_cut` and `responses_cut`. `look` is called every thousand texts; it may raise.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +61,7 @@ class Encoder:
     prompt_template: str = PROMPT_TEMPLATE
     response_template: str = RESPONSE_TEMPLATE
     scoring: str = TEXT
+    look: Callable[[], None] = lambda: None
 
     def samples(self, examples: Sequence[Example], task_id: int, counts: Counter[str]) -> list[Sample]:
         """Training samples with sample_id 0, 1, ...; adds to `counts`. Raises DataError for a text of no tokens."""
@@ -102,9 +104,11 @@ class Encoder:
         return eos
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), BATCH_TEXTS):
+            self.look()
+            batch = texts[start : start + BATCH_TEXTS]
+            ids += self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def _fit(

@@ -1,7 +1,7 @@
 """Train, validation and test kept apart: cut by group, and cleaned of rows that an evaluation split repeats."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from malora_dist.data.example import Example
@@ -102,7 +102,9 @@ def _exact_text(example: Example) -> str:
     return "\0".join((example.question, *sorted(example.choices)))
 
 
-def remove_leaks(splits: Splits, *, near_duplicate_threshold: float | None) -> tuple[Splits, dict[str, int]]:
+def remove_leaks(
+    splits: Splits, *, near_duplicate_threshold: float | None, look: Callable[[], None] = lambda: None
+) -> tuple[Splits, dict[str, int]]:
     """Take out of train every row that validation or test repeats; they themselves stay as they are.
 
     Returns the splits and how many rows went: of a group that an evaluation split holds, exact duplicates, and
@@ -116,7 +118,11 @@ def remove_leaks(splits: Splits, *, near_duplicate_threshold: float | None) -> t
     kept = unequal
     if near_duplicate_threshold is not None and texts:
         index = NearDuplicateIndex(sorted(texts), near_duplicate_threshold)
-        kept = [example for example in unequal if not index.similar(comparison_text(example))]
+        kept = []
+        for example in unequal:
+            look()
+            if not index.similar(comparison_text(example)):
+                kept.append(example)
     counts = {
         "shared_groups_removed": len(splits.train) - len(apart),
         "leaked_duplicates_removed": len(apart) - len(unequal),

@@ -1,5 +1,6 @@
 """Tokenised splits as a folder of flat arrays, read back through memory maps, so that ranks share one copy."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,13 +54,25 @@ class TrainStore(Sequence[Sample]):
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """One tokenised task. Evaluation splits hold ChoiceItems where there are choices, else Samples."""
+    """One tokenised task. Evaluation splits hold ChoiceItems where there are choices, else Samples.
+
+    `digest` changes with the training samples, and with nothing else.
+    """
 
     kind: str
     scoring: str
     train: SampleStore
     evaluation: dict[str, list[ChoiceItem] | list[Sample]]
     counts: dict[str, int]
+    digest: str
+
+
+def samples_digest(folder: Path, name: str) -> str:
+    """SHA-256 of the samples that `write_samples` wrote."""
+    digest = hashlib.sha256()
+    for part in ("ids", "offsets", "prompts"):
+        digest.update(np.ascontiguousarray(_load(folder, f"{name}.{part}")).tobytes())
+    return digest.hexdigest()
 
 
 def write_samples(folder: Path, name: str, samples: Sequence[Sample]) -> None:

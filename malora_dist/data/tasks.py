@@ -1,7 +1,7 @@
 """A task from its files to checked, clean, separate splits."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from malora_dist.data.checks import BadRow, check_row, kind_of
@@ -98,9 +98,11 @@ def load_task(
     on_bad_row: str = "error",
     near_duplicate_threshold: float | None = 0.8,
     split_seed: int = 0,
+    look: Callable[[], None] = lambda: None,
 ) -> TaskData:
     """Read, check and split one task; paths may be globs, `template_fields` are further fields to keep.
 
+    `look` is called often and may raise.
     `kind` None is settled by the first row. Validation and test are files, or are cut from `train` by the sizes.
     Raises DataError naming file, line and field of bad rows (with on_bad_row="skip" they are counted instead),
     for missing or empty files, and when no row is left to train on.
@@ -116,7 +118,7 @@ def load_task(
         reader.read(_as_list(validation)) if validation is not None else cut.validation,
         reader.read(_as_list(test)) if test is not None else cut.test,
     )
-    splits, removed = remove_leaks(splits, near_duplicate_threshold=near_duplicate_threshold)
+    splits, removed = remove_leaks(splits, near_duplicate_threshold=near_duplicate_threshold, look=look)
     counts.update(removed)
     if not splits.train:
         raise DataError(f"task {name!r}: evaluation rows repeat every training row ({dict(removed)}); none is left")

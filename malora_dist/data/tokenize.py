@@ -19,6 +19,7 @@ from malora_dist.data.store import (
     read_choice_items,
     read_samples,
     read_summary,
+    samples_digest,
     write_choice_items,
     write_samples,
     write_summary,
@@ -48,10 +49,10 @@ def prepare_task(
     folder = cache_dir / "data" / f"{settings['name']}-{key[:20]}"
 
     def build(target: Path) -> None:
-        _write_task(target, load_task(**settings), encoder)
+        _write_task(target, load_task(**settings, look=encoder.look), encoder)
 
     try:
-        build_once(folder, build)
+        build_once(folder, build, encoder.look)
     except OSError as error:
         raise DataError(f"data.cache_dir: {folder.parent} cannot be written: {error}") from error
     return folder, key
@@ -67,7 +68,7 @@ def read_task(folder: Path, *, task_id: int, first_id: int) -> TaskTokens:
         else:
             evaluation[split] = list(read_samples(folder, split, task_id=task_id))
     train = read_samples(folder, "train", task_id=task_id, first_id=first_id)
-    return TaskTokens(summary["kind"], summary["scoring"], train, evaluation, summary["counts"])
+    return TaskTokens(summary["kind"], summary["scoring"], train, evaluation, summary["counts"], summary["digest"])
 
 
 def _write_task(folder: Path, task: TaskData, encoder: Encoder) -> None:
@@ -79,7 +80,8 @@ def _write_task(folder: Path, task: TaskData, encoder: Encoder) -> None:
             write_choice_items(folder, split, encoder.choice_items(examples, 0, counts))
         else:
             write_samples(folder, split, encoder.samples(examples, 0, counts))
-    write_summary(folder, kind=task.kind, scoring=task.scoring, counts=dict(counts))
+    digest = samples_digest(folder, "train")
+    write_summary(folder, kind=task.kind, scoring=task.scoring, counts=dict(counts), digest=digest)
 
 
 def content_key(settings: Mapping[str, Any], encoder: Encoder, tokenizer_key: str) -> str:

@@ -1,6 +1,7 @@
 """The frozen base of a run: where it is read from, by whom, and where it goes."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,28 @@ import torch
 from malora_dist.config import RunConfig
 from malora_dist.engine.progress import LOGGER
 from malora_dist.model import load_base_model
-from malora_dist.parallel.groups import World, from_main, gather_lists
+from malora_dist.parallel.groups import World, from_main, gather_lists, on_main
 from malora_dist.parallel.nodes import this_node
 from malora_dist.parallel.zero import partition_at_once, partition_parts
 from malora_dist.source import native_dtype
 from malora_dist.weights.base_tensor import Weights
 from malora_dist.weights.checkpoint import CheckpointWeights
+from malora_dist.weights.fingerprint import base_fingerprint
 from malora_dist.weights.prepared import PreparedWeights, prepared_folder
 
 
-def base_model(config: RunConfig, folder: Path, world: World, deepspeed_settings: dict[str, Any]) -> Any:
+def base_model(
+    config: RunConfig,
+    folder: Path,
+    world: World,
+    deepspeed_settings: dict[str, Any],
+    between: Callable[[], None] = lambda: None,
+) -> Any:
     """The frozen base, placed as the ZeRO stage wants it while it is being read.
 
     Under ZeRO-3 every process reads its own part of a base that is prepared, or that is not to be quantised. Otherwise
     one process of each node reads whole tensors, quantises them, and the others of its node get them from it.
+    `between` is called before each tensor is placed, by every process alike; it may raise.
     """
     dtype = base_dtype(config, world)
     weights, where = _weights(config, folder, dtype, world)
@@ -34,7 +43,7 @@ def base_model(config: RunConfig, folder: Path, world: World, deepspeed_settings
         attn_implementation=config.model.attn_implementation,
         device=world.device,
         weights=weights,
-        **_placement(config, world, deepspeed_settings, in_parts=isinstance(weights, PreparedWeights)),
+        **_placement(config, world, deepspeed_settings, between, in_parts=isinstance(weights, PreparedWeights)),
     )
     logging.getLogger(LOGGER).info("base model: %s; this process read %.1f MiB", where, weights.bytes_read / 2**20)
     if config.train.gradient_checkpointing:
@@ -58,16 +67,39 @@ def _prepared_folder(config: RunConfig, folder: Path, dtype: torch.dtype) -> Pat
 
 
 def _placement(
-    config: RunConfig, world: World, deepspeed_settings: dict[str, Any], *, in_parts: bool
+    config: RunConfig,
+    world: World,
+    deepspeed_settings: dict[str, Any],
+    between: Callable[[], None],
+    *,
+    in_parts: bool,
 ) -> dict[str, Any]:
     """Arguments of `load_base_model` that say who reads and what becomes of it."""
     partitioned = config.parallel.zero_stage == 3
     offload = deepspeed_settings["zero_optimization"].get("offload_param", {}).get("device")
     if partitioned and (in_parts or not config.model.load_in_4bit) and offload != "nvme":
-        return {"place_part": partition_parts(deepspeed_settings)}
+        return {"place_part": _after(between, partition_parts(deepspeed_settings))}
     node = this_node(world, config.parallel.timeout_seconds)
     place = partition_at_once(deepspeed_settings, node.share) if partitioned else node.share
-    return {"reader": world.rank == node.reader_rank, "place": place}
+    return {"reader": world.rank == node.reader_rank, "place": _after(between, place)}
+
+
+def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*arguments: Any) -> Any:
+        first()
+        return then(*arguments)
+
+    return both
+
+
+def base_identity(config: RunConfig, folder: Path, world: World) -> dict[str, str | None]:
+    """What a checkpoint says of the base instead of a copy: name, revision, fingerprint and dtype, on all processes."""
+    return {
+        "name": config.model.name_or_path,
+        "revision": config.model.revision,
+        "fingerprint": on_main(lambda: base_fingerprint(folder), world),
+        "dtype": str(base_dtype(config, world)).removeprefix("torch."),
+    }
 
 
 def base_dtype(config: RunConfig, world: World) -> torch.dtype:

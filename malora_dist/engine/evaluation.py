@@ -1,6 +1,7 @@
 """Measuring a model on the tasks' held-out rows, on any number of processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,17 +23,21 @@ def evaluate_tasks(
     share_prompt: bool,
     title: str,
     use_adapter: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """One side of eval.json, the same on every process; tasks without rows are left out.
 
-    All tasks' questions are scored in one pass, so that rows are full and processes evenly loaded.
+    All tasks' questions are scored in one pass, so that rows are full and processes evenly loaded. `between` is called
+    after each forward, as often on every process; what it raises leaves the engine as it was.
     """
-    questions = {task: [_question(row) for row in rows] for task, rows in evaluation.items() if rows}
+    questions = {task: [as_question(row) for row in rows] for task, rows in evaluation.items() if rows}
     items = [item for rows in questions.values() for item in rows]
-    training = engine.module.training
-    engine.eval()
-    set_adapter(engine.module, use_adapter)
-    with Bar(title, 1, world.is_main) as bar:
+
+    def progress(done: int, total: int) -> None:
+        bar.update(done, total)
+        between()
+
+    with _evaluating(engine, use_adapter), Bar(title, 1, world.is_main) as bar:
         mine = score_items(
             forward_of(engine),
             items,
@@ -41,16 +46,26 @@ def evaluate_tasks(
             rank=world.rank,
             world_size=world.size,
             device=world.device,
-            progress=bar.update,
+            progress=progress,
         )
-    set_adapter(engine.module, True)
-    engine.train(training)
     scores = dict(gather_lists(list(mine.items())))
     results, start = {}, 0
     for task, rows in questions.items():
         results[task] = task_result(rows, [scores[index] for index in range(start, start + len(rows))])
         start += len(rows)
     return summarise(results)
+
+
+@contextmanager
+def _evaluating(engine: Any, use_adapter: bool) -> Iterator[None]:
+    training = engine.module.training
+    engine.eval()
+    set_adapter(engine.module, use_adapter)
+    try:
+        yield
+    finally:
+        set_adapter(engine.module, True)
+        engine.train(training)
 
 
 def forward_of(engine: Any) -> Forward:
@@ -76,7 +91,7 @@ def set_adapter(model: nn.Module, enabled: bool) -> None:
         layer.adapter_enabled = enabled
 
 
-def _question(row: ChoiceItem | Sample) -> ChoiceItem:
+def as_question(row: ChoiceItem | Sample) -> ChoiceItem:
     """A completion is a question with one choice: only its loss is measured."""
     if isinstance(row, ChoiceItem):
         return row

@@ -1,23 +1,21 @@
-"""The training loop: steps, log records, evaluation and saves in between."""
+"""The training loop: steps, log records, validation and checkpoints in between, and an early end."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from malora_dist.data.loader import MicroBatch
+from malora_dist.data.loader import MicroBatch, TrainLoader
 from malora_dist.engine.position import Position
-from malora_dist.engine.progress import LOGGER, Bar, peak_memory_gib, time_left
-from malora_dist.engine.step import Stepper, StepResult
+from malora_dist.engine.progress import LOGGER, Bar, time_left
+from malora_dist.engine.selection import Best
+from malora_dist.engine.step import Stepper
+from malora_dist.engine.stop import ENOUGH_STEPS, Agreement, Preempted
+from malora_dist.engine.window import Record, Window
 from malora_dist.errors import TrainingError
-from malora_dist.nn.inject import mixture_layers
-from malora_dist.parallel.groups import max_over_processes, sum_over_processes
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,47 +29,136 @@ class LoopSettings:
     save_steps: int | None
     stop_after_steps: int | None
 
-    @property
-    def last_step(self) -> int:
-        return min(self.max_steps, self.stop_after_steps or self.max_steps)
+
+@dataclass
+class LoopState:
+    """How far a run has come: after `step` optimizer steps.
+
+    validated: nothing that is due after `step` is left to do. loader: where the next batch begins.
+    """
+
+    step: int = 0
+    validated: bool = True
+    loader: dict[str, Any] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actions:
+    """What the loop has done by others; every process calls each at the same steps.
+
+    validate gives the score of a validation. save takes the loop's state and whether it is the best so far.
+    """
+
+    log: Callable[[Record], None]
+    validate: Callable[[int], float]
+    save: Callable[[LoopState, bool], None]
 
 
 def train_loop(
     stepper: Stepper,
-    loader: Iterator[Sequence[MicroBatch]],
+    loader: TrainLoader,
+    window: Window,
     settings: LoopSettings,
-    *,
-    log: Callable[[Record], None],
-    evaluate: Callable[[int], None],
-    save: Callable[[int], None],
+    state: LoopState,
+    actions: Actions,
+    agreement: Agreement,
 ) -> None:
-    """Train to the last step. `log`, `evaluate` and `save` are called by every process at the same steps."""
-    world, started = stepper.world, time.monotonic()
-    window = _Window(stepper)
-    with Bar("training", settings.last_step, world.is_main) as bar:
-        for number in range(1, settings.last_step + 1):
-            began = time.monotonic()
-            batches = _next(loader, stepper.position, number, world.device)
-            window.add(stepper.step(number, batches), time.monotonic() - began)
-            bar.update(number)
-            last = number == settings.last_step
-            if number % settings.logging_steps == 0 or number == 1 or last:
-                stepper.position.enter("logging")
-                record = window.close(number, number / settings.steps_per_epoch)
-                log(record)
-                _say(record, started, settings)
-            if _due(settings.eval_steps, number):
-                evaluate(number)
-            if _due(settings.save_steps, number) and not last:
-                save(number)
-            if last or _due(settings.eval_steps, number):
-                stepper.position.enter("logging")
-                log(window.routing(number))
+    """Train from `state` to the last step, keeping `state` up to date.
+
+    Raises Preempted, after a save of the last completed step, if the run is to end early.
+    """
+    stepper.between = agreement.check
+    loop = _Loop(stepper, loader, window, settings, state, actions)
+    try:
+        with Bar("training", settings.max_steps, stepper.world.is_main) as bar:
+            if not state.validated:
+                loop.save(best=loop.validate())
+            while state.step < settings.max_steps:
+                loop.step()
+                bar.update(state.step)
+                loop.log()
+                loop.save(best=loop.validate())
+                if state.step - loop.first_step == settings.stop_after_steps and state.step < settings.max_steps:
+                    raise Preempted(ENOUGH_STEPS)
+    except Preempted:
+        if state.step > 0:
+            actions.save(state, False)
+        raise
 
 
-def _next(
-    loader: Iterator[Sequence[MicroBatch]], position: Position, number: int, device: torch.device
-) -> list[MicroBatch]:
+class _Loop:
+    def __init__(
+        self,
+        stepper: Stepper,
+        loader: TrainLoader,
+        window: Window,
+        settings: LoopSettings,
+        state: LoopState,
+        actions: Actions,
+    ) -> None:
+        self.stepper, self.loader, self.window = stepper, loader, window
+        self.settings, self.state, self.actions = settings, state, actions
+        self.first_step, self.started = state.step, time.monotonic()
+        state.loader = loader.state_dict()
+
+    @property
+    def is_last(self) -> bool:
+        return self.state.step == self.settings.max_steps
+
+    def step(self) -> None:
+        """One optimizer step; until it is complete the state is that of the one before."""
+        began, number = time.monotonic(), self.state.step + 1
+        batches = _next(self.loader, self.stepper.position, number, self.stepper.world.device)
+        self.window.add(self.stepper.step(number, batches), time.monotonic() - began)
+        self.state.step, self.state.loader = number, self.loader.state_dict()
+        self.state.validated = not (self.is_last or _due(self.settings.eval_steps, number))
+
+    def log(self) -> None:
+        """A record of the steps since the last one, if it is due."""
+        number = self.state.step
+        if number % self.settings.logging_steps == 0 or number == 1 or self.is_last:
+            self.stepper.position.enter("logging")
+            record = self.window.close(number, number / self.settings.steps_per_epoch)
+            self.actions.log(record)
+            self._say(record)
+
+    def validate(self) -> bool:
+        """The validation and the routing record of this step, if they are still to be done; whether it is the best."""
+        if self.state.validated:
+            return False
+        number, best = self.state.step, False
+        if _due(self.settings.eval_steps, number):
+            best = self.state.best.offer(self.actions.validate(number), number)
+        self.stepper.position.enter("logging")
+        self.actions.log(self.window.routing(number))
+        self.state.validated = True
+        return best
+
+    def save(self, best: bool) -> None:
+        """A checkpoint, if one is due."""
+        if best or self.is_last or _due(self.settings.save_steps, self.state.step):
+            self.actions.save(self.state, best)
+
+    def _say(self, record: Record) -> None:
+        exchange = f"  exchanged {record['exchange_bytes'] / 2**20:.1f} MiB/step" if "exchange_bytes" in record else ""
+        done, total = record["step"] - self.first_step, self.settings.max_steps - self.first_step
+        logging.getLogger(LOGGER).info(
+            "step %d/%d  loss %.3f  aux %.3f  grad norm %.2f  lr %.2e  %.0f tokens/s  %.2f GiB%s  left %s",
+            record["step"],
+            self.settings.max_steps,
+            record["loss"],
+            record["aux_loss"],
+            record["grad_norm"],
+            record["learning_rate"],
+            record["tokens_per_second"],
+            record["peak_memory_gib"],
+            exchange,
+            time_left(self.started, done, total),
+        )
+
+
+def _next(loader: TrainLoader, position: Position, number: int, device: torch.device) -> list[MicroBatch]:
     position.enter("reading data", number)
     try:
         return [batch.to(device) for batch in next(loader)]
@@ -81,77 +168,3 @@ def _next(
 
 def _due(interval: int | None, number: int) -> bool:
     return interval is not None and number % interval == 0
-
-
-def _say(record: Record, started: float, settings: LoopSettings) -> None:
-    exchange = f"  exchanged {record['exchange_bytes'] / 2**20:.1f} MiB/step" if "exchange_bytes" in record else ""
-    logging.getLogger(LOGGER).info(
-        "step %d/%d  loss %.3f  aux %.3f  grad norm %.2f  lr %.2e  %.0f tokens/s  %.2f GiB%s  left %s",
-        record["step"],
-        settings.last_step,
-        record["loss"],
-        record["aux_loss"],
-        record["grad_norm"],
-        record["learning_rate"],
-        record["tokens_per_second"],
-        record["peak_memory_gib"],
-        exchange,
-        time_left(started, record["step"], settings.last_step),
-    )
-
-
-class _Window:
-    """Sums over the steps since the last log record, and expert counts since the last routing record."""
-
-    def __init__(self, stepper: Stepper) -> None:
-        self.stepper = stepper
-        self.layers = [name for name, layer in mixture_layers(stepper.engine.module) if layer.routed]
-        self.results: list[StepResult] = []
-        self.seconds = 0.0
-        self.expert_counts_GLE: Tensor = torch.zeros(())
-
-    def add(self, result: StepResult, seconds: float) -> None:
-        self.results.append(result)
-        self.seconds += seconds
-        self.expert_counts_GLE = self.expert_counts_GLE + result.expert_counts_GLE
-
-    def close(self, step: int, epoch: float) -> Record:
-        """The window's record, the same on every process; starts a new window."""
-        results, seconds = self.results, self.seconds
-        n = len(results)
-        device = self.stepper.world.device
-        peak = max_over_processes(torch.tensor([peak_memory_gib(device)], dtype=torch.float64, device=device))
-        record: Record = {
-            "kind": "train",
-            "step": step,
-            "epoch": epoch,
-            "loss": sum(result.loss for result in results) / n,
-            "aux_loss": sum(result.aux_loss for result in results) / n,
-            "grad_norm": sum(result.grad_norm for result in results) / n,
-            "learning_rate": results[-1].learning_rate,
-            "tokens_per_second": sum(result.tokens for result in results) / seconds,
-            "step_seconds": seconds / n,
-            "peak_memory_gib": float(peak),
-        }
-        if self.stepper.wire is not None:
-            sent = torch.tensor([sum(result.exchange_bytes for result in results)], dtype=torch.float64, device=device)
-            record["exchange_bytes"] = float(sum_over_processes(sent)) / n
-        for task, name in enumerate(self.stepper.task_names):
-            count = sum(result.task_token_counts[task] for result in results)
-            if count > 0:
-                record[f"train/{name}/loss"] = sum(result.task_loss_sums[task] for result in results) / count
-        self.results, self.seconds = [], 0.0
-        return record
-
-    def routing(self, step: int) -> Record:
-        """Share of each task's choices that went to each expert, by layer; starts a new count."""
-        counts = sum_over_processes(self.expert_counts_GLE.clone()) if self.layers else self.expert_counts_GLE
-        self.expert_counts_GLE = torch.zeros(())
-        share = {
-            name: {
-                layer: (counts[task, index] / counts[task, index].sum().clamp(min=1)).tolist()
-                for index, layer in enumerate(self.layers)
-            }
-            for task, name in enumerate(self.stepper.task_names)
-        }
-        return {"kind": "routing", "step": step, "tasks": list(self.stepper.task_names), "share": share}

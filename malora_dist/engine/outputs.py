@@ -3,6 +3,7 @@
 What it cannot write ends the run on all processes alike.
 """
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +14,15 @@ from torch import nn
 
 from malora_dist.checkpoint.adapter import AdapterInfo, save_adapter
 from malora_dist.checkpoint.card import model_card
-from malora_dist.config import RunConfig, write_config
+from malora_dist.config import RunConfig, config_text
 from malora_dist.data.build import PreparedData
 from malora_dist.engine.progress import LOGGER, console, start_logging
-from malora_dist.engine.run_folder import claim_run_folder, write_json, write_text
+from malora_dist.engine.run_folder import read_evaluations, write_json, write_text
+from malora_dist.engine.selection import Tasks, score
 from malora_dist.errors import TrainingError
 from malora_dist.metrics import MetricsWriter
 from malora_dist.nn.inject import InjectionReport
-from malora_dist.parallel.groups import World, from_main
+from malora_dist.parallel.groups import World, from_main, on_main
 from malora_dist.parallel.zero import gathered_adapter_state
 from malora_dist.report import print_results, write_report
 from malora_dist.summary import adapter_spec
@@ -28,27 +30,24 @@ from malora_dist.trackers import open_trackers
 
 
 class RunOutputs:
-    """The files of one run folder: config.yaml, data.json, metrics.jsonl, eval.json, adapter/, report/, train.log."""
+    """The files of one run folder: config.yaml, data.json, metrics.jsonl, eval.json, adapter/, report/, train.log.
+
+    A run that goes on adds to what its folder holds.
+    """
 
     def __init__(self, config: RunConfig, folder: Path, world: World) -> None:
         self.config, self.folder, self.world = config, folder, world
         self.log = logging.getLogger(LOGGER)
-        self.evaluations: dict[str, Any] = {}
+        self.evaluations: dict[str, Any] = on_main(lambda: read_evaluations(folder), world)
         self.report: InjectionReport | None = None
         start_logging(folder / "train.log" if world.is_main else None)
         if world.is_main:
-            write_config(config, folder / "config.yaml")
+            write_text(folder / "config.yaml", config_text(config))
             self.metrics = MetricsWriter(folder / "metrics.jsonl")
             self.trackers = open_trackers(config.train.report_to, folder, config.model_dump(mode="json"))
         self.log.info(
             "run folder %s, %d process%s on %s", folder, world.size, "es" if world.size > 1 else "", world.device.type
         )
-
-    @classmethod
-    def claim(cls, config: RunConfig, world: World) -> "RunOutputs":
-        """Claim a run folder on the main process; the config written there names that folder."""
-        folder = from_main(str(claim_run_folder(config.output_dir)) if world.is_main else None)
-        return cls(config.model_copy(update={"output_dir": folder}), Path(folder), world)
 
     def notes(self, notes: Sequence[str]) -> None:
         """What a reader should know about the plan."""
@@ -124,17 +123,32 @@ class RunOutputs:
 
         self._on_main(append)
 
-    def validation(self, step: int, result: dict[str, Any]) -> None:
-        """An evaluation during training: a record `eval/<task>/accuracy` and `eval/<task>/loss`."""
+    def resumed(self, step: int, checkpoint: str | None) -> None:
+        """A record that training goes on after `step`: records of later steps before it in the file are void."""
+        if checkpoint is not None:
+            self.log.info("going on after step %d, from %s", step, checkpoint)
+        self.record({"kind": "resume", "step": step, "checkpoint": checkpoint})
+
+    def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The content of a JSON file of the folder, which is measured and written by the first start of a run."""
+        path = self.folder / name
+        if not on_main(path.exists, self.world):
+            self._write(name, measure())
+        content: dict[str, Any] = on_main(lambda: json.loads(path.read_text(encoding="utf-8")), self.world)
+        return content
+
+    def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:
+        """An evaluation during training: a record of `eval/<task>/accuracy` and `/loss`; its score by `metric`."""
+        value = score(metric, result["tasks"], baseline)
         values = {
             f"eval/{task}/{name}": row[name]
             for task, row in result["tasks"].items()
             for name in ("accuracy", "loss")
             if name in row
         }
-        self.record({"kind": "eval", "step": step, **values})
-        if result["average"] is not None:
-            self.log.info("step %d  validation accuracy %.3f on average", step, result["average"])
+        self.record({"kind": "eval", "step": step, **values, f"eval/{metric}": value})
+        self.log.info("step %d  validation: %s %.3f", step, metric.replace("_", " "), value)
+        return value
 
     def evaluation(self, side: str, result: dict[str, Any]) -> None:
         """Add the `base` or `tuned` side to eval.json."""
@@ -147,10 +161,11 @@ class RunOutputs:
     def adapter(self, model: nn.Module, name: str) -> None:
         """Write the adapter folder `name`; gathers the weights, so every process must call it."""
         state = dict(gathered_adapter_state(model))
-        self._on_main(lambda: save_adapter(self.folder / name, self._adapter_info(), state, self._card()))
+        self._on_main(lambda: save_adapter(self.folder / name, self.adapter_info(), state, self._card()))
         self.log.info("saved %s", self.folder / name)
 
-    def _adapter_info(self) -> AdapterInfo:
+    def adapter_info(self) -> AdapterInfo:
+        """What adapter_config.json says."""
         adapter = self.config.adapter
         return AdapterInfo(
             spec=adapter_spec(self.config),
@@ -160,7 +175,16 @@ class RunOutputs:
         )
 
     def _card(self) -> str:
-        return model_card(self._adapter_info(), [task.name for task in self.config.data.tasks], self.evaluations)
+        return model_card(self.adapter_info(), [task.name for task in self.config.data.tasks], self.evaluations)
+
+    def close(self) -> None:
+        """End the files of a run that is to go on later."""
+        self._on_main(self._close)
+
+    def _close(self) -> None:
+        self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def finish(self) -> None:
         """Write the report, put the accuracies into the adapter's card, and say what to look at next."""
@@ -168,9 +192,7 @@ class RunOutputs:
 
     def _finish(self) -> None:
         write_text(self.folder / "adapter" / "README.md", self._card())
-        self.metrics.close()
-        for tracker in self.trackers:
-            tracker.close()
+        self._close()
         write_report(self.folder)
         terminal = console()
         if self.evaluations:

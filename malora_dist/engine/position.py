@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -18,6 +18,7 @@ from malora_dist.nn.inject import mixture_layers
 # Said this early, the others have not given up yet; NCCL's watchdog then ends a process without a Python exception.
 STUCK_SHARE = 0.9
 STOP = 0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Position:
@@ -55,12 +56,16 @@ class Position:
 
 
 @contextmanager
-def watched(position: Position, timeout_seconds: float) -> Iterator[None]:
-    """Tell the position when it matters: in errors that leave this block, when it is stuck, when SIGTERM ends it.
+def watched(
+    position: Position, timeout_seconds: float, on_signal: Callable[[int], None] | None = None
+) -> Iterator[None]:
+    """Tell the position when it matters: in errors that leave this block, when it is stuck, when SIGTERM comes.
 
-    Only for the main thread. An error gets the position as a note, but not a mistake that is found before step 1.
+    `on_signal` is called, in another thread, with each of STOP_SIGNALS. Without it SIGTERM ends the process; with it
+    any of them does once the process is stuck. Only for the main thread. An error gets the position as a note, but not
+    a mistake that is found before step 1.
     """
-    watch = _Watch(position, STUCK_SHARE * timeout_seconds)
+    watch = _Watch(position, STUCK_SHARE * timeout_seconds, on_signal)
     watch.start()
     try:
         yield
@@ -76,25 +81,28 @@ class _Watch:
     """A thread that says once where this process is when it has not moved for `limit_seconds`, and kills nothing.
 
     The main thread may be waiting inside PyTorch or CUDA, where no signal handler of Python runs. So the thread hears
-    signals through a socket, and ends the process as SIGTERM would have, once it has said where.
+    signals through a socket.
     """
 
-    def __init__(self, position: Position, limit_seconds: float) -> None:
-        self.position, self.limit_seconds = position, limit_seconds
+    def __init__(self, position: Position, limit_seconds: float, on_signal: Callable[[int], None] | None) -> None:
+        self.position, self.limit_seconds, self.on_signal = position, limit_seconds, on_signal
+        self.told: int | None = None
+        self._signals = STOP_SIGNALS if on_signal is not None else (signal.SIGTERM,)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
         self._inbox, self._outbox = socket.socketpair()
         self._outbox.setblocking(False)
         self._inbox.settimeout(self.limit_seconds / 20)
-        self._old_handler = signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+        self._old_handlers = {number: signal.signal(number, lambda _number, _frame: None) for number in self._signals}
         self._old_wakeup = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_forget)
         self._thread.start()
 
     def stop(self) -> None:
         signal.set_wakeup_fd(self._old_wakeup)
-        signal.signal(signal.SIGTERM, self._old_handler)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
         self._outbox.send(bytes([STOP]))
         self._thread.join()
         self._inbox.close()
@@ -106,18 +114,21 @@ class _Watch:
             try:
                 received = self._inbox.recv(64)
             except TimeoutError:
-                moved = self.position.moved
-                if moved != said and self._is_stuck():
-                    said = moved
-                continue
+                received = b""
             if STOP in received:
                 return
-            if signal.SIGTERM in received:
-                self._end()
+            for number in self._signals:
+                if number in received:
+                    self._hear(number)
+            moved = self.position.moved
+            if moved != said and self._is_stuck():
+                said = moved
+            if self.told is not None and self._idle() >= self.limit_seconds:
+                self._end(self.told)
 
     def _is_stuck(self) -> bool:
         """Whether it is; says so."""
-        idle = time.monotonic() - self.position.moved
+        idle = self._idle()
         if self.position.phase is None or idle < self.limit_seconds:
             return False
         say(
@@ -126,18 +137,30 @@ class _Watch:
         )
         return True
 
-    def _end(self) -> None:
-        if self.position.phase is not None:
-            say(f"told to end (SIGTERM), as launchers do when another process has failed: {self.position}")
+    def _idle(self) -> float:
+        return time.monotonic() - self.position.moved
+
+    def _hear(self, number: int) -> None:
+        if number == signal.SIGTERM and self.position.phase is not None:
+            say(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.position}")
+        if self.on_signal is None:
+            self._end(number)
+        else:
+            self.told = number
+            self.on_signal(number)
+
+    @staticmethod
+    def _end(number: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(128 + signal.SIGTERM)
+        os._exit(128 + number)
 
 
 def _forget() -> None:
     """Keep a forked child, which shares the socket, from passing its own SIGTERM to its parent's watch."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _main_function() -> str:

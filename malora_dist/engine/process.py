@@ -8,7 +8,9 @@ import time
 import traceback
 from collections.abc import Callable
 
+from malora_dist.engine.outcome import EXIT_FAILED, EXIT_MISTAKE, EXIT_OK, EXIT_PREEMPTED
 from malora_dist.engine.progress import LOGGER
+from malora_dist.engine.stop import Preempted
 from malora_dist.errors import ConfigError, DataError, MaloraError, TopologyError
 
 # How long a rank leaves the word to the one that knows more, whose end makes the launcher end all.
@@ -25,20 +27,26 @@ LOST_PEER = (
 
 
 def run_as_process(work: Callable[[], None]) -> int:
-    """Run a rank's work; 0, or 2 for mistakes in recipe or data, or 1 for anything else, said on stderr and in the log.
+    """Run a rank's work; its exit code, as docs/checkpoints.md lists them. Errors are said on stderr and in the log.
+
+    0: done. 75: told to end early, and saved. 2: a mistake in recipe, data or topology. 1: anything else.
 
     A rank that fails ends; its launcher then ends the others, and without a launcher their next collective fails within
     the run's timeout. Errors for people are mostly found by all ranks alike, and then said by the main one only.
     """
+    code = EXIT_OK
     try:
-        work()
+        try:
+            work()
+        except Preempted:
+            code = EXIT_PREEMPTED
         _leave_groups()
     except MaloraError as error:
         if os.environ.get("RANK", "0") != "0":
             # Leaving at once would make the launcher end the main rank before it has spoken.
             time.sleep(PATIENCE_SECONDS)
         say("\n  ".join([str(error), *_notes(error)]))
-        return _leave(2 if isinstance(error, ConfigError | DataError | TopologyError) else 1)
+        return _leave(code_of(error))
     except Exception as error:
         lost = _lost_peer(error)
         if lost is None:
@@ -46,8 +54,13 @@ def run_as_process(work: Callable[[], None]) -> int:
         # Who is told to end before its time has only its place in the run to add to what the others say.
         elif not _told_to_end(PATIENCE_SECONDS) or _notes(error):
             say(lost)
-        return _leave(1)
-    return _leave(0)
+        return _leave(code_of(error))
+    return _leave(code)
+
+
+def code_of(error: Exception) -> int:
+    """The exit code of a process that ends by this error."""
+    return EXIT_MISTAKE if isinstance(error, ConfigError | DataError | TopologyError) else EXIT_FAILED
 
 
 def _lost_peer(error: Exception) -> str | None:

@@ -7,7 +7,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from malora_dist.errors import ConfigError
+from filelock import FileLock, Timeout
+
+from malora_dist.errors import CheckpointError, ConfigError
+
+LOCK_SECONDS = 30
 
 
 def claim_run_folder(output_dir: str | Path) -> Path:
@@ -27,6 +31,32 @@ def claim_run_folder(output_dir: str | Path) -> Path:
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be created: {error.strerror}") from error
     raise AssertionError("count() ended")
+
+
+def lock_run_folder(folder: Path) -> FileLock:
+    """Hold the folder against a second run in it until the lock is released or this process ends.
+
+    Raises ConfigError if another process has it for half a minute more: a killed job may take as long to be gone.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise ConfigError(f"output_dir={folder}: another process is training in it") from error
+    except (OSError, NotImplementedError) as error:
+        raise ConfigError(f"output_dir={folder}: {folder / '.lock'} cannot be locked: {error}") from error
+    return lock
+
+
+def read_evaluations(folder: Path) -> dict[str, Any]:
+    """eval.json of a run that goes on, {} without one. Raises CheckpointError if it is damaged."""
+    path = folder / "eval.json"
+    if not path.exists():
+        return {}
+    found = _read_json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(str(found))
+    return found
 
 
 def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:

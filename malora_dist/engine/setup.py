@@ -1,6 +1,7 @@
 """From a recipe to the parts of a run: data, adapters, engine, steps. The last places that read the recipe."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from malora_dist.parallel.apply import connect_experts, keep_owned_experts
 from malora_dist.parallel.exchange import Wire
 from malora_dist.parallel.expert_groups import ExpertGroups
 from malora_dist.parallel.groups import World
-from malora_dist.parallel.zero import partition_at_once
+from malora_dist.parallel.zero import gathered, partition_at_once
 from malora_dist.summary import adapter_spec
 
 
@@ -32,17 +33,23 @@ def engine_config(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def add_adapters(
-    model: nn.Module, config: RunConfig, deepspeed_settings: dict[str, Any], groups: ExpertGroups | None
+    model: nn.Module,
+    config: RunConfig,
+    deepspeed_settings: dict[str, Any],
+    groups: ExpertGroups | None,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[InjectionReport, Wire | None]:
     """Inject the recipe's mixture; with expert groups each process keeps its own experts, and a wire joins them.
 
     Every process draws the same whole layer before it keeps its part, and does so before the next layer is drawn: step
-    0 does not depend on the topology, and no process ever holds more than one whole layer at ZeRO-3.
+    0 does not depend on the topology, and no process ever holds more than one whole layer at ZeRO-3. `between` is
+    called at each layer, by every process alike; it may raise.
     """
     adapter = config.adapter
     partition = partition_at_once(deepspeed_settings, share=None) if config.parallel.zero_stage == 3 else None
 
     def place(layer: MixtureLinear) -> None:
+        between()
         if groups is not None:
             keep_owned_experts(layer, groups)
         if partition is not None:
@@ -56,6 +63,7 @@ def add_adapters(
         computation=adapter.computation,
         seed=config.train.seed,
         place=place,
+        whole=gathered,
     )
     return report, None if groups is None else connect_experts(model, groups)
 

@@ -1,6 +1,6 @@
 """One optimizer step over all processes, with a loss that does not depend on how samples were dealt to them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,8 @@ class Stepper:
 
     loss = sum of weighted cross-entropies over the whole global batch (`functional.loss`) + coefficient x balance loss
     averaged over micro-batches. DeepSpeed divides by the accumulation steps and averages over processes, so each
-    process back-propagates its weighted sum times both.
+    process back-propagates its weighted sum times both. `between` is called before each micro-batch; what it raises
+    leaves the step undone.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Stepper:
         self.engine, self.world, self.task_names = engine, world, task_names
         self.balance, self.normalization, self.seed = balance, normalization, seed
         self.zero_stage, self.max_grad_norm = zero_stage, max_grad_norm
+        self.between: Callable[[], None] = lambda: None
         self.trained = [p for _, p in adapter_parameters(engine.module) if p.requires_grad]
         self.guard = GradientGuard(engine.module, world.device, self.position.reach)
 
@@ -82,8 +84,10 @@ class Stepper:
         learning_rate = float(self.engine.optimizer.param_groups[0]["lr"])
         sums = _Sums(len(self.task_names), self.world.device)
         for batch in batches[:-1]:
+            self.between()
             self._backward(number, batch, step_counts, len(batches), sums)
             self.engine.step()
+        self.between()
         self._backward(number, batches[-1], step_counts, len(batches), sums)
         self.position.enter("optimizer step")
         self._check(number, batches, sums)

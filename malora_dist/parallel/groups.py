@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,15 +11,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from malora_dist.errors import MaloraError
+from malora_dist.launch.environment import rank_variables
+
+NOTE = "malora_dist/told"
+
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all processes, and its device."""
+    """This process's place among all processes, and its device.
+
+    `control` is a group for messages between hosts that must not wait for devices; None is the default group.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    control: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -30,6 +40,7 @@ def start_processes(timeout_seconds: float) -> World:
 
     Every collective of every group fails after `timeout_seconds` instead of hanging.
     """
+    os.environ.update(rank_variables(os.environ))
     _describe_single_process()
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
@@ -46,8 +57,9 @@ def start_processes(timeout_seconds: float) -> World:
         # Otherwise DeepSpeed compiles an operator for inference that training never calls, for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    control = dist.new_group(backend="gloo") if device.type == "cuda" else None
     set_timeouts(timeout_seconds)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
 
 
 def _describe_single_process() -> None:
@@ -88,11 +100,51 @@ def max_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def max_over_control(values: Sequence[int], world: World) -> list[int]:
+    """The maximum of each number over all processes, without a word to the devices."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=world.control)
+    result: list[int] = tensor.tolist()
+    return result
+
+
+def tell_all() -> None:
+    """Leave a note that every process can find with `told` whenever it looks, in step with the others or not."""
+    dist.distributed_c10d._get_default_store().set(NOTE, "1")
+
+
+def told() -> bool:
+    """Whether a process has left the note."""
+    found: bool = dist.distributed_c10d._get_default_store().check([NOTE])
+    return found
+
+
 def from_main(value: Any) -> Any:
     """The main process's value, on all of them."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], Any], world: World) -> Any:
+    """What `work` gives on the main process, on all of them; a MaloraError it raises there is raised on all."""
+    value, error = None, None
+    if world.is_main:
+        try:
+            value = work()
+        except MaloraError as caught:
+            error = caught
+    value, error = from_main((value, error))
+    if error is not None:
+        raise error
+    return value
+
+
+def fail_together(error: MaloraError | None) -> None:
+    """Raise, on every process alike, the error that one of them has met; that of the lowest rank if several have."""
+    errors = [found for found in gather_lists([error]) if found is not None]
+    if errors:
+        raise errors[0]
 
 
 def gather_lists(values: list[Any]) -> list[Any]:

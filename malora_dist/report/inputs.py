@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from malora_dist.errors import MaloraError
-from malora_dist.metrics import EVAL, KIND, ROUTING, RUN, STEP, TASKS, TRAIN, Record, read_metrics
+from malora_dist.metrics import EVAL, KIND, ROUTING, RUN, STEP, TASKS, TRAIN, Record, read_metrics, without_lost_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def read_run(run_dir: Path) -> RunFiles:
         raise MaloraError(f"{run_dir} is not a folder")
     wanted = ("config.yaml", "metrics.jsonl", "eval.json", "data.json", "adapter/adapter_config.json")
     missing = [name for name in wanted if not (run_dir / name).is_file()]
-    records = [] if "metrics.jsonl" in missing else read_metrics(run_dir / "metrics.jsonl")
+    records = [] if "metrics.jsonl" in missing else without_lost_steps(read_metrics(run_dir / "metrics.jsonl"))
     routing = [record for record in records if record[KIND] == ROUTING and record.get(TASKS)]
     text = "" if "config.yaml" in missing else (run_dir / "config.yaml").read_text(encoding="utf-8")
     return RunFiles(

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from malora_dist.config import config_from_dict, load_config, split_arguments, write_config
+from malora_dist.config import config_from_dict, config_text, load_config, split_arguments
 from malora_dist.errors import ConfigError
 from tests.config.recipes import recipe
 
@@ -102,13 +102,15 @@ def test_a_written_config_loads_as_its_equal(tmp_path: Path, adapter: dict[str, 
         recipe(adapter=adapter, model={"load_in_4bit": False}, data={"near_duplicate_threshold": None}),
         ["data.tasks.boolq.test_size=0.25", "--data.tasks.piqa.prompt_template", "'é {prompt}\\n'"],
     )
-    write_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(config))
     assert load_config(tmp_path / "config.yaml") == config
     assert load_config(tmp_path / "config.yaml", ["--train.seed", "1"]) != config
 
 
 def test_split_arguments() -> None:
     assert split_arguments(["--local_rank=1", "r.yaml", "--adapter.r", "3"]) == ("r.yaml", ["--adapter.r", "3"])
+    recipe, overrides = split_arguments(["r.yaml", "--new-run", "--adapter.r=3"])
+    assert overrides == ["--train.resume_from_checkpoint=null", "--adapter.r=3"]
     for wrong in ([], ["--local_rank=0"], ["--adapter.r", "3", "r.yaml"]):
         with pytest.raises(ConfigError, match="must come first"):
             split_arguments(wrong)

@@ -70,6 +70,10 @@ def test_expert_parallelism_is_refused_with_every_reason() -> None:
     assert "parallel.ep_size=3 must divide the number of processes=4" in text
     with pytest.raises(ConfigError, match="method=lora, which has one expert"):
         check_plan(config("parallel.ep_size=2", "adapter.method=lora"), 2)
+    with pytest.raises(ConfigError, match="adapter.method=dora, which has one expert. Nearest legal plan"):
+        check_plan(config("parallel.ep_size=2", "adapter.method=dora"), 2)
+    with pytest.raises(ConfigError, match="adapter.method=hydralora, whose tokens use every expert"):
+        check_plan(config("parallel.ep_size=2", "adapter.method=hydralora"), 2)
     with pytest.raises(ConfigError, match=r"deepspeed 0.19.7: .* Nearest legal plan: deepspeed==0.19.8, or"):
         check_plan(config("parallel.ep_size=2"), 2, deepspeed_version="0.19.7")
 

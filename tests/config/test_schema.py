@@ -73,6 +73,10 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
         ),
         broken("adapter", {"method": "lora", "router_aux_loss_coef": 0}, "router_aux_loss_coef=0: has no meaning"),
         broken("adapter", {"method": "molora", "beta": 2}, "adapter.beta=2: has no meaning for adapter.method=molora"),
+        broken(
+            "adapter", {"method": "dora", "num_experts": 8}, "num_experts=8: has no meaning for adapter.method=dora"
+        ),
+        broken("adapter", {"method": "hydralora", "top_k": 2}, "top_k=2: has no meaning for adapter.method=hydralora"),
         broken("data", {"tasks": []}, "at least one task"),
         broken("data", {"tasks": [TASK, TASK]}, "'t' is used 2 times"),
         broken("data", {"tasks": [{**TASK, "name": "../t"}]}, "data.tasks[0].name='../t'"),
@@ -89,7 +93,13 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
         broken("train", {"learning_rate": 0}, "train.learning_rate=0", "greater than 0"),
         broken("train", {"learning_rate": math.nan}, "train.learning_rate=nan", "finite"),
         broken("train", {"max_steps": 3, "num_train_epochs": 1}, "either max_steps or num_train_epochs=1.0"),
-        broken("train", {"resume_from_checkpoint": "x"}, "later version"),
+        broken("train", {"resume_from_checkpoint": ""}, "train.resume_from_checkpoint=''", "must not be empty"),
+        broken(
+            "train", {"best_baseline": "eval.json"}, "best_baseline='eval.json': has no meaning for train.best_metric"
+        ),
+        broken("train", {"best_metric": "best"}, "'average', 'worst_task' or 'worst_drop'"),
+        broken("train", {"save_total_limit": 0}, "train.save_total_limit=0", "greater than or equal to 1"),
+        broken("train", {"max_hours": 0}, "train.max_hours=0", "greater than 0"),
         broken("train", {"report_to": ["mlflow"]}, "'tensorboard' or 'wandb'"),
     ],
 )

@@ -49,7 +49,7 @@ FAULTS: dict[str, tuple[str, str | None, Callable[[], None]]] = {
     "killed": ("backward", UP, kill_itself),
     "router": ("forward", GATE, break_the_router),
     "sleeper": ("forward", UP, sleep_long),
-    "save": ("saving adapter-step-000002", None, fill_the_disk),
+    "save": ("saving step-000002", None, fill_the_disk),
 }
 
 

@@ -76,7 +76,7 @@ def _micro_batch(model: nn.Module, samples: Sequence[Sample], step: int) -> tupl
         predicted = logits[sample.prompt_length - 1 : len(ids) - 1]
         ce.append(nn.functional.cross_entropy(predicted, targets, reduction="none"))
         routings.append([layer.routing for layer in layers])
-    if routings[0][0] is None:
+    if not layers[0].balanced:
         return ce, torch.zeros(())
     losses = [
         balance_reference(

@@ -8,7 +8,9 @@ import pytest
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
-from malora_dist.engine.loop import LoopSettings, train_loop
+from malora_dist.engine.loop import Actions, LoopSettings, LoopState, train_loop
+from malora_dist.engine.stop import Agreement, Preempted
+from malora_dist.engine.window import Window
 from malora_dist.parallel.groups import World
 from tests.distributed import run_distributed
 from tests.engine.guard_workers import ACCUMULATION, TASKS, new_stepper
@@ -17,12 +19,14 @@ from tests.engine.workers import make_model
 STEPS, TASK_SIZES = 6, [9, 5]  # the third task has no samples
 PAUSE = 3.0
 EVERY: dict[str, Any] = {"logging_steps": 1, "eval_steps": None, "save_steps": None, "stop_after_steps": None}
+# By score of each validation: the second is the best, the third equals it.
+SCORES = {2: 0.25, 4: 0.5, 6: 0.5}
 RUNS: dict[str, dict[str, Any]] = {
     "every": EVERY,
     "windows": {**EVERY, "logging_steps": 4, "eval_steps": 2, "save_steps": 3},
     "stopped": {**EVERY, "stop_after_steps": 3, "save_steps": 3},
     "routing": {**EVERY, "eval_steps": 1},
-    "lora": {**EVERY, "stop_after_steps": 1},
+    "lora": {**EVERY, "eval_steps": 1, "stop_after_steps": 1},
 }
 
 
@@ -44,16 +48,25 @@ def train_run(world: World, folder: str, name: str) -> dict[str, Any]:
     stepper = new_stepper(world, folder, {"zero_stage": 2, "method": method}, total_steps=STEPS)
     settings = LoopSettings(max_steps=STEPS, steps_per_epoch=3.5, **RUNS[name])
     records: list[dict[str, Any]] = []
-    calls: list[tuple[str, int]] = []
+    calls: list[tuple[Any, ...]] = []
 
-    def evaluate(step: int) -> None:
-        calls.append(("evaluate", step))
+    def validate(step: int) -> float:
+        calls.append(("validate", step))
         time.sleep(PAUSE if name == "windows" else 0)
+        return SCORES.get(step, 0.0)
 
-    train_loop(
-        stepper, loader(), settings, log=records.append, evaluate=evaluate, save=lambda s: calls.append(("save", s))
-    )
-    return {"records": records, "calls": calls, "steps": stepper.engine.global_steps}
+    def save(state: LoopState, best: bool) -> None:
+        calls.append(("save", state.step, best))
+
+    agreement = Agreement()
+    agreement.join(world)
+    actions = Actions(log=records.append, validate=validate, save=save)
+    ended = "whole"
+    try:
+        train_loop(stepper, loader(), Window(stepper), settings, LoopState(), actions, agreement)
+    except Preempted as stop:
+        ended = stop.reason
+    return {"records": records, "calls": calls, "steps": stepper.engine.global_steps, "ended": ended}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +91,7 @@ def test_a_record_of_every_step(runs: dict[str, dict[str, Any]]) -> None:
     names = {"kind", "step", "epoch", "loss", "aux_loss", "grad_norm", "learning_rate", "tokens_per_second",
              "step_seconds", "peak_memory_gib", "train/a/loss", "train/b/loss"}  # fmt: skip
     assert set().union(*records) == names
-    assert runs["every"]["steps"] == STEPS and runs["every"]["calls"] == []
+    assert runs["every"]["steps"] == STEPS and runs["every"]["calls"] == [["save", 6, False]]
     assert all(0.05 < record["peak_memory_gib"] < 8 and record["aux_loss"] > 0.9 for record in records)
 
 
@@ -108,10 +121,12 @@ def counts(what: str) -> list[list[int]]:
     return found
 
 
-def test_evaluation_and_saves_come_at_their_steps_and_do_not_count_as_training(runs: dict[str, dict[str, Any]]) -> None:
+def test_validation_and_saves_come_at_their_steps_and_do_not_count_as_training(runs: dict[str, dict[str, Any]]) -> None:
     run = runs["windows"]
-    # The last step is saved by whoever trains, not by the loop.
-    assert run["calls"] == [["evaluate", 2], ["save", 3], ["evaluate", 4], ["evaluate", 6]]
+    # A validation that is the best so far is saved beside the saves that are due, and so is the last step.
+    assert run["calls"] == [["validate", 2], ["save", 2, True], ["save", 3, False], ["validate", 4], ["save", 4, True],
+                            ["validate", 6], ["save", 6, False]]  # fmt: skip
+    assert run["ended"] == "whole"
     assert all(record["step_seconds"] * 3 < PAUSE for record in of_kind(run, "train")[1:])
 
 
@@ -137,10 +152,12 @@ def test_routing_shares_add_up(runs: dict[str, dict[str, Any]]) -> None:
 
 def test_a_stop_leaves_schedule_and_steps_as_they_are(runs: dict[str, dict[str, Any]]) -> None:
     stopped, whole = of_kind(runs["stopped"], "train"), of_kind(runs["every"], "train")[:3]
-    assert runs["stopped"]["steps"] == 3 and runs["stopped"]["calls"] == []
+    assert runs["stopped"]["steps"] == 3 and runs["stopped"]["ended"] == "train.stop_after_steps is reached"
+    # Once because it is due, once more to be sure; the second finds the first.
+    assert runs["stopped"]["calls"] == [["save", 3, False], ["save", 3, False]]
     for name in ("step", "epoch", "loss", "aux_loss", "grad_norm", "learning_rate", "train/a/loss"):
         assert [record.get(name) for record in stopped] == pytest.approx([record.get(name) for record in whole]), name
-    assert [record["step"] for record in of_kind(runs["stopped"], "routing")] == [3]
+    assert of_kind(runs["stopped"], "routing") == []
 
 
 def test_without_a_router_there_is_nothing_to_share(runs: dict[str, dict[str, Any]]) -> None:

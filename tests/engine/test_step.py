@@ -26,6 +26,10 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2-task": {"zero_stage": 2, "normalization": "task"},
     "zero3-lora": {"zero_stage": 3, "method": "lora"},
     "zero1-molora": {"zero_stage": 1, "method": "molora"},
+    "zero0-dora": {"zero_stage": 0, "method": "dora"},
+    "zero2-dora": {"zero_stage": 2, "method": "dora", "load_in_4bit": True},
+    "zero3-dora": {"zero_stage": 3, "method": "dora", "load_in_4bit": True, "gradient_checkpointing": True},
+    "zero3-hydralora": {"zero_stage": 3, "method": "hydralora"},
     "zero0-bf16-base": {"zero_stage": 0, "dtype": "bfloat16"},
     "zero3-bf16-base": {"zero_stage": 3, "dtype": "bfloat16", "load_in_4bit": True},
 }

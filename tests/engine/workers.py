@@ -25,7 +25,7 @@ from malora_dist.parallel.apply import connect_experts, keep_owned_experts
 from malora_dist.parallel.below_zero3 import link_optimizer_state
 from malora_dist.parallel.expert_groups import ExpertGroups, create_expert_groups
 from malora_dist.parallel.groups import World, group_timeouts, replicate
-from malora_dist.parallel.zero import gathered_adapter_state, join_experts, partition_at_once, resident_bytes
+from malora_dist.parallel.zero import gathered, gathered_adapter_state, join_experts, partition_at_once, resident_bytes
 
 STEPS, ACCUMULATION = 5, 2
 LEARNING_RATE, MAX_NORM, COEFFICIENT, SEED = 1e-3, 0.1, 0.01, 7
@@ -96,7 +96,9 @@ def build_model(
             partition([parameter for _, parameter in layer.factors()])
 
     computation = case.get("computation", "auto")
-    inject_adapters(model, spec, lora_dropout=0.1, computation=computation, seed=SEED, place=place_adapters)
+    inject_adapters(
+        model, spec, lora_dropout=0.1, computation=computation, seed=SEED, place=place_adapters, whole=gathered
+    )
     if groups is not None:
         connect_experts(model, groups)
     return model
@@ -116,13 +118,16 @@ def new_stepper(world: World, folder: str, case: dict[str, Any]) -> "RecordingSt
     if stage == 3 and not case.get("default_persistence"):
         # A tiny model's parameters would otherwise all stay whole on every rank.
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if case.get("offload"):
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
     groups = create_expert_groups(case.get("ep_size", 1), 60)
     settings = OptimizerSettings(
         learning_rate=LEARNING_RATE,
         weight_decay=0.01,
         betas=(0.9, 0.999),
         epsilon=EPSILON,
-        lr_scheduler_type="constant",
+        lr_scheduler_type=case.get("lr_scheduler_type", "constant"),
         warmup_steps=0,
         total_steps=STEPS,
     )

@@ -1,0 +1,78 @@
+"""What a resumed run may say differently from the run it continues, and what would give other numbers."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Keys, or whole sections, that no trained number depends on. The content of model and data is compared by fingerprint.
+HARMLESS = (
+    "output_dir",
+    "evaluation",
+    "model.name_or_path",
+    "model.revision",
+    "model.attn_implementation",
+    "adapter.computation",
+    "data.cache_dir",
+    "data.tasks",
+    "data.split_seed",
+    "data.near_duplicate_threshold",
+    "data.on_bad_row",
+    "data.max_seq_length",
+    "parallel.timeout_seconds",
+    "train.gradient_checkpointing",
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.async_save",
+    "train.stop_after_steps",
+    "train.max_hours",
+    "train.best_metric",
+    "train.best_baseline",
+    "train.report_to",
+    "train.resume_from_checkpoint",
+)
+# How the same numbers are computed; they agree to rounding.
+TOPOLOGY = (
+    "parallel.zero_stage",
+    "parallel.ep_size",
+    "parallel.ds_config",
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key with the value it had and the one it has; `kind` is `harmless`, `topology` or `refused`."""
+
+    key: str
+    before: Any
+    now: Any
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} -> {self.now!r}"
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The differences of two configs given as plain nested mappings, in the order of their keys.
+
+    A key that one of them lacks counts as None there: another version may have had other keys.
+    """
+    return [Change(key, old, new, _kind(key)) for key, old, new in _differences(before, now, ())]
+
+
+def _differences(before: Any, now: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(key), now.get(key), (*path, key))
+    elif before != now:
+        yield ".".join(path), before, now
+
+
+def _kind(key: str) -> str:
+    for kind, keys in (("harmless", HARMLESS), ("topology", TOPOLOGY)):
+        if any(key == known or key.startswith(f"{known}.") for known in keys):
+            return kind
+    return "refused"

@@ -1,0 +1,66 @@
+"""The checkpoints of a run: its engine, loader and window to disk and back."""
+
+from malora_dist.checkpoint.adapter import AdapterInfo
+from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name
+from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.config import RunConfig, plain_config
+from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.loop import LoopState
+from malora_dist.engine.outputs import RunOutputs
+from malora_dist.engine.saver import Description, Saver
+from malora_dist.engine.step import Stepper
+from malora_dist.engine.training_state import restore_training, training_state
+from malora_dist.engine.window import Window
+from malora_dist.parallel.optimizer_state import optimizer_state
+from malora_dist.parallel.snapshot import whole_tensors
+
+
+class RunCheckpoints:
+    """Saves and restores one run. Every process calls every method alike."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        outputs: RunOutputs,
+        stepper: Stepper,
+        loader: TrainLoader,
+        window: Window,
+        base: dict[str, str | None],
+    ) -> None:
+        self.stepper, self.loader, self.window = stepper, loader, window
+        self.tensors = whole_tensors(stepper.engine.module)
+        self.optimizer = optimizer_state(stepper.engine, config.parallel.zero_stage)
+        self.saver = Saver(
+            self.tensors,
+            self.optimizer,
+            stepper.world,
+            outputs.folder / CHECKPOINTS,
+            _description(config, stepper.world.size, base, outputs.adapter_info()),
+            save_total_limit=config.train.save_total_limit,
+            asynchronous=config.train.async_save,
+            saved=outputs.record,
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> LoopState:
+        """Put a checkpoint's state into engine, loader and window; where training goes on. See `restore_training`."""
+        state = restore_training(
+            checkpoint, self.stepper.engine, self.optimizer, self.tensors, self.loader, self.window, self.stepper.world
+        )
+        self.saver.point_at_best(state.best.step)
+        return state
+
+    def save(self, state: LoopState, best: bool) -> None:
+        """Begin to save the state after the last completed step."""
+        self.stepper.position.enter(f"saving {checkpoint_name(state.step)}")
+        self.saver.save(state.step, training_state(self.stepper.engine, self.optimizer, state, self.window), best=best)
+
+    def complete(self) -> None:
+        """Return when every save that has begun is a checkpoint."""
+        self.stepper.position.enter("finishing a checkpoint")
+        self.saver.complete()
+
+
+def _description(config: RunConfig, world_size: int, base: dict[str, str | None], adapter: AdapterInfo) -> Description:
+    parallel = config.parallel
+    topology = {"world_size": world_size, "ep_size": parallel.ep_size, "zero_stage": parallel.zero_stage}
+    return Description(config=plain_config(config), base=base, topology=topology, adapter=adapter)

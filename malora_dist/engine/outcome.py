@@ -1,0 +1,51 @@
+"""How a run ended: exit codes, and exit.json for wrappers whose launcher does not hand codes on."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from malora_dist.engine.run_folder import write_json
+from malora_dist.errors import CheckpointError
+
+EXIT_FILE = "exit.json"
+FINISHED, PREEMPTED, FAILED = "finished", "preempted", "failed"
+# 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
+EXIT_OK, EXIT_FAILED, EXIT_MISTAKE, EXIT_PREEMPTED = 0, 1, 2, 75
+
+
+def write_outcome(folder: Path, outcome: str, code: int, *, reason: str, step: int, checkpoint: str | None) -> None:
+    """Write exit.json: outcome, the processes' exit code, why, the last step, the checkpoint to go on from."""
+    write_json(
+        folder / EXIT_FILE,
+        {
+            "outcome": outcome,
+            "exit_code": code,
+            "reason": reason,
+            "step": step,
+            "checkpoint": checkpoint,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    )
+
+
+def read_outcome(folder: Path) -> dict[str, Any] | None:
+    """The content of exit.json; None without one: the run is still going on, or was killed.
+
+    Raises CheckpointError if it is damaged.
+    """
+    path = folder / EXIT_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["outcome"], content["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    result: dict[str, Any] = content
+    return result
+
+
+def clear_outcome(folder: Path) -> None:
+    """Remove exit.json of the session before this one."""
+    (folder / EXIT_FILE).unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""Sums over the steps since the last log record, and expert counts since the last routing record."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from malora_dist.engine.progress import peak_memory_gib
+from malora_dist.engine.step import Stepper, StepResult
+from malora_dist.nn.inject import mixture_layers
+from malora_dist.parallel.groups import max_over_processes, sum_over_processes
+
+Record = dict[str, Any]
+
+
+class Window:
+    """Collects step results and makes records of them, the same on every process."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        self.stepper = stepper
+        self.layers = [name for name, layer in mixture_layers(stepper.engine.module) if layer.balanced]
+        self.results: list[StepResult] = []
+        self.seconds = 0.0
+        self.expert_counts_GLE: Tensor = torch.zeros(())
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        """One more step, which took `seconds`."""
+        self.results.append(result)
+        self.seconds += seconds
+        self.expert_counts_GLE = self.expert_counts_GLE + result.expert_counts_GLE
+
+    def close(self, step: int, epoch: float) -> Record:
+        """The window's record; starts a new window."""
+        results, seconds = self.results, self.seconds
+        n = len(results)
+        device = self.stepper.world.device
+        peak = max_over_processes(torch.tensor([peak_memory_gib(device)], dtype=torch.float64, device=device))
+        record: Record = {
+            "kind": "train",
+            "step": step,
+            "epoch": epoch,
+            "loss": sum(result.loss for result in results) / n,
+            "aux_loss": sum(result.aux_loss for result in results) / n,
+            "grad_norm": sum(result.grad_norm for result in results) / n,
+            "learning_rate": results[-1].learning_rate,
+            "tokens_per_second": sum(result.tokens for result in results) / seconds,
+            "step_seconds": seconds / n,
+            "peak_memory_gib": float(peak),
+        }
+        if self.stepper.wire is not None:
+            record["exchange_bytes"] = sum(self._sent()) / n
+        for task, name in enumerate(self.stepper.task_names):
+            count = sum(result.task_token_counts[task] for result in results)
+            if count > 0:
+                record[f"train/{name}/loss"] = sum(result.task_loss_sums[task] for result in results) / count
+        self.results, self.seconds = [], 0.0
+        return record
+
+    def _sent(self) -> list[float]:
+        """Bytes all processes exchanged in each step."""
+        device = self.stepper.world.device
+        sent = torch.tensor([r.exchange_bytes for r in self.results], dtype=torch.float64, device=device)
+        total: list[float] = sum_over_processes(sent).tolist()
+        return total
+
+    def routing(self, step: int) -> Record:
+        """Share of each task's choices that went to each expert, by layer; starts a new count."""
+        counts = self._counts()
+        self.expert_counts_GLE = torch.zeros(())
+        share = {
+            name: {
+                layer: (counts[task, index] / counts[task, index].sum().clamp(min=1)).tolist()
+                for index, layer in enumerate(self.layers)
+            }
+            for task, name in enumerate(self.stepper.task_names)
+        }
+        return {"kind": "routing", "step": step, "tasks": list(self.stepper.task_names), "share": share}
+
+    def _counts(self) -> Tensor:
+        return sum_over_processes(self.expert_counts_GLE.clone()) if self.layers else self.expert_counts_GLE
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON of what has been collected by all processes; every process must call it."""
+        sent = self._sent() if self.results else []
+        results = [
+            {**_numbers(result), "exchange_bytes": int(total)} for result, total in zip(self.results, sent, strict=True)
+        ]
+        counted = self.layers and self.expert_counts_GLE.dim() > 0
+        return {
+            "results": results,
+            "seconds": self.seconds,
+            "expert_counts": self._counts().tolist() if counted else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave, on any number of processes: the main one stands for all that did it."""
+        is_main = self.stepper.world.is_main
+        nothing = torch.zeros(())
+        self.results = [
+            StepResult(**{**row, "exchange_bytes": row["exchange_bytes"] * is_main}, expert_counts_GLE=nothing)
+            for row in state["results"]
+        ]
+        self.seconds = state["seconds"]
+        if state["expert_counts"] is not None:
+            counts = torch.tensor(state["expert_counts"], device=self.stepper.world.device)
+            self.expert_counts_GLE = counts if is_main else torch.zeros_like(counts)
+
+
+def _numbers(result: StepResult) -> dict[str, Any]:
+    """The fields of a result that are the same on every process."""
+    return {name: value for name, value in vars(result).items() if name not in ("expert_counts_GLE", "exchange_bytes")}

@@ -1,0 +1,178 @@
+"""What the processes of the resume proof do: save in every topology, and go on in every other one."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from malora_dist.checkpoint.adapter import AdapterInfo
+from malora_dist.data.encode import Sample
+from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.loop import LoopState
+from malora_dist.engine.resume import open_checkpoint
+from malora_dist.engine.saver import Description, Saver
+from malora_dist.engine.selection import Best
+from malora_dist.engine.training_state import restore_training, training_state
+from malora_dist.engine.window import Window
+from malora_dist.methods import mixture_spec
+from malora_dist.parallel.groups import World
+from malora_dist.parallel.optimizer_state import optimizer_state
+from malora_dist.parallel.snapshot import snapshot, whole_tensors
+from tests.engine.workers import ACCUMULATION, RecordingStepper, new_stepper
+
+SAVED, LAST = 3, 5
+TASK_SIZES, GLOBAL_BATCH = [8, 6, 5], 8  # an epoch is 2.4 steps: the save is in the middle of one
+
+
+class Run:
+    """An engine with its loader and window, as training has them."""
+
+    def __init__(self, world: World, folder: str, case: dict[str, Any]) -> None:
+        self.world, self.case = world, case
+        self.stepper: RecordingStepper = new_stepper(world, folder, {**case, "lr_scheduler_type": "linear"})
+        self.tensors = whole_tensors(self.stepper.engine.module)
+        self.optimizer = optimizer_state(self.stepper.engine, case["zero_stage"])
+        self.results: list[dict[str, float]] = []
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        self.loader, self.window, self.state = loader(self.world), Window(self.stepper), LoopState()
+
+    def train(self, last: int) -> None:
+        """To step `last`, keeping what each step gave."""
+        while self.state.step < last:
+            number = self.state.step + 1
+            result = self.stepper.step(number, next(self.loader))
+            self.window.add(result, 1.0)
+            self.state = LoopState(number, True, self.loader.state_dict(), Best(0.5, 1))
+            numbers = (result.loss, result.aux_loss, result.grad_norm, result.learning_rate)
+            self.results.append(dict(zip(("loss", "aux_loss", "grad_norm", "learning_rate"), numbers, strict=True)))
+
+    def saver(self, folder: str, **settings: Any) -> tuple[Saver, list[dict[str, Any]]]:
+        """What saves the run into a folder, and the records it will give."""
+        records: list[dict[str, Any]] = []
+        topology = {"world_size": self.world.size, "ep_size": self.case.get("ep_size", 1)}
+        saver = Saver(
+            self.tensors,
+            self.optimizer,
+            self.world,
+            Path(folder),
+            Description(
+                config={"train": {"seed": 1}},
+                base={"name": "tiny", "revision": None, "fingerprint": "0" * 32, "dtype": "float32"},
+                topology=topology | {"zero_stage": self.case["zero_stage"]},
+                adapter=AdapterInfo(
+                    spec=mixture_spec("malora"), target_modules=("q_proj",), base_model="", lora_dropout=0
+                ),
+            ),
+            saved=records.append,
+            **settings,
+        )
+        return saver, records
+
+    def json_state(self) -> dict[str, Any]:
+        """What the manifest says of where the run is."""
+        return training_state(self.stepper.engine, self.optimizer, self.state, self.window)
+
+    def restore(self, folder: str) -> None:
+        """Become the run that was saved there."""
+        checkpoint = open_checkpoint(Path(folder), self.world)
+        self.start_anew()
+        self.results = []
+        self.state = restore_training(
+            checkpoint, self.stepper.engine, self.optimizer, self.tensors, self.loader, self.window, self.world
+        )
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """Weights and moments, whole, on every process."""
+        return {f"{kind}.{name}": t for kind, name, t in snapshot(self.tensors, self.optimizer, lambda name: True)}
+
+    def counts(self) -> dict[str, int]:
+        """Steps by everything that counts them."""
+        engine, groups = self.stepper.engine, self.stepper.engine.optimizer.param_groups
+        assert len({group["lr"] for group in groups}) == 1
+        return {
+            "optimizer": self.optimizer.step_count(),
+            "scheduler": engine.lr_scheduler.last_epoch,
+            "engine": engine.global_steps,
+            "micro": engine.micro_steps // engine.gradient_accumulation_steps(),
+        }
+
+
+def loader(world: World) -> TrainLoader:
+    """Samples of widely different lengths; the global micro-batches are the same for every number of processes."""
+    draw = np.random.default_rng(3)
+    tasks = np.repeat(np.arange(len(TASK_SIZES)), TASK_SIZES)
+    samples = [
+        Sample(i, int(task), draw.integers(0, 96, 6 + 5 * (i % 4)).astype(np.int32), 3 + i % 3)
+        for i, task in enumerate(tasks)
+    ]
+    return TrainLoader(
+        samples,
+        task_sizes=TASK_SIZES,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=GLOBAL_BATCH // ACCUMULATION // world.size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=5,
+    )
+
+
+def save_all(world: World, folder: str, output: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Train each case to the end, with a checkpoint on the way; what each step gave, and the last state in a file."""
+    found = {}
+    for name, case in cases.items():
+        run = Run(world, folder, case)
+        run.train(SAVED)
+        # Shards small enough that every process writes one.
+        saver, records = run.saver(f"{output}/{name}", shard_bytes=20_000)
+        saver.save(run.state.step, run.json_state(), best=True)
+        saver.complete()
+        run.train(LAST)
+        state = run.whole_state()
+        if world.is_main:
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, f"{output}/{name}.safetensors")
+        share = run.window.routing(LAST)["share"]
+        found[name] = {"steps": run.results, "records": records, "routing": share}
+    return found
+
+
+def go_on_from_all(
+    world: World, folder: str, output: str, cases: dict[str, dict[str, Any]], sources: list[str], reference: str
+) -> dict[str, Any]:
+    """In each case go on from every source: steps, counts, and how far the last state is from those it should equal.
+
+    A case that is `alone` goes on from itself only.
+    """
+    found: dict[str, Any] = {}
+    for name, case in cases.items():
+        run = Run(world, folder, case)
+        own = load_file(f"{output}/{name}.safetensors")
+        wanted = own if case.get("alone") else load_file(f"{output}/{reference}.safetensors")
+        for source in [name, *(other for other in sources if other != name and not case.get("alone"))]:
+            run.restore(f"{output}/{source}/step-{SAVED:06d}")
+            counts, window = run.counts(), len(run.window.results)
+            run.train(LAST)
+            state = run.whole_state()
+            found[f"{source} -> {name}"] = {
+                "steps": run.results,
+                "counts": counts,
+                "window": window,
+                "routing": run.window.routing(LAST)["share"],
+                "apart": distances(state, wanted),
+                "bit_equal": source == name and all(torch.equal(state[key], own[key]) for key in own),
+            }
+    return found
+
+
+def distances(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference of any element, by kind of tensor."""
+    kinds = ("adapter", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")
+    assert state.keys() == wanted.keys()
+    return {
+        kind: max(float((state[key] - wanted[key]).abs().max()) for key in wanted if key.startswith(kind))
+        for kind in kinds
+    }
