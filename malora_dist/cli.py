@@ -15,9 +15,11 @@ from rich.text import Text
 
 from malora_dist import __version__
 from malora_dist.bench.variants import TOPICS, recipe_variant
-from malora_dist.config import RunConfig, load_config
+from malora_dist.config import NEW_RUN, RunConfig, load_config
 from malora_dist.config.matrix import check_plan, suggest_world_sizes
 from malora_dist.config.template import recipe_text
+from malora_dist.convert.command import EPILOG
+from malora_dist.convert.command import command as convert_command
 from malora_dist.errors import ConfigError, MaloraError
 from malora_dist.launch.command import (
     deepspeed_command,
@@ -156,9 +158,20 @@ def plan(
 
 
 @app.command(context_settings=OVERRIDES)
-def train(context: typer.Context, recipe: Recipe, num_gpus: NumGpus = None) -> None:
-    """Train. Outside a launcher, several GPUs are used through `deepspeed`; --num_gpus 1 trains in this process."""
+def train(
+    context: typer.Context,
+    recipe: Recipe,
+    num_gpus: NumGpus = None,
+    new_run: Annotated[
+        bool, typer.Option("--new-run", help="Start anew beside a run in output_dir, instead of going on with it.")
+    ] = False,
+) -> None:
+    """Train, or go on with the unfinished run in output_dir.
+
+    Outside a launcher, several GPUs are used through `deepspeed`; --num_gpus 1 trains in this process.
+    """
     path, overrides = _recipe_first(recipe, context.args)
+    overrides += [NEW_RUN] if new_run else []
     config = load_config(path, overrides)
     _run("malora_dist.train", [path, *overrides], num_gpus, config)
 
@@ -190,6 +203,24 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) ->
         raise ConfigError(f"RUN_DIR={run_dir} is not a folder")
     written = import_module("malora_dist.report").write_report(run_dir)
     Console().print(f"wrote {written}", soft_wrap=True, highlight=False)
+
+
+app.command(name="convert", epilog=EPILOG)(convert_command)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A run, checkpoint, adapter (PEFT's too), model or DeepSpeed folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Say what a folder is: method, numbers, counts, norms of experts, and damage. Exit code 1 if there is damage."""
+    facts = import_module("malora_dist.inspect.look").inspect(path)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        for line in import_module("malora_dist.inspect.lines").lines(facts):
+            Console().print(Text(line), soft_wrap=True)
+    raise typer.Exit(1 if facts["damaged"] else 0)
 
 
 @bench.command(name="ep", context_settings=OVERRIDES)

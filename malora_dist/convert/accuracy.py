@@ -1,0 +1,38 @@
+"""What a static LoRA loses against the mixture it stands for, in accuracy on a task's held-out rows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from malora_dist.data.encode import ChoiceItem, Sample
+from malora_dist.engine.evaluation import as_question, forward_of
+from malora_dist.scoring import score_items, task_result
+
+GAP_HEADER = f"{'task':<16} {'n':>5}  {'measure':<10} {'routed':>8} {'static':>8} {'change':>8}"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One task's record of `scoring.task_result`, routed and static."""
+
+    routed: Mapping[str, float]
+    static: Mapping[str, float]
+
+
+def measure(model: Any, rows: Sequence[ChoiceItem] | Sequence[Sample], batch_tokens: int) -> dict[str, float]:
+    """The record of the model as it is now, loaded with attention that takes masks."""
+    items = [as_question(row) for row in rows]
+    scores = score_items(
+        forward_of(model),
+        items,
+        batch_tokens=batch_tokens,
+        device=next(model.parameters()).device,
+    )
+    return task_result(items, [scores[number] for number in range(len(items))])
+
+
+def gap_line(task: str, gap: Gap) -> str:
+    """A line under GAP_HEADER: accuracy of multiple choice, loss of completions, and the difference."""
+    name = "accuracy" if "accuracy" in gap.routed else "loss"
+    before, after = gap.routed[name], gap.static[name]
+    return f"{task:<16} {gap.routed['n']:>5}  {name:<10} {before:8.3f} {after:8.3f} {after - before:+8.3f}"

@@ -1,0 +1,72 @@
+"""The command line of `malora convert`; torch is imported once a kind runs."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from malora_dist.convert.kinds import KINDS, Options, check_options, find_kind
+from malora_dist.errors import ConfigError
+
+EPILOG = "\n\n".join(f"--to {name}: {kind.help}." for name, kind in KINDS.items())
+
+
+def command(
+    paths: Annotated[list[Path], typer.Argument(metavar="SRC DST", help="A run, checkpoint or adapter; a new folder.")],
+    to: Annotated[str, typer.Option("--to", metavar="KIND", help=f"One of {', '.join(KINDS)}; see below.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Run both sides on real text and compare them.")] = False,
+    text: Annotated[Path | None, typer.Option(help="Text for --verify. Default: the tasks' rows.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Tasks and base. Default: what SRC was trained with.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base model is. Default: as the recipe says.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the base runs, if it has to. Default: cpu.")] = None,
+    shards: Annotated[int | None, typer.Option(min=1, help="checkpoint: files of each kind.")] = None,
+    gate: Annotated[str | None, typer.Option(help="peft-experts: one or mean.")] = None,
+    fit: Annotated[str | None, typer.Option(help="peft-tasks: mean or lstsq.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="peft-tasks: a smaller rank.")] = None,
+    r: Annotated[int | None, typer.Option("--r", min=1, help="malora, molora: rank of an expert.")] = None,
+    shared_r: Annotated[
+        int | None, typer.Option("--shared-r", "--shared_r", min=1, help="malora: rank of S_A.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="malora: S_A = beta V.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option("--lora-alpha", "--lora_alpha", help="from-deepspeed: what it does not store.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", "--top_k", min=1, help="malora, molora: experts a token is sent to.")
+    ] = None,
+    calibration: Annotated[int | None, typer.Option(min=1, help="Samples of each task to measure gates on.")] = None,
+    eval_samples: Annotated[
+        int | None, typer.Option("--eval-samples", min=0, help="peft-tasks: rows of each task to measure accuracy on.")
+    ] = None,
+) -> None:
+    """Write an adapter or checkpoint in another form: for PEFT, vLLM, or another number of files. Needs no GPU."""
+    find_kind(to)
+    options = Options(
+        shards=shards,
+        gate=gate,
+        fit=fit,
+        rank=rank,
+        r=r,
+        shared_r=shared_r,
+        beta=beta,
+        top_k=top_k,
+        lora_alpha=lora_alpha,
+        calibration=calibration,
+        eval_samples=eval_samples,
+        recipe=recipe,
+        base=base,
+        device=device,
+        text=text,
+        verify=verify,
+    )
+    check_options(to, options)
+    if len(paths) < 2:
+        raise ConfigError("malora convert SRC DST --to KIND: DST, a folder to write, is missing")
+
+    def say(line: str) -> None:
+        Console().print(Text(line), soft_wrap=True)
+
+    import_module("malora_dist.convert.job").convert(to, tuple(paths[:-1]), paths[-1], options, say)

@@ -1,0 +1,88 @@
+"""Looking at what routers decide, and deciding for them, from outside the model."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from malora_dist.functional.routing import Routing
+from malora_dist.nn.inject import mixture_layers
+
+# (layer, its input (T, I), what its router decided) -> what its experts get
+Decide = Callable[[str, Tensor, Routing], Routing]
+
+
+@contextmanager
+def deciding(model: nn.Module, decide: Decide) -> Iterator[None]:
+    """Within the block `decide` has the last word on every routing of the model's adapted layers."""
+
+    def hook_of(name: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Routing | None]) -> Any:
+            h, routing = output
+            return h, None if routing is None else decide(name, inputs[0], routing)
+
+        return hook
+
+    handles = [layer.entrance.register_forward_hook(hook_of(name)) for name, layer in mixture_layers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def constant_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block every token of a layer has the same gates (E,), whatever its router says."""
+
+    def decide(layer: str, x_TI: Tensor, routing: Routing) -> Routing:
+        g_TE = gates[layer].to(routing.probs_TE).expand(len(x_TI), -1)
+        ids_TE = torch.arange(g_TE.shape[1], device=g_TE.device).expand_as(g_TE)
+        return Routing(g_TE, ids_TE, g_TE)
+
+    with deciding(model, decide):
+        yield
+
+
+class Replay:
+    """Routings written down in one pass over some rows, and given again in the same order in another.
+
+    Two forms of one adapter round differently, so a token on the border of two experts may fall to either side. To
+    compare their sums, both must be of the same experts.
+    """
+
+    def __init__(self) -> None:
+        self.routings: list[Routing] = []
+
+    def record(self, layer: str, x_TI: Tensor, routing: Routing) -> Routing:
+        """A `Decide` that keeps what the router says."""
+        self.routings.append(routing)
+        return routing
+
+    def repeat(self, layer: str, x_TI: Tensor, routing: Routing) -> Routing:
+        """A `Decide` that says what was kept."""
+        return self.routings.pop(0)
+
+
+@contextmanager
+def static_lora(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Within the block the adapted layers are their base plus B A x, for factors (A (R, I), B (O, R)) by layer."""
+
+    def hook_of(A_RI: Tensor, B_OR: Tensor) -> Callable[..., Tensor]:
+        return lambda _, inputs, output: output + F.linear(F.linear(inputs[0], A_RI), B_OR)
+
+    layers = dict(mixture_layers(model))
+    assert layers.keys() == factors.keys()
+    handles = [layers[name].register_forward_hook(hook_of(*pair)) for name, pair in factors.items()]
+    for layer in layers.values():
+        layer.adapter_enabled = False
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers.values():
+            layer.adapter_enabled = True

@@ -1,0 +1,152 @@
+"""One conversion: what it reads, where it writes, and what its options stand for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from malora_dist.checkpoint.adapter import AdapterInfo, AdapterTensors, open_adapter
+from malora_dist.checkpoint.folder import new_folder
+from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.config import RunConfig, load_config
+from malora_dist.config.load import config_from_dict
+from malora_dist.convert.kinds import KINDS, Options, check_options, find_kind, kinds_for, methods_that_fit
+from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.model import load_base_model
+from malora_dist.source import resolve_model
+from malora_dist.weights.fingerprint import base_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a kind's function is given.
+
+    kind: its name. sources: SRC, one or more. target: DST, as it will be called. folder: the empty folder to fill,
+    which becomes DST. say: prints a line.
+    """
+
+    kind: str
+    sources: tuple[Path, ...]
+    target: Path
+    folder: Path
+    options: Options
+    say: Callable[[str], None] = field(default=print)
+
+    @property
+    def source(self) -> Path:
+        """The only SRC."""
+        (source,) = self.sources
+        return source
+
+    def open_adapter(self) -> AdapterTensors:
+        """The adapter that SRC holds. Raises CheckpointError if it is damaged or its method does not fit the kind."""
+        adapter = open_adapter(self.source)
+        method = adapter.info.spec.method
+        if method not in methods_that_fit(KINDS[self.kind]):
+            raise CheckpointError(
+                f"--to {self.kind} takes {', '.join(methods_that_fit(KINDS[self.kind]))}; {self.source} is a {method} "
+                f"adapter, which these take: {', '.join(kinds_for(method))}"
+            )
+        return adapter
+
+    def recipe(self) -> RunConfig | None:
+        """The recipe of --recipe, of the run or of the checkpoint; None for a bare adapter folder."""
+        return self._recipe
+
+    @cached_property
+    def _recipe(self) -> RunConfig | None:
+        if self.options.recipe is not None:
+            return load_config(self.options.recipe)
+        source = self.sources[0]
+        for folder in (source, source.parent):
+            if (folder / "config.yaml").is_file():
+                return load_config(folder / "config.yaml")
+        if self._checkpoint is None:
+            return None
+        return config_from_dict(self._checkpoint.manifest.config, source=str(self._checkpoint.folder))
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint | None:
+        try:
+            return open_adapter(self.sources[0]).checkpoint
+        except CheckpointError:
+            return None  # SRC is no adapter of ours: kinds that need one have opened it already
+
+    def task_names(self) -> list[str]:
+        """The tasks of the recipe, for a model card; none for a bare adapter folder."""
+        recipe = self.recipe()
+        return [] if recipe is None else [task.name for task in recipe.data.tasks]
+
+    def needed_recipe(self) -> RunConfig:
+        """As `recipe`. Raises ConfigError if there is none."""
+        recipe = self.recipe()
+        if recipe is None:
+            raise ConfigError(f"--to {self.kind} reads tasks; {self.source} names none, so give --recipe RECIPE.yaml")
+        return recipe
+
+    def base_folder(self, info: AdapterInfo) -> Path:
+        """The folder of the base: --base, else the recipe's, else what the adapter names."""
+        if self.options.base is not None:
+            return resolve_model(self.options.base)
+        recipe = self.recipe()
+        if recipe is not None:
+            return resolve_model(recipe.model.name_or_path, recipe.model.revision)
+        return resolve_model(info.base_model)
+
+    def load_base(self, info: AdapterInfo) -> "PreTrainedModel":
+        """The base in float32, not quantised, on --device (the CPU).
+
+        Raises CheckpointError if SRC is a checkpoint that was trained on another base.
+        """
+        folder, device = self.base_folder(info), self.options.device or "cpu"
+        check_base(self._checkpoint, folder)
+        return load_base_model(folder, dtype=torch.float32, load_in_4bit=False, device=device)
+
+
+def check_base(checkpoint: Checkpoint | None, base: Path) -> None:
+    """Raise CheckpointError unless a model folder is the base of a checkpoint; adapter folders do not tell theirs."""
+    if checkpoint is None:
+        return
+    wanted, found = checkpoint.manifest.base["fingerprint"], base_fingerprint(base)
+    if wanted != found:
+        raise CheckpointError(
+            f"{base} is not the base of {checkpoint.folder}: its fingerprint is {found}, the checkpoint's is {wanted}"
+        )
+
+
+def convert(
+    kind: str,
+    sources: tuple[Path, ...],
+    target: Path,
+    options: Options,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write `target`, whole or not at all.
+
+    Raises ConfigError for an unknown kind or an option it does not take, CheckpointError if a source cannot be read,
+    does not fit, or fails the verification, or if `target` exists.
+    """
+    row = find_kind(kind)
+    check_options(kind, options)
+    if len(sources) != 1 and not (sources and row.many_sources):
+        raise ConfigError(f"--to {kind} takes one SRC, then DST; {len(sources)} SRC were given")
+    missing = [str(source) for source in sources if not source.exists()]
+    if missing:
+        raise CheckpointError(f"SRC={missing[0]}: there is no such file or folder")
+    function = _function(row.module, row.function)
+    with new_folder(target) as folder:
+        function(Job(kind=kind, sources=sources, target=target, folder=folder, options=options, say=say))
+    say(f"wrote {target}")
+
+
+def _function(module: str, name: str) -> Callable[[Job], Any]:
+    from importlib import import_module
+
+    function: Callable[[Job], Any] = getattr(import_module(module), name)
+    return function

@@ -1,0 +1,176 @@
+"""A one-expert adapter added into its base's weights: a model folder like any other."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from malora_dist.checkpoint.adapter import AdapterTensors, open_adapter, put_adapter
+from malora_dist.checkpoint.disk import share_file, write_text
+from malora_dist.convert.job import Job, check_base
+from malora_dist.convert.verify import logits_of, text_rows
+from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.model import load_base_model
+from malora_dist.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
+from malora_dist.weights.tensor_file import read_header, write_tensors
+
+# What stands beside the weights in a model folder: config, tokenizer, templates, terms.
+COPIED = re.compile(r"(?!adapter_config)[^.][^/]*\.(json|txt|model|jinja)|(LICENSE|NOTICE|USE_POLICY)[^/]*")
+
+
+def to_merged(job: Job) -> None:
+    """DST is the base with W' = W + s B A (dora: its rows scaled to their magnitudes) in the place of adapted weights.
+
+    Read and written file by file, one tensor in memory; sums in float32, results in the dtype the base is stored in.
+    Raises CheckpointError for a routed mixture, and for an adapter of another base.
+    """
+    adapter = _one_expert(job)
+    base = job.base_folder(adapter.info)
+    _check_base(adapter, base)
+    merge = _Merge(adapter, TensorReader(base))
+    file_of = weight_files(base)
+    for file in [SINGLE] if file_of is None else dict.fromkeys(file_of.values()):
+        if Path(file).name != file:
+            raise ConfigError(f"{base / INDEX} names {file!r}, which is no file of its folder")
+        merge.write_file(base / file, job.folder / file)
+    _copy_others(base, job.folder)
+    write_text(job.folder / "README.md", _card(adapter, job))
+    write_text(job.folder / "merged.json", json.dumps(_origin(adapter), indent=2) + "\n")
+    job.say(merge.summary())
+    recipe = job.recipe()
+    if recipe is not None and recipe.model.load_in_4bit:
+        job.say(
+            "note: it was trained on this base in 4 bits and is merged into its full weights, a slightly other model"
+        )
+    if job.options.verify:
+        _verify(job, adapter, merge)
+
+
+def _one_expert(job: Job) -> AdapterTensors:
+    adapter = open_adapter(job.source)
+    if adapter.info.spec.structure.routed:
+        raise CheckpointError(
+            f"{job.source} is a {adapter.info.spec.method} adapter: its gate weighs the experts anew for every token, "
+            "so no one weight is equal to it. --to peft-tasks makes a static LoRA of it for each task"
+        )
+    return job.open_adapter()
+
+
+def _check_base(adapter: AdapterTensors, base: Path) -> None:
+    """Raises CheckpointError unless the folder is the adapter's base, ConfigError if its weights cannot be added to."""
+    with readable(base / "config.json"):
+        config: dict[str, Any] = json.loads((base / "config.json").read_text())
+    if config.get("quantization_config"):
+        raise ConfigError(f"{base} holds quantised weights; give the unquantised model with --base")
+    check_base(adapter.checkpoint, base)
+    reader = TensorReader(base)
+    for layer in adapter.layers():
+        if config.get("tie_word_embeddings") and layer.rpartition(".")[2] == "lm_head":
+            raise CheckpointError(f"{layer} of this base is tied to the embedding, which a merge would change too")
+        place = reader.place([f"{layer}.weight"])
+        shape = (adapter.shapes[f"{layer}.B"][1], adapter.shapes[f"{layer}.A"][2])
+        if place.shape != shape or not place.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{base}: {layer}.weight is {place.dtype} of shape {place.shape}, the adapter needs numbers of {shape}"
+            )
+
+
+def merged_weight(weight_OI: Tensor, factors: dict[str, Tensor], scaling: float) -> Tensor:
+    """W + s B A in fp32 (O, I), or with `magnitude` (O,) m that of each row scaled to norm m."""
+    merged_OI = torch.addmm(weight_OI.float(), factors["B"][0], factors["A"][0], alpha=scaling)
+    if "magnitude" in factors:
+        norm_O = merged_OI.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        merged_OI *= (factors["magnitude"] / norm_O)[:, None]
+    return merged_OI
+
+
+class _Merge:
+    """Writes files of the base anew, and sums up what the adapter changes and what rounding takes of it."""
+
+    def __init__(self, adapter: AdapterTensors, reader: TensorReader) -> None:
+        self.adapter, self.reader = adapter, reader
+        self.layers = {f"{layer}.weight": layer for layer in adapter.layers()}
+        self.dtypes: set[torch.dtype] = set()
+        self.change = self.loss = 0.0
+
+    def write_file(self, source: Path, target: Path) -> None:
+        with readable(source):
+            header = read_header(source)
+        write_tensors(
+            target, {name: (place.dtype, place.shape) for name, place in header.items()}, self._values(header)
+        )
+        share_file(target)
+
+    def _values(self, names: Any) -> Iterator[Tensor]:
+        for name in names:
+            value = self.reader.read([name])
+            yield self._merged(value, self.layers[name]) if name in self.layers else value
+
+    def _merged(self, weight_OI: Tensor, layer: str) -> Tensor:
+        exact_OI = merged_weight(weight_OI, self.adapter.read_layer(layer), self.adapter.info.spec.scaling)
+        stored_OI = exact_OI.to(weight_OI.dtype)
+        if not torch.isfinite(stored_OI).all():
+            raise CheckpointError(f"{layer}.weight with the adapter is not finite in {weight_OI.dtype}")
+        self.dtypes.add(weight_OI.dtype)
+        self.change += float((exact_OI - weight_OI).square().sum(dtype=torch.float64))
+        self.loss += float((stored_OI - exact_OI).square().sum(dtype=torch.float64))
+        return stored_OI
+
+    @property
+    def epsilon(self) -> float:
+        return max(torch.finfo(dtype).eps for dtype in self.dtypes)
+
+    def summary(self) -> str:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
+        lost = (self.loss / self.change) ** 0.5 if self.change else 0.0
+        return f"merged {len(self.layers)} weights in {names}; rounding to it is {lost:.1e} of what the adapter changes"
+
+
+def _copy_others(base: Path, folder: Path) -> None:
+    if (base / INDEX).is_file():
+        shutil.copyfile(base / INDEX, folder / INDEX)
+    for path in sorted(base.iterdir()):
+        if path.is_file() and COPIED.fullmatch(path.name) and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+            share_file(folder / path.name)
+
+
+def _origin(adapter: AdapterTensors) -> dict[str, Any]:
+    """What `malora inspect` says of the folder."""
+    spec, info = adapter.info.spec, adapter.info
+    return {"base_model": info.base_model, "method": spec.method, "r": spec.r, "target_modules": [*info.target_modules]}
+
+
+def _card(adapter: AdapterTensors, job: Job) -> str:
+    info, tasks = adapter.info, job.task_names()
+    trained = f", trained on {', '.join(tasks)}," if tasks else ""
+    return (
+        f"---\nbase_model: {info.base_model}\nlibrary_name: transformers\n---\n\n# {info.base_model}, tuned\n\n"
+        f"A {info.spec.method} adapter of rank {info.spec.r} on {', '.join(info.target_modules)}{trained} merged into "
+        "the base's weights.\n"
+    )
+
+
+def _verify(job: Job, adapter: AdapterTensors, merge: _Merge) -> None:
+    """Logits of the base with the adapter on it and of the merged folder, both computed in float32.
+
+    They may differ by 1e-4 of the largest logit, and by 8 eps of the dtype the weights were rounded to where that is
+    more. Raises CheckpointError beyond it.
+    """
+    rows = text_rows(job, adapter.info)
+    model = job.load_base(adapter.info)
+    put_adapter(model, adapter)
+    wanted = torch.cat(logits_of(model, rows))
+    del model
+    merged = load_base_model(job.folder, dtype=torch.float32, load_in_4bit=False, device=job.options.device or "cpu")
+    found = torch.cat(logits_of(merged, rows))
+    apart, limit = (found - wanted).abs().max().item(), max(1e-4, 8 * merge.epsilon) * wanted.abs().max().item()
+    text = f"max |d logits| {apart:.1e} (tolerance {limit:.1e})"
+    if not apart <= limit:
+        raise CheckpointError(f"verification failed, {job.target} is not written: {text}")
+    job.say(f"verified {text}")

@@ -1,0 +1,173 @@
+"""`malora convert` as a user meets it: what is refused, and what a stopped conversion leaves."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from malora_dist.cli import main
+from malora_dist.errors import CheckpointError
+from tests.convert.made import make_checkpoint, run_kind
+from tests.distributed import ROOT
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Adapter = Callable[[Path], object]
+
+
+def command(*arguments: str | Path) -> int:
+    """The exit code of `malora convert ...` in this process."""
+    try:
+        main(["convert", *map(str, arguments)])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_the_command(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = workspace / "runs" / "malora", tmp_path / "out"
+    assert command(source, target, "--to", "molora", "--verify") == 0
+    out = capsys.readouterr().out
+    assert "verified max |d logits|" in out and f"wrote {target}" in out
+    assert command(source, target, "--to", "molora") == 2
+    assert f"{target} exists: nothing is overwritten" in capsys.readouterr().err
+    assert command("--help") == 0
+    assert "peft-tasks" in capsys.readouterr().out
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "kind": (["SRC", "DST", "--to", "peft-task"], "--to peft-task: unknown kind; did you mean peft-tasks?"),
+    "no kind like it": (["SRC", "DST", "--to", "gguf"], "--to gguf: unknown kind. Kinds are adapter, checkpoint,"),
+    "option": (["SRC", "DST", "--to", "adapter", "--shards", "3"], "--shards means nothing to --to adapter;"),
+    "text alone": (["SRC", "DST", "--to", "molora", "--text", "x"], "give --verify too"),
+    "no target": (["SRC", "--to", "adapter"], "DST, a folder to write, is missing"),
+    "two sources": (["SRC", "SRC", "DST", "--to", "adapter"], "--to adapter takes one SRC, then DST; 2 SRC were given"),
+    "no source": (["DST/none", "DST", "--to", "adapter"], "none: there is no such file or folder"),
+    "not an adapter": (["SRC/..", "DST", "--to", "adapter"], "is no adapter folder"),
+    "method": (["SRC/../lora", "DST", "--to", "molora"], "--to molora takes hydralora, malora;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_mistakes(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str) -> None:
+    places = {"SRC": str(workspace / "runs" / "malora"), "DST": str(tmp_path / "out")}
+    arguments, said = WRONG[wrong]
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    assert command(*arguments) == 2
+    assert said in capsys.readouterr().err.replace("\n", " ")
+    assert not list(tmp_path.iterdir())
+
+
+def edited_config(**changes: Any) -> Adapter:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**config, "malora": {**config["malora"], **changes}}))
+
+    return edit
+
+
+def without(ending: str) -> Adapter:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        del tensors[next(key for key in tensors if key.endswith(ending))]
+        save_file(tensors, folder / WEIGHTS)
+
+    return edit
+
+
+def not_finite(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    next(iter(tensors.values())).view(-1)[3] = float("nan")
+    save_file(tensors, folder / WEIGHTS)
+
+
+def linked_out(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent / "elsewhere")
+    (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere")
+
+
+def pickled(folder: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(folder.parent / "sprung"),)
+
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap()))
+
+
+DAMAGES: dict[str, tuple[Adapter, str]] = {
+    "pickle": (pickled, "adapter_model.bin is a pickle, which can run any code"),
+    "link": (linked_out, "outside its folder"),
+    "missing tensor": (without("q_proj.P"), r"lacks model.layers.\d.self_attn.q_proj.P \(1 missing, 0 unknown\)"),
+    "newer": (edited_config(format_version=99), "format_version 99 is newer"),
+    "other numbers": (edited_config(r=3, num_experts=4), "needs \\(4, 3, 6\\)"),
+    "not finite": (not_finite, "holds numbers that are not finite"),
+    "a folder of weights": (lambda folder: (folder / CONFIG).unlink(), "is no adapter folder"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_sources(workspace: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(workspace / "runs" / "malora" / "adapter", tmp_path / "source")
+    hurt, said = DAMAGES[damage]
+    hurt(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=said):
+        run_kind("molora", tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_another_base_is_refused(workspace: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(workspace / "model", tmp_path / "base")
+    config = LlamaConfig.from_pretrained(tmp_path / "base", num_hidden_layers=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        CheckpointError, match=r"has model.layers.1.*, which this base has not \(0 missing, 12 unknown\)"
+    ):
+        run_kind("molora", workspace / "runs" / "malora", tmp_path / "out", verify=True, base=str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_brings_its_recipe_and_knows_its_base(workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "runs" / "malora", tmp_path / "run")
+    checkpoint = make_checkpoint(tmp_path / "run")
+    shutil.copytree(workspace / "model", tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="is not the base of .*step-000007: its fingerprint"):
+        run_kind("peft-tasks", checkpoint, tmp_path / "out", base=str(tmp_path / "other"))
+    said = run_kind("peft-tasks", checkpoint, tmp_path / "out", eval_samples=5, calibration=3)
+    assert [line.split()[:2] for line in said[1:4]] == [["colour", "5"], ["animal", "5"], ["spell", "5"]]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"colour", "animal", "spell"}
+
+
+KILLED = """
+import resource, signal, sys
+from malora_dist.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, 2**13))
+main(["convert", sys.argv[1], sys.argv[2], "--to", "peft-experts"])
+"""
+
+
+def test_killed_while_writing(workspace: Path, tmp_path: Path) -> None:
+    """The kernel kills the writer inside the first expert's file; the next conversion starts afresh."""
+    source, target = workspace / "runs" / "malora", tmp_path / "out"
+    run = subprocess.run([sys.executable, "-c", KILLED, source, target], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGXFSZ, run.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {".out.partial"}
+    run_kind("peft-experts", source, target)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert len(list(target.rglob("*.safetensors"))) == 4

@@ -1,0 +1,116 @@
+"""Adapters merged into their base: the same logits, the same folder otherwise, and what cannot be merged."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from malora_dist.checkpoint.adapter import load_adapter, open_adapter
+from malora_dist.convert.merged import merged_weight
+from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.weights.reader import INDEX, SINGLE
+from tests.convert.made import base, logits, make_checkpoint, run_kind, token_rows
+
+ADAPTED = ("q_proj.weight", "v_proj.weight", "down_proj.weight")
+
+
+def in_shards(model: Path, target: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A copy of a model folder with its weights in two files and another dtype."""
+    shutil.copytree(model, target, ignore=shutil.ignore_patterns(SINGLE))
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(model / SINGLE).items()}
+    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in files if files[name] == file}, target / file)
+    (target / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    return tensors
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_merged_is_the_adapted_model(workspace: Path, tmp_path: Path, method: str) -> None:
+    said = run_kind("merged", workspace / "runs" / method, tmp_path / "merged", verify=True)
+    assert said[0].startswith("merged 6 weights in float32; rounding to it is ") and "4 bits" in said[1], said
+    adapted, rows = base(workspace), token_rows()
+    load_adapter(adapted, workspace / "runs" / method)
+    wanted = logits(adapted, rows)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(merged, rows), wanted, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(logits(base(workspace), rows), wanted, atol=1e-2)
+    before = AutoTokenizer.from_pretrained(workspace / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == before.get_vocab()
+    assert (tmp_path / "merged" / "config.json").read_bytes() == (workspace / "model" / "config.json").read_bytes()
+    assert "merged" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_shards_and_dtype_stay(workspace: Path, tmp_path: Path) -> None:
+    stored = in_shards(workspace / "model", tmp_path / "model", torch.bfloat16)
+    run_kind("merged", workspace / "runs" / "lora", tmp_path / "merged", base=str(tmp_path / "model"), verify=True)
+    assert (tmp_path / "merged" / INDEX).read_bytes() == (tmp_path / "model" / INDEX).read_bytes()
+    adapter = open_adapter(workspace / "runs" / "lora")
+    for file in tmp_path.glob("model/*.safetensors"):
+        before, after = load_file(file), load_file(tmp_path / "merged" / file.name)
+        assert before.keys() == after.keys()
+        for name, tensor in after.items():
+            assert tensor.dtype == torch.bfloat16
+            if name.endswith(ADAPTED):
+                factors = adapter.read_layer(name.removesuffix(".weight"))
+                product = factors["B"][0] @ factors["A"][0]
+                wanted = stored[name].float() + adapter.info.spec.scaling * product
+                assert (tensor - wanted).abs().le(wanted.abs() * 2**-8 + 1e-30).all() and not tensor.equal(stored[name])
+            else:
+                assert torch.equal(tensor, stored[name])
+
+
+def test_dora_rows_have_their_magnitudes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, A, B = (torch.randn(*shape, generator=generator) for shape in ((5, 7), (1, 2, 7), (1, 5, 2)))
+    factors = {"A": A, "B": B, "magnitude": torch.arange(5.0)}
+    merged = merged_weight(W, factors, 0.5)
+    torch.testing.assert_close(merged.norm(dim=1), factors["magnitude"])
+    plain = W + 0.5 * B[0] @ A[0]
+    torch.testing.assert_close(merged[1:] / merged[1:].norm(dim=1)[:, None], plain[1:] / plain[1:].norm(dim=1)[:, None])
+
+
+@pytest.mark.parametrize("method", ["malora", "molora", "hydralora"])
+def test_routed_mixtures_are_refused(workspace: Path, tmp_path: Path, method: str) -> None:
+    with pytest.raises(CheckpointError, match="its gate weighs the experts anew for every token") as caught:
+        run_kind("merged", workspace / "runs" / method, tmp_path / "merged")
+    assert "--to peft-tasks" in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_another_base_is_refused(workspace: Path, tmp_path: Path) -> None:
+    tensors = in_shards(workspace / "model", tmp_path / "model")
+    name = "model.layers.0.mlp.down_proj.weight"
+    shutil.copytree(tmp_path / "model", tmp_path / "narrow")
+    file = json.loads((tmp_path / "model" / INDEX).read_text())["weight_map"][name]
+    held = load_file(tmp_path / "narrow" / file)
+    save_file(held | {name: tensors[name][:, 1:].contiguous()}, tmp_path / "narrow" / file)
+    with pytest.raises(CheckpointError, match=f"{name} is torch.float32 of shape .* the adapter needs"):
+        run_kind("merged", workspace / "runs" / "lora", tmp_path / "merged", base=str(tmp_path / "narrow"))
+    held.pop(name)
+    save_file(held, tmp_path / "narrow" / file)
+    with pytest.raises(ConfigError, match=f"holds no {name}"):
+        run_kind("merged", workspace / "runs" / "lora", tmp_path / "merged", base=str(tmp_path / "narrow"))
+    shutil.copytree(workspace / "runs" / "lora", tmp_path / "run")
+    step = make_checkpoint(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="is not the base of .*: its fingerprint"):
+        run_kind("merged", step, tmp_path / "merged", base=str(tmp_path / "model"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"quantization_config": {"bits": 4}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="holds quantised weights; give the unquantised model with --base"):
+        run_kind("merged", workspace / "runs" / "lora", tmp_path / "merged", base=str(tmp_path / "model"))
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))
+
+
+def test_an_index_cannot_lead_out_of_the_folder(workspace: Path, tmp_path: Path) -> None:
+    in_shards(workspace / "model", tmp_path / "model")
+    index = json.loads((tmp_path / "model" / INDEX).read_text())
+    first = next(iter(index["weight_map"]))
+    shutil.copy(tmp_path / "model" / index["weight_map"][first], tmp_path / "outside.safetensors")
+    index["weight_map"][first] = "../outside.safetensors"
+    (tmp_path / "model" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="no file of its folder"):
+        run_kind("merged", workspace / "runs" / "lora", tmp_path / "merged", base=str(tmp_path / "model"))
