@@ -24,7 +24,7 @@ def command(
     device: Annotated[str | None, typer.Option(help="Where the base runs, if it has to. Default: cpu.")] = None,
     shards: Annotated[int | None, typer.Option(min=1, help="checkpoint: files of each kind.")] = None,
     gate: Annotated[str | None, typer.Option(help="peft-experts: one or mean.")] = None,
-    fit: Annotated[str | None, typer.Option(help="peft-tasks: mean or lstsq.")] = None,
+    fit: Annotated[str | None, typer.Option(help="peft-tasks: lstsq (default) or mean.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="peft-tasks: a smaller rank.")] = None,
     r: Annotated[int | None, typer.Option("--r", min=1, help="malora, molora: rank of an expert.")] = None,
     shared_r: Annotated[

@@ -100,7 +100,7 @@ KINDS: dict[str, Kind] = {
     "peft-tasks": Kind(
         module="malora_dist.convert.tasks",
         function="to_peft_tasks",
-        help="one static LoRA for each task, DST/<task>, that vLLM or transformers serve; --fit mean|lstsq, --rank R",
+        help="one static LoRA for each task, DST/<task>, that vLLM or transformers serve; --fit lstsq|mean, --rank R",
         fits=lambda structure: structure.routed,
         options=("fit", "rank", "calibration", "eval_samples"),
     ),

@@ -20,7 +20,7 @@ from malora_dist.errors import ConfigError
 from malora_dist.model import load_tokenizer
 from malora_dist.nn.inject import remove_adapters
 
-FITS = ("mean", "lstsq")
+FITS = ("lstsq", "mean")
 CALIBRATION = 128
 EVAL_SAMPLES = 200
 # What `vllm serve --max-lora-rank` accepts.
@@ -59,7 +59,7 @@ def to_peft_tasks(job: Job) -> None:
 
 def _checked(job: Job, adapter: AdapterTensors) -> tuple[str, int]:
     """--fit and the rank of the result. Raises ConfigError for values that mean nothing."""
-    fit, exact = job.options.fit or "mean", _exact_rank(adapter)
+    fit, exact = job.options.fit or FITS[0], _exact_rank(adapter)
     if fit not in FITS:
         raise ConfigError(f"--fit {fit} must be one of {', '.join(FITS)}")
     if job.options.rank is not None and job.options.rank > exact:

@@ -26,7 +26,7 @@ TASKS = ("colour", "animal", "spell")
 @pytest.mark.parametrize("method", RANKS)
 def test_mean_is_the_mixture_with_its_mean_gates(workspace: Path, tmp_path: Path, method: str) -> None:
     source = workspace / "runs" / method
-    said = run_kind("peft-tasks", source, tmp_path / "out", verify=True, calibration=20, eval_samples=0)
+    said = run_kind("peft-tasks", source, tmp_path / "out", verify=True, fit="mean", calibration=20, eval_samples=0)
     assert [line.split(":")[0] for line in said[:3]] == [f"verified {task}" for task in TASKS]
     data = build_data(load_config(source / "config.yaml").data, load_tokenizer(workspace / "model"))
     ours = base(workspace)
@@ -86,7 +86,7 @@ def test_rank_accuracy_and_the_serving_command(workspace: Path, tmp_path: Path) 
 
 def test_what_is_refused(workspace: Path, tmp_path: Path) -> None:
     source = workspace / "runs" / "malora"
-    with pytest.raises(ConfigError, match="--fit median must be one of mean, lstsq"):
+    with pytest.raises(ConfigError, match="--fit median must be one of lstsq, mean"):
         run_kind("peft-tasks", source, tmp_path / "out", fit="median")
     with pytest.raises(ConfigError, match="--rank 7 must be at most 6"):
         run_kind("peft-tasks", source, tmp_path / "out", rank=7)

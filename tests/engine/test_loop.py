@@ -27,6 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "stopped": {**EVERY, "stop_after_steps": 3, "save_steps": 3},
     "routing": {**EVERY, "eval_steps": 1},
     "lora": {**EVERY, "eval_steps": 1, "stop_after_steps": 1},
+    "hydralora": {**EVERY, "eval_steps": 1, "stop_after_steps": 1},
 }
 
 
@@ -44,7 +45,7 @@ def train_runs(world: World, folder: str) -> dict[str, dict[str, Any]]:
 
 
 def train_run(world: World, folder: str, name: str) -> dict[str, Any]:
-    method = "lora" if name == "lora" else "malora"
+    method = name if name in ("lora", "hydralora") else "malora"
     stepper = new_stepper(world, folder, {"zero_stage": 2, "method": method}, total_steps=STEPS)
     settings = LoopSettings(max_steps=STEPS, steps_per_epoch=3.5, **RUNS[name])
     records: list[dict[str, Any]] = []
@@ -160,7 +161,8 @@ def test_a_stop_leaves_schedule_and_steps_as_they_are(runs: dict[str, dict[str, 
     assert of_kind(runs["stopped"], "routing") == []
 
 
-def test_without_a_router_there_is_nothing_to_share(runs: dict[str, dict[str, Any]]) -> None:
-    (record,) = of_kind(runs["lora"], "train")
+@pytest.mark.parametrize("method", ["lora", "hydralora"])
+def test_without_a_choice_of_experts_there_is_nothing_to_share(method: str, runs: dict[str, dict[str, Any]]) -> None:
+    (record,) = of_kind(runs[method], "train")
     assert record["aux_loss"] == 0 and record["loss"] > 0
-    assert of_kind(runs["lora"], "routing")[0]["share"] == {"a": {}, "b": {}, "c": {}}
+    assert of_kind(runs[method], "routing")[0]["share"] == {"a": {}, "b": {}, "c": {}}
