@@ -1,8 +1,6 @@
 """The command `malora`. Each verb is a few lines over the package; only those that load a model import torch."""
 
 import json
-import os
-import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,20 +13,14 @@ from rich.text import Text
 
 from malora_dist import __version__
 from malora_dist.bench.variants import TOPICS, recipe_variant
-from malora_dist.config import NEW_RUN, RunConfig, load_config
+from malora_dist.config import NEW_RUN, load_config
 from malora_dist.config.matrix import check_plan, suggest_world_sizes
 from malora_dist.config.template import recipe_text
 from malora_dist.convert.command import EPILOG
 from malora_dist.convert.command import command as convert_command
 from malora_dist.errors import ConfigError, MaloraError
-from malora_dist.launch.command import (
-    deepspeed_command,
-    launcher_environment,
-    launcher_path,
-    run_command,
-    under_launcher,
-)
 from malora_dist.launch.files import write_new_files
+from malora_dist.start import recipe_first, start
 from malora_dist.summary import adapter_spec, missing_files, summary_table
 
 app = typer.Typer(
@@ -102,7 +94,7 @@ def validate(
     ] = None,
 ) -> None:
     """Check a recipe without loading anything: names, values, batch arithmetic, and whether the plan can run."""
-    config = load_config(*_recipe_first(recipe, context.args))
+    config = load_config(*recipe_first(recipe, context.args))
     worlds = suggest_world_sizes(config)
     plan = check_plan(config, world_size or (worlds[0] if worlds else 1))
     console = Console()
@@ -116,7 +108,7 @@ def validate(
 @app.command(context_settings=OVERRIDES)
 def prepare(context: typer.Context, recipe: Recipe) -> None:
     """Fetch the model, tokenise the tasks and quantise the base once, without a GPU; runs then start from that."""
-    path, overrides = _recipe_first(recipe, context.args)
+    path, overrides = recipe_first(recipe, context.args)
     raise typer.Exit(import_module("malora_dist.prepare").main([path, *overrides]))
 
 
@@ -144,7 +136,7 @@ def plan(
     """Memory, traffic and time of a run before it starts, what fits, and what is fastest. Needs no GPU and no torch."""
     from malora_dist.plan import Lengths, Report, find_shape, hardware_of
 
-    config = load_config(*_recipe_first(recipe, context.args))
+    config = load_config(*recipe_first(recipe, context.args))
     hardware = hardware_of(
         config, nodes=nodes, gpus_per_node=gpus_per_node, hbm=hbm, intra=intra, inter=inter, flops=flops
     )
@@ -170,10 +162,10 @@ def train(
 
     Outside a launcher, several GPUs are used through `deepspeed`; --num_gpus 1 trains in this process.
     """
-    path, overrides = _recipe_first(recipe, context.args)
+    path, overrides = recipe_first(recipe, context.args)
     overrides += [NEW_RUN] if new_run else []
     config = load_config(path, overrides)
-    _run("malora_dist.train", [path, *overrides], num_gpus, config)
+    start("malora_dist.train", [path, *overrides], num_gpus, config)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -193,7 +185,7 @@ def evaluate(
     if (adapter is None) != (recipe is None):
         raise ConfigError("--adapter DIR and --recipe RECIPE belong together")
     chosen = [run_dir] if run_dir is not None else ["--adapter", str(adapter), "--recipe", str(recipe)]
-    _run("malora_dist.evaluate", [*chosen, *overrides], num_gpus, None)
+    start("malora_dist.evaluate", [*chosen, *overrides], num_gpus, None)
 
 
 @app.command()
@@ -237,39 +229,11 @@ def bench_ep(
     markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
 ) -> None:
     """Step time, bytes and loss with experts spread or not, overlap, 4-bit base, ZeRO stages; variants take turns."""
-    path, overrides = _recipe_first(recipe, context.args)
+    path, overrides = recipe_first(recipe, context.args)
     config = load_config(path, overrides)
     given = {"--steps": steps, "--warmup": warmup, "--variants": variants, "--json": as_json, "--markdown": markdown}
     options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
-    _run("malora_dist.bench.run", [path, *options, *overrides], num_gpus, recipe_variant(config).of(config))
-
-
-def _recipe_first(recipe: str, overrides: list[str]) -> tuple[str, list[str]]:
-    if recipe.startswith("-"):
-        raise ConfigError(f"the recipe comes before its settings: RECIPE.yaml {recipe} ...")
-    return recipe, list(overrides)
-
-
-def _run(module: str, arguments: list[str], num_gpus: int | None, config: RunConfig | None) -> None:
-    """Run the module's main here, or once for each device through the deepspeed launcher."""
-    if under_launcher(os.environ):
-        raise typer.Exit(import_module(module).main(arguments) or 0)
-    processes = num_gpus if num_gpus is not None else _visible_gpus()
-    if config is not None:
-        adapter_spec(config)
-        check_plan(config, processes)
-    if processes == 1:
-        raise typer.Exit(import_module(module).main(arguments) or 0)
-    command = deepspeed_command(module, arguments, num_gpus=processes, environment=os.environ, launcher=launcher_path())
-    Console(stderr=True).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
-    raise typer.Exit(run_command(command, launcher_environment(os.environ)))
-
-
-def _visible_gpus() -> int:
-    """Number of GPUs torch can see, at least 1: without any, one process runs on the CPU."""
-    from torch import cuda
-
-    return max(1, cuda.device_count())
+    start("malora_dist.bench.run", [path, *options, *overrides], num_gpus, recipe_variant(config).of(config))
 
 
 if __name__ == "__main__":

@@ -23,3 +23,7 @@ class DataError(MaloraError):
 
 class TrainingError(MaloraError):
     """A run had to stop: a loss or a gradient is not finite, or a peer failed."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or a gradient is not finite. Raised by every process of a run alike."""

@@ -86,6 +86,10 @@ def build_empty_model(folder: Path, *, dtype: torch.dtype, attn_implementation: 
         raise ConfigError(f"{folder} is not a model folder: it holds no config.json")
     config = AutoConfig.from_pretrained(folder)
     config.use_cache = False
+    for name, value in vars(config).items():
+        # The base is frozen, and its masks would depend on how samples are dealt to processes.
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            setattr(config, name, 0.0)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # says how files are stored, not how this model computes
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from malora_dist.errors import ConfigError, MaloraError
-from malora_dist.metrics import CHECKPOINT, EVAL, KIND, ROUTING, SHARE, STEP, TRAIN
+from malora_dist.metrics import EVAL, KIND, ROUTING, SHARE, STEP, TRAIN
 
 
 class Tracker(Protocol):
@@ -103,7 +103,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     kind = record[KIND]
     if kind == ROUTING:
         return _routing_scalars(record)
-    if kind not in (TRAIN, EVAL, CHECKPOINT):
+    if kind not in (TRAIN, EVAL):
         return {}
     values = {name: value for name, value in record.items() if isinstance(value, int | float) and name != STEP}
     return {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()}

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from malora_dist.engine.base import base_identity, base_model
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.checkpoints import RunCheckpoints
 from malora_dist.engine.evaluation import evaluate_tasks
-from malora_dist.engine.loop import Actions, LoopSettings, train_loop
+from malora_dist.engine.loop import Actions, LoopSettings, LoopState, train_loop
 from malora_dist.engine.outputs import RunOutputs
 from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
-from malora_dist.engine.resume import check_base, open_checkpoint
-from malora_dist.engine.selection import Tasks, read_baseline
+from malora_dist.engine.resume import check_base, check_data, open_checkpoint
+from malora_dist.engine.selection import Best, Tasks, read_baseline
 from malora_dist.engine.session import Session
 from malora_dist.engine.setup import (
     add_adapters,
@@ -37,10 +38,10 @@ from malora_dist.engine.setup import (
 from malora_dist.engine.step import Stepper
 from malora_dist.engine.stop import Agreement, Preempted, deadline_of
 from malora_dist.engine.window import Window
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, NonFiniteError
 from malora_dist.model import load_tokenizer
 from malora_dist.parallel.expert_groups import create_expert_groups
-from malora_dist.parallel.groups import on_main
+from malora_dist.parallel.groups import on_main, start_processes
 from malora_dist.parallel.zero import resident_bytes
 from malora_dist.source import resolve_model
 from malora_dist.trackers import check_trackers
@@ -52,14 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _start(arguments: Sequence[str]) -> None:
-    from malora_dist.parallel.groups import start_processes
-
     started = time.time()
     recipe, overrides = split_arguments(arguments)
     config = load_config(recipe, overrides)
     check_trackers(config.train.report_to)
-    agreement = Agreement()
     position = Position(int(os.environ.get("RANK", "0")))
+    agreement = Agreement(alive=position.alive)
     with watched(position, config.parallel.timeout_seconds, agreement.request):
         world = start_processes(config.parallel.timeout_seconds)
         position.rank = world.rank
@@ -87,31 +86,23 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     outputs.data(data)
 
     base = base_identity(config, folder, world)
-    checkpoint = _checkpoint(session, base)
-    stepper, loader, steps = _build(session, outputs, data, folder, position, agreement)
+    loader = train_loader(config, data, world)
+    checkpoint = _checkpoint(session, base, data, loader)
+    stepper, steps = _build(session, outputs, data, loader, folder, position, agreement)
     window = Window(stepper)
-    checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base)
+    checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
     agreement.background = checkpoints.saver
+    best_by = f"{config.train.best_metric} {config.train.best_baseline or ''}".strip()
+    session.state = LoopState(best=Best(by=best_by)) if checkpoint is None else checkpoints.restore(checkpoint, best_by)
     if checkpoint is not None:
-        session.state = checkpoints.restore(checkpoint)
         outputs.resumed(session.state.step, str(checkpoint.folder))
     elif session.start.folder is not None:
         outputs.resumed(0, None)
     measure = _Measurement(config, data, stepper, agreement)
     try:
         baseline = _measure_base(config, outputs, measure, baseline)
-        actions = Actions(
-            log=outputs.record,
-            validate=lambda step: outputs.validation(step, measure("validation"), config.train.best_metric, baseline),
-            save=checkpoints.save,
-        )
-        train_loop(stepper, loader, window, _loop_settings(config, steps, loader), session.state, actions, agreement)
-        position.enter("saving the adapter")
-        outputs.adapter(stepper.engine.module, "adapter")
-        if config.evaluation.tuned:
-            outputs.evaluation("tuned", measure("tuned"))
-        checkpoints.complete()
-    except Preempted:
+        _train(session, outputs, measure, baseline, _Parts(stepper, loader, window, checkpoints), steps, agreement)
+    except (Preempted, NonFiniteError):
         checkpoints.complete()
         raise
     position.enter("finishing the report")
@@ -119,12 +110,56 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     return outputs.folder
 
 
-def _checkpoint(session: Session, base: Mapping[str, str | None]) -> Checkpoint | None:
-    """What the run goes on from, checked before any weight is loaded."""
+@dataclass(frozen=True)
+class _Parts:
+    stepper: Stepper
+    loader: TrainLoader
+    window: Window
+    checkpoints: RunCheckpoints
+
+
+def _train(
+    session: Session,
+    outputs: RunOutputs,
+    measure: "_Measurement",
+    baseline: Tasks | None,
+    parts: _Parts,
+    steps: int,
+    agreement: Agreement,
+) -> None:
+    """The steps that are left, the adapter, and what it is worth."""
+    train = session.config.train
+    settings = LoopSettings(
+        max_steps=steps,
+        steps_per_epoch=parts.loader.steps_per_epoch,
+        logging_steps=train.logging_steps,
+        eval_steps=train.eval_steps,
+        save_steps=train.save_steps,
+        stop_after_steps=train.stop_after_steps,
+    )
+    actions = Actions(
+        log=outputs.record,
+        validate=lambda step: outputs.validation(step, measure("validation"), train.best_metric, baseline),
+        save=parts.checkpoints.save,
+    )
+    train_loop(parts.stepper, parts.loader, parts.window, settings, session.state, actions, agreement)
+    parts.stepper.position.enter("saving the adapter")
+    outputs.adapter(parts.stepper.engine.module, "adapter")
+    if session.config.evaluation.tuned:
+        outputs.evaluation("tuned", measure("tuned"))
+    parts.checkpoints.complete()
+
+
+def _checkpoint(
+    session: Session, base: Mapping[str, str | None], data: PreparedData, loader: TrainLoader
+) -> Checkpoint | None:
+    """What the run goes on from, checked before any weight is loaded; `loader` then begins where it was saved."""
     if session.start.checkpoint is None:
         return None
     checkpoint = open_checkpoint(Path(session.start.checkpoint), session.world)
     check_base(checkpoint.manifest, base)
+    check_data(checkpoint.manifest, data.digests)
+    loader.load_state_dict(checkpoint.manifest.state["loader"])
     return checkpoint
 
 
@@ -132,11 +167,12 @@ def _build(
     session: Session,
     outputs: RunOutputs,
     data: PreparedData,
+    loader: TrainLoader,
     folder: Path,
     position: Position,
     agreement: Agreement,
-) -> tuple[Stepper, TrainLoader, int]:
-    """Base, adapters and engine; the training data's micro-batches, and the number of optimizer steps."""
+) -> tuple[Stepper, int]:
+    """Base, adapters and engine, and the number of optimizer steps."""
     config, world = session.config, session.world
     position.enter("loading the base model")
     settings = engine_config(config, world)
@@ -144,7 +180,6 @@ def _build(
     model = base_model(config, folder, world, settings, agreement.check)
     report, wire = add_adapters(model, config, settings, groups, agreement.check)
     outputs.injection(report)
-    loader = train_loader(config, data, world)
     steps = config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
     position.enter("starting DeepSpeed")
     engine = build_engine(
@@ -156,7 +191,7 @@ def _build(
         expert_groups=groups,
     )
     outputs.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
-    return new_stepper(config, data, engine, world, wire, position), loader, steps
+    return new_stepper(config, data, engine, world, wire, position), steps
 
 
 def _baseline(config: RunConfig, data: PreparedData) -> Tasks | None:
@@ -181,18 +216,6 @@ def _measure_base(
         return baseline
     tasks: Tasks = outputs.kept("baseline.json", lambda: measure("validation", use_adapter=False))["tasks"]
     return tasks
-
-
-def _loop_settings(config: RunConfig, steps: int, loader: TrainLoader) -> LoopSettings:
-    train = config.train
-    return LoopSettings(
-        max_steps=steps,
-        steps_per_epoch=loader.steps_per_epoch,
-        logging_steps=train.logging_steps,
-        eval_steps=train.eval_steps,
-        save_steps=train.save_steps,
-        stop_after_steps=train.stop_after_steps,
-    )
 
 
 class _Measurement:

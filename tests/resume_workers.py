@@ -12,6 +12,7 @@ from malora_dist.checkpoint.adapter import AdapterInfo
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
 from malora_dist.engine.loop import LoopState
+from malora_dist.engine.random_state import random_state
 from malora_dist.engine.resume import open_checkpoint
 from malora_dist.engine.saver import Description, Saver
 from malora_dist.engine.selection import Best
@@ -47,7 +48,7 @@ class Run:
             number = self.state.step + 1
             result = self.stepper.step(number, next(self.loader))
             self.window.add(result, 1.0)
-            self.state = LoopState(number, True, self.loader.state_dict(), Best(0.5, 1))
+            self.state = LoopState(number, True, self.loader.state_dict(), random_state(), Best(0.5, 1))
             numbers = (result.loss, result.aux_loss, result.grad_norm, result.learning_rate)
             self.results.append(dict(zip(("loss", "aux_loss", "grad_norm", "learning_rate"), numbers, strict=True)))
 
@@ -129,7 +130,7 @@ def save_all(world: World, folder: str, output: str, cases: dict[str, dict[str, 
         run.train(SAVED)
         # Shards small enough that every process writes one.
         saver, records = run.saver(f"{output}/{name}", shard_bytes=20_000)
-        saver.save(run.state.step, run.json_state(), best=True)
+        saver.save(run.state.step, run.json_state(), run.state.random, best=True)
         saver.complete()
         run.train(LAST)
         state = run.whole_state()

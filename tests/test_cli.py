@@ -89,7 +89,7 @@ def test_several_processes_go_through_deepspeed(
     launcher = tmp_path / "deepspeed"
     launcher.write_text('#!/bin/sh\necho "started: $*"\nexit 9\n')
     launcher.chmod(0o755)
-    monkeypatch.setattr("malora_dist.cli.launcher_path", lambda: str(launcher))
+    monkeypatch.setattr("malora_dist.start.launcher_path", lambda: str(launcher))
     assert run("train", recipe, "--num_gpus", "2", "--adapter.r", "6") == 9
     out, err = capfd.readouterr()
     assert out == "started: --num_gpus 2 --module malora_dist.train r.yaml --adapter.r 6\n"

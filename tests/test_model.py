@@ -194,6 +194,15 @@ def test_a_tokenizer_must_name_its_end(tmp_path: Path) -> None:
     assert "eos_token" in str(caught.value) and str(tmp_path / "endless") in str(caught.value)
 
 
+def test_the_bases_own_dropout_is_off(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
+    """Its masks would depend on how samples are dealt to processes."""
+    tiny_llama(attention_dropout=0.5).save_pretrained(tmp_path)
+    model = load_base_model(tmp_path, dtype=torch.float32, load_in_4bit=False).train()
+    assert model.config.attention_dropout == 0.0
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_generation_settings_do_not_reach_training(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
     """A cache would make transformers ignore how samples are packed into a row."""
     folder = _save(tiny_llama, tmp_path)

@@ -4,14 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Keys, or whole sections, that no trained number depends on. The content of model and data is compared by fingerprint.
+# Keys that no trained number depends on. What base and tasks hold is compared by fingerprints, wherever it lies.
 HARMLESS = (
     "output_dir",
-    "evaluation",
+    "evaluation.base",
+    "evaluation.tuned",
+    "evaluation.batch_tokens",
     "model.name_or_path",
     "model.revision",
-    "model.attn_implementation",
-    "adapter.computation",
+    "model.dtype",
     "data.cache_dir",
     "data.tasks",
     "data.split_seed",
@@ -19,7 +20,6 @@ HARMLESS = (
     "data.on_bad_row",
     "data.max_seq_length",
     "parallel.timeout_seconds",
-    "train.gradient_checkpointing",
     "train.logging_steps",
     "train.eval_steps",
     "train.save_steps",
@@ -34,6 +34,9 @@ HARMLESS = (
 )
 # How the same numbers are computed; they agree to rounding.
 TOPOLOGY = (
+    "model.attn_implementation",
+    "adapter.computation",
+    "train.gradient_checkpointing",
     "parallel.zero_stage",
     "parallel.ep_size",
     "parallel.ds_config",
@@ -67,12 +70,17 @@ def _differences(before: Any, now: Any, path: tuple[str, ...]) -> Iterator[tuple
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):
             yield from _differences(before.get(key), now.get(key), (*path, key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(old, new, (*path[:-1], f"{path[-1]}[{index}]"))
     elif before != now:
         yield ".".join(path), before, now
 
 
 def _kind(key: str) -> str:
+    if key.startswith("data.tasks[") and key.endswith(".weight"):
+        return "refused"  # the only key of a task that its rows do not show
     for kind, keys in (("harmless", HARMLESS), ("topology", TOPOLOGY)):
-        if any(key == known or key.startswith(f"{known}.") for known in keys):
+        if any(key == known or key.startswith((f"{known}.", f"{known}[")) for known in keys):
             return kind
     return "refused"

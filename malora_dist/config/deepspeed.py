@@ -159,6 +159,11 @@ def _offload_problems(config: RunConfig, zero: dict[str, Any]) -> Iterator[str]:
                 f"parallel.zero_stage={config.parallel.zero_stage} but {config.parallel.ds_config}: "
                 f"zero_optimization.{block} needs stage {lowest} or higher"
             )
+    if _offloads(zero, "offload_optimizer") and zero["offload_optimizer"]["device"] == "nvme":
+        yield (
+            f"{config.parallel.ds_config}: zero_optimization.offload_optimizer.device=nvme is refused: the optimizer's "
+            "state could not be saved. Nearest legal plan: cpu; moments of adapters are small"
+        )
 
 
 def _expert_problems(config: RunConfig, zero: dict[str, Any]) -> Iterator[str]:

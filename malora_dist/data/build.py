@@ -14,6 +14,7 @@ from malora_dist.data.mixture import epoch_counts, mixture_shares
 from malora_dist.data.store import TaskTokens, TrainStore
 from malora_dist.data.tokenize import (
     EVALUATION_SPLITS,
+    SPLITS,
     prepare_task,
     read_task,
     tokenizer_fingerprint,
@@ -25,7 +26,8 @@ class PreparedData:
     """What a run trains on and is measured with. A task's id is its place in `task_names`.
 
     `evaluation[split][task]` holds ChoiceItems for multiple choice and Samples for completion, and is empty where the
-    task has no such split. `counts[task]` is what data.json shows. `fingerprint` changes with the training data.
+    task has no such split. `counts[task]` is what data.json shows. `fingerprint` changes with the training data,
+    `digests[split][task]` with the rows of that split.
     """
 
     task_names: tuple[str, ...]
@@ -36,6 +38,7 @@ class PreparedData:
     evaluation: dict[str, dict[str, list[ChoiceItem] | list[Sample]]]
     counts: dict[str, dict[str, int]]
     fingerprint: str
+    digests: dict[str, dict[str, str]]
 
     def warnings(self) -> list[str]:
         """What a reader should know about the data before trusting the run, one sentence each."""
@@ -111,8 +114,17 @@ def _prepared(data: DataConfig, tasks: Sequence[TaskTokens]) -> PreparedData:
         name: {**task.counts, "samples_per_epoch": count}
         for name, task, count in zip(names, tasks, per_epoch, strict=True)
     }
-    fingerprint = hashlib.sha256("\n".join(task.digest for task in tasks).encode()).hexdigest()
-    kinds = tuple(task.kind for task in tasks)
+    fingerprint = hashlib.sha256("\n".join(task.digests["train"] for task in tasks).encode()).hexdigest()
     return PreparedData(
-        names, kinds, TrainStore(tasks=[t.train for t in tasks]), sizes, shares, evaluation, counts, fingerprint
+        task_names=names,
+        kinds=tuple(task.kind for task in tasks),
+        train=TrainStore(tasks=[task.train for task in tasks]),
+        train_sizes=sizes,
+        shares=shares,
+        evaluation=evaluation,
+        counts=counts,
+        fingerprint=fingerprint,
+        digests={
+            split: {name: task.digests[split] for name, task in zip(names, tasks, strict=True)} for split in SPLITS
+        },
     )

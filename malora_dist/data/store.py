@@ -56,7 +56,7 @@ class TrainStore(Sequence[Sample]):
 class TaskTokens:
     """One tokenised task. Evaluation splits hold ChoiceItems where there are choices, else Samples.
 
-    `digest` changes with the training samples, and with nothing else.
+    `digests` has one for each split; it changes with the split's rows, and with nothing else.
     """
 
     kind: str
@@ -64,14 +64,15 @@ class TaskTokens:
     train: SampleStore
     evaluation: dict[str, list[ChoiceItem] | list[Sample]]
     counts: dict[str, int]
-    digest: str
+    digests: dict[str, str]
 
 
-def samples_digest(folder: Path, name: str) -> str:
-    """SHA-256 of the samples that `write_samples` wrote."""
+def split_digest(folder: Path, name: str) -> str:
+    """SHA-256 of what `write_samples` or `write_choice_items` wrote under that name."""
     digest = hashlib.sha256()
-    for part in ("ids", "offsets", "prompts"):
-        digest.update(np.ascontiguousarray(_load(folder, f"{name}.{part}")).tobytes())
+    for path in sorted(folder.glob(f"{name}.*.npy")):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

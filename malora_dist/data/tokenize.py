@@ -19,7 +19,7 @@ from malora_dist.data.store import (
     read_choice_items,
     read_samples,
     read_summary,
-    samples_digest,
+    split_digest,
     write_choice_items,
     write_samples,
     write_summary,
@@ -68,7 +68,7 @@ def read_task(folder: Path, *, task_id: int, first_id: int) -> TaskTokens:
         else:
             evaluation[split] = list(read_samples(folder, split, task_id=task_id))
     train = read_samples(folder, "train", task_id=task_id, first_id=first_id)
-    return TaskTokens(summary["kind"], summary["scoring"], train, evaluation, summary["counts"], summary["digest"])
+    return TaskTokens(summary["kind"], summary["scoring"], train, evaluation, summary["counts"], summary["digests"])
 
 
 def _write_task(folder: Path, task: TaskData, encoder: Encoder) -> None:
@@ -80,8 +80,8 @@ def _write_task(folder: Path, task: TaskData, encoder: Encoder) -> None:
             write_choice_items(folder, split, encoder.choice_items(examples, 0, counts))
         else:
             write_samples(folder, split, encoder.samples(examples, 0, counts))
-    digest = samples_digest(folder, "train")
-    write_summary(folder, kind=task.kind, scoring=task.scoring, counts=dict(counts), digest=digest)
+    digests = {split: split_digest(folder, split) for split in SPLITS}
+    write_summary(folder, kind=task.kind, scoring=task.scoring, counts=dict(counts), digests=digests)
 
 
 def content_key(settings: Mapping[str, Any], encoder: Encoder, tokenizer_key: str) -> str:

@@ -7,6 +7,7 @@ from malora_dist.config import RunConfig, plain_config
 from malora_dist.data.loader import TrainLoader
 from malora_dist.engine.loop import LoopState
 from malora_dist.engine.outputs import RunOutputs
+from malora_dist.engine.selection import Best
 from malora_dist.engine.saver import Description, Saver
 from malora_dist.engine.step import Stepper
 from malora_dist.engine.training_state import restore_training, training_state
@@ -26,7 +27,10 @@ class RunCheckpoints:
         loader: TrainLoader,
         window: Window,
         base: dict[str, str | None],
+        digests: dict[str, dict[str, str]],
     ) -> None:
+        """`digests` are those of the tasks' rows, by split and task."""
+        self.digests = digests
         self.stepper, self.loader, self.window = stepper, loader, window
         self.tensors = whole_tensors(stepper.engine.module)
         self.optimizer = optimizer_state(stepper.engine, config.parallel.zero_stage)
@@ -41,18 +45,24 @@ class RunCheckpoints:
             saved=outputs.record,
         )
 
-    def restore(self, checkpoint: Checkpoint) -> LoopState:
-        """Put a checkpoint's state into engine, loader and window; where training goes on. See `restore_training`."""
+    def restore(self, checkpoint: Checkpoint, best_by: str) -> LoopState:
+        """Put a checkpoint's state into engine, loader and window; where training goes on. See `restore_training`.
+
+        `best_by` is how this run scores; the best of one that scored otherwise, or in another folder, is forgotten.
+        """
         state = restore_training(
             checkpoint, self.stepper.engine, self.optimizer, self.tensors, self.loader, self.window, self.stepper.world
         )
+        if state.best.by != best_by or checkpoint.folder.parent != self.saver.folder:
+            state.best = Best(by=best_by)
         self.saver.point_at_best(state.best.step)
         return state
 
     def save(self, state: LoopState, best: bool) -> None:
         """Begin to save the state after the last completed step."""
         self.stepper.position.enter(f"saving {checkpoint_name(state.step)}")
-        self.saver.save(state.step, training_state(self.stepper.engine, self.optimizer, state, self.window), best=best)
+        content = training_state(self.stepper.engine, self.optimizer, state, self.window)
+        self.saver.save(state.step, {**content, "data": self.digests}, state.random, best=best)
 
     def complete(self) -> None:
         """Return when every save that has begun is a checkpoint."""

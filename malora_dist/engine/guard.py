@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from malora_dist.data.loader import MicroBatch
 from malora_dist.engine.forward import cross_entropies, set_token_keys
-from malora_dist.errors import TrainingError
+from malora_dist.errors import NonFiniteError
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.parallel.groups import max_over_processes
 
@@ -77,9 +77,9 @@ def first_nonfinite_layer(
 def stop_if_nonfinite(
     step: int, sums: Tensor, task_sums: Tensor, task_names: Sequence[str], where: Callable[[], str]
 ) -> None:
-    """Raise TrainingError naming step, task and layer if a summed loss is not finite; the same on every process."""
+    """Raise NonFiniteError naming step, task and layer if a summed loss is not finite; the same on every process."""
     if bool(torch.isfinite(sums).all() and torch.isfinite(task_sums).all()):
         return
     bad = [name for name, finite in zip(task_names, torch.isfinite(task_sums).tolist(), strict=True) if not finite]
     tasks = ", ".join(bad) or "no single task"
-    raise TrainingError(f"the loss is not finite at step {step}: task {tasks}, first in layer {where()}")
+    raise NonFiniteError(f"the loss is not finite at step {step}: task {tasks}, first in layer {where()}")

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from malora_dist.data.loader import MicroBatch, TrainLoader
 from malora_dist.engine.position import Position
 from malora_dist.engine.progress import LOGGER, Bar, time_left
+from malora_dist.engine.random_state import random_state
 from malora_dist.engine.selection import Best
 from malora_dist.engine.step import Stepper
 from malora_dist.engine.stop import ENOUGH_STEPS, Agreement, Preempted
@@ -34,12 +36,14 @@ class LoopSettings:
 class LoopState:
     """How far a run has come: after `step` optimizer steps.
 
-    validated: nothing that is due after `step` is left to do. loader: where the next batch begins.
+    validated: nothing that is due after `step` is left to do. loader: where the next batch begins. random: the state
+    of this process's generators then.
     """
 
     step: int = 0
     validated: bool = True
     loader: dict[str, Any] = field(default_factory=dict)
+    random: dict[str, Tensor] = field(default_factory=dict)
     best: Best = field(default_factory=Best)
 
 
@@ -100,7 +104,7 @@ class _Loop:
         self.stepper, self.loader, self.window = stepper, loader, window
         self.settings, self.state, self.actions = settings, state, actions
         self.first_step, self.started = state.step, time.monotonic()
-        state.loader = loader.state_dict()
+        state.loader, state.random = loader.state_dict(), random_state()
 
     @property
     def is_last(self) -> bool:
@@ -111,7 +115,7 @@ class _Loop:
         began, number = time.monotonic(), self.state.step + 1
         batches = _next(self.loader, self.stepper.position, number, self.stepper.world.device)
         self.window.add(self.stepper.step(number, batches), time.monotonic() - began)
-        self.state.step, self.state.loader = number, self.loader.state_dict()
+        self.state.step, self.state.loader, self.state.random = number, self.loader.state_dict(), random_state()
         self.state.validated = not (self.is_last or _due(self.settings.eval_steps, number))
 
     def log(self) -> None:

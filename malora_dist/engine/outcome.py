@@ -15,18 +15,22 @@ EXIT_OK, EXIT_FAILED, EXIT_MISTAKE, EXIT_PREEMPTED = 0, 1, 2, 75
 
 
 def write_outcome(folder: Path, outcome: str, code: int, *, reason: str, step: int, checkpoint: str | None) -> None:
-    """Write exit.json: outcome, the processes' exit code, why, the last step, the checkpoint to go on from."""
-    write_json(
-        folder / EXIT_FILE,
-        {
-            "outcome": outcome,
-            "exit_code": code,
-            "reason": reason,
-            "step": step,
-            "checkpoint": checkpoint,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        },
-    )
+    """Write exit.json: outcome, the processes' exit code, why, the last step, the checkpoint to go on from.
+
+    Raises CheckpointError if it cannot be written.
+    """
+    content = {
+        "outcome": outcome,
+        "exit_code": code,
+        "reason": reason,
+        "step": step,
+        "checkpoint": checkpoint,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    try:
+        write_json(folder / EXIT_FILE, content)
+    except OSError as error:
+        raise CheckpointError(f"{folder / EXIT_FILE} cannot be written: {error.strerror}") from error
 
 
 def read_outcome(folder: Path) -> dict[str, Any] | None:

@@ -40,14 +40,17 @@ class RunOutputs:
         self.log = logging.getLogger(LOGGER)
         self.evaluations: dict[str, Any] = on_main(lambda: read_evaluations(folder), world)
         self.report: InjectionReport | None = None
-        start_logging(folder / "train.log" if world.is_main else None)
-        if world.is_main:
-            write_text(folder / "config.yaml", config_text(config))
-            self.metrics = MetricsWriter(folder / "metrics.jsonl")
-            self.trackers = open_trackers(config.train.report_to, folder, config.model_dump(mode="json"))
+        start_logging(None)
+        self._on_main(self._open)
         self.log.info(
             "run folder %s, %d process%s on %s", folder, world.size, "es" if world.size > 1 else "", world.device.type
         )
+
+    def _open(self) -> None:
+        write_text(self.folder / "config.yaml", config_text(self.config))
+        start_logging(self.folder / "train.log")
+        self.metrics = MetricsWriter(self.folder / "metrics.jsonl")
+        self.trackers = open_trackers(self.config.train.report_to, self.folder, self.config.model_dump(mode="json"))
 
     def notes(self, notes: Sequence[str]) -> None:
         """What a reader should know about the plan."""

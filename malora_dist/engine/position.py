@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from torch import nn
 
 from malora_dist.engine.process import say
+from malora_dist.engine.stop import STOP_SIGNALS
 from malora_dist.errors import MaloraError
 from malora_dist.nn.inject import mixture_layers
 
 # Said this early, the others have not given up yet; NCCL's watchdog then ends a process without a Python exception.
 STUCK_SHARE = 0.9
 STOP = 0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Position:
@@ -44,6 +44,10 @@ class Position:
         """Come to an adapted layer, forward or backward."""
         self.layer, self.moved = layer, time.monotonic()
 
+    def alive(self) -> None:
+        """Give a sign of life without a change of place."""
+        self.moved = time.monotonic()
+
     def follow(self, model: nn.Module) -> None:
         """Note every adapted layer that a forward of `model` comes to, recomputation included."""
         for name, layer in mixture_layers(model):
@@ -62,8 +66,8 @@ def watched(
     """Tell the position when it matters: in errors that leave this block, when it is stuck, when SIGTERM comes.
 
     `on_signal` is called, in another thread, with each of STOP_SIGNALS. Without it SIGTERM ends the process; with it
-    any of them does once the process is stuck. Only for the main thread. An error gets the position as a note, but not
-    a mistake that is found before step 1.
+    any of them does if nothing moves from then on. Only for the main thread. An error gets the position as a note, but
+    not a mistake that is found before step 1.
     """
     watch = _Watch(position, STUCK_SHARE * timeout_seconds, on_signal)
     watch.start()
@@ -87,6 +91,7 @@ class _Watch:
     def __init__(self, position: Position, limit_seconds: float, on_signal: Callable[[int], None] | None) -> None:
         self.position, self.limit_seconds, self.on_signal = position, limit_seconds, on_signal
         self.told: int | None = None
+        self.told_at = 0.0
         self._signals = STOP_SIGNALS if on_signal is not None else (signal.SIGTERM,)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -100,11 +105,11 @@ class _Watch:
         self._thread.start()
 
     def stop(self) -> None:
+        self._outbox.send(bytes([STOP]))
+        self._thread.join()
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self._outbox.send(bytes([STOP]))
-        self._thread.join()
         self._inbox.close()
         self._outbox.close()
 
@@ -123,12 +128,12 @@ class _Watch:
             moved = self.position.moved
             if moved != said and self._is_stuck():
                 said = moved
-            if self.told is not None and self._idle() >= self.limit_seconds:
+            if self.told is not None and time.monotonic() - max(moved, self.told_at) >= self.limit_seconds:
                 self._end(self.told)
 
     def _is_stuck(self) -> bool:
         """Whether it is; says so."""
-        idle = self._idle()
+        idle = time.monotonic() - self.position.moved
         if self.position.phase is None or idle < self.limit_seconds:
             return False
         say(
@@ -137,16 +142,14 @@ class _Watch:
         )
         return True
 
-    def _idle(self) -> float:
-        return time.monotonic() - self.position.moved
-
     def _hear(self, number: int) -> None:
         if number == signal.SIGTERM and self.position.phase is not None:
             say(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.position}")
         if self.on_signal is None:
             self._end(number)
         else:
-            self.told = number
+            if self.told is None:
+                self.told, self.told_at = number, time.monotonic()
             self.on_signal(number)
 
     @staticmethod

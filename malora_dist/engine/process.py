@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from malora_dist.engine.outcome import EXIT_FAILED, EXIT_MISTAKE, EXIT_OK, EXIT_PREEMPTED
 from malora_dist.engine.progress import LOGGER
-from malora_dist.engine.stop import Preempted
+from malora_dist.engine.stop import STOP_SIGNALS, Preempted
 from malora_dist.errors import ConfigError, DataError, MaloraError, TopologyError
 
 # How long a rank leaves the word to the one that knows more, whose end makes the launcher end all.
@@ -33,6 +33,8 @@ def run_as_process(work: Callable[[], None]) -> int:
 
     A rank that fails ends; its launcher then ends the others, and without a launcher their next collective fails within
     the run's timeout. Errors for people are mostly found by all ranks alike, and then said by the main one only.
+
+    Once the work is done, STOP_SIGNALS are ignored, for good: the code is decided.
     """
     code = EXIT_OK
     try:
@@ -40,6 +42,8 @@ def run_as_process(work: Callable[[], None]) -> int:
             work()
         except Preempted:
             code = EXIT_PREEMPTED
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         _leave_groups()
     except MaloraError as error:
         if os.environ.get("RANK", "0") != "0":

@@ -25,42 +25,54 @@ class Start:
 
 
 def find_start(config: RunConfig) -> Start:
-    """Read train.resume_from_checkpoint and what is on the disk; for the main process.
+    """Read train.resume_from_checkpoint and what is on the disk; for the main process, which holds output_dir's lock.
 
     Raises ConfigError if the run in output_dir is finished or another one, or if the recipe differs from the
     checkpoint's in what the result depends on; CheckpointError if a checkpoint is damaged.
     """
-    wanted = config.train.resume_from_checkpoint
+    wanted, run = config.train.resume_from_checkpoint, Path(config.output_dir)
     if wanted is None:
         return Start()
-    run = Path(config.output_dir)
     if wanted == "auto":
-        return _go_on(config, run)
-    begun = _begun_from(wanted, run)
-    if begun and CheckpointStore(run / CHECKPOINTS).latest() is not None:
-        return _go_on(config, run)
-    folder = _newest_in(Path(wanted))
-    notes = _compare(config, Checkpoint.open(folder).manifest.config, f"train.resume_from_checkpoint={wanted}")
-    return Start(str(run) if begun else None, str(folder), notes)
+        return _go_on(config, run) if is_run(run) else Start()
+    if is_run(run):
+        _check_begun_from(Path(wanted), run)
+        if CheckpointStore(run / CHECKPOINTS).latest() is not None:
+            return _go_on(config, run)
+    where = f"train.resume_from_checkpoint={wanted}"
+    try:
+        folder = _newest_in(Path(wanted))
+        before = Checkpoint.open(folder).manifest.config
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return Start(str(run) if is_run(run) else None, str(folder), _compare(config, before, where))
 
 
-def _begun_from(path: str, run: Path) -> bool:
-    """Whether `run` is an unfinished run that started from that path: the same command again, in a requeued job."""
-    if not (run / "config.yaml").is_file():
-        return False
+def is_run(folder: Path) -> bool:
+    """Whether it is the folder of a run."""
+    return (folder / "config.yaml").is_file()
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run there has said so. Raises CheckpointError if exit.json is damaged."""
     outcome = read_outcome(run)
-    finished = outcome is not None and outcome["outcome"] == FINISHED
-    return not finished and load_config(run / "config.yaml").train.resume_from_checkpoint == path
+    return outcome is not None and outcome["outcome"] == FINISHED
+
+
+def _check_begun_from(path: Path, run: Path) -> None:
+    """The same command again, in a requeued job, finds the run that it began; any other run is in the way."""
+    begun_from = load_config(run / "config.yaml").train.resume_from_checkpoint
+    if begun_from in (None, "auto") or Path(begun_from).resolve() != path.resolve() or is_finished(run):
+        raise ConfigError(
+            f"train.resume_from_checkpoint={path} starts a new run, but output_dir={run} holds a run already; "
+            "give another output_dir"
+        )
 
 
 def _go_on(config: RunConfig, run: Path) -> Start:
-    if not (run / "config.yaml").is_file():
-        return Start()
-    store = CheckpointStore(run / CHECKPOINTS)
-    newest = store.latest()
-    outcome = read_outcome(run)
-    if (outcome is not None and outcome["outcome"] == FINISHED) or (newest is None and (run / "adapter").is_dir()):
-        again = f" Or give train.resume_from_checkpoint={newest}, for a new run from its state." if newest else ""
+    newest = CheckpointStore(run / CHECKPOINTS).latest()
+    if is_finished(run) or (newest is None and (run / "adapter").is_dir()):
+        again = f" Or give train.resume_from_checkpoint={newest} and another output_dir." if newest else ""
         raise ConfigError(
             f"output_dir={run}: the run there is finished. --new-run starts another beside it; malora evaluate and "
             f"malora report look at this one.{again}"
@@ -78,7 +90,7 @@ def _newest_in(path: Path) -> Path:
     if (path / CHECKPOINTS).is_dir():
         newest = CheckpointStore(path / CHECKPOINTS).latest()
         if newest is None:
-            raise CheckpointError(f"train.resume_from_checkpoint={path}: {path / CHECKPOINTS} holds no checkpoint")
+            raise CheckpointError(f"{path / CHECKPOINTS} holds no checkpoint")
         return newest
     return path
 
@@ -133,3 +145,15 @@ def check_base(manifest: Manifest, base: Mapping[str, Any]) -> None:
                 f"{manifest.base.get(key)!r}; model.name_or_path={base['name']} has {key}={base[key]!r} here. "
                 + ("Set model.dtype" if key == "dtype" else "Give the same base, or start a new run")
             )
+
+
+def check_data(manifest: Manifest, data: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise CheckpointError, naming the task, unless the tasks' rows are those of the checkpoint's run."""
+    before = manifest.state["data"]
+    for split, digests in data.items():
+        for task in dict.fromkeys([*before[split], *digests]):
+            if before[split].get(task) != digests.get(task):
+                raise CheckpointError(
+                    f"data.tasks: the {split} rows of task {task!r} are not those of "
+                    f"{checkpoint_name(manifest.step)}; put them back, or start a new run"
+                )

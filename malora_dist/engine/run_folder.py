@@ -12,25 +12,39 @@ from filelock import FileLock, Timeout
 from malora_dist.errors import CheckpointError, ConfigError
 
 LOCK_SECONDS = 30
+RUN_FILES = {
+    "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", "exit.json", "metrics.jsonl",
+    "report", "train.log",
+}  # fmt: skip
 
 
-def claim_run_folder(output_dir: str | Path) -> Path:
-    """Create `output_dir`, or `output_dir-2`, `-3`, ... if it is taken. Raises ConfigError if it cannot be written."""
+def claim_run_folder(output_dir: str | Path) -> tuple[Path, FileLock]:
+    """Make `output_dir` the folder of a new run, or `output_dir-2`, `-3`, ... if it is taken; with its lock, held.
+
+    A folder that holds nothing of a run is taken over with what is in it: a job's log file, or nothing because the run
+    before was killed at once. Raises ConfigError if it cannot be written.
+    """
     wanted = Path(output_dir)
     if wanted.name in ("", ".."):
         raise ConfigError(f"output_dir={output_dir} must end in the name of the run's folder")
-    try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        for number in count(1):
-            folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:
-                continue
-    except OSError as error:
-        raise ConfigError(f"output_dir={output_dir} cannot be created: {error.strerror}") from error
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"output_dir={output_dir} cannot be created: {error.strerror}") from error
+        lock = None if _is_taken(folder) else _lock(folder, seconds=0)
+        if lock is not None and not _is_taken(folder):
+            return folder, lock
+        if lock is not None:
+            lock.release()
     raise AssertionError("count() ended")
+
+
+def _is_taken(folder: Path) -> bool:
+    return bool({path.name for path in folder.iterdir()} & RUN_FILES)
 
 
 def lock_run_folder(folder: Path) -> FileLock:
@@ -38,11 +52,18 @@ def lock_run_folder(folder: Path) -> FileLock:
 
     Raises ConfigError if another process has it for half a minute more: a killed job may take as long to be gone.
     """
+    lock = _lock(folder, LOCK_SECONDS)
+    if lock is None:
+        raise ConfigError(f"output_dir={folder}: another process is training in it")
+    return lock
+
+
+def _lock(folder: Path, seconds: float) -> FileLock | None:
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout as error:
-        raise ConfigError(f"output_dir={folder}: another process is training in it") from error
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return None
     except (OSError, NotImplementedError) as error:
         raise ConfigError(f"output_dir={folder}: {folder / '.lock'} cannot be locked: {error}") from error
     return lock

@@ -27,7 +27,6 @@ from malora_dist.checkpoint.layout import (
 from malora_dist.checkpoint.shards import file_record, plan_shards, write_shard
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.engine.progress import LOGGER
-from malora_dist.engine.random_state import random_state
 from malora_dist.errors import CheckpointError
 from malora_dist.parallel.groups import World, fail_together, gather_lists, on_main
 from malora_dist.parallel.optimizer_state import OptimizerState
@@ -91,8 +90,10 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: _Job | None = None
 
-    def save(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> None:
+    def save(self, step: int, state: Mapping[str, Any], random: Mapping[str, Tensor], *, best: bool = False) -> None:
         """Begin to save the state after `step` optimizer steps; a finished checkpoint of it is left as it is.
+
+        `state` is the manifest's, alike on all; `random` the state of this process's generators.
 
         Raises CheckpointError on all processes if this or the save before it cannot be written.
         """
@@ -101,7 +102,7 @@ class Saver:
         folder = on_main(lambda: self._begin(step, best), self.world)
         if folder is None:
             return
-        files = self._gather()
+        files = self._gather(random)
         tensors = self._files_of_tensors(files)
         write = self._thread.submit(self._write, Path(folder), files)
         self._job = _Job(step, best, dict(state), tensors, write, began, time.monotonic())
@@ -120,14 +121,14 @@ class Saver:
         if step is not None:
             on_main(lambda: self.store.mark_best(step) if step in self.store.steps() else None, self.world)
 
-    def _gather(self) -> dict[str, dict[str, Tensor]]:
+    def _gather(self, random: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The files this process writes, with their tensors."""
         mine = set() if self.mine is None else set(self.shards[self.mine])
         files: dict[str, dict[str, Tensor]] = {}
         for kind, name, tensor in snapshot(self.tensors, self.state, mine.__contains__):
             assert self.mine is not None
             files.setdefault(shard_name(kind, self.mine + 1, len(self.shards)), {})[name] = tensor
-        states = gather_lists([random_state()])
+        states = gather_lists([dict(random)])
         if self.world.is_main:
             files[RNG_FILE] = {f"{rank}.{kind}": t for rank, own in enumerate(states) for kind, t in own.items()}
         return files

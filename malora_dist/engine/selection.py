@@ -54,10 +54,11 @@ def read_baseline(path: Path, measured: Sequence[str]) -> Tasks:
 
 @dataclass
 class Best:
-    """The highest score so far, and the step it belongs to; none at first."""
+    """The highest score so far, and the step it belongs to; none at first. `by` says how it was scored."""
 
     score: float | None = None
     step: int | None = None
+    by: str = ""
 
     def offer(self, score: float, step: int) -> bool:
         """Take a score; whether it is the highest so far. Of equal ones the first stays."""
@@ -67,4 +68,4 @@ class Best:
         return True
 
     def as_dict(self) -> dict[str, Any]:
-        return {"score": self.score, "step": self.step}
+        return {"score": self.score, "step": self.step, "by": self.by}

@@ -22,45 +22,58 @@ from malora_dist.engine.outcome import (
 from malora_dist.engine.outputs import RunOutputs
 from malora_dist.engine.process import code_of
 from malora_dist.engine.progress import LOGGER
-from malora_dist.engine.resume import find_start
+from malora_dist.engine.resume import Start, find_start, is_finished, is_run
 from malora_dist.engine.run_folder import claim_run_folder, lock_run_folder
 from malora_dist.engine.stop import Preempted
+from malora_dist.errors import CheckpointError, MaloraError
 from malora_dist.parallel.groups import World, on_main
 
 
 class Session:
     """From the look for a run to go on with to exit.json. Every process makes one; all leave it alike.
 
-    Raises ConfigError or CheckpointError on all if the run cannot start here.
+    Raises ConfigError or CheckpointError on all if the run cannot start here; exit.json of a run that could have gone
+    on then says so.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self.world, self.state = world, LoopState()
-        self.start = on_main(lambda: find_start(config), world)
+        self.config, self.world, self.state = config, world, LoopState()
         self.outputs: RunOutputs | None = None
         self._lock: FileLock | None = None
-        if self.start.folder is not None:
-            on_main(lambda: self._hold(Path(self.start.folder)), world)
-        self.config = config
+        self.start: Start = on_main(self._find_start, world)
+
+    def _find_start(self) -> Start:
+        """Under the lock, since a process that is about to end may still be saving."""
+        run = Path(self.config.output_dir)
+        if self.config.train.resume_from_checkpoint is None or not is_run(run):
+            return find_start(self.config)
+        self._lock = lock_run_folder(run)
+        try:
+            start = find_start(self.config)
+        except MaloraError as error:
+            if not is_finished(run):
+                self._write(run, FAILED, code_of(error), str(error))
+            self._release()
+            raise
+        clear_outcome(run)
+        return start
 
     def open(self) -> RunOutputs:
         """The run's folder to write in: that of the run that goes on, or a new one."""
         folder = on_main(self._folder, self.world)
-        # The config written there names that folder.
-        self.outputs = RunOutputs(self.config.model_copy(update={"output_dir": folder}), Path(folder), self.world)
+        # The config written there names that folder, and is one to go on with.
+        changes: dict[str, object] = {"output_dir": folder}
+        if self.config.train.resume_from_checkpoint is None:
+            changes["train"] = self.config.train.model_copy(update={"resume_from_checkpoint": "auto"})
+        self.outputs = RunOutputs(self.config.model_copy(update=changes), Path(folder), self.world)
         self.outputs.notes(self.start.notes)
         return self.outputs
 
     def _folder(self) -> str:
         if self.start.folder is not None:
-            return str(self.start.folder)
-        folder = claim_run_folder(self.config.output_dir)
-        self._hold(folder)
+            return self.start.folder
+        folder, self._lock = claim_run_folder(self.config.output_dir)
         return str(folder)
-
-    def _hold(self, folder: Path) -> None:
-        self._lock = lock_run_folder(folder)
-        clear_outcome(folder)
 
     def __enter__(self) -> "Session":
         return self
@@ -71,27 +84,45 @@ class Session:
         if isinstance(error, Preempted):
             self._preempted(error)
         elif isinstance(error, Exception):
-            self._write(FAILED, code_of(error), str(error).strip() or repr(error))
+            self._failed(error)
         elif error is None:
-            self._write(FINISHED, EXIT_OK, "")
-        if self._lock is not None:
-            self._lock.release()
+            on_main(lambda: self._write(self._written_to(), FINISHED, EXIT_OK, ""), self.world)
+        self._release()
 
     def _preempted(self, stop: Preempted) -> None:
         outputs = self.outputs or self.open()
         outputs.close()
-        step = on_main(lambda: self._write(PREEMPTED, EXIT_PREEMPTED, stop.reason), self.world)
+        step = on_main(lambda: self._write(outputs.folder, PREEMPTED, EXIT_PREEMPTED, stop.reason), self.world)
+        other = "" if str(outputs.folder) == self.config.output_dir else f" with --output_dir {outputs.folder}"
+        other += " and without --new-run" if self.config.train.resume_from_checkpoint is None else ""
         logging.getLogger(LOGGER).info(
-            "ended early after step %d: %s; the same command goes on from there", step, stop.reason
+            "ended early after step %d: %s; the same command%s goes on from there", step, stop.reason, other
         )
 
-    def _write(self, outcome: str, code: int, reason: str) -> int:
-        """The last completed step: that of the newest checkpoint, if the session ended before it was restored."""
-        folder = self.outputs.folder if self.outputs is not None else self.start.folder
+    def _failed(self, error: Exception) -> None:
+        folder = self._written_to()
         if not self.world.is_main or folder is None:
-            return self.state.step
-        steps = CheckpointStore(Path(folder) / CHECKPOINTS).steps()
+            return
+        try:
+            self._write(folder, FAILED, code_of(error), str(error).strip() or repr(error))
+        except CheckpointError as second:
+            # What has happened before is the news.
+            error.add_note(str(second))
+
+    def _written_to(self) -> Path | None:
+        if self.outputs is not None:
+            return self.outputs.folder
+        return None if self.start.folder is None else Path(self.start.folder)
+
+    def _write(self, folder: Path | None, outcome: str, code: int, reason: str) -> int:
+        """The last completed step: that of the newest checkpoint, if the session ended before it was restored."""
+        assert folder is not None
+        steps = CheckpointStore(folder / CHECKPOINTS).steps()
         step = max([self.state.step, *steps])
-        checkpoint = checkpoint_name(steps[-1]) if steps else None
-        write_outcome(Path(folder), outcome, code, reason=reason, step=step, checkpoint=checkpoint)
+        name = checkpoint_name(steps[-1]) if steps else None
+        write_outcome(folder, outcome, code, reason=reason, step=step, checkpoint=name)
         return step
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()

@@ -11,7 +11,7 @@ from malora_dist.data.loader import MicroBatch
 from malora_dist.engine.forward import BalanceSettings, balance_loss, cross_entropies, set_token_keys
 from malora_dist.engine.guard import GradientGuard, first_nonfinite_layer, stop_if_nonfinite
 from malora_dist.engine.position import Position
-from malora_dist.errors import TrainingError
+from malora_dist.errors import NonFiniteError, TrainingError
 from malora_dist.functional.loss import batch_counts, target_weights
 from malora_dist.nn.inject import adapter_parameters
 from malora_dist.parallel.below_zero3 import clip_gradients
@@ -150,7 +150,7 @@ class Stepper:
         layer = self.guard.culprit(total[2 + G :])
         if layer is not None:
             tasks = sorted({self.task_names[t] for batch in batches for t in batch.task_ids.tolist()})
-            raise TrainingError(
+            raise NonFiniteError(
                 f"a gradient is not finite at step {number}, first in layer {layer}; tasks here: {', '.join(tasks)}"
             )
 

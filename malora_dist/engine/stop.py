@@ -10,6 +10,7 @@ from typing import Protocol
 
 from malora_dist.parallel.groups import World, max_over_control, tell_all, told
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_IS_UP, ENOUGH_STEPS = 1000, 1001
 LOOK_SECONDS = 0.3
 # How much of Slurm's remaining time is kept for the last step and save, at most and at least.
@@ -41,9 +42,9 @@ class Agreement:
     `request` may be called from any thread; nothing happens before the main thread asks.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
-        """`deadline` is a `time.time()` at which the main process asks all to end."""
-        self.deadline = deadline
+    def __init__(self, deadline: float | None = None, alive: Callable[[], None] = lambda: None) -> None:
+        """`deadline` is a `time.time()` at which this process asks all to end; `alive` is called at every look."""
+        self.deadline, self.alive = deadline, alive
         self.code = 0
         self.world: World | None = None
         self.background: Background | None = None
@@ -64,8 +65,7 @@ class Agreement:
         A checkpoint whose files are all written is completed here; raises if one could not be written.
         """
         assert self.world is not None
-        if self.world.is_main and self.deadline is not None and time.time() >= self.deadline:
-            self.request(TIME_IS_UP)
+        self._watch_the_clock()
         busy, failed = self.background.progress() if self.background is not None else (False, False)
         code, any_busy, any_failed = max_over_control([self.code, int(busy), int(failed)], self.world)
         if self.background is not None and (any_failed or not any_busy):
@@ -78,7 +78,8 @@ class Agreement:
     def apart(self) -> Iterator[Callable[[], None]]:
         """For work in which processes are not in step: gives `look`, to be called often.
 
-        `look` leaves the block on this process soon after any process was told to end; all agree at the block's end.
+        `look` leaves the block on this process soon after one that is still in it was told to end; all agree at the
+        block's end.
         """
         try:
             yield self._look
@@ -92,11 +93,17 @@ class Agreement:
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
+        self._watch_the_clock()
         if self.code:
             tell_all()
             raise _Abandoned
         if told():
             raise _Abandoned
+
+    def _watch_the_clock(self) -> None:
+        self.alive()
+        if self.deadline is not None and time.time() >= self.deadline:
+            self.request(TIME_IS_UP)
 
 
 class _Abandoned(Exception):

@@ -6,7 +6,7 @@ from typing import Any
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.data.loader import TrainLoader
 from malora_dist.engine.loop import LoopState
-from malora_dist.engine.random_state import set_random_state
+from malora_dist.engine.random_state import random_state, set_random_state
 from malora_dist.engine.selection import Best
 from malora_dist.engine.window import Window
 from malora_dist.errors import CheckpointError
@@ -60,7 +60,7 @@ def restore_training(
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     window.load_state_dict(state["window"])
     set_random_state(_random_state_of(checkpoint, world.rank))
-    return LoopState(step, state["validated"], loader.state_dict(), Best(**state["best"]))
+    return LoopState(step, state["validated"], loader.state_dict(), random_state(), Best(**state["best"]))
 
 
 def check_tensors(checkpoint: Checkpoint, tensors: list[Whole]) -> None:

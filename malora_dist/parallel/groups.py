@@ -44,6 +44,10 @@ def start_processes(timeout_seconds: float) -> World:
     _describe_single_process()
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
+        if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
+            # srun --gpus-per-task=1 shows each task its own device alone, as number 0.
+            local_rank = 0
+            os.environ["LOCAL_RANK"] = "0"
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

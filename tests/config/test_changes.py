@@ -8,7 +8,7 @@ from malora_dist.config.names import leaves
 from tests.config.recipes import recipe
 
 REFUSED = {
-    "model.dtype", "model.load_in_4bit", "model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant",
+    "evaluation.split", "model.load_in_4bit", "model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant",
     "adapter.method", "adapter.num_experts", "adapter.top_k", "adapter.r", "adapter.shared_r",
     "adapter.compression_ratio", "adapter.lora_alpha", "adapter.use_rslora", "adapter.beta", "adapter.lora_dropout",
     "adapter.target_modules", "adapter.router_aux_loss_coef", "adapter.router_aux_loss_reduction",
@@ -36,10 +36,13 @@ def test_every_key_is_of_one_kind() -> None:
         ("--evaluation.batch_tokens=7", "harmless"),
         ("--data.max_seq_length=99", "harmless"),
         ("--output_dir=elsewhere", "harmless"),
+        ("--data.tasks[1].max_eval_samples=9", "harmless"),
+        ("--data.tasks[1].weight=3.0", "refused"),
     ],
 )
 def test_a_change_names_its_key_and_both_values(override: str, kind: str) -> None:
-    before, now = (plain_config(config_from_dict(recipe(), overrides)) for overrides in ([], [override]))
+    written = override.replace("[1]", ".piqa")
+    before, now = (plain_config(config_from_dict(recipe(), overrides)) for overrides in ([], [written]))
     (change,) = changes(before, now)
     key, _, value = override.removeprefix("--").partition("=")
     assert (change.key, change.kind, str(change.now)) == (key, kind, value)

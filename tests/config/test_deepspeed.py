@@ -72,6 +72,10 @@ def test_offload_keeps_the_recipes_optimizer(tmp_path: Path) -> None:
         ({"zero_optimization": {"overlap_com": True}}, ["overlap_com", "did you mean overlap_comm?"]),
         ({"zero_optimisation": {}}, ["did you mean zero_optimization?"]),
         ({"zero_optimization": {"offload_param": {"devices": "cpu"}}}, ["offload_param.devices", "device?"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            ["offload_optimizer.device=nvme", "could not be saved"],
+        ),
         ({"zero_optimization": 3}, ["zero_optimization=3", "must be an object"]),
         ('{"bf16": {}, "bf16": {}}', ["'bf16' is given twice"]),
         ("[1]", ["must hold a JSON object"]),

@@ -10,7 +10,7 @@ from malora_dist.checkpoint.layout import Manifest
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, config_text, plain_config
 from malora_dist.engine.outcome import FAILED, FINISHED, PREEMPTED, clear_outcome, read_outcome, write_outcome
-from malora_dist.engine.resume import Start, check_base, find_start, open_checkpoint
+from malora_dist.engine.resume import Start, check_base, check_data, find_start, open_checkpoint
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.parallel.groups import World
 from tests.checkpoint.samples import manifest_of, tensors_of, write_files
@@ -62,7 +62,9 @@ def test_a_run_that_has_saved_nothing_starts_again_in_its_folder(tmp_path: Path)
 def test_a_finished_run_is_an_error_with_ways_out(tmp_path: Path) -> None:
     run = tmp_path / "run"
     its_config = begun(run, (10,), FINISHED)
-    with pytest.raises(ConfigError, match="is finished. --new-run starts another.*=.*step-000010, for a new run"):
+    with pytest.raises(
+        ConfigError, match="is finished. --new-run starts another.*=.*step-000010 and another output_dir"
+    ):
         find_start(its_config)
     assert find_start(config(run, resume_from_checkpoint=None)) == Start()
     # A run of a version without checkpoints left its adapter and no more.
@@ -97,6 +99,8 @@ def test_a_path_is_a_new_run_from_there(tmp_path: Path) -> None:
         find_start(config(new, resume_from_checkpoint=str(run), seed=1))
     # The same command again, in a requeued job, goes on with the run that it began.
     begun(new, (), PREEMPTED, resume_from_checkpoint=str(run))
+    with pytest.raises(ConfigError, match=f"output_dir={run} holds a run already; give another output_dir"):
+        find_start(config(run, resume_from_checkpoint=str(run)))
     start = find_start(config(new, resume_from_checkpoint=str(run)))
     assert (start.folder, start.checkpoint) == (str(new), str(run / "checkpoints" / "step-000010"))
     begun(tmp_path / "later", (11,), PREEMPTED, resume_from_checkpoint=str(run))
@@ -105,8 +109,8 @@ def test_a_path_is_a_new_run_from_there(tmp_path: Path) -> None:
     begun(tmp_path / "empty")
     (tmp_path / "empty" / "checkpoints").mkdir()
     for path, said in ((tmp_path / "empty", "holds no checkpoint"), (tmp_path / "no", "is not a checkpoint")):
-        with pytest.raises(CheckpointError, match=said):
-            find_start(config(new, resume_from_checkpoint=str(path)))
+        with pytest.raises(CheckpointError, match=f"train.resume_from_checkpoint={path}: .*{said}"):
+            find_start(config(tmp_path / "newer", resume_from_checkpoint=str(path)))
 
 
 def test_the_outcome_is_read_back_or_refused(tmp_path: Path) -> None:
@@ -133,6 +137,25 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         check_base(manifest, {**manifest.base, "name": "x", "fingerprint": "beef"})
     with pytest.raises(CheckpointError, match="dtype='bfloat16'.*'float32' here. Set model.dtype"):
         check_base(manifest, {**manifest.base, "dtype": "float32"})
+
+
+def test_other_rows_of_a_task_are_refused(tmp_path: Path) -> None:
+    begun(tmp_path / "run", (3,))
+    manifest = Manifest.read(tmp_path / "run" / "checkpoints" / "step-000003")
+    digests = {"train": {"a": "1", "b": "2"}, "test": {"a": "3", "b": "4"}}
+    manifest = replace(manifest, state={"data": digests})
+    check_data(manifest, digests)
+    wrong = [
+        (
+            {**digests, "train": {"a": "1", "b": "x"}},
+            "data.tasks: the train rows of task 'b' are not those of step-000003",
+        ),
+        ({**digests, "test": {"a": "3"}}, "the test rows of task 'b'"),
+        ({**digests, "train": {"a": "1", "c": "2"}}, "the train rows of task 'b'"),
+    ]
+    for data, said in wrong:
+        with pytest.raises(CheckpointError, match=said):
+            check_data(manifest, data)
 
 
 def open_on_all(world: World, folder: str) -> str:

@@ -1,6 +1,7 @@
 """Run folders are claimed once and never overwritten; their files are whole or absent."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from malora_dist.engine.run_folder import claim_run_folder, evaluation_file, write_json
+from malora_dist.engine import run_folder
+from malora_dist.engine.run_folder import claim_run_folder, evaluation_file, lock_run_folder, write_json
 from malora_dist.errors import ConfigError
 from tests.distributed import ROOT
 
@@ -20,8 +22,11 @@ folder = Path(sys.argv[1])
 (folder / f"ready{sys.argv[2]}").touch()
 while len(list(folder.glob("ready*"))) < 3:
     pass
-for _ in range(40):
-    print(claim_run_folder(folder / "runs" / "demo").name)
+claims = [claim_run_folder(folder / "runs" / "demo") for _ in range(40)]
+print(*(path.name for path, _ in claims))
+(folder / f"done{sys.argv[2]}").touch()
+while len(list(folder.glob("done*"))) < 3:
+    time.sleep(0.01)
 """
 KILLED = """
 import resource, signal, sys
@@ -33,19 +38,48 @@ write_json(Path(sys.argv[1]), {"long": "x" * 2**17})
 """
 
 
+def claim(wanted: Path | str) -> str:
+    """The name of a folder that a run claims and leaves its config in."""
+    folder, lock = claim_run_folder(wanted)
+    (folder / "config.yaml").touch()
+    lock.release()
+    return folder.name
+
+
 def test_a_taken_folder_is_never_reused(tmp_path: Path) -> None:
     wanted = tmp_path / "runs" / "deep" / "demo"
-    assert [claim_run_folder(wanted).name for _ in range(3)] == ["demo", "demo-2", "demo-3"]
-    (wanted.parent / "demo-2").rmdir()
-    assert claim_run_folder(str(wanted)) == wanted.parent / "demo-2"
+    assert [claim(wanted) for _ in range(3)] == ["demo", "demo-2", "demo-3"]
+    shutil.rmtree(wanted.parent / "demo-2")
+    assert claim(str(wanted)) == "demo-2"
     (wanted.parent / "file").touch()
-    assert claim_run_folder(wanted.parent / "file").name == "file-2"
+    assert claim(wanted.parent / "file") == "file-2"
+
+
+def test_a_folder_without_a_run_is_taken_over(tmp_path: Path) -> None:
+    """One made for the job's log, or by a start that was killed at once; never one with a file of ours in it."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "17.log").write_text("submitted")
+    assert claim(tmp_path / "logs") == "logs" and (tmp_path / "logs" / "17.log").read_text() == "submitted"
+    for name in ("eval.json", "checkpoints"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).mkdir()
+        assert claim(tmp_path / name) == f"{name}-2"
+
+
+def test_a_folder_in_which_a_process_trains_is_not_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.5)
+    folder, lock = claim_run_folder(tmp_path / "run")
+    assert claim(tmp_path / "run") == "run-2"
+    with pytest.raises(ConfigError, match="run: another process is training in it"):
+        lock_run_folder(folder)
+    lock.release()
+    lock_run_folder(folder).release()
 
 
 def test_processes_that_claim_at_once_get_different_folders(tmp_path: Path) -> None:
     commands = [[sys.executable, "-c", CLAIM, str(tmp_path), str(number)] for number in range(3)]
     processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for command in commands]
-    claims = [process.communicate(timeout=120)[0].split() for process in processes]
+    claims = [process.communicate(timeout=200)[0].split() for process in processes]
     assert [len(names) for names in claims] == [40, 40, 40]
     assert sorted(sum(claims, [])) == sorted(["demo", *(f"demo-{number}" for number in range(2, 121))])
 

@@ -47,40 +47,40 @@ def save_in_all_ways(world: World, folder: str, output: str) -> dict[str, Any]:
 
     saver, records = run.saver(f"{output}/behind", asynchronous=True, shard_bytes=SHARD_BYTES)
     first = run.whole_state()
-    saver.save(1, run.json_state())
+    saver.save(1, run.json_state(), {})
     found["busy"] = saver.progress()
     run.train(2)  # what is written is the state of step 1
     found["listed"] = CheckpointStore(Path(output, "behind")).steps()
-    saver.save(2, run.json_state(), best=True)  # waits for the first
+    saver.save(2, run.json_state(), run.state.random, best=True)  # waits for the first
     found["listed_then"] = CheckpointStore(Path(output, "behind")).steps()
     saver.complete()
     found["done"] = saver.progress()
     found["records"], found["together"] = records, slow.together
     stored = Checkpoint.open(Path(output, "behind", "step-000001"))
     found["first"] = all(torch.equal(stored.read(*key.split(".", 1)), tensor) for key, tensor in first.items())
-    saver.save(2, run.json_state())  # is there
+    saver.save(2, run.json_state(), {})  # is there
     found["again"] = saver.progress()
 
     saver_module.write_shard = slow.write
     saver, _ = run.saver(f"{output}/full", asynchronous=True, shard_bytes=SHARD_BYTES)
-    saver.save(1, run.json_state())
+    saver.save(1, run.json_state(), {})
     saver.complete()
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    saver.save(2, run.json_state())
+    saver.save(2, run.json_state(), {})
     try:
         saver.complete()
     except CheckpointError as error:
         found["full"] = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     found["after"] = sorted(path.name for path in Path(output, "full").iterdir())
-    saver.save(3, run.json_state() | {"optimizer": {}})
+    saver.save(3, run.json_state(), {})
     saver.complete()
 
     weight = run.tensors[0].parameter
     with torch.no_grad():
         weight.ds_tensor.fill_(float("nan"))  # type: ignore[attr-defined]
-    saver.save(4, run.json_state())
+    saver.save(4, run.json_state(), {})
     try:
         saver.complete()
     except CheckpointError as error:

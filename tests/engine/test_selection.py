@@ -24,7 +24,7 @@ def test_the_first_of_equal_scores_stays_the_best() -> None:
     best = Best()
     offers = [(-0.5, 10), (-0.7, 20), (-0.5, 30), (-0.1, 40)]
     assert [best.offer(*offer) for offer in offers] == [True, False, False, True]
-    assert best.as_dict() == {"score": -0.1, "step": 40} and Best(**best.as_dict()) == best
+    assert best.as_dict() == {"score": -0.1, "step": 40, "by": ""} and Best(**best.as_dict()) == best
 
 
 def test_a_baseline_is_read_from_an_eval_json(tmp_path: Path) -> None:

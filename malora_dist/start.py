@@ -1,0 +1,54 @@
+"""From a command to the processes that carry it out: in this one, or through the deepspeed launcher."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from importlib import import_module
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from malora_dist.config import RunConfig
+from malora_dist.config.matrix import check_plan
+from malora_dist.errors import ConfigError
+from malora_dist.launch.command import (
+    deepspeed_command,
+    launcher_environment,
+    launcher_path,
+    run_command,
+    under_launcher,
+)
+from malora_dist.summary import adapter_spec
+
+
+def recipe_first(recipe: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe and its overrides. Raises ConfigError if an option stands where the recipe belongs."""
+    if recipe.startswith("-"):
+        raise ConfigError(f"the recipe comes before its settings: RECIPE.yaml {recipe} ...")
+    return recipe, list(overrides)
+
+
+def start(module: str, arguments: Sequence[str], num_gpus: int | None, config: RunConfig | None) -> None:
+    """Run the module's main here, or once for each device through the deepspeed launcher, and exit with its code.
+
+    Raises ConfigError or TopologyError if the recipe cannot run on so many processes, before any of them starts.
+    """
+    if under_launcher(os.environ):
+        raise typer.Exit(import_module(module).main(arguments) or 0)
+    processes = num_gpus if num_gpus is not None else _visible_gpus()
+    if config is not None:
+        adapter_spec(config)
+        check_plan(config, processes)
+    if processes == 1:
+        raise typer.Exit(import_module(module).main(arguments) or 0)
+    command = deepspeed_command(module, arguments, num_gpus=processes, environment=os.environ, launcher=launcher_path())
+    Console(stderr=True).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
+    raise typer.Exit(run_command(command, launcher_environment(os.environ)))
+
+
+def _visible_gpus() -> int:
+    """Number of GPUs torch can see, at least 1: without any, one process runs on the CPU."""
+    from torch import cuda
+
+    return max(1, cuda.device_count())
