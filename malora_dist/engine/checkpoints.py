@@ -7,8 +7,8 @@ from malora_dist.config import RunConfig, plain_config
 from malora_dist.data.loader import TrainLoader
 from malora_dist.engine.loop import LoopState
 from malora_dist.engine.outputs import RunOutputs
-from malora_dist.engine.selection import Best
 from malora_dist.engine.saver import Description, Saver
+from malora_dist.engine.selection import Best
 from malora_dist.engine.step import Stepper
 from malora_dist.engine.training_state import restore_training, training_state
 from malora_dist.engine.window import Window

@@ -1,9 +1,10 @@
 """The trained state of an engine as whole tensors under global names, whatever holds it: three kinds of optimizers.
 
-`weight` and `moment` give a parameter's value or AdamW moment shaped like the parameter before ZeRO-3 split it (a slice
-of experts stays a slice); `set_weight` and `set_moment` put one back, asking `read(start, stop)` for the elements of
-that flat tensor that this process needs. `create` makes moments without an optimizer step, which would decay weights.
-Every process must call the methods alike. Weights are fp32 and equal their fp32 masters between two steps.
+`gather` gives a parameter's weight and, if it is trained, AdamW's moments, by one message at most, shaped like the
+parameter before ZeRO-3 split it (a slice of experts stays a slice). `set_weight` and `set_moment` put one back, asking
+`read(start, stop)` for the elements of that flat tensor that this process needs. `create` makes moments without an
+optimizer step, which would decay weights. Every process must call the methods alike. Weights are fp32 and equal their
+fp32 masters between two steps.
 """
 
 from collections.abc import Callable
@@ -27,9 +28,7 @@ class OptimizerState(Protocol):
 
     def step_count(self) -> int: ...
 
-    def weight(self, parameter: nn.Parameter) -> Tensor: ...
-
-    def moment(self, parameter: nn.Parameter, key: str) -> Tensor: ...
+    def gather(self, parameter: nn.Parameter) -> list[Tensor]: ...
 
     def set_weight(self, parameter: nn.Parameter, read: Read) -> None: ...
 
@@ -64,12 +63,9 @@ class WholeState:
     def step_count(self) -> int:
         return _step_count(self.optimizer)
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach()
-
-    def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        moment: Tensor = self.optimizer.state[parameter][key]
-        return moment
+    def gather(self, parameter: nn.Parameter) -> list[Tensor]:
+        moments = [self.optimizer.state[parameter][key] for key in MOMENTS] if parameter.requires_grad else []
+        return [parameter.detach(), *moments]
 
     def set_weight(self, parameter: nn.Parameter, read: Read) -> None:
         parameter.data.copy_(read(0, parameter.numel()).view(parameter.shape))
@@ -92,13 +88,18 @@ class FlatState:
     def step_count(self) -> int:
         return _step_count(self.optimizer.optimizer)
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach()
-
-    def moment(self, parameter: Any, key: str) -> Tensor:
+    def gather(self, parameter: Any) -> list[Tensor]:
+        if not parameter.requires_grad:
+            return [parameter.detach()]
         link_optimizer_state(self.optimizer)
-        moment: Tensor = parameter.get_full_hp_param(key)
-        return moment
+        moments = torch.zeros(len(MOMENTS), parameter.numel(), dtype=torch.float32, device=parameter.device)
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            place = mapping.lp_fragment_address
+            for row, key in zip(moments, MOMENTS, strict=True):
+                row[place.start : place.start + place.numel] = mapping.get_hp_fragment(key)
+        dist.all_reduce(moments, group=parameter._dp_group)
+        return [parameter.detach(), *(row.view(parameter.shape) for row in moments)]
 
     def set_weight(self, parameter: nn.Parameter, read: Read) -> None:
         parameter.data.copy_(read(0, parameter.numel()).view(parameter.shape))
@@ -129,17 +130,20 @@ class PartitionedState:
     def step_count(self) -> int:
         return _step_count(self.optimizer.optimizer)
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
+    def gather(self, parameter: Any) -> list[Tensor]:
         import deepspeed
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-
-    def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        moment: Tensor = safe_get_full_optimizer_state(parameter, key)
-        return moment
+        if not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return [parameter.detach().clone()]
+        moments = [safe_get_local_optimizer_state(parameter, key) for key in MOMENTS]
+        # Where they are offloaded they wait on the CPU.
+        own = torch.stack([part.to(parameter.device) for part in (safe_get_local_fp32_param(parameter), *moments)])
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(parameter.ds_process_group))]
+        dist.all_gather(parts, own, group=parameter.ds_process_group)
+        whole = torch.cat(parts, dim=1)[:, : parameter.ds_numel]
+        return [row.view(parameter.ds_shape) for row in whole]
 
     def set_weight(self, parameter: Any, read: Read) -> None:
         import deepspeed

@@ -65,23 +65,12 @@ def snapshot(
     end.
     """
     for whole in tensors:
-        kept = keep(whole.name)
-        weight = _join(whole.parameter, state.weight(whole.parameter), kept)
-        if weight is not None:
-            yield "adapter", whole.name, weight
-        if not whole.parameter.requires_grad:
-            continue
-        for key in MOMENTS:
-            moment = _join(whole.parameter, state.moment(whole.parameter, key), kept)
-            if moment is not None:
-                yield "optimizer", f"{key}.{whole.name}", moment
-
-
-def _join(parameter: nn.Parameter, tensor: Tensor, kept: bool) -> Tensor | None:
-    if not is_slice(parameter) and not kept:
-        return None
-    joined = join_experts(parameter, tensor)
-    return joined.float() if kept else None
+        kept, gathered = keep(whole.name), state.gather(whole.parameter)
+        if kept or is_slice(whole.parameter):
+            joined = [join_experts(whole.parameter, tensor) for tensor in gathered]
+            kinds = [("adapter", whole.name), *(("optimizer", f"{key}.{whole.name}") for key in MOMENTS)]
+            if kept:
+                yield from ((*kind, tensor.float()) for kind, tensor in zip(kinds, joined, strict=False))
 
 
 def restore(tensors: list[Whole], state: OptimizerState, step: int, read: ReadElements) -> None:
