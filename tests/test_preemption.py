@@ -184,13 +184,6 @@ def test_a_run_whose_ranks_are_killed_is_the_run_that_was_not(
 WAIT = {"on": "check", "at": "backward", "wait": True}
 LAUNCHED = "tests.preemption_workers"
 TORCHRUN: list[str | Path] = [SCRIPTS / "torchrun", "--standalone", "--nproc_per_node", "2", "-m", LAUNCHED]
-    SCRIPTS / "torchrun",
-    "--standalone",
-    "--nproc_per_node",
-    "2",
-    "-m",
-    "tests.preemption_workers",
-]
 
 
 def check_preempted(launched: Launched, run: Path, reason: str, step: int) -> None:
