@@ -43,6 +43,10 @@ VARIANTS: dict[str, list[str]] = {
 }
 SIGNALS, SIGNALS_OF_A_RUN, KILLS = 30, 10, 6
 LIMIT = 8.0  # seconds
+SETTINGS = {
+    "saving": ["--parallel.timeout_seconds", "15"],
+    "the limit": ["--train.max_hours", str(LIMIT / 3600)],
+}
 
 
 def trap(rank: int, on: str, at: str, sent: str, **where: int) -> dict[str, Any]:
@@ -64,7 +68,8 @@ STAGES: list[tuple[str, dict[str, Any], set[int]]] = [
     ("validation", {"traps": [trap(1, "check", "evaluation (validation)", "SIGUSR2", step=4, count=1)]}, {4}),
     # Its checkpoint says that the validation is still to be done, and stays as it is.
     ("after it", {"traps": [trap(0, "phase", "forward", "SIGTERM", step=5)]}, {4}),
-    ("saving", {"write_seconds": [2, 2], "while_writing": ["SIGUSR1", "SIGTERM", "SIGTERM"]}, {5, 6, 7}),
+    # It takes longer than a collective may.
+    ("saving", {"write_seconds": [17, 17], "while_writing": ["SIGUSR1", "SIGTERM", "SIGTERM"]}, {5, 6, 7}),
     ("leaving", {"traps": [trap(1, "phase", "forward", "SIGUSR1", step=9)], "leave_seconds": 0.5}, {8}),
     ("the limit", {"traps": [{"rank": 0, "on": "check", "at": "backward", "step": 11, "sleep": LIMIT}]}, {8, 9, 10}),
     ("tuned evaluation", {"traps": [trap(1, "check", "evaluation (tuned)", "SIGUSR2", count=1)]}, {12}),
@@ -137,8 +142,7 @@ def test_every_phase_can_be_stopped(ranks: Ranks, folder: Path, whole: dict[str,
     run = folder / "runs" / "stages"
     arguments = ["--output_dir", "runs/stages", "--data.cache_dir", "cache-stages"]
     for name, plants, steps in STAGES:
-        limit = ["--train.max_hours", str(LIMIT / 3600)] if name == "the limit" else []
-        session = ranks.start(f"stages.{name}", [*arguments, *limit], **plants)
+        session = ranks.start(f"stages.{name}", [*arguments, *SETTINGS.get(name, [])], **plants)
         ended = check_end(session, run)
         assert ended["outcome"] == ("finished" if name == "the report" else "preempted"), (name, session.log())
         assert ended["step"] in steps, (name, ended)

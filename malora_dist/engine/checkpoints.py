@@ -43,6 +43,7 @@ class RunCheckpoints:
             save_total_limit=config.train.save_total_limit,
             asynchronous=config.train.async_save,
             saved=outputs.record,
+            waiting=stepper.position.alive,
         )
 
     def restore(self, checkpoint: Checkpoint, best_by: str) -> LoopState:

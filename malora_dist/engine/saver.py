@@ -28,12 +28,13 @@ from malora_dist.checkpoint.shards import file_record, plan_shards, write_shard
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.engine.progress import LOGGER
 from malora_dist.errors import CheckpointError
-from malora_dist.parallel.groups import World, fail_together, gather_lists, on_main
+from malora_dist.parallel.groups import World, fail_together, gather_lists, max_over_control, on_main
 from malora_dist.parallel.optimizer_state import OptimizerState
 from malora_dist.parallel.snapshot import Whole, snapshot
 
 # Up to this, one process writes all.
 SHARD_BYTES = 512 * 2**20
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +80,14 @@ class Saver:
         asynchronous: bool = True,
         shard_bytes: int = SHARD_BYTES,
         saved: Callable[[dict[str, Any]], None] = lambda record: None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """`saved` gets a record about each finished checkpoint, on every process."""
+        """`saved` gets a record about each finished checkpoint, on every process; `waiting` is called while one is
+        written and nothing else is done.
+        """
         self.tensors, self.state, self.world, self.description = tensors, state, world, description
         self.store = CheckpointStore(folder, save_total_limit)
-        self.folder, self.asynchronous, self.saved = folder, asynchronous, saved
+        self.folder, self.asynchronous, self.saved, self.waiting = folder, asynchronous, saved, waiting
         self.shards = plan_shards({whole.name: whole.num_bytes for whole in tensors}, world.size, shard_bytes)
         writers = [number * world.size // len(self.shards) for number in range(len(self.shards))]
         self.mine = writers.index(world.rank) if world.rank in writers else None
@@ -164,6 +168,10 @@ class Saver:
             return
         job, self._job = self._job, None
         waited = time.monotonic()
+        # Nobody waits in a collective, which has a timeout, for as long as a disk takes.
+        while max_over_control([int(not job.files.done())], self.world)[0]:
+            self.waiting()
+            time.sleep(POLL_SECONDS)
         error, records = None, {}
         try:
             records = job.files.result()
