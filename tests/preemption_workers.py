@@ -147,11 +147,12 @@ def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[...,
 
 
 def _write_slowly(plants: dict[str, Any]) -> None:
-    """What write_shard does before it writes, in a thread."""
+    """What write_shard does before it writes, in a thread: the first signal comes at once, while training goes on."""
     seconds, signals = plants.pop("write_seconds", [0] * (RANK + 1))[RANK], plants.get("while_writing", [])
-    for _ in range(1 + len(signals)):
-        time.sleep(seconds / (1 + len(signals)))
-        if seconds and signals:
+    pauses = [0.1, *[(seconds - 0.1) / len(signals)] * len(signals)] if signals else [seconds]
+    for pause in pauses if seconds else []:
+        time.sleep(pause)
+        if signals:
             os.kill(os.getpid(), getattr(signal, signals.pop(0)))
 
 

@@ -69,7 +69,7 @@ STAGES: list[tuple[str, dict[str, Any], set[int]]] = [
     # Its checkpoint says that the validation is still to be done, and stays as it is.
     ("after it", {"traps": [trap(0, "phase", "forward", "SIGTERM", step=5)]}, {4}),
     # It takes longer than a collective may.
-    ("saving", {"write_seconds": [17, 17], "while_writing": ["SIGUSR1", "SIGTERM", "SIGTERM"]}, {5, 6, 7}),
+    ("saving", {"write_seconds": [17, 17], "while_writing": ["SIGUSR1", "SIGTERM", "SIGTERM"]}, {5, 6, 7, 8}),
     ("leaving", {"traps": [trap(1, "phase", "forward", "SIGUSR1", step=9)], "leave_seconds": 0.5}, {8}),
     ("the limit", {"traps": [{"rank": 0, "on": "check", "at": "backward", "step": 11, "sleep": LIMIT}]}, {8, 9, 10}),
     ("tuned evaluation", {"traps": [trap(1, "check", "evaluation (tuned)", "SIGUSR2", count=1)]}, {12}),

@@ -143,7 +143,7 @@ class _Watch:
         return True
 
     def _hear(self, number: int) -> None:
-        if number == signal.SIGTERM and self.position.phase is not None:
+        if number == signal.SIGTERM and self.position.phase is not None and self.told is None:
             say(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.position}")
         if self.on_signal is None:
             self._end(number)

@@ -77,9 +77,7 @@ def save_in_all_ways(world: World, folder: str, output: str) -> dict[str, Any]:
     saver.save(3, run.json_state(), {})
     saver.complete()
 
-    weight = run.tensors[0].parameter
-    with torch.no_grad():
-        weight.ds_tensor.fill_(float("nan"))  # type: ignore[attr-defined]
+    run.optimizer.optimizer.fp32_partitioned_groups_flat[0].data.fill_(float("nan"))  # type: ignore[attr-defined]
     saver.save(4, run.json_state(), {})
     try:
         saver.complete()
