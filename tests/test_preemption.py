@@ -69,6 +69,8 @@ STAGES: list[tuple[str, dict[str, Any], set[int]]] = [
     # Its checkpoint says that the validation is still to be done, and stays as it is.
     ("after it", {"traps": [trap(0, "phase", "forward", "SIGTERM", step=5)]}, {4}),
     # It takes longer than a collective may.
+    # Before the state is restored: the run is as far as its newest checkpoint all the same.
+    ("the base again", {"traps": [trap(1, "check", "loading the base model", "SIGUSR2", count=3)]}, {4}),
     ("saving", {"write_seconds": [17, 17], "while_writing": ["SIGUSR1", "SIGTERM", "SIGTERM"]}, {5, 6, 7, 8}),
     ("leaving", {"traps": [trap(1, "phase", "forward", "SIGUSR1", step=9)], "leave_seconds": 0.5}, {8}),
     ("the limit", {"traps": [{"rank": 0, "on": "check", "at": "backward", "step": 11, "sleep": LIMIT}]}, {8, 9, 10}),
