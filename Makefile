@@ -1,5 +1,5 @@
-# make demo    train and evaluate the demo, real model and real tasks, on this machine; again, it goes on where it was
-#              stopped; ARGS=--new-run starts another run
+# make demo    train and evaluate the demo, real model and real tasks, on this machine; again, it goes on from the last
+#              checkpoint; ARGS=--new-run starts another run
 # make demo-ep the demo's first steps with experts on every process and spread over two, side by side
 # make test    the whole test suite
 # make check   lint, format, types, layering
