@@ -8,6 +8,8 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from malora_dist.atomic import to_disk
+
 WAIT_SECONDS = 0.3
 
 
@@ -55,12 +57,3 @@ def _held(lock: BaseFileLock, waiting: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

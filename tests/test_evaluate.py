@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from malora_dist.atomic import write_json
 from malora_dist.engine.progress import LOGGER
-from malora_dist.engine.run_folder import evaluation_file, write_json
+from malora_dist.engine.run_folder import evaluation_file
 from malora_dist.evaluate import main
 from malora_dist.metrics import read_metrics
 from tests.e2e import SCRIPTS, contents, deepspeed, launch, make_folder

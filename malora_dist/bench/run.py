@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from malora_dist.atomic import write_json, write_text
 from malora_dist.bench.measure import Subject
 from malora_dist.bench.results import Record, Result
 from malora_dist.bench.table import NOTES, markdown, sheets, step_line
@@ -25,7 +26,6 @@ from malora_dist.data.loader import TrainLoader
 from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.progress import console, start_logging
-from malora_dist.engine.run_folder import write_json, write_text
 from malora_dist.engine.setup import train_loader
 from malora_dist.errors import ConfigError
 from malora_dist.model import load_tokenizer

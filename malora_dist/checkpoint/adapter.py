@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from malora_dist.atomic import share_file
 from malora_dist.checkpoint.adapter_info import (
     CONFIG,
     WEIGHTS,
@@ -23,7 +24,7 @@ from malora_dist.checkpoint.adapter_info import (
     model_name,
     read_adapter_info,
 )
-from malora_dist.checkpoint.disk import share_file, write_text
+from malora_dist.checkpoint.disk import write_text
 from malora_dist.checkpoint.folder import file_in, new_folder
 from malora_dist.checkpoint.found import what_is
 from malora_dist.checkpoint.layout import MANIFEST

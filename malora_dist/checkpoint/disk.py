@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from malora_dist.cache import to_disk
+from malora_dist import atomic
 from malora_dist.errors import CheckpointError
 
 
@@ -28,24 +28,10 @@ def writing(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
 
 
-def share_file(path: Path) -> None:
-    """Let those who may read the folder read the file, and put its bytes on disk. Raises OSError."""
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    to_disk(path)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a file, or replace it whole. Its name is on disk only once its folder is. Raises CheckpointError."""
-    partial = path.with_name(partial_name(path.name))
+    """Write a file, or replace it whole. Raises CheckpointError."""
     with writing(path):
-        partial.write_text(text, encoding="utf-8")
-        share_file(partial)
-        partial.replace(path)
-
-
-def partial_name(name: str) -> str:
-    """Under what name the file or folder `name` is written."""
-    return f".{name}.partial"
+        atomic.write_text(path, text)
 
 
 def remove(path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from malora_dist.cache import to_disk
+from malora_dist.atomic import to_disk
 from malora_dist.checkpoint.disk import remove, writing
 from malora_dist.errors import CheckpointError
 

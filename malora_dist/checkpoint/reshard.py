@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from malora_dist.checkpoint.disk import share_file, writing
+from malora_dist.atomic import share_file
+from malora_dist.checkpoint.disk import writing
 from malora_dist.checkpoint.folder import new_folder
 from malora_dist.checkpoint.layout import FileRecord, Manifest, shard_name, step_of
 from malora_dist.checkpoint.read import Checkpoint

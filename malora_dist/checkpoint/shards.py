@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from malora_dist.checkpoint.disk import reading, share_file, writing
+from malora_dist.atomic import share_file
+from malora_dist.checkpoint.disk import reading, writing
 from malora_dist.checkpoint.layout import FileRecord
 from malora_dist.errors import CheckpointError
 from malora_dist.weights.tensor_file import write_tensors

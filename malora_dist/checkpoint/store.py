@@ -9,8 +9,8 @@ checkpoints/latest, best          a folder name each
 import os
 from pathlib import Path
 
-from malora_dist.cache import to_disk
-from malora_dist.checkpoint.disk import partial_name, reading, remove, share_file, writing
+from malora_dist.atomic import partial_name, share_file, to_disk
+from malora_dist.checkpoint.disk import reading, remove, writing
 from malora_dist.checkpoint.layout import (
     BEST,
     LATEST,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malora_dist.atomic import share_file
 from malora_dist.checkpoint.adapter import AdapterTensors, open_adapter, put_adapter
-from malora_dist.checkpoint.disk import share_file, write_text
+from malora_dist.checkpoint.disk import write_text
 from malora_dist.convert.job import Job, check_base
 from malora_dist.convert.verify import logits_of, text_rows
 from malora_dist.errors import CheckpointError, ConfigError

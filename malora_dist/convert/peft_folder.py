@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from malora_dist.atomic import share_file
 from malora_dist.checkpoint.adapter import CONFIG, WEIGHTS, AdapterInfo
 from malora_dist.checkpoint.adapter_info import PREFIX
-from malora_dist.checkpoint.disk import share_file, write_text
+from malora_dist.checkpoint.disk import write_text
 from malora_dist.weights.tensor_file import write_tensors
 
 Shapes = Mapping[str, tuple[int, int]]

@@ -10,8 +10,8 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, load_config, plain_config
 from malora_dist.config.changes import Change, changes
-from malora_dist.engine.outcome import FINISHED, read_outcome
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.outcome import FINISHED, read_outcome
 from malora_dist.parallel.groups import World, fail_together
 
 

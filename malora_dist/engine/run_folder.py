@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -106,18 +105,3 @@ def _says_all_of(new: Any, old: Any) -> bool:
     if isinstance(new, float) and isinstance(old, float):
         return math.isclose(new, old, rel_tol=1e-5, abs_tol=1e-9)
     return bool(new == old)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file under a temporary name, then rename it."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -10,7 +10,14 @@ from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig
 from malora_dist.engine.loop import LoopState
-from malora_dist.engine.outcome import (
+from malora_dist.engine.outputs import RunOutputs
+from malora_dist.engine.process import code_of
+from malora_dist.engine.progress import LOGGER
+from malora_dist.engine.resume import Start, find_start, is_finished, is_run
+from malora_dist.engine.run_folder import claim_run_folder, lock_run_folder
+from malora_dist.engine.stop import Preempted
+from malora_dist.errors import CheckpointError, MaloraError
+from malora_dist.outcome import (
     EXIT_OK,
     EXIT_PREEMPTED,
     FAILED,
@@ -19,13 +26,6 @@ from malora_dist.engine.outcome import (
     clear_outcome,
     write_outcome,
 )
-from malora_dist.engine.outputs import RunOutputs
-from malora_dist.engine.process import code_of
-from malora_dist.engine.progress import LOGGER
-from malora_dist.engine.resume import Start, find_start, is_finished, is_run
-from malora_dist.engine.run_folder import claim_run_folder, lock_run_folder
-from malora_dist.engine.stop import Preempted
-from malora_dist.errors import CheckpointError, MaloraError
 from malora_dist.parallel.groups import World, on_main
 
 

@@ -9,9 +9,9 @@ import pytest
 from malora_dist.checkpoint.layout import Manifest
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, config_text, plain_config
-from malora_dist.engine.outcome import FAILED, FINISHED, PREEMPTED, clear_outcome, read_outcome, write_outcome
 from malora_dist.engine.resume import Start, check_base, check_data, find_start, open_checkpoint
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.outcome import FAILED, FINISHED, PREEMPTED, clear_outcome, read_outcome, write_outcome
 from malora_dist.parallel.groups import World
 from tests.checkpoint.samples import manifest_of, tensors_of, write_files
 from tests.config.recipes import recipe

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from malora_dist.atomic import write_json
 from malora_dist.engine import run_folder
-from malora_dist.engine.run_folder import claim_run_folder, evaluation_file, lock_run_folder, write_json
+from malora_dist.engine.run_folder import claim_run_folder, evaluation_file, lock_run_folder
 from malora_dist.errors import ConfigError
 from tests.distributed import ROOT
 
@@ -31,7 +32,7 @@ while len(list(folder.glob("done*"))) < 3:
 KILLED = """
 import resource, signal, sys
 from pathlib import Path
-from malora_dist.engine.run_folder import write_json
+from malora_dist.atomic import write_json
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
 write_json(Path(sys.argv[1]), {"long": "x" * 2**17})

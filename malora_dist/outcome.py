@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from malora_dist.engine.run_folder import write_json
+from malora_dist.atomic import write_json
 from malora_dist.errors import CheckpointError
 
 EXIT_FILE = "exit.json"

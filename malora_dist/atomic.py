@@ -1,0 +1,42 @@
+"""Files that are whole or not there, and on disk when a call returns."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, or replace it whole; readable for those who may read its folder. Raises OSError.
+
+    Its name is on disk only once its folder is.
+    """
+    partial = path.with_name(partial_name(path.name))
+    partial.write_text(text, encoding="utf-8")
+    share_file(partial)
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a value as JSON. Raises OSError."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def partial_name(name: str) -> str:
+    """Under what name the file or folder `name` is written."""
+    return f".{name}.partial"
+
+
+def share_file(path: Path) -> None:
+    """Let those who may read the folder read the file, and put its bytes on disk. Raises OSError."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    to_disk(path)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
