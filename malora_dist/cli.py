@@ -13,6 +13,7 @@ from rich.text import Text
 
 from malora_dist import __version__
 from malora_dist.bench.variants import TOPICS, recipe_variant
+from malora_dist.cluster.app import launch
 from malora_dist.config import NEW_RUN, load_config
 from malora_dist.config.matrix import check_plan, suggest_world_sizes
 from malora_dist.config.template import recipe_text
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure variants of a recipe side by side.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(launch, name="launch")
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 OVERRIDES_HELP = "Settings of the recipe follow it: --adapter.r 16 --train.learning_rate=5e-4"
 
@@ -51,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MaloraError as error:
         if show_traceback:
             raise
-        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        Console(stderr=True).print(Text(message, style="red"), soft_wrap=True)
         sys.exit(2)
 
 

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from malora_dist.atomic import write_json
 from malora_dist.checkpoint.adapter import AdapterTensors, open_adapter, put_adapter
-from malora_dist.config import RunConfig, load_config
+from malora_dist.config import RunConfig, config_text, load_config
 from malora_dist.config.matrix import suggest_world_sizes
 from malora_dist.data.build import build_data
 from malora_dist.engine.base import base_model
@@ -25,10 +26,11 @@ from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.progress import LOGGER, console, start_logging
-from malora_dist.engine.run_folder import evaluation_file, write_json
+from malora_dist.engine.run_folder import evaluation_file
 from malora_dist.engine.setup import engine_config
 from malora_dist.errors import ConfigError
 from malora_dist.model import load_tokenizer
+from malora_dist.parallel.consistency import check_consistency, start_facts
 from malora_dist.parallel.groups import World
 from malora_dist.report import print_results
 from malora_dist.source import resolve_model
@@ -46,6 +48,7 @@ def _start(arguments: list[str]) -> None:
     config = load_config(target.recipe, target.overrides)
     adapter = open_adapter(target.adapter)
     world = start_processes(config.parallel.timeout_seconds)
+    check_consistency(world, start_facts(config_text(config)))
     start_logging(target.folder / "evaluate.log" if world.is_main else None)
     log = logging.getLogger(LOGGER)
     log.info("evaluating %s on %s %s", adapter.path, target.recipe, shlex.join(target.overrides))

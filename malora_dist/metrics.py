@@ -28,6 +28,7 @@ RESUME = "resume"
 
 # A "run" record. Parameters are counts over all processes.
 WORLD_SIZE = "world_size"
+MAX_STEPS = "max_steps"
 DEVICE = "device"
 BASE_DTYPE = "base_dtype"
 TRAINABLE_PARAMETERS = "trainable_parameters"

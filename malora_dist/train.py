@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.checkpoint.read import Checkpoint
-from malora_dist.config import RunConfig, load_config, split_arguments
+from malora_dist.config import RunConfig, config_text, load_config, split_arguments
 from malora_dist.config.matrix import check_plan
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.loader import TrainLoader
@@ -40,6 +40,7 @@ from malora_dist.engine.stop import Agreement, Preempted, deadline_of
 from malora_dist.engine.window import Window
 from malora_dist.errors import ConfigError, NonFiniteError
 from malora_dist.model import load_tokenizer
+from malora_dist.parallel.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
 from malora_dist.parallel.expert_groups import create_expert_groups
 from malora_dist.parallel.groups import on_main, start_processes
 from malora_dist.parallel.zero import resident_bytes
@@ -64,7 +65,11 @@ def _start(arguments: Sequence[str]) -> None:
         position.rank = world.rank
         # Thousands of processes must not all ask Slurm.
         agreement.deadline = deadline_of(config.train.max_hours, started) if world.is_main else None
+        nodes = check_consistency(world, start_facts(config_text(config)))
         check_plan(config, world.size)
+        # Half the timeout, so that it is not the others' wait that ends the run.
+        seconds = min(SHARED_SECONDS, config.parallel.timeout_seconds / 2)
+        check_shared_folder(world, Path(config.output_dir), nodes, seconds)
         with Session(config, world) as session:
             agreement.join(world)
             run(session, position, agreement)

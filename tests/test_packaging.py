@@ -44,7 +44,7 @@ def test_the_wheel_holds_everything(wheel: tuple[Path, Path]) -> None:
         entry = next(name for name in names if name.endswith("entry_points.txt"))
         assert "malora = malora_dist.cli:main" in archive.read(entry).decode()
     expected = [path for path in (source / "malora_dist").rglob("*") if path.suffix in (".py", ".yaml", ".json", ".sh")]
-    expected += [source / "malora_dist/py.typed", source / "malora_dist/cluster_files/slurm/train.sbatch"]
+    expected += [source / "malora_dist/py.typed", source / "malora_dist/cluster_files/slurm/README.md"]
     missing = {str(path.relative_to(source)) for path in expected} - names
     assert not missing
     assert not any(name.startswith("tests") for name in names)
@@ -119,22 +119,26 @@ def test_launchers(tmp_path: Path, script: str, settings: dict[str, str], line: 
     assert "usage" in bash(f"launchers/{script}", env=env).stderr
 
 
-def test_sbatch(tmp_path: Path) -> None:
+def test_a_batch_script_on_many_nodes(tmp_path: Path) -> None:
     """With a scontrol of many nodes, an srun that runs one task, and a torchrun that shows its arguments."""
     env = stubs(tmp_path, "torchrun")
     (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nfor i in $(seq 20000); do echo node$i; done\n")
     (tmp_path / "srun").write_text('#!/usr/bin/env bash\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n')
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)
-    env |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1",
+    env |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "41234",
+            "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1",
             "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "16"}  # fmt: skip
-    done = bash("slurm/train.sbatch", "my recipe.yaml", "--adapter.r", "16", env=env)
+    env["SLURM_JOB_NAME"] = str(tmp_path / "my job")
+    done = bash("slurm/eval.sbatch", "my run", "--evaluation.split", "test", env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        "torchrun [--nnodes] [2] [--node_rank] [1] [--nproc_per_node] [4] "
-        "[--master_addr] [node1] [--master_port] [11234] [-m] [malora_dist.train] [my recipe.yaml] [--adapter.r] [16]\n"
+        "torchrun [--nnodes] [2] [--node_rank] [1] [--nproc_per_node] [4] [--rdzv_id] [41234] "
+        "[--master_addr] [node1] [--master_port] [11234] "
+        '[--no_python] [bash] [-c] [process "$@"] [malora] '
+        "[malora_dist.evaluate] [my run] [--evaluation.split] [test]\n"
     )
-    assert "usage" in bash("slurm/train.sbatch", env=env).stderr
+    assert "usage" in bash("slurm/eval.sbatch", env=env).stderr
 
 
 def test_pyproject_is_only_the_build_system() -> None:

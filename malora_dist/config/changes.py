@@ -31,6 +31,7 @@ HARMLESS = (
     "train.best_baseline",
     "train.report_to",
     "train.resume_from_checkpoint",
+    "launch",
 )
 # How the same numbers are computed; they agree to rounding.
 TOPOLOGY = (

@@ -4,10 +4,12 @@ The sections `model` and `adapter` are in model_schema.py, `data` in data_schema
 Names are those of transformers' TrainingArguments, peft and bitsandbytes wherever they have one.
 """
 
+import shlex
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from malora_dist.config.base import Rule, Section, split_commas
 from malora_dist.config.data_schema import DataConfig, RowFields, TaskConfig
@@ -17,6 +19,7 @@ __all__ = [
     "AdapterConfig",
     "DataConfig",
     "EvaluationConfig",
+    "LaunchConfig",
     "ModelConfig",
     "ParallelConfig",
     "RowFields",
@@ -28,6 +31,35 @@ __all__ = [
 
 def _tracker_names(value: Any) -> Any:
     return [] if value == "none" else split_commas(value)
+
+
+def _shell_lines(value: Any) -> Any:
+    return value.splitlines() if isinstance(value, str) else value
+
+
+def _flags(value: Any) -> Any:
+    try:
+        return shlex.split(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise PydanticCustomError(
+            "unbalanced", "must be flags as on a command line: {why}", {"why": str(error)}
+        ) from error
+
+
+def _one_line(value: str) -> str:
+    if "\n" in value or "\r" in value:
+        raise PydanticCustomError("line_break", "must be one line, without a line break")
+    return value
+
+
+def _one_flag(value: str) -> str:
+    if not value.startswith("-"):
+        raise PydanticCustomError("no_flag", "must be flags in one word each, such as --partition=gpu")
+    return _one_line(value)
+
+
+ShellLine = Annotated[str, AfterValidator(_one_line)]
+Flag = Annotated[str, AfterValidator(_one_flag)]
 
 
 class ParallelConfig(Section):
@@ -181,6 +213,27 @@ class EvaluationConfig(Section):
     batch_tokens: int = Field(1024, ge=1, description="Tokens of one forward pass.")
 
 
+class LaunchConfig(Section):
+    """How a cluster starts the run: read by `malora launch` and its job scripts, by nothing that trains."""
+
+    aliases: ClassVar = {"sbatch_flags": "sbatch", "srun_flags": "srun", "modules": "setup", "retries": "max_restarts"}
+
+    setup: Annotated[tuple[ShellLine, ...], BeforeValidator(_shell_lines)] = Field(
+        (),
+        description="Lines of bash that a job script runs first: module load, source venv/bin/activate. Without any, "
+        "the job has the environment it was submitted from.",
+    )
+    sbatch: Annotated[tuple[Flag, ...], BeforeValidator(_flags)] = Field(
+        (), description="More flags of sbatch for every job, such as --partition=gpu --account=mine."
+    )
+    srun: Annotated[tuple[Flag, ...], BeforeValidator(_flags)] = Field(
+        (), description="More flags of srun, such as --container-image=IMAGE where pyxis is installed."
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="A job that crashes so many times more without a newer checkpoint does not start again."
+    )
+
+
 class RunConfig(Section):
     """A whole recipe."""
 
@@ -192,6 +245,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(ParallelConfig(), description="How the run is spread over processes.")
     train: TrainConfig = Field(TrainConfig(), description="Steps, batches, optimizer, logging.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is measured after training.")
+    launch: LaunchConfig = Field(LaunchConfig(), description="How a cluster starts the run.")
     output_dir: str = Field(
         "runs/malora",
         min_length=1,

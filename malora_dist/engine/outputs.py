@@ -12,12 +12,13 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from malora_dist.atomic import write_json, write_text
 from malora_dist.checkpoint.adapter import AdapterInfo, save_adapter
 from malora_dist.checkpoint.card import model_card
 from malora_dist.config import RunConfig, config_text
 from malora_dist.data.build import PreparedData
 from malora_dist.engine.progress import LOGGER, console, start_logging
-from malora_dist.engine.run_folder import read_evaluations, write_json, write_text
+from malora_dist.engine.run_folder import read_evaluations
 from malora_dist.engine.selection import Tasks, score
 from malora_dist.errors import TrainingError
 from malora_dist.metrics import MetricsWriter
@@ -108,6 +109,7 @@ class RunOutputs:
             {
                 "kind": "run",
                 "world_size": self.world.size,
+                "max_steps": steps,
                 "device": self.world.device.type,
                 "base_dtype": dtype.removeprefix("torch."),
                 "trainable_parameters": self.report.trainable_parameters,

@@ -7,11 +7,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
-from malora_dist.engine.outcome import EXIT_FAILED, EXIT_MISTAKE, EXIT_OK, EXIT_PREEMPTED
 from malora_dist.engine.progress import LOGGER
 from malora_dist.engine.stop import STOP_SIGNALS, Preempted
 from malora_dist.errors import ConfigError, DataError, MaloraError, TopologyError
+from malora_dist.outcome import EXIT_FAILED, EXIT_MISTAKE, EXIT_OK, EXIT_PREEMPTED
 
 # How long a rank leaves the word to the one that knows more, whose end makes the launcher end all.
 PATIENCE_SECONDS = 5
@@ -34,6 +36,8 @@ def run_as_process(work: Callable[[], None]) -> int:
     A rank that fails ends; its launcher then ends the others, and without a launcher their next collective fails within
     the run's timeout. Errors for people are mostly found by all ranks alike, and then said by the main one only.
 
+    In a job script of `malora launch slurm` 75 is left in a file, and the process ends with 0.
+
     Once the work is done, STOP_SIGNALS are ignored, for good: the code is decided.
     """
     code = EXIT_OK
@@ -50,7 +54,7 @@ def run_as_process(work: Callable[[], None]) -> int:
             # Leaving at once would make the launcher end the main rank before it has spoken.
             time.sleep(PATIENCE_SECONDS)
         say("\n  ".join([str(error), *_notes(error)]))
-        return _leave(code_of(error))
+        return _leave(_left_word(code_of(error)))
     except Exception as error:
         lost = _lost_peer(error)
         if lost is None:
@@ -59,7 +63,20 @@ def run_as_process(work: Callable[[], None]) -> int:
         elif not _told_to_end(PATIENCE_SECONDS) or _notes(error):
             say(lost)
         return _leave(code_of(error))
-    return _leave(code)
+    return _leave(_left_word(code))
+
+
+def _left_word(code: int) -> int:
+    """Write an exit code of note to the file $MALORA_EXIT_CODE, for a job script; the code to exit with.
+
+    Launchers hand no code on, and take 75 for a crash: they would end the other processes, and say so at length.
+    """
+    path = os.environ.get("MALORA_EXIT_CODE")
+    if not path or code not in (EXIT_MISTAKE, EXIT_PREEMPTED):
+        return code
+    with suppress(OSError):
+        Path(path).write_text(f"{code}\n", encoding="utf-8")
+    return EXIT_OK if code == EXIT_PREEMPTED else code
 
 
 def code_of(error: Exception) -> int:

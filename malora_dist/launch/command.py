@@ -1,4 +1,4 @@
-"""The command that starts a run on the devices of one machine: argv as data, and running it."""
+"""The command that starts a run's processes on this machine: argv as data, and running it."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ from malora_dist.errors import ConfigError
 
 # The deepspeed launcher replaces the list of visible devices by 0..N-1 unless it is told which ones.
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def under_launcher(environment: Mapping[str, str]) -> bool:
@@ -22,19 +23,58 @@ def under_launcher(environment: Mapping[str, str]) -> bool:
 
 
 def deepspeed_command(
-    module: str, arguments: Sequence[str], *, num_gpus: int, environment: Mapping[str, str], launcher: str = "deepspeed"
+    module: str,
+    arguments: Sequence[str],
+    *,
+    num_gpus: int,
+    environment: Mapping[str, str],
+    launcher: str = "deepspeed",
+    options: Sequence[str] = (),
 ) -> list[str]:
     """argv that runs `python -m module arguments` once for each of `num_gpus` devices of this machine.
 
     Raises ConfigError if the visible devices are fewer, or named in a way the launcher cannot pass on.
     """
-    return [launcher, *_devices(num_gpus, environment), "--module", module, *arguments]
+    return [launcher, *_devices(num_gpus, environment), *options, "--module", module, *arguments]
 
 
-def launcher_path() -> str:
-    """The `deepspeed` script that belongs to this Python, so that it works without an activated environment."""
-    beside = Path(sys.executable).parent / "deepspeed"
-    return str(beside) if beside.exists() else "deepspeed"
+def torchrun_command(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    processes: int,
+    nodes: int = 1,
+    node_rank: int | None = None,
+    master_addr: str | None = None,
+    master_port: int = 29500,
+    launcher: str = "torchrun",
+) -> list[str]:
+    """argv that runs `python -m module arguments` once for each of `processes` of this machine, one of `nodes`.
+
+    Raises ConfigError if the others could not be found.
+    """
+    place = ["--standalone"]
+    if nodes > 1:
+        if node_rank is None or node_rank >= nodes:
+            raise ConfigError(f"--node_rank={node_rank}: give this machine's number, from 0 to --nnodes {nodes} less 1")
+        if master_addr is None:
+            raise ConfigError(f"--nnodes={nodes}: give --master_addr, the name of the machine with --node_rank 0")
+        place = ["--nnodes", str(nodes), "--node_rank", str(node_rank)]
+        place += ["--master_addr", master_addr, "--master_port", str(master_port)]
+    return [launcher, *place, "--nproc_per_node", str(processes), "-m", module, *arguments]
+
+
+def visible_gpus() -> int:
+    """Number of GPUs torch can see, at least 1: without any, one process runs on the CPU."""
+    from torch import cuda
+
+    return max(1, cuda.device_count())
+
+
+def launcher_path(name: str = "deepspeed") -> str:
+    """That script of this Python's environment, so that it works without an activated one."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else name
 
 
 def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -46,19 +86,20 @@ def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run and wait; the exit code, 128 + n if signal n ended the command.
 
-    Ctrl-C reaches the command too and is its to handle; SIGTERM is passed on. Raises ConfigError if it cannot start.
+    Ctrl-C reaches the command too and is its to handle. SIGTERM is passed on, and SIGUSR1 and SIGUSR2 as SIGTERM, which
+    launchers hand on to their processes. Raises ConfigError if it cannot start.
     """
     try:
         process = subprocess.Popen(command, env=dict(environment))
     except OSError as error:
-        raise ConfigError(f"cannot start {command[0]}: {error.strerror}; is deepspeed installed here?") from error
-    old_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    old_terminate = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+        raise ConfigError(f"cannot start {command[0]}: {error.strerror}; is it installed here?") from error
+    old = {number: signal.signal(number, lambda *_: process.terminate()) for number in PASSED_ON}
+    old[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         code = process.wait()
     finally:
-        signal.signal(signal.SIGINT, old_interrupt)
-        signal.signal(signal.SIGTERM, old_terminate)
+        for number, handler in old.items():
+            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
 

@@ -6,11 +6,12 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from malora_dist.errors import ConfigError
+from malora_dist.launch.script import shipped_scripts
 
 
 def cluster_files() -> dict[str, str]:
     """Relative path and text of each file of ds_configs/, launchers/ and slurm/."""
-    return dict(_walk(files("malora_dist") / "cluster_files", ""))
+    return dict(_walk(files("malora_dist") / "cluster_files", "")) | shipped_scripts()
 
 
 def write_new_files(recipe: Path, text: str, *, with_cluster_files: bool) -> list[Path]:

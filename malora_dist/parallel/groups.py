@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from malora_dist.errors import MaloraError
+from malora_dist.errors import MaloraError, TopologyError
 from malora_dist.launch.environment import rank_variables
+from malora_dist.launch.interface import interface_variables
 
 NOTE = "malora_dist/told"
 
@@ -38,9 +39,11 @@ class World:
 def start_processes(timeout_seconds: float) -> World:
     """Join the process group that `deepspeed`, `torchrun` or `srun` describe in the environment; alone without them.
 
-    Every collective of every group fails after `timeout_seconds` instead of hanging.
+    Every collective of every group fails after `timeout_seconds` instead of hanging. Raises TopologyError if the
+    environment describes no run that can start.
     """
     os.environ.update(rank_variables(os.environ))
+    os.environ.update(interface_variables(os.environ))
     _describe_single_process()
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
@@ -48,6 +51,11 @@ def start_processes(timeout_seconds: float) -> World:
             # srun --gpus-per-task=1 shows each task its own device alone, as number 0.
             local_rank = 0
             os.environ["LOCAL_RANK"] = "0"
+        elif local_rank >= torch.cuda.device_count():
+            raise TopologyError(
+                f"LOCAL_RANK={local_rank}: this node has {torch.cuda.device_count()} visible GPUs and more processes; "
+                "start as many on each node as it has GPUs (with srun: --ntasks-per-node)"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

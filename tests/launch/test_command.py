@@ -8,7 +8,14 @@ from importlib import import_module
 import pytest
 
 from malora_dist.errors import ConfigError
-from malora_dist.launch.command import deepspeed_command, launcher_environment, run_command, under_launcher
+from malora_dist.launch.command import (
+    deepspeed_command,
+    launcher_environment,
+    launcher_path,
+    run_command,
+    torchrun_command,
+    under_launcher,
+)
 
 RECIPE = ["r.yaml", "--adapter.r", "16"]
 
@@ -32,6 +39,31 @@ def test_deepspeed_reads_the_argv_as_meant() -> None:
     command = deepspeed_command("malora_dist.train", RECIPE, num_gpus=2, environment={})
     args = runner.parse_args(command[1:])
     assert (args.num_gpus, args.module, args.user_script, args.user_args) == (2, True, "malora_dist.train", RECIPE)
+
+
+def test_torchrun_on_one_machine_and_on_several() -> None:
+    command = torchrun_command("malora_dist.train", RECIPE, processes=2)
+    assert command == "torchrun --standalone --nproc_per_node 2 -m malora_dist.train r.yaml --adapter.r 16".split()
+    command = torchrun_command("m", RECIPE, processes=2, nodes=3, node_rank=2, master_addr="n0", master_port=7)
+    args = import_module("torch.distributed.run").parse_args(command[1:])
+    assert (args.nnodes, args.node_rank, args.master_addr, args.master_port) == ("3", 2, "n0", 7)
+    assert (args.nproc_per_node, args.module, args.training_script) == ("2", True, "m")
+    assert args.training_script_args == RECIPE
+    assert launcher_path("torchrun") == os.path.join(os.path.dirname(sys.executable), "torchrun")
+    assert launcher_path("no-such-launcher") == "no-such-launcher"
+
+
+@pytest.mark.parametrize(
+    ("rank", "address", "message"),
+    [
+        (None, "n0", "node_rank=None: give"),
+        (3, "n0", "node_rank=3: give"),
+        (0, None, "give --master_addr"),
+    ],
+)
+def test_a_machine_that_torchrun_could_not_place(rank: int | None, address: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        torchrun_command("m", [], processes=2, nodes=3, node_rank=rank, master_addr=address)
 
 
 @pytest.mark.parametrize(("visible", "message"), [("0", "names only 1"), ("GPU-5f", "needs device numbers")])
@@ -66,8 +98,9 @@ def test_exit_codes_and_environment() -> None:
         run_command(["no-such-launcher"], environment)
 
 
-def test_a_termination_reaches_the_command() -> None:
-    """SIGTERM to `malora train` must not leave the ranks behind."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_termination_reaches_the_command(number: signal.Signals) -> None:
+    """A signal to `malora train` must not leave the ranks behind."""
     child = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(5)); print('up', flush=True); time.sleep(60)"
     )
@@ -78,6 +111,6 @@ def test_a_termination_reaches_the_command() -> None:
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(timeout=30) == 5
     process.stdout.close()

@@ -1,0 +1,75 @@
+"""What is looked at before a job is submitted: the recipe, the run's folder, the plan and its memory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from malora_dist.cluster.job_commands import job_config
+from malora_dist.config import RunConfig
+from malora_dist.config.matrix import check_plan
+from malora_dist.errors import ConfigError
+from malora_dist.launch.jobs import TRAIN, jobs_of
+from malora_dist.launch.queue import UNKNOWN, job_states
+from malora_dist.outcome import FINISHED, read_outcome
+from malora_dist.plan import Lengths, Report, find_shape, hardware_of
+from malora_dist.summary import adapter_spec
+
+# Flags of sbatch that malora launch slurm has an option for, or gives itself.
+OWN_FLAGS = {
+    "--nodes": "--nodes", "-N": "--nodes", "--gpus-per-node": "--gpus-per-node", "--gpus": "--gpus-per-node",
+    "-G": "--gpus-per-node", "--ntasks": "--processes-per-node", "-n": "--processes-per-node",
+    "--ntasks-per-node": "--processes-per-node", "--cpus-per-task": "--cpus-per-task", "-c": "--cpus-per-task",
+    "--time": "--time", "-t": "--time", "--array": "--array", "-a": "--array", "--dependency": "--after",
+    "-d": "--after", "--job-name": "--name", "-J": "--name", "--output": "nothing: logs are in the run's folder",
+    "-o": "nothing: logs are in the run's folder", "--parsable": "nothing", "--wrap": "nothing",
+    "--signal": "--save-before", "--open-mode": "nothing: a job that goes on adds to its log",
+}  # fmt: skip
+
+
+def checked_recipe(recipe: str, overrides: list[str], world_size: int) -> RunConfig:
+    """A recipe that can run on so many processes, in a folder whose run is not finished.
+
+    Raises ConfigError or TopologyError with all that is wrong.
+    """
+    config = job_config(recipe, overrides)
+    adapter_spec(config)
+    check_plan(config, world_size)
+    run = Path(config.output_dir)
+    outcome = read_outcome(run)
+    if outcome is not None and outcome["outcome"] == FINISHED:
+        raise ConfigError(f"output_dir={run}: the run there is finished; give another --output_dir")
+    return config
+
+
+def check_no_job(run: Path) -> None:
+    """Raise ConfigError if a job that trains in the folder waits or runs, as far as Slurm tells."""
+    trains = [job.job for job in jobs_of(run) if job.stage == TRAIN][-1:]
+    for job, state in job_states(trains).items():
+        if state.state != UNKNOWN and not state.ended:
+            raise ConfigError(f"output_dir={run}: job {job} is there for it already ({state}); scancel {job} first")
+
+
+def memory_note(config: RunConfig, nodes: int, gpus_per_node: int, hbm: str, model: str | None) -> str:
+    """That the plan fits into the GPUs' memory, in words, or why that is not known.
+
+    Raises ConfigError, with what to change, if it does not fit.
+    """
+    hardware = hardware_of(
+        config, nodes=nodes, gpus_per_node=gpus_per_node, hbm=hbm, intra="450GB/s", inter="50GB/s", flops="400TFLOP/s"
+    )
+    try:
+        shape = find_shape(model or config.model.name_or_path, config.model.revision if model is None else None)
+    except ConfigError as error:
+        return f"whether it fits into {hbm} was not checked: {error}"
+    report = Report(config, adapter_spec(config), shape, hardware, Lengths(None, None))
+    if not report.chosen.fits:
+        advice = "\n  ".join(report.advice)
+        raise ConfigError(f"the plan does not fit into GPUs of --hbm {hbm}:\n  {advice}")
+    return report.advice[0]
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Raise ConfigError for a flag of sbatch that belongs to `malora launch slurm`."""
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if name in OWN_FLAGS:
+            raise ConfigError(f"{flag}: not after --; use {OWN_FLAGS[name]}")

@@ -1,0 +1,88 @@
+"""Over which network interface the processes of several nodes talk: the one that leads to MASTER_ADDR."""
+
+import ipaddress
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from malora_dist.errors import TopologyError
+
+GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+ANY_PORT = 9
+# As socket.getaddrinfo gives it, host first.
+Address = tuple[socket.AddressFamily, tuple[Any, ...]]
+
+
+def interface_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME for a process of a run over several nodes.
+
+    Without them gloo takes the interface of the host's own name, which may be the loopback. Empty on one node, and if
+    the interface is not found out; variables that are set are kept. Raises TopologyError if MASTER_ADDR leads to this
+    node itself wherever it is looked up.
+    """
+    master = environment.get("MASTER_ADDR")
+    missing = [name for name in (GLOO, NCCL) if not environment.get(name)]
+    if not master or not missing or not _several_nodes(environment):
+        return {}
+    addresses = _addresses(master)
+    ways = [(family, address) for family, address in addresses if not _is_loopback(address[0])]
+    if addresses and not ways:
+        own = addresses[0][1][0]
+        if "TORCHELASTIC_RUN_ID" in environment and master in ("localhost", own):
+            # The launchers of torchrun have met there before: it is one machine that plays several.
+            return {}
+        raise TopologyError(_loopback_message(master, own, missing))
+    name = next((name for address in ways if (name := _interface(*address)) is not None), None)
+    # NCCL takes a name for a prefix: eth1 would be eth10 too.
+    return {} if name is None else {key: f"={name}" if key == NCCL else name for key in missing}
+
+
+def _several_nodes(environment: Mapping[str, str]) -> bool:
+    """By what the launcher says of its processes; Slurm also counts nodes of an allocation that are not used."""
+    if environment.get("WORLD_SIZE") == "1":
+        return False
+    if "CROSS_SIZE" in environment:
+        return environment["CROSS_SIZE"] != "1"
+    if "LOCAL_WORLD_SIZE" in environment and "WORLD_SIZE" in environment:
+        return environment["WORLD_SIZE"] != environment["LOCAL_WORLD_SIZE"]
+    counts = (environment.get(name) for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"))
+    return next((count for count in counts if count), "1") != "1"
+
+
+def _addresses(host: str) -> list[Address]:
+    try:
+        return [(found[0], found[4]) for found in socket.getaddrinfo(host, ANY_PORT, type=socket.SOCK_DGRAM)]
+    except OSError:
+        return []
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _interface(family: socket.AddressFamily, address: tuple[Any, ...]) -> str | None:
+    """The interface with the address from which this host would send to the given one."""
+    import psutil
+
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as way:
+            # Of a datagram socket this only asks for the route.
+            way.connect(address)
+            own = way.getsockname()[0]
+    except OSError:
+        return None
+    for name, entries in psutil.net_if_addrs().items():
+        if any(
+            entry.family == family and entry.address.partition("%")[0] == own.partition("%")[0] for entry in entries
+        ):
+            return str(name)
+    return None
+
+
+def _loopback_message(master: str, address: str, missing: list[str]) -> str:
+    how = "" if master == address else f" is {address} on {socket.gethostname()}, which"
+    hosts = "" if master == address else "; /etc/hosts may say so of the host's own name, as on Debian"
+    return (
+        f"MASTER_ADDR={master}{how} only this node itself can reach, and the run has several nodes{hosts}. Set "
+        f"MASTER_ADDR to the first node's address in the network, or {' and '.join(missing)} to the interface to use"
+    )

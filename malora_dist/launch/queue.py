@@ -1,0 +1,119 @@
+"""What Slurm says of jobs, in words."""
+
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+# Slurm's own clients take 20 s to find out that its controller is gone.
+SECONDS = 30
+UNKNOWN = "UNKNOWN"
+COMPLETED = "COMPLETED"
+ENDED = {
+    COMPLETED, "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
+    "REVOKED",
+}  # fmt: skip
+FORGOTTEN = "Slurm does not know it any more"
+WORDS = {
+    "Resources": "waits for free nodes",
+    "Priority": "waits behind other jobs",
+    "Dependency": "waits for the job before it",
+    "DependencyNeverSatisfied": "never starts: the job before it did not succeed",
+    "BeginTime": "starts after a pause",
+    "PartitionNodeLimit": "never starts here: more nodes than the partition has",
+    "PartitionTimeLimit": "never starts here: more time than the partition gives",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is inactive",
+    "ReqNodeNotAvail": "its nodes are down or reserved",
+    "NodeDown": "a node is down",
+    "Reservation": "waits for its reservation",
+    "Licenses": "waits for a licence",
+    "JobArrayTaskLimit": "waits for other tasks of the array",
+    "JobHeldUser": "held: scontrol release",
+    "JobHeldAdmin": "held by an administrator",
+    "JobHoldMaxRequeue": "held: it was requeued too often",
+    "launch failed requeued held": "held: it could not be launched; scontrol release",
+    "NonZeroExitCode": "its script failed",
+    "RaisedSignal": "a signal ended it",
+    "TimeLimit": "its time limit",
+    "OutOfMemory": "no memory left",
+}
+# Left from before it started or ended; says nothing any more.
+STALE = {"Resources", "Priority", "Dependency", "BeginTime", "None", ""}
+
+
+@dataclass(frozen=True)
+class JobState:
+    """Slurm's word for a job's state, UNKNOWN if it gives none, and why in words, possibly none."""
+
+    state: str
+    reason: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it does not run and is not going to."""
+        return self.state in ENDED or self.forgotten
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether Slurm answers, and has no such job: it ended some time ago."""
+        return self.state == UNKNOWN and self.reason == FORGOTTEN
+
+    def __str__(self) -> str:
+        state = self.state.lower().replace("_", " ")
+        return f"{state} ({self.reason})" if self.reason else state
+
+
+def job_states(ids: Iterable[str]) -> dict[str, JobState]:
+    """The states of jobs and of tasks of arrays (`123_4`), by their ids.
+
+    Asks squeue, then, for what that has forgotten, sacct. Never raises: a Slurm that is not here or does not answer
+    makes a state UNKNOWN, and the reason says so.
+    """
+    wanted = list(dict.fromkeys(ids))
+    if not wanted:
+        return {}
+    lines, problem = _ask(["squeue", "--noheader", "--states=all", "--array", "--format=%i|%T|%r"], wanted)
+    found = {parts[0]: _state(*parts[1:]) for line in lines if len(parts := line.split("|")) == 3}
+    missing = [job for job in wanted if job not in found]
+    if missing:
+        found |= _accounted(missing)
+    unknown = JobState(UNKNOWN, problem or FORGOTTEN)
+    return found | {job: unknown for job in missing if job not in found}
+
+
+def _accounted(ids: Sequence[str]) -> dict[str, JobState]:
+    """What the accounting has of jobs, else the file of completed jobs, which knows no tasks of arrays."""
+    lines, problem = _ask(["sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State"], ids)
+    if problem:
+        whole = [job for job in ids if "_" not in job]
+        lines = _ask(["sacct", "-c", "--noheader", "--parsable2", "--format=JobID,State"], whole)[0] if whole else []
+    # A line for each run of a job that was requeued, the last one last.
+    rows = [line.split("|") for line in lines if line.count("|") == 1]
+    return {job: JobState(state.split()[0]) for job, state in rows if state and job in ids}
+
+
+def _state(state: str, reason: str) -> JobState:
+    if state != "PENDING" and reason in STALE:
+        return JobState(state)
+    # "ReqNodeNotAvail, UnavailableNodes:node3", and more reasons than are in the table.
+    first, _, rest = reason.partition(",")
+    words = WORDS.get(first, "" if first in ("None", "") else f"waits: {first}" if state == "PENDING" else first)
+    return JobState(state, f"{words}:{rest}" if rest else words)
+
+
+def _ask(command: Sequence[str], ids: Sequence[str]) -> tuple[list[str], str]:
+    """Lines of a Slurm client, and in words why there are none."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            [*command, f"--jobs={','.join(ids)}"], capture_output=True, text=True, timeout=SECONDS, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return [], f"{command[0]} does not answer"
+    except OSError:
+        return [], f"there is no {command[0]} here"
+    if done.returncode and "Invalid job id" in done.stderr:
+        return [], ""
+    said = done.stderr.strip().splitlines()
+    return done.stdout.splitlines(), f"{command[0]}: {said[-1] if said else 'failed'}" if done.returncode else ""

@@ -1,0 +1,48 @@
+"""Handing scripts to Slurm."""
+
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from malora_dist.errors import ConfigError
+
+SECONDS = 60
+
+
+def sbatch(script: str, flags: Sequence[str], environment: Mapping[str, str], folder: Path | None = None) -> str:
+    """Submit a script to run in `folder` (here, by default); the job's number.
+
+    Raises ConfigError with Slurm's own words if it refuses, or does not answer.
+    """
+    command = ["sbatch", "--parsable", *flags]
+    # Numbers of a surrounding job would be taken for wishes of the new one.
+    outside = {key: value for key, value in environment.items() if not key.startswith(("SLURM_", "SRUN_", "SLURMD_"))}
+    outside |= {key: value for key, value in environment.items() if key == "SLURM_CONF"}
+    done = _run(command, script, outside, folder)
+    said = done.stdout.strip()
+    if done.returncode or not re.fullmatch(r"\d+(;.*)?", said.splitlines()[-1] if said else ""):
+        raise ConfigError(f"sbatch refuses the job: {(done.stderr or said).strip() or f'exit code {done.returncode}'}")
+    return said.splitlines()[-1].partition(";")[0]
+
+
+def cancel(job: str, environment: Mapping[str, str]) -> None:
+    """End a job, if Slurm still has it. Raises ConfigError if Slurm does not answer."""
+    _run(["scancel", job], "", environment, None)
+
+
+def _run(
+    command: Sequence[str], stdin: str, environment: Mapping[str, str], folder: Path | None
+) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, input=stdin, env=dict(environment), cwd=folder, capture_output=True, text=True, timeout=SECONDS
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"cannot run {command[0]}: {error.strerror}; is this a login node of a Slurm cluster?"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"{command[0]} does not answer within {SECONDS} s; see whether it took the job: squeue --me"
+        ) from error

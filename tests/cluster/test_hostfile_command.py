@@ -1,0 +1,133 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from malora_dist.cli import main
+
+BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from malora_dist.cli import main; main(sys.argv[1:])"
+HOSTS = "10.0.0.1 slots=2\n10.0.0.2 slots=2\n10.0.0.3 slots=4\n"
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["launch", *arguments])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "DS_ENV_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit):
+        main(["init", "r.yaml", "--model", "my/model"])
+    (tmp_path / "hosts").write_text(HOSTS)
+    return "r.yaml"
+
+
+def script(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr("malora_dist.cluster.hostfile_command.launcher_path", lambda *_: str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        (
+            ["--hostfile", "hosts", "--exclude", "10.0.0.3"],
+            "--hostfile hosts --exclude 10.0.0.3 --master_port 29500 --force_multi --no_ssh_check --launcher pdsh",
+        ),
+        (
+            ["--hostfile=hosts", "--include", "10.0.0.3:0,2", "--master_addr", "ib3", "--master-port", "7"],
+            "--hostfile hosts --include 10.0.0.3:0,2 --master_addr ib3 --master_port 7 --force_multi --no_ssh_check "
+            "--launcher pdsh",
+        ),
+        (["--num_gpus", "2"], "--num_gpus 2 --master_port 29500"),
+        # The one host is this machine, where nobody may listen for ssh.
+        (["--hostfile", "here"], "--num_gpus 4 --master_port 29500"),
+        (["--hostfile", "here", "--include", "127.0.0.1:1,3"], "--include localhost:1,3 --master_port 29500"),
+    ],
+)
+def test_a_dry_run_prints_the_command(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], command: str
+) -> None:
+    (tmp_path / "here").write_text("127.0.0.1 slots=4\n")
+    assert run("deepspeed", recipe, *options, "--dry-run", "--train.global_batch_size", "16", "--adapter.r=6") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert words.partition(" ")[2].endswith(
+        f"deepspeed {command} --module malora_dist.train r.yaml --train.global_batch_size 16 --adapter.r=6"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["deepspeed", "r.yaml", "--hostfile", "none"], "--hostfile=none cannot be read"),
+        (["deepspeed", "r.yaml", "--hostfile", "hosts"], "10.0.0.3 has 4, not 2 as 10.0.0.1, 10.0.0.2"),
+        (["deepspeed", "r.yaml", "--hostfile", "hosts", "--include", "h:0"], "'h' is not in the hostfile"),
+        (["deepspeed", "r.yaml", "--hostfile", "hosts", "--num_gpus", "2"], "--num_gpus=2: with --hostfile"),
+        (
+            ["deepspeed", "r.yaml", "--hostfile", "hosts", "--launcher", "openmpi"],
+            "--launcher=openmpi: deepspeed",
+        ),
+        (["deepspeed", "r.yaml", "--include", "10.0.0.1"], "choose from a --hostfile"),
+        (["deepspeed", "r.yaml", "--num_gpus", "3"], "cannot be split"),
+        (["deepspeed", "r.yaml", "--num_gpus", "2", "--adapter.rr", "3"], "adapter.rr"),
+        (["deepspeed", "none.yaml", "--num_gpus", "2"], "cannot read the recipe none.yaml"),
+        (["deepspeed", "--adapter.r", "3", "r.yaml"], "the recipe comes before its settings"),
+        (["torchrun", "--adapter.r", "3", "r.yaml"], "the recipe comes before its settings"),
+        (["torchrun", "r.yaml", "--nproc_per_node", "3"], "cannot be split"),
+        (["torchrun", "r.yaml", "--nproc_per_node", "1", "--nnodes", "3"], "cannot be split"),
+        (["torchrun", "r.yaml", "--nproc_per_node", "1", "--nnodes", "2"], "give this machine's number, from 0"),
+    ],
+)
+def test_refusals_before_anything_starts(
+    recipe: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert message in " ".join(captured.err.split()) and captured.out == ""
+
+
+def test_pdsh_is_missed_before_anything_starts(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert run("deepspeed", recipe, "--hostfile", "hosts", "--exclude", "10.0.0.3") == 2
+    assert "pdsh is not installed here" in capsys.readouterr().err
+
+
+def test_the_launcher_runs_and_its_exit_code_is_ours(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A script stands in for the launcher, and for pdsh."""
+    says = 'echo "started: $*"; cat "$DS_ENV_FILE"; echo "ssh: $PDSH_SSH_ARGS_APPEND"; exit 75'
+    launcher = script(tmp_path, monkeypatch, "pdsh", says)
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 2222")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    options = ["--hostfile", "hosts", "--exclude", "10.0.0.3", "--no-ssh-check"]
+    assert run("deepspeed", recipe, *options, "--adapter.r", "6") == 75
+    out, err = capfd.readouterr()
+    assert out.startswith("started: --hostfile hosts --exclude 10.0.0.3 ") and "\nOMP_NUM_THREADS=3\nPATH=" in out
+    assert "\nssh: -p 2222 -o BatchMode=yes -o ServerAliveInterval=15" in out
+    assert f"$ {launcher} --hostfile hosts" in err and "handed on to the hosts: OMP_NUM_THREADS, PATH" in err
+
+    script(tmp_path, monkeypatch, "torchrun", 'echo "started: $*"; exit 4')
+    assert run("torchrun", recipe, "--nproc_per_node", "2", "--adapter.r", "6") == 4
+    out, _ = capfd.readouterr()
+    assert out == "started: --standalone --nproc_per_node 2 -m malora_dist.train r.yaml --adapter.r 6\n"
+
+
+def test_a_hostfile_needs_no_torch(recipe: str, tmp_path: Path) -> None:
+    arguments = ["launch", "deepspeed", recipe, "--hostfile", "hosts", "--include", "10.0.0.3", "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK_TORCH, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,102 @@
+"""Submitting to a real Slurm: chains, arrays, refusals, and names that need quotes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from malora_dist.checkpoint.adapter import open_adapter
+from tests.e2e import make_folder
+from tests.preemption import outcome, wait_for
+from tests.slurm.conftest import Cluster
+from tests.slurm.runs import ended, jobs, launch, log
+
+pytestmark = pytest.mark.timeout(300)
+NAME = 'my recipe\'s "best".yaml'
+RUN = "runs/a b's $HOME %j"
+SHORT = (
+    "--train.max_steps",
+    "4",
+    "--train.save_steps",
+    "null",
+    "--train.eval_steps",
+    "null",
+    "--evaluation.base=false",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_folder(tmp_path_factory.mktemp("submit here"))
+    (folder / "recipe.yaml").rename(folder / NAME)
+    return folder
+
+
+def test_a_chain_through_names_that_need_quotes(cluster: Cluster, folder: Path) -> None:
+    launch(cluster, folder, NAME, *SHORT, "--output_dir", RUN, "--evaluation.tuned=false",
+           "--after", "train,evaluate,convert", "--convert-to", "molora", "--name", "it's \"q\"",
+           "--adapter.target_modules", "[q_proj, down_proj]")  # fmt: skip
+    run = folder / RUN
+    chain = [job["job"] for job in jobs(run)]
+    # Squeue knows all three before the first has ended.
+    with pytest.raises(AssertionError, match=f"job {chain[0]} is there for it already"):
+        launch(cluster, folder, NAME, "--output_dir", RUN)
+    status = cluster.run("malora", "launch", "status", RUN, folder=folder)
+    assert all(job in status for job in chain)
+    for job in chain:
+        assert ended(cluster, run, job) == "COMPLETED", log(run)
+    assert outcome(run)["outcome"] == "finished"
+    assert (run / "eval.json").is_file() and open_adapter(run / "export").info.spec.method == "molora"
+    assert (run / f"slurm/train_{chain[0]}.out").is_file() and (run / f"slurm/ranks_{chain[0]}/rank-1.log").is_file()
+    followed = cluster.run("malora", "launch", "follow", RUN, folder=folder)
+    assert f"{RUN} is finished" in followed
+
+
+def test_an_array_of_three(cluster: Cluster, folder: Path) -> None:
+    launch(cluster, folder, NAME, *SHORT, "--output_dir", "runs/seeds", "--evaluation.tuned=false",
+           "--array", "seeds=1-3", nodes=1)  # fmt: skip
+    (job,) = (job["job"] for job in jobs(folder / "runs/seeds"))
+    runs = [folder / f"runs/seeds/seed-{seed}" for seed in (1, 2, 3)]
+    wait_for(lambda: all((run / "exit.json").is_file() for run in runs), log(folder / "runs/seeds"), 120)
+    assert [outcome(run)["outcome"] for run in runs] == ["finished"] * 3
+    assert [yaml.safe_load((run / "config.yaml").read_text())["train"]["seed"] for run in runs] == [1, 2, 3]
+    weights = {(run / "adapter/adapter_model.safetensors").read_bytes() for run in runs}
+    assert len(weights) == 3
+    assert (folder / f"runs/seeds/slurm/train_{job}_2.out").is_file()
+
+
+def test_mistakes_are_refused_before_and_by_slurm(cluster: Cluster, folder: Path) -> None:
+    before = cluster.run("squeue", "--noheader", "--format=%A", folder=folder)
+    for words, message in (
+        (("--adapter.rr=3",), "adapter.rr=3"),
+        (("--gpus-per-node", "3"), "Requested node configuration is not available"),
+        (("--", "--partition=none"), "invalid partition specified: none"),
+    ):
+        with pytest.raises(AssertionError, match="exits 2") as refused:
+            launch(cluster, folder, NAME, "--output_dir", "runs/refused", "--train.global_batch_size=24", *words)
+        assert message in " ".join(str(refused.value).split())
+    assert cluster.run("squeue", "--noheader", "--format=%A", folder=folder) == before
+    assert not (folder / "runs/refused/slurm/jobs.jsonl").exists()
+
+
+def test_the_scripts_of_the_repository_by_hand(cluster: Cluster, folder: Path) -> None:
+    """sbatch slurm/train.sbatch with sbatch's own flags, on one node with two fake GPUs; a bad row is no crash."""
+    script = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+    flags = ["--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2", "--time=5", "--job-name=by hand"]
+    recipe = yaml.safe_load((folder / NAME).read_text()) | {"output_dir": "runs/hand"}
+    (folder / "hand.yaml").write_text(yaml.safe_dump(recipe))
+    job = cluster.submit("sbatch", "--parsable", *flags, script, "hand.yaml", *SHORT, folder=folder)
+    wait_for(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), f"job {job}", 90)
+    said = (folder / f"by hand_{job}.out").read_text()
+    assert outcome(folder / "runs/hand")["outcome"] == "finished", said
+    assert "2 processes on cpu" in said and (folder / f"by hand_{job}/rank-1.log").is_file()
+    assert cluster.job(job)["JobState"] == "COMPLETED"
+
+    (folder / "bad.jsonl").write_text('{"prompt": 3}\n')
+    recipe["data"]["tasks"][0]["train"] = "bad.jsonl"
+    (folder / "bad.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": "runs/bad"}))
+    job = cluster.submit("sbatch", "--parsable", *flags, script, "bad.yaml", folder=folder)
+    wait_for(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), f"job {job}", 90)
+    said = (folder / f"by hand_{job}.out").read_text()
+    assert cluster.job(job)["Restarts"] == "0" and cluster.job(job)["ExitCode"] == "2:0", said
+    assert "bad.jsonl:1" in said and "a mistake, which another start would not mend" in said
