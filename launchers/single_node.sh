@@ -3,4 +3,4 @@
 #   NUM_GPUS=4 launchers/single_node.sh RECIPE.yaml [--section.key value ...]
 set -euo pipefail
 : "${1:?usage: single_node.sh RECIPE.yaml [--section.key value ...]}"
-exec deepspeed ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} --module malora_dist.train "$@"
+exec malora launch deepspeed "$1" ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} "${@:2}"

@@ -18,6 +18,7 @@ from malora_dist.launch.command import (
     launcher_path,
     run_command,
     under_launcher,
+    visible_gpus,
 )
 from malora_dist.summary import adapter_spec
 
@@ -36,7 +37,7 @@ def start(module: str, arguments: Sequence[str], num_gpus: int | None, config: R
     """
     if under_launcher(os.environ):
         raise typer.Exit(import_module(module).main(arguments) or 0)
-    processes = num_gpus if num_gpus is not None else _visible_gpus()
+    processes = num_gpus if num_gpus is not None else visible_gpus()
     if config is not None:
         adapter_spec(config)
         check_plan(config, processes)
@@ -45,10 +46,3 @@ def start(module: str, arguments: Sequence[str], num_gpus: int | None, config: R
     command = deepspeed_command(module, arguments, num_gpus=processes, environment=os.environ, launcher=launcher_path())
     Console(stderr=True).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
     raise typer.Exit(run_command(command, launcher_environment(os.environ)))
-
-
-def _visible_gpus() -> int:
-    """Number of GPUs torch can see, at least 1: without any, one process runs on the CPU."""
-    from torch import cuda
-
-    return max(1, cuda.device_count())

@@ -88,32 +88,32 @@ def bash(script: str, *arguments: str, env: dict[str, str]) -> subprocess.Comple
 @pytest.mark.parametrize(
     ("script", "settings", "line"),
     [
-        ("single_node.sh", {}, "deepspeed [--module] [malora_dist.train] [r.yaml] [a b]"),
+        ("single_node.sh", {}, "malora [launch] [deepspeed] [r.yaml] [a b]"),
         (
             "single_node.sh",
             {"NUM_GPUS": "4"},
-            "deepspeed [--num_gpus] [4] [--module] [malora_dist.train] [r.yaml] [a b]",
+            "malora [launch] [deepspeed] [r.yaml] [--num_gpus] [4] [a b]",
         ),
         (
             "multi_node.sh",
             {"HOSTFILE": "h"},
-            "deepspeed [--hostfile] [h] [--master_port] [29500] [--module] [malora_dist.train] [r.yaml] [a b]",
+            "malora [launch] [deepspeed] [r.yaml] [--hostfile] [h] [--master_port] [29500] [a b]",
         ),
         (
             "torchrun.sh",
             {},
-            "torchrun [--standalone] [--nproc_per_node] [gpu] [-m] [malora_dist.train] [r.yaml] [a b]",
+            "malora [launch] [torchrun] [r.yaml] [a b]",
         ),
         (
             "torchrun.sh",
             {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n0", "NPROC_PER_NODE": "8"},
-            "torchrun [--nnodes] [2] [--node_rank] [1] [--master_addr] [n0] [--master_port] [29500] "
-            "[--nproc_per_node] [8] [-m] [malora_dist.train] [r.yaml] [a b]",
+            "malora [launch] [torchrun] [r.yaml] [--nnodes] [2] [--node_rank] [1] [--master_addr] [n0] "
+            "[--master_port] [29500] [--nproc_per_node] [8] [a b]",
         ),
     ],
 )
 def test_launchers(tmp_path: Path, script: str, settings: dict[str, str], line: str) -> None:
-    env = stubs(tmp_path, "deepspeed", "torchrun") | settings
+    env = stubs(tmp_path, "malora") | settings
     done = bash(f"launchers/{script}", "r.yaml", "a b", env=env)
     assert (done.returncode, done.stdout) == (0, line + "\n"), done.stderr
     assert "usage" in bash(f"launchers/{script}", env=env).stderr

@@ -65,27 +65,15 @@ def deepspeed_verb(
     place = [*(["--master_addr", master_addr] if master_addr else []), "--master_port", str(master_port)]
     chosen = _chosen_hosts(hostfile, include, exclude, num_gpus)
     _check(path, overrides, len(chosen) * slots_per_host(chosen))
-    environment = dict(os.environ)
+    arguments = [path, *overrides]
     if hostfile is None or _only_this_machine(chosen):
         (slots,) = chosen.values()
-        visible = environment if hostfile is None else _visible(slots)
-        command = deepspeed_command(
-            TRAIN,
-            [path, *overrides],
-            num_gpus=len(slots),
-            environment=visible,
-            launcher=launcher_path(),
-            options=place,
-        )
-        raise typer.Exit(_run(command, environment, dry_run))
+        visible = os.environ if hostfile is None else _visible(slots)
+        raise typer.Exit(_run(_local_command(arguments, len(slots), visible, place), os.environ, dry_run))
     named = {"--include": include, "--exclude": exclude}
+    selection = [word for option, text in named.items() if text for word in (option, text)]
     command = hosts_command(
-        TRAIN,
-        [path, *overrides],
-        hostfile=hostfile,
-        selection=[word for option, text in named.items() if text for word in (option, text)],
-        place=place,
-        launcher=launcher_path(),
+        TRAIN, arguments, hostfile=hostfile, selection=selection, place=place, launcher=launcher_path()
     )
     raise typer.Exit(_run_on_hosts(command, chosen, check_ssh=not no_ssh_check, dry_run=dry_run))
 
@@ -143,6 +131,12 @@ def _chosen_hosts(hostfile: Path | None, include: str | None, exclude: str | Non
 def _only_this_machine(chosen: Slots) -> bool:
     """Neither ssh nor pdsh is needed then."""
     return len(chosen) == 1 and all(is_this_machine(host) for host in chosen)
+
+
+def _local_command(arguments: list[str], gpus: int, environment: Mapping[str, str], place: list[str]) -> list[str]:
+    return deepspeed_command(
+        TRAIN, arguments, num_gpus=gpus, environment=environment, launcher=launcher_path(), options=place
+    )
 
 
 def _visible(slots: Sequence[int]) -> dict[str, str]:

@@ -16,7 +16,7 @@ WORDS = ("my recipe's.yaml", "--output_dir", 'runs/a "b" $c', "--adapter.target_
 
 @pytest.mark.parametrize("name", shipped_scripts())
 def test_the_scripts_in_slurm_are_what_the_generator_renders(name: str) -> None:
-    """To renew them: `python -c "from malora_dist.launch.files import ..."` as CONTRIBUTING.md says."""
+    """CONTRIBUTING.md says how to renew them."""
     assert (ROOT / name).read_text() == shipped_scripts()[name]
 
 

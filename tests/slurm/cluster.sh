@@ -114,7 +114,8 @@ child() { # file: the process that its process has started
 first() { child "$state/host-$1"; } # host: the first process in its namespaces
 
 on() { # host command...: in its namespaces
-  exec nsenter -t $(first "$1") --net --uts --mount --pid --wd="$PWD" -- "${@:2}"
+  # Not --wd: a folder entered from outside is of another mount, and nothing can be renamed from there to a whole path.
+  exec nsenter -t $(first "$1") --net --uts --mount --pid -- env --chdir="$PWD" "${@:2}"
 }
 
 start_host() { # name: its namespaces, kept by a first process that reaps orphans

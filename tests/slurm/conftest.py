@@ -103,7 +103,14 @@ def _script(*words: str | Path, timeout: float) -> None:
     with tempfile.TemporaryFile("w+") as said:
         done = subprocess.run([SCRIPT, *words], stdout=said, stderr=subprocess.STDOUT, timeout=timeout)
         said.seek(0)
-        assert done.returncode == 0, f"{said.read()}\nWhere this cannot run, {SKIP}=1 skips these tests."
+        assert done.returncode == 0, f"cluster.sh {words[0]}: {said.read()}"
+
+
+def _start(folder: Path) -> None:
+    try:
+        _script("start", folder, timeout=400)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\nWhere there can be no Slurm, {SKIP}=1 skips these tests") from None
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +120,7 @@ def cluster() -> Iterator[Cluster]:
     # A munge socket's path must be short.
     with tempfile.TemporaryDirectory(prefix="slurm") as folder:
         try:
-            _script("start", folder, timeout=240)
+            _start(Path(folder))
             yield Cluster(Path(folder))
         finally:
             _script("stop", folder, timeout=60)
