@@ -19,6 +19,7 @@ from malora_dist.convert.kinds import find_kind
 from malora_dist.errors import ConfigError
 from malora_dist.launch.jobs import Job as SubmittedJob
 from malora_dist.launch.script import Job
+from malora_dist.launch.time_limit import check_save_before
 from malora_dist.summary import missing_files
 
 TASKS = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
@@ -66,6 +67,7 @@ def slurm_command(
     """Train on a Slurm cluster: submit a job that saves, requeues itself and goes on. Flags of sbatch follow `--`."""
     flags: list[str] = context.meta["flags"]
     check_flags(flags)
+    check_save_before(time, save_before)
     stages, how, numbers = _stages(after), _start(start), _array(tasks)
     find_kind(convert_to)
     recipes = [recipe, *(numbers.others if numbers else ())]

@@ -230,7 +230,9 @@ class LaunchConfig(Section):
         (), description="More flags of srun, such as --container-image=IMAGE where pyxis is installed."
     )
     max_restarts: int = Field(
-        3, ge=0, description="A job that crashes so many times more without a newer checkpoint does not start again."
+        3,
+        ge=0,
+        description="A job that has ended more often than this in a row without a newer checkpoint is given up.",
     )
 
 

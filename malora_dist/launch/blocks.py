@@ -63,19 +63,23 @@ srun --kill-on-bad-exit=1 --export=ALL --nodes="$SLURM_JOB_NUM_NODES" {tasks} \\
   bash -c 'node "$@"' malora {module} "$@\""""
 
 TRAIN = """\
-# Refuses a mistake before any process starts, and a job that crashes again and again.
+# USR1: the time limit is near. TERM: scancel, preemption or scontrol requeue, of which Slurm tells the processes itself;
+# it starts the job again if it is to.
+told= ended=
+trap 'told=yes' USR1
+trap 'ended=yes' TERM
+
+# Refuses a mistake before any process starts, and a job that ends again and again without a newer checkpoint.
 malora launch begin "$@"
 
 {srun} &
 srun=$!
-
-# The time limit is near: all processes save and end. They are told until they do, for one that still imports.
-save() {{ while kill -USR1 "$srun" 2>/dev/null; do sleep 10 & wait -n "$srun" $! || true; done; }}
-trap save USR1
-# scancel, preemption, scontrol requeue: Slurm tells the processes itself, and starts the job again if it is to.
-ended=
-trap 'ended=yes' TERM
-while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done
+while kill -0 "$srun" 2>/dev/null; do
+  # All save and end. They are told until they do: one that still imports does not hear.
+  [[ -z "$told" ]] || kill -USR1 "$srun" 2>/dev/null || true
+  sleep 10 &
+  wait -n "$srun" $! || true
+done
 [[ -z "$ended" ]] || exit 143
 
 # Saved, or lost a process or a node: once more, in the same run folder.

@@ -8,6 +8,7 @@ from pathlib import Path
 from malora_dist.atomic import write_json
 from malora_dist.errors import CheckpointError, ConfigError, TrainingError
 from malora_dist.outcome import (
+    EXIT_FAILED,
     EXIT_MISTAKE,
     EXIT_OK,
     EXIT_PREEMPTED,
@@ -22,8 +23,8 @@ RESTARTS_FILE = "restarts.json"
 
 @dataclass(frozen=True)
 class Restarts:
-    """A job's starts of a run: how many, the newest checkpoint's step at the last of them, and the crashes in a row
-    before it that had brought no newer one."""
+    """A job's starts of a run: how many, the newest checkpoint's step at the last of them, and how many before it, in
+    a row, had brought no newer one."""
 
     job: str
     starts: int
@@ -42,7 +43,7 @@ class Verdict:
 def begin(run: Path, job: str, max_restarts: int) -> Restarts:
     """Note in the run's folder that `job` starts it, once more or for the first time.
 
-    Raises TrainingError if the job has crashed more than `max_restarts` times in a row without a newer checkpoint,
+    Raises TrainingError if the job has ended more than `max_restarts` times in a row without a newer checkpoint,
     CheckpointError if exit.json or restarts.json is damaged, ConfigError if they cannot be written.
     """
     before = read_restarts(run)
@@ -51,9 +52,9 @@ def begin(run: Path, job: str, max_restarts: int) -> Restarts:
         # Somebody has submitted it: whatever was wrong may have been mended.
         now = Restarts(job, 1, 0, step)
     else:
-        now = Restarts(job, before.starts + 1, _crashes(run, before, step), step)
+        now = Restarts(job, before.starts + 1, _vain_starts(run, before, step), step)
     if now.without_progress > max_restarts:
-        raise TrainingError(_crash_loop(run, now.without_progress, max_restarts))
+        raise TrainingError(_in_vain(run, now.without_progress, max_restarts))
     outcome = read_outcome(run)
     try:
         if outcome is not None and outcome["outcome"] != FINISHED:
@@ -78,17 +79,17 @@ def end(run: Path, max_restarts: int, *, stop_after_steps: int | None, exit_code
         return Verdict(EXIT_OK, f"{run} is finished")
     if EXIT_MISTAKE in (exit_code, outcome and outcome.get("exit_code")):
         return Verdict(EXIT_MISTAKE, "a mistake, which another start would not mend")
-    if outcome is not None and outcome["outcome"] == PREEMPTED:
-        saved = f"{run} is saved at step {outcome['step']} ({outcome.get('reason')})"
-        if stop_after_steps is not None and "stop_after_steps" in str(outcome.get("reason")):
-            return Verdict(EXIT_OK, f"{saved}: as far as train.stop_after_steps={stop_after_steps} goes")
-        return Verdict(EXIT_PREEMPTED, f"{saved}: once more, from there")
     why = "it was killed" if outcome is None else str(outcome.get("reason"))
-    before = read_restarts(run) or Restarts("", 1, 0, 0)
-    crashes = _crashes(run, before, newest_step(run))
-    if crashes > max_restarts:
-        return Verdict(1, f"{_crash_loop(run, crashes, max_restarts)}; the last time: {why}")
-    return Verdict(EXIT_PREEMPTED, f"{run} ended after step {newest_step(run)}: {why}: once more, from its checkpoint")
+    step = newest_step(run)
+    said = f"{run} is saved at step {step} ({why})"
+    if outcome is None or outcome["outcome"] != PREEMPTED:
+        said = f"{run} has failed, with a checkpoint of step {step} ({why})"
+    elif stop_after_steps is not None and "stop_after_steps" in why:
+        return Verdict(EXIT_OK, f"{said}: as far as train.stop_after_steps={stop_after_steps} goes")
+    vain = _vain_starts(run, read_restarts(run) or Restarts("", 1, 0, 0), step)
+    if vain > max_restarts:
+        return Verdict(EXIT_FAILED, f"{said}. {_in_vain(run, vain, max_restarts)}")
+    return Verdict(EXIT_PREEMPTED, f"{said}: once more, from there")
 
 
 def read_restarts(run: Path) -> Restarts | None:
@@ -115,17 +116,21 @@ def job_name(environment: Mapping[str, str]) -> str:
     return environment["SLURM_JOB_ID"]
 
 
-def _crashes(run: Path, before: Restarts, step: int) -> int:
-    """Crashes in a row without a newer checkpoint, the start `before` included. Told to end and saved is no crash."""
+def _vain_starts(run: Path, before: Restarts, step: int) -> int:
+    """Starts in a row without a newer checkpoint, `before` included.
+
+    One that SIGTERM ended does not count, for others wanted the nodes; one that its own time limit ended does, since
+    the next has no more time.
+    """
     outcome = read_outcome(run)
     if step > before.step:
         return 0
-    preempted = outcome is not None and outcome["outcome"] == PREEMPTED
-    return before.without_progress + (0 if preempted else 1)
+    others = outcome is not None and outcome["outcome"] == PREEMPTED and outcome.get("reason") == "SIGTERM"
+    return before.without_progress + (0 if others else 1)
 
 
-def _crash_loop(run: Path, crashes: int, max_restarts: int) -> str:
+def _in_vain(run: Path, starts: int, max_restarts: int) -> str:
     return (
-        f"{run} has crashed {crashes} times in a row without a newer checkpoint than step {newest_step(run)}, and "
+        f"{run} has ended {starts} times in a row without a newer checkpoint than step {newest_step(run)}, and "
         f"launch.max_restarts={max_restarts}: it is not started again"
     )

@@ -160,6 +160,7 @@ def test_the_recipe_says_what_every_job_needs(folder: Path) -> None:
         ((RECIPE, "--train.resume_from_checkpoint", "null"), "must go on with its run"),
         ((RECIPE, "--after", "train,serve"), "'serve' is none of train, evaluate, convert"),
         ((RECIPE, "--convert-to", "peftt"), "--to peftt: unknown kind"),
+        ((RECIPE, "--time", "5"), "--save-before=300 must be less than the 300 seconds of --time=5"),
         ((RECIPE, "--start", "mpi"), "must be launcher or tasks"),
         ((RECIPE, "--array", "seeds=a"), "--array=seeds=a: must be seeds=1-5"),
         ((RECIPE, "--array", "seeds=1-2", "--after", "train,convert"), "--after train,convert with --array"),

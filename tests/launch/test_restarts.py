@@ -38,23 +38,25 @@ def test_a_crash_loop_ends_and_progress_begins_it_anew(tmp_path: Path) -> None:
         assert begin(run, "7", 2).without_progress == crashes
     ended(run, FAILED, reason="loss is nan")
     last = end(run, 2, stop_after_steps=None)
-    assert last.code == 1 and "crashed 3 times in a row" in last.why and "step 40" in last.why
+    assert last.code == 1 and "has ended 3 times in a row" in last.why and "step 40" in last.why
     assert "launch.max_restarts=2" in last.why and "loss is nan" in last.why
     # Slurm requeues after a lost node without asking.
-    with pytest.raises(TrainingError, match=r"crashed 3 times.*launch\.max_restarts=2"):
+    with pytest.raises(TrainingError, match=r"ended 3 times.*launch\.max_restarts=2"):
         begin(run, "7", 2)
     assert begin(run, "8", 2) == Restarts("8", 1, 0, 40)
 
 
-def test_told_to_end_is_no_crash_and_no_progress(tmp_path: Path) -> None:
+def test_ended_by_others_is_not_in_vain_and_a_short_time_limit_is(tmp_path: Path) -> None:
     begin(tmp_path, "7", 1)
     assert verdict(tmp_path) == 75
     for start in range(2, 6):
         assert begin(tmp_path, "7", 1) == Restarts("7", start, 1, 0)
-        ended(tmp_path, PREEMPTED, 75, "SIGUSR1")
+        ended(tmp_path, PREEMPTED, 75, "SIGTERM")
         assert verdict(tmp_path) == 75
     begin(tmp_path, "7", 1)
-    assert end(tmp_path, 1, stop_after_steps=None).code == 1
+    ended(tmp_path, PREEMPTED, 75, "SIGUSR1")
+    last = end(tmp_path, 1, stop_after_steps=None)
+    assert last.code == 1 and "is saved at step 0 (SIGUSR1)" in last.why
 
 
 def test_what_a_start_would_not_mend(tmp_path: Path) -> None:

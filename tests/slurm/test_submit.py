@@ -82,7 +82,7 @@ def test_mistakes_are_refused_before_and_by_slurm(cluster: Cluster, folder: Path
 def test_the_scripts_of_the_repository_by_hand(cluster: Cluster, folder: Path) -> None:
     """sbatch slurm/train.sbatch with sbatch's own flags, on one node with two fake GPUs; a bad row is no crash."""
     script = Path(__file__).parents[2] / "slurm" / "train.sbatch"
-    flags = ["--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2", "--time=5", "--job-name=by hand"]
+    flags = ["--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2", "--time=9", "--job-name=by hand"]
     recipe = yaml.safe_load((folder / NAME).read_text()) | {"output_dir": "runs/hand"}
     (folder / "hand.yaml").write_text(yaml.safe_dump(recipe))
     job = cluster.submit("sbatch", "--parsable", *flags, script, "hand.yaml", *SHORT, folder=folder)

@@ -25,7 +25,11 @@ def whole(cluster: Cluster, folder: Path) -> Result:
     """What a run on two nodes gives that nothing stops; beside it, one that the time limit stops has begun."""
     run = folder / "runs" / "whole"
     launch(cluster, folder, RECIPE, "--output_dir", "runs/limit", "--time", "1", "--save-before", "50")
+    limited = jobs(folder / "runs" / "limit")[0]["job"]
     said = launch(cluster, folder, RECIPE, "--output_dir", "runs/whole")
+    # Once is enough.
+    wait_for(lambda: cluster.job(limited)["Restarts"] != "0", f"job {limited} is requeued", 90)
+    cluster.run("scontrol", "update", f"JobId={limited}", "TimeLimit=10", folder=folder)
     job = jobs(run)[0]["job"]
     assert f"submitted train as job {job}" in said
     assert ended(cluster, run, job) == "COMPLETED", log(run)
@@ -115,5 +119,5 @@ def test_a_crash_loop_ends_and_takes_its_chain_with_it(cluster: Cluster, folder:
     train, evaluate = (job["job"] for job in jobs(run))
     assert ended(cluster, run, train) == "FAILED"
     assert cluster.job(train)["Restarts"] == "1"
-    assert "runs/crash has crashed 2 times in a row without a newer checkpoint than step 0" in log(run)
+    assert "runs/crash has ended 2 times in a row without a newer checkpoint than step 0" in log(run)
     assert ended(cluster, run, evaluate, 30) == "CANCELLED"
