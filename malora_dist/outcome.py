@@ -9,6 +9,11 @@ from malora_dist.atomic import write_json
 from malora_dist.errors import CheckpointError
 
 EXIT_FILE = "exit.json"
+# What makes a folder that of a run.
+RUN_FILES = {
+    "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", "exit.json", "metrics.jsonl",
+    "report", "train.log",
+}  # fmt: skip
 FINISHED, PREEMPTED, FAILED = "finished", "preempted", "failed"
 # 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
 EXIT_OK, EXIT_FAILED, EXIT_MISTAKE, EXIT_PREEMPTED = 0, 1, 2, 75

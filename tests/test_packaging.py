@@ -135,7 +135,7 @@ def test_a_batch_script_on_many_nodes(tmp_path: Path) -> None:
     assert done.stdout == (
         "torchrun [--nnodes] [2] [--node_rank] [1] [--nproc_per_node] [4] [--rdzv_id] [41234] "
         "[--master_addr] [node1] [--master_port] [11234] "
-        '[--no_python] [bash] [-c] [process "$@"] [malora] '
+        f"[--no_python] [bash] [{tmp_path}/my job_41234/process.sh] "
         "[malora_dist.evaluate] [my run] [--evaluation.split] [test]\n"
     )
     assert "usage" in bash("slurm/eval.sbatch", env=env).stderr

@@ -7,21 +7,23 @@ from malora_dist.cluster.job_commands import job_config
 from malora_dist.config import RunConfig
 from malora_dist.config.matrix import check_plan
 from malora_dist.errors import ConfigError
-from malora_dist.launch.jobs import TRAIN, jobs_of
+from malora_dist.launch.jobs import SLURM_FOLDER, TRAIN, array_tasks, read_jobs
 from malora_dist.launch.queue import UNKNOWN, job_states
+from malora_dist.launch.restarts import check_folder
 from malora_dist.outcome import FINISHED, read_outcome
 from malora_dist.plan import Lengths, Report, find_shape, hardware_of
 from malora_dist.summary import adapter_spec
 
-# Flags of sbatch that malora launch slurm has an option for, or gives itself.
+# Flags of sbatch that malora launch slurm has an option for, or gives itself; a letter is a short flag.
+LOGS, FIXED = "nothing: logs are in the run's folder", "nothing: the job script expects its own"
 OWN_FLAGS = {
-    "--nodes": "--nodes", "-N": "--nodes", "--gpus-per-node": "--gpus-per-node", "--gpus": "--gpus-per-node",
-    "-G": "--gpus-per-node", "--ntasks": "--processes-per-node", "-n": "--processes-per-node",
-    "--ntasks-per-node": "--processes-per-node", "--cpus-per-task": "--cpus-per-task", "-c": "--cpus-per-task",
-    "--time": "--time", "-t": "--time", "--array": "--array", "-a": "--array", "--dependency": "--after",
-    "-d": "--after", "--job-name": "--name", "-J": "--name", "--output": "nothing: logs are in the run's folder",
-    "-o": "nothing: logs are in the run's folder", "--parsable": "nothing", "--wrap": "nothing",
-    "--signal": "--save-before", "--open-mode": "nothing: a job that goes on adds to its log",
+    "nodes": "--nodes", "N": "--nodes", "gpus-per-node": "--gpus-per-node and --gpu-type", "gpus": "--gpus-per-node",
+    "G": "--gpus-per-node", "gpus-per-task": "--gpus-per-node", "ntasks": "--processes-per-node",
+    "n": "--processes-per-node", "ntasks-per-node": "--processes-per-node", "ntasks-per-gpu": "--processes-per-node",
+    "cpus-per-task": "--cpus-per-task", "c": "--cpus-per-task", "time": "--time", "t": "--time", "array": "--array",
+    "a": "--array", "dependency": "--after", "d": "--after", "job-name": "--name", "J": "--name",
+    "signal": "--save-before", "output": LOGS, "o": LOGS, "error": LOGS, "e": LOGS, "open-mode": LOGS,
+    "parsable": FIXED, "wrap": FIXED, "chdir": FIXED, "D": FIXED, "export": FIXED,
 }  # fmt: skip
 
 
@@ -34,6 +36,7 @@ def checked_recipe(recipe: str, overrides: list[str], world_size: int) -> RunCon
     adapter_spec(config)
     check_plan(config, world_size)
     run = Path(config.output_dir)
+    check_folder(run)
     outcome = read_outcome(run)
     if outcome is not None and outcome["outcome"] == FINISHED:
         raise ConfigError(f"output_dir={run}: the run there is finished; give another --output_dir")
@@ -42,8 +45,9 @@ def checked_recipe(recipe: str, overrides: list[str], world_size: int) -> RunCon
 
 def check_no_job(run: Path) -> None:
     """Raise ConfigError if a job that trains in the folder waits or runs, as far as Slurm tells."""
-    trains = [job.job for job in jobs_of(run) if job.stage == TRAIN][-1:]
-    for job, state in job_states(trains).items():
+    trains = [job for job in read_jobs(run / SLURM_FOLDER) if job.stage == TRAIN][-1:]
+    tasks = [f"{job.job}_{task}" for job in trains if job.array for task in array_tasks(job.array)]
+    for job, state in job_states(tasks or [job.job for job in trains]).items():
         if state.state != UNKNOWN and not state.ended:
             raise ConfigError(f"output_dir={run}: job {job} is there for it already ({state}); scancel {job} first")
 
@@ -67,9 +71,9 @@ def memory_note(config: RunConfig, nodes: int, gpus_per_node: int, hbm: str, mod
     return report.advice[0]
 
 
-def check_flags(flags: Sequence[str]) -> None:
-    """Raise ConfigError for a flag of sbatch that belongs to `malora launch slurm`."""
+def check_flags(where: str, flags: Sequence[str]) -> None:
+    """Raise ConfigError for a flag of sbatch that belongs to `malora launch slurm`; `where` it stands, in words."""
     for flag in flags:
-        name = flag.partition("=")[0]
+        name = flag[2:].partition("=")[0] if flag.startswith("--") else flag[1:2] if flag.startswith("-") else ""
         if name in OWN_FLAGS:
-            raise ConfigError(f"{flag}: not after --; use {OWN_FLAGS[name]}")
+            raise ConfigError(f"{flag}: not {where}; use {OWN_FLAGS[name]}")

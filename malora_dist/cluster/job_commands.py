@@ -18,11 +18,12 @@ Recipe = Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False
 def begin_command(context: typer.Context, recipe: Recipe) -> None:
     """In a job script: check the recipe and the job, and count its starts. Exit code 2 if it must not start."""
     config = job_config(recipe, context.args)
+    job = job_name(os.environ)
     world_size = _processes(os.environ)
     check_plan(config, world_size)
-    now = begin(Path(config.output_dir), job_name(os.environ), config.launch.max_restarts)
+    now = begin(Path(config.output_dir), job)
     nodes = os.environ.get("SLURM_JOB_NODELIST", "this node")
-    typer.echo(f"job {now.job}, start {now.starts}: {config.output_dir} on {nodes}, {world_size} processes")
+    typer.echo(f"job {job}, start {now.starts}: {config.output_dir} on {nodes}, {world_size} processes")
 
 
 def end_command(context: typer.Context, recipe: Recipe) -> None:
@@ -30,6 +31,7 @@ def end_command(context: typer.Context, recipe: Recipe) -> None:
     config = job_config(recipe, context.args)
     verdict = end(
         Path(config.output_dir),
+        job_name(os.environ),
         config.launch.max_restarts,
         stop_after_steps=config.train.stop_after_steps,
         exit_code=_left_code(os.environ),
@@ -54,13 +56,15 @@ def job_config(recipe: str, overrides: list[str]) -> RunConfig:
 
 
 def _processes(environment: Mapping[str, str]) -> int:
-    """Of all nodes, as the job script starts them. Raises TopologyError for numbers Slurm does not give."""
-    per_node = [environment.get(name, "") for name in ("NPROC_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_GPUS_ON_NODE")]
-    own, tasks, gpus = (int(text) if text.isdigit() else 0 for text in per_node)
-    nodes = environment.get("SLURM_JOB_NUM_NODES", "1")
-    if not nodes.isdigit():
-        raise TopologyError(f"SLURM_JOB_NUM_NODES={nodes} must be a number")
-    return int(nodes) * (own or (tasks if tasks > 1 else gpus) or 1)
+    """Of all nodes, as the job script starts them. Raises TopologyError if a node has fewer GPUs than processes."""
+    names = ("PROCESSES", "SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE")
+    processes, nodes, gpus = (int(environment[name]) if environment.get(name, "").isdigit() else 0 for name in names)
+    if 0 < gpus < processes:
+        raise TopologyError(
+            f"{processes} processes on each node, and SLURM_GPUS_ON_NODE={gpus}: give --gpus-per-node the same number, "
+            "and --ntasks-per-node too where each process is a task"
+        )
+    return max(1, nodes) * max(1, processes)
 
 
 def _left_code(environment: Mapping[str, str]) -> int | None:

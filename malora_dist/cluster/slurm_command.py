@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,16 +13,18 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from malora_dist.cluster.checks import check_flags, check_no_job, checked_recipe, memory_note
-from malora_dist.cluster.submit import STAGES, Stage, array, chain, dry_run, submit
+from malora_dist.cluster.submit import STAGES, Stage, array, chain, dry_run, recipe_file, submit
 from malora_dist.config import RunConfig
 from malora_dist.convert.kinds import find_kind
 from malora_dist.errors import ConfigError
-from malora_dist.launch.jobs import Job as SubmittedJob
-from malora_dist.launch.script import Job
+from malora_dist.launch.jobs import Job
+from malora_dist.launch.script import JobOptions
 from malora_dist.launch.time_limit import check_save_before
 from malora_dist.summary import missing_files
 
 TASKS = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+# Of a process, by default: loading and checkpoints use them, and one alone would be shared by a node.
+CPUS = 4
 ARRAY_HELP = "seeds=1-5: a run for each seed. recipes=B.yaml,C.yaml: runs of these too."
 
 
@@ -44,8 +46,10 @@ def slurm_command(
     processes_per_node: Annotated[
         int | None, typer.Option(min=1, help="Processes of each. Default: one for each GPU.")
     ] = None,
+    gpu_type: Annotated[str | None, typer.Option(help="Slurm's name of the GPUs, such as a100.")] = None,
     cpus_per_task: Annotated[
-        int | None, typer.Option(min=1, help="CPUs of a task: a node's, or a process's with --start tasks.")
+        int | None,
+        typer.Option(min=1, help=f"CPUs of a node, or of a process with --start tasks. Default: {CPUS} a process."),
     ] = None,
     time: Annotated[str, typer.Option(help="Time limit of each start; the job goes on after it.")] = "24:00:00",
     save_before: Annotated[
@@ -66,36 +70,57 @@ def slurm_command(
 ) -> None:
     """Train on a Slurm cluster: submit a job that saves, requeues itself and goes on. Flags of sbatch follow `--`."""
     flags: list[str] = context.meta["flags"]
-    check_flags(flags)
+    check_flags("after --", flags)
     check_save_before(time, save_before)
-    stages, how, numbers = _stages(after), _start(start), _array(tasks)
     find_kind(convert_to)
-    recipes = [recipe, *(numbers.others if numbers else ())]
-    world_size = nodes * (processes_per_node or gpus_per_node or 1)
-    configs = [checked_recipe(path, context.args, world_size) for path in recipes]
-    notes = _fits(configs, nodes, gpus_per_node, hbm, model)
-    config, run = configs[0], Path(configs[0].output_dir)
-    job = Job(
-        name=name or run.name,
+    wanted, numbers = _stages(after), _array(tasks)
+    processes = processes_per_node or gpus_per_node or 1
+    options = JobOptions(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
+        gpu_type=_plain(gpu_type),
         processes=processes_per_node,
-        cpus_per_task=cpus_per_task,
+        cpus_per_task=cpus_per_task or CPUS * (1 if start == "tasks" else processes),
         time=time,
         save_before=save_before,
-        start=how,
-        setup=config.launch.setup,
-        sbatch=config.launch.sbatch,
-        srun=config.launch.srun,
-        arguments=(*recipes, *context.args),
+        start=_start(start),
     )
-    made = chain(job, run, stages, convert_to) if numbers is None else [_array_stage(job, configs, numbers, stages)]
+    recipes = [recipe, *(numbers.others if numbers else ())]
+    configs = [checked_recipe(path, context.args, nodes * processes) for path in recipes]
+    notes = _fits(configs, nodes, gpus_per_node, hbm, model)
+    options = _of_recipes(options, configs, name)
+    run = Path(configs[0].output_dir)
+    stages = (
+        chain(options, run, wanted, convert_to)
+        if numbers is None
+        else [_array_stage(options, configs, numbers, wanted)]
+    )
     if only_print:
-        typer.echo(dry_run(made, flags))
+        typer.echo(dry_run(stages, configs, flags))
         return
-    for each in configs:
-        check_no_job(Path(each.output_dir))
-    _say(submit(made, run, flags), run, notes)
+    for config in configs:
+        check_no_job(Path(config.output_dir))
+    _say(submit(stages, configs, flags), run, notes)
+
+
+def _of_recipes(options: JobOptions, configs: Sequence[RunConfig], name: str | None) -> JobOptions:
+    """With what the first recipe says of its site. Raises ConfigError for a flag of sbatch that belongs elsewhere."""
+    site = configs[0].launch
+    check_flags("in launch.sbatch", site.sbatch)
+    return replace(
+        options,
+        name=name or Path(configs[0].output_dir).name,
+        setup=site.setup,
+        sbatch=site.sbatch,
+        srun=site.srun,
+        arguments=tuple(str(recipe_file(config)) for config in configs),
+    )
+
+
+def _plain(gpu_type: str | None) -> str | None:
+    if gpu_type is not None and not re.fullmatch(r"[\w.-]+", gpu_type):
+        raise ConfigError(f"--gpu-type={gpu_type}: must be Slurm's name of a GPU, such as a100")
+    return gpu_type
 
 
 def _stages(text: str) -> list[str]:
@@ -145,16 +170,16 @@ def _fits(configs: Sequence[RunConfig], nodes: int, gpus_per_node: int, hbm: str
     return list(dict.fromkeys(notes))
 
 
-def _array_stage(job: Job, configs: Sequence[RunConfig], numbers: _Array, stages: Sequence[str]) -> Stage:
+def _array_stage(options: JobOptions, configs: Sequence[RunConfig], numbers: _Array, stages: Sequence[str]) -> Stage:
     if stages != ["train"]:
         raise ConfigError(f"--after {','.join(stages)} with --array: submit the stages of each run when it is finished")
     runs = [Path(config.output_dir) for config in configs]
     if len(set(runs)) < len(runs):
         raise ConfigError(f"--array: recipes share an output_dir: {', '.join(map(str, runs))}; each run needs its own")
-    return array(job, runs, numbers.numbers)
+    return array(options, runs, numbers.numbers)
 
 
-def _say(jobs: Sequence[SubmittedJob], run: Path, notes: Sequence[str]) -> None:
+def _say(jobs: Sequence[Job], run: Path, notes: Sequence[str]) -> None:
     console = Console()
 
     def say(line: str, style: str = "") -> None:

@@ -8,13 +8,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.errors import CheckpointError, ConfigError, TrainingError
+from malora_dist.outcome import RUN_FILES
 
 LOCK_SECONDS = 30
-RUN_FILES = {
-    "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", "exit.json", "metrics.jsonl",
-    "report", "train.log",
-}  # fmt: skip
 
 
 def claim_run_folder(output_dir: str | Path) -> tuple[Path, FileLock]:
@@ -46,14 +43,15 @@ def _is_taken(folder: Path) -> bool:
     return bool({path.name for path in folder.iterdir()} & RUN_FILES)
 
 
-def lock_run_folder(folder: Path) -> FileLock:
+def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock:
     """Hold the folder against a second run in it until the lock is released or this process ends.
 
-    Raises ConfigError if another process has it for half a minute more: a killed job may take as long to be gone.
+    Raises TrainingError if another process has it for `seconds` more: one that was killed may take a while to be gone,
+    and one whose node is lost until it gives up waiting for the others.
     """
-    lock = _lock(folder, LOCK_SECONDS)
+    lock = _lock(folder, seconds)
     if lock is None:
-        raise ConfigError(f"output_dir={folder}: another process is training in it")
+        raise TrainingError(f"output_dir={folder}: another process is training in it")
     return lock
 
 

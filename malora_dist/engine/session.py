@@ -1,6 +1,7 @@
 """One start of a run: which folder it works in, from where it goes on, and how it ended."""
 
 import logging
+import os
 from pathlib import Path
 from types import TracebackType
 
@@ -14,7 +15,7 @@ from malora_dist.engine.outputs import RunOutputs
 from malora_dist.engine.process import code_of
 from malora_dist.engine.progress import LOGGER
 from malora_dist.engine.resume import Start, find_start, is_finished, is_run
-from malora_dist.engine.run_folder import claim_run_folder, lock_run_folder
+from malora_dist.engine.run_folder import LOCK_SECONDS, claim_run_folder, lock_run_folder
 from malora_dist.engine.stop import Preempted
 from malora_dist.errors import CheckpointError, MaloraError
 from malora_dist.outcome import (
@@ -27,6 +28,8 @@ from malora_dist.outcome import (
     write_outcome,
 )
 from malora_dist.parallel.groups import World, on_main
+
+LOCK_SHARE = 0.8
 
 
 class Session:
@@ -47,7 +50,7 @@ class Session:
         run = Path(self.config.output_dir)
         if self.config.train.resume_from_checkpoint is None or not is_run(run):
             return find_start(self.config)
-        self._lock = lock_run_folder(run)
+        self._lock = lock_run_folder(run, self._lock_seconds())
         try:
             start = find_start(self.config)
         except MaloraError as error:
@@ -57,6 +60,13 @@ class Session:
             raise
         clear_outcome(run)
         return start
+
+    def _lock_seconds(self) -> float:
+        """The others wait in a collective meanwhile, no longer than its timeout."""
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            return LOCK_SECONDS
+        # On a lost node the main process of the start before waits for its peers for as long as that.
+        return LOCK_SHARE * self.config.parallel.timeout_seconds
 
     def open(self) -> RunOutputs:
         """The run's folder to write in: that of the run that goes on, or a new one."""

@@ -7,22 +7,21 @@ from typing import Any
 
 from malora_dist.errors import TopologyError
 
-GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+GLOO = "GLOO_SOCKET_IFNAME"
 ANY_PORT = 9
 # As socket.getaddrinfo gives it, host first.
 Address = tuple[socket.AddressFamily, tuple[Any, ...]]
 
 
 def interface_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME for a process of a run over several nodes.
+    """GLOO_SOCKET_IFNAME for a process of a run over several nodes.
 
-    Without them gloo takes the interface of the host's own name, which may be the loopback. Empty on one node, and if
-    the interface is not found out; variables that are set are kept. Raises TopologyError if MASTER_ADDR leads to this
-    node itself wherever it is looked up.
+    Without it gloo takes the interface of the host's own name, which may be the loopback; NCCL chooses well by itself.
+    Empty on one node, if it is set, and if the interface is not found out. Raises TopologyError if MASTER_ADDR leads to
+    this node itself wherever it is looked up.
     """
     master = environment.get("MASTER_ADDR")
-    missing = [name for name in (GLOO, NCCL) if not environment.get(name)]
-    if not master or not missing or not _several_nodes(environment):
+    if not master or environment.get(GLOO) or not _several_nodes(environment):
         return {}
     addresses = _addresses(master)
     ways = [(family, address) for family, address in addresses if not _is_loopback(address[0])]
@@ -31,10 +30,9 @@ def interface_variables(environment: Mapping[str, str]) -> dict[str, str]:
         if "TORCHELASTIC_RUN_ID" in environment and master in ("localhost", own):
             # The launchers of torchrun have met there before: it is one machine that plays several.
             return {}
-        raise TopologyError(_loopback_message(master, own, missing))
+        raise TopologyError(_loopback_message(master, own))
     name = next((name for address in ways if (name := _interface(*address)) is not None), None)
-    # NCCL takes a name for a prefix: eth1 would be eth10 too.
-    return {} if name is None else {key: f"={name}" if key == NCCL else name for key in missing}
+    return {} if name is None else {GLOO: name}
 
 
 def _several_nodes(environment: Mapping[str, str]) -> bool:
@@ -79,10 +77,10 @@ def _interface(family: socket.AddressFamily, address: tuple[Any, ...]) -> str | 
     return None
 
 
-def _loopback_message(master: str, address: str, missing: list[str]) -> str:
+def _loopback_message(master: str, address: str) -> str:
     how = "" if master == address else f" is {address} on {socket.gethostname()}, which"
     hosts = "" if master == address else "; /etc/hosts may say so of the host's own name, as on Debian"
     return (
         f"MASTER_ADDR={master}{how} only this node itself can reach, and the run has several nodes{hosts}. Set "
-        f"MASTER_ADDR to the first node's address in the network, or {' and '.join(missing)} to the interface to use"
+        f"MASTER_ADDR to the first node's address in the network, or {GLOO} (and NCCL_SOCKET_IFNAME) to an interface"
     )

@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +75,7 @@ def look(folder: Path, log: Path | None = None) -> RunLook:
     resumed = sum(record[KIND] == RESUME for record in records)
     return RunLook(
         state=state,
-        starts=max(resumed + 1 if begun else 0, _count(asdict(restarts) if restarts else {}, "starts")),
+        starts=max(resumed + 1 if begun else 0, sum(own.starts for own in (restarts or {}).values())),
         step=step,
         total=total,
         eta_seconds=None if state == FINISHED else _time_left(steps, step, total),

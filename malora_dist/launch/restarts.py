@@ -1,12 +1,12 @@
-"""Whether a job may start a run again: it counts the starts that brought no newer checkpoint."""
+"""Whether a job starts its run again: it counts the starts that brought no newer checkpoint."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from malora_dist.atomic import write_json
-from malora_dist.errors import CheckpointError, ConfigError, TrainingError
+from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.outcome import (
     EXIT_FAILED,
     EXIT_MISTAKE,
@@ -14,6 +14,7 @@ from malora_dist.outcome import (
     EXIT_PREEMPTED,
     FINISHED,
     PREEMPTED,
+    RUN_FILES,
     clear_outcome,
     read_outcome,
 )
@@ -23,13 +24,12 @@ RESTARTS_FILE = "restarts.json"
 
 @dataclass(frozen=True)
 class Restarts:
-    """A job's starts of a run: how many, the newest checkpoint's step at the last of them, and how many before it, in
-    a row, had brought no newer one."""
+    """A job's starts of a run: how many, the newest checkpoint's step at the last of them, and how many in a row have
+    ended by themselves without a newer one."""
 
-    job: str
-    starts: int
-    without_progress: int
-    step: int
+    starts: int = 0
+    in_vain: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,67 +40,78 @@ class Verdict:
     why: str
 
 
-def begin(run: Path, job: str, max_restarts: int) -> Restarts:
+def begin(run: Path, job: str) -> Restarts:
     """Note in the run's folder that `job` starts it, once more or for the first time.
 
-    Raises TrainingError if the job has ended more than `max_restarts` times in a row without a newer checkpoint,
-    CheckpointError if exit.json or restarts.json is damaged, ConfigError if they cannot be written.
+    Raises CheckpointError if exit.json or restarts.json is damaged, ConfigError if the folder holds something that no
+    run goes on with, or cannot be written.
     """
-    before = read_restarts(run)
-    step = newest_step(run)
-    if before is None or before.job != job:
-        # Somebody has submitted it: whatever was wrong may have been mended.
-        now = Restarts(job, 1, 0, step)
-    else:
-        now = Restarts(job, before.starts + 1, _vain_starts(run, before, step), step)
-    if now.without_progress > max_restarts:
-        raise TrainingError(_in_vain(run, now.without_progress, max_restarts))
+    jobs = read_restarts(run)
+    before, step = jobs.get(job, Restarts()), newest_step(run)
+    now = Restarts(before.starts + 1, before.in_vain if step == before.step else 0, step)
     outcome = read_outcome(run)
     try:
         if outcome is not None and outcome["outcome"] != FINISHED:
             # Left there, it would speak for a start that ends before it has read the recipe.
             clear_outcome(run)
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / RESTARTS_FILE, asdict(now))
+        check_folder(run)
+        _write(run, {**jobs, job: now})
     except OSError as error:
         raise ConfigError(f"output_dir={run} cannot be written: {error.strerror}") from error
     return now
 
 
-def end(run: Path, max_restarts: int, *, stop_after_steps: int | None, exit_code: int | None = None) -> Verdict:
-    """What the job does after a start that has ended, by exit.json and the checkpoints; see docs/checkpoints.md.
+def end(run: Path, job: str, max_restarts: int, *, stop_after_steps: int | None, exit_code: int | None) -> Verdict:
+    """What the job does after a start whose processes are gone, by exit.json and the checkpoints.
 
-    `exit_code` is what its processes have left, if one has met a mistake before the run had a folder.
+    `exit_code` is what they have left, if one has met a mistake before the run had a folder. A start that Slurm ends
+    together with the job's script, for a lost node or another job, does not come here and does not count as in vain;
+    nor does one that SIGTERM ended. One that its time limit ended does: the next has no more time.
 
-    Raises CheckpointError if exit.json or restarts.json is damaged.
+    Raises CheckpointError if exit.json or restarts.json is damaged, OSError if that cannot be written.
     """
-    outcome = read_outcome(run)
-    if outcome is not None and outcome["outcome"] == FINISHED:
+    outcome = read_outcome(run) or {"outcome": "killed", "reason": "killed, without a word"}
+    why, step = str(outcome.get("reason")), newest_step(run)
+    if outcome["outcome"] == FINISHED:
         return Verdict(EXIT_OK, f"{run} is finished")
-    if EXIT_MISTAKE in (exit_code, outcome and outcome.get("exit_code")):
+    if EXIT_MISTAKE in (exit_code, outcome.get("exit_code")):
         return Verdict(EXIT_MISTAKE, "a mistake, which another start would not mend")
-    why = "it was killed" if outcome is None else str(outcome.get("reason"))
-    step = newest_step(run)
-    said = f"{run} is saved at step {step} ({why})"
-    if outcome is None or outcome["outcome"] != PREEMPTED:
-        said = f"{run} has failed, with a checkpoint of step {step} ({why})"
-    elif stop_after_steps is not None and "stop_after_steps" in why:
-        return Verdict(EXIT_OK, f"{said}: as far as train.stop_after_steps={stop_after_steps} goes")
-    vain = _vain_starts(run, read_restarts(run) or Restarts("", 1, 0, 0), step)
+    said = f"{run} has failed, with a checkpoint of step {step} ({why})"
+    if outcome["outcome"] == PREEMPTED:
+        said = f"{run} is saved at step {step} ({why})"
+        if stop_after_steps is not None and "stop_after_steps" in why:
+            return Verdict(EXIT_OK, f"{said}: as far as train.stop_after_steps={stop_after_steps} goes")
+    vain = _count(run, job, step, for_others=outcome["outcome"] == PREEMPTED and why == "SIGTERM")
     if vain > max_restarts:
-        return Verdict(EXIT_FAILED, f"{said}. {_in_vain(run, vain, max_restarts)}")
+        return Verdict(
+            EXIT_FAILED,
+            f"{said}. It has ended {vain} times in a row without a newer checkpoint than step {step}, and "
+            f"launch.max_restarts={max_restarts}: it is not started again",
+        )
     return Verdict(EXIT_PREEMPTED, f"{said}: once more, from there")
 
 
-def read_restarts(run: Path) -> Restarts | None:
-    """The content of restarts.json, None without one. Raises CheckpointError if it is damaged."""
+def read_restarts(run: Path) -> dict[str, Restarts]:
+    """restarts.json by job, the latest last; empty without one. Raises CheckpointError if it is damaged."""
     path = run / RESTARTS_FILE
     if not path.exists():
-        return None
+        return {}
     try:
-        return Restarts(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        jobs = json.loads(path.read_text(encoding="utf-8"))
+        return {job: Restarts(**{key: int(value) for key, value in own.items()}) for job, own in jobs.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; remove it to start counting again") from error
+
+
+def check_folder(run: Path) -> None:
+    """Raise ConfigError if the folder holds files of a run that cannot go on: each start would train beside it."""
+    if run.is_dir() and not (run / "config.yaml").exists():
+        found = sorted({path.name for path in run.iterdir()} & RUN_FILES)
+        if found:
+            raise ConfigError(
+                f"output_dir={run} holds {', '.join(found)} and no config.yaml: no run can go on there; move it away"
+            )
 
 
 def newest_step(run: Path) -> int:
@@ -116,21 +127,14 @@ def job_name(environment: Mapping[str, str]) -> str:
     return environment["SLURM_JOB_ID"]
 
 
-def _vain_starts(run: Path, before: Restarts, step: int) -> int:
-    """Starts in a row without a newer checkpoint, `before` included.
-
-    One that SIGTERM ended does not count, for others wanted the nodes; one that its own time limit ended does, since
-    the next has no more time.
-    """
-    outcome = read_outcome(run)
-    if step > before.step:
-        return 0
-    others = outcome is not None and outcome["outcome"] == PREEMPTED and outcome.get("reason") == "SIGTERM"
-    return before.without_progress + (0 if others else 1)
+def _count(run: Path, job: str, step: int, *, for_others: bool) -> int:
+    """Starts in a row that have ended in vain, this one included; noted."""
+    jobs = read_restarts(run)
+    before = jobs.get(job, Restarts(starts=1))
+    vain = 0 if step > before.step else before.in_vain + (0 if for_others else 1)
+    _write(run, {**jobs, job: replace(before, in_vain=vain)})
+    return vain
 
 
-def _in_vain(run: Path, starts: int, max_restarts: int) -> str:
-    return (
-        f"{run} has ended {starts} times in a row without a newer checkpoint than step {newest_step(run)}, and "
-        f"launch.max_restarts={max_restarts}: it is not started again"
-    )
+def _write(run: Path, jobs: dict[str, Restarts]) -> None:
+    write_json(run / RESTARTS_FILE, {job: asdict(own) for job, own in jobs.items()})

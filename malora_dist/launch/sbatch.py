@@ -8,6 +8,8 @@ from pathlib import Path
 from malora_dist.errors import ConfigError
 
 SECONDS = 60
+# What a surrounding job's script sets.
+OF_A_JOB = ("NPROC_PER_NODE", "PROCESSES", "CUDA_VISIBLE_DEVICES", "LOGS", "MALORA_EXIT_CODE", "OMP_NUM_THREADS")
 
 
 def sbatch(script: str, flags: Sequence[str], environment: Mapping[str, str], folder: Path | None = None) -> str:
@@ -17,8 +19,13 @@ def sbatch(script: str, flags: Sequence[str], environment: Mapping[str, str], fo
     """
     command = ["sbatch", "--parsable", *flags]
     # Numbers of a surrounding job would be taken for wishes of the new one.
-    outside = {key: value for key, value in environment.items() if not key.startswith(("SLURM_", "SRUN_", "SLURMD_"))}
-    outside |= {key: value for key, value in environment.items() if key == "SLURM_CONF"}
+    outside = {
+        key: value
+        for key, value in environment.items()
+        if key == "SLURM_CONF" or not key.startswith(("SLURM_", "SRUN_", "SLURMD_"))
+    }
+    if "SLURM_JOB_ID" in environment:
+        outside = {key: value for key, value in outside.items() if key not in OF_A_JOB}
     done = _run(command, script, outside, folder)
     said = done.stdout.strip()
     if done.returncode or not re.fullmatch(r"\d+(;.*)?", said.splitlines()[-1] if said else ""):

@@ -9,12 +9,12 @@ from malora_dist.errors import ConfigError
 from malora_dist.launch import blocks
 
 OWN_ENVIRONMENT = """\
-# Lines for your site go here, such as module load or source .venv/bin/activate. Without any, the job has the
-# environment that sbatch was called in."""
+# Lines for your site go here, such as module load or source .venv/bin/activate, between set +u and set -u. Without any,
+# the job has the environment that sbatch was called in."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class JobOptions:
     """What a job asks Slurm for, and how its processes start.
 
     `save_before` is how many seconds before the time limit a run is told to save; Slurm may be a minute late.
@@ -26,6 +26,7 @@ class Job:
     name: str = "malora"
     nodes: int = 2
     gpus_per_node: int = 8
+    gpu_type: str | None = None
     processes: int | None = None
     cpus_per_task: int | None = 64
     time: str = "24:00:00"
@@ -45,16 +46,16 @@ class Job:
 
 def shipped_scripts() -> dict[str, str]:
     """Path and text of the scripts for hand use: those of slurm/."""
-    one = Job(nodes=1, time="2:00:00")
+    one = JobOptions(nodes=1, time="2:00:00")
     return {
-        "slurm/train.sbatch": train_script(Job()),
-        "slurm/array.sbatch": array_script(Job(name="malora-array", nodes=1)),
+        "slurm/train.sbatch": train_script(JobOptions()),
+        "slurm/array.sbatch": array_script(JobOptions(name="malora-array", nodes=1)),
         "slurm/eval.sbatch": evaluate_script(replace(one, name="malora-eval")),
         "slurm/convert.sbatch": convert_script(replace(one, name="malora-convert", gpus_per_node=0, cpus_per_task=8)),
     }
 
 
-def train_script(job: Job) -> str:
+def train_script(job: JobOptions) -> str:
     """A run that saves, requeues itself and goes on. Raises ConfigError for what sbatch cannot be told in a script."""
     about = [
         "Trains. Near its time limit, preempted, or after a crash, it goes on in the same run folder:",
@@ -63,56 +64,55 @@ def train_script(job: Job) -> str:
     return _script(job, about, _goes_on(job), ["RECIPE.yaml"], [*_processes(job), _train(job)])
 
 
-def array_script(job: Job, *, tasks: str = "1-5", output_dir: str | None = None) -> str:
+def array_script(job: JobOptions, *, tasks: str = "1-5", output_dir: str | None = None) -> str:
     """A run for each task of an array; with one recipe, below `output_dir`. Raises ConfigError as `train_script`."""
     about = [
         "A training run for each seed, or for each of several recipes; every one goes on as train.sbatch does:",
         "  sbatch --array=1-5 slurm/array.sbatch RECIPE.yaml [--section.key value ...]",
         "  sbatch --array=1-3 slurm/array.sbatch A.yaml B.yaml C.yaml [--section.key value ...]",
     ]
-    folder = [] if output_dir is None else [f"OUTPUT_DIR={shlex.quote(output_dir)}"]
+    folder = [] if output_dir is None else [f"MALORA_RUNS={shlex.quote(output_dir)}"]
     body = [*folder, blocks.ARRAY, *_processes(job), _train(job)]
     return _script(job, about, {"array": tasks, **_goes_on(job)}, ["RECIPE.yaml"], body)
 
 
-def evaluate_script(job: Job) -> str:
+def evaluate_script(job: JobOptions) -> str:
     """The accuracies of a run, on all processes. Raises ConfigError as `train_script`."""
     about = ["Measures a run's accuracies again:", "  sbatch slurm/eval.sbatch RUN_DIR [--section.key value ...]"]
     return _script(job, about, {}, ["RUN_DIR"], [*_processes(job), _srun(job, "malora_dist.evaluate")])
 
 
-def convert_script(job: Job) -> str:
+def convert_script(job: JobOptions) -> str:
     """`malora convert`, one process on one node. Raises ConfigError as `train_script`."""
     about = ["Writes a run's adapter in another form:", "  sbatch slurm/convert.sbatch SRC DST --to KIND [--verify]"]
-    return _script(job, about, {}, ["SRC", "DST", "--to", "KIND"], [blocks.CONVERT.format(flags=_flags(job.srun))])
+    body = [_setup(job), blocks.CONVERT.format(flags=_flags(job.srun))]
+    return _script(job, about, {}, ["SRC", "DST", "--to", "KIND"], body)
 
 
-def _script(job: Job, about: Sequence[str], more: dict[str, str | None], usage: Sequence[str], body: list[str]) -> str:
+def _script(
+    job: JobOptions, about: Sequence[str], more: dict[str, str | None], usage: Sequence[str], body: list[str]
+) -> str:
     if job.arguments is None:
         own = f'(($# >= {len(usage)})) || {{ echo "usage: {about[1].strip()}" >&2; exit 2; }}'
     else:
         own = f"set -- {shlex.join(job.arguments)}"
-    parts = [
-        "\n".join(["#!/usr/bin/env bash", *(f"# {line}" for line in about), *_directives(job, more)]),
-        "set -euo pipefail\n" + own,
-        "\n".join(job.setup) if job.setup else OWN_ENVIRONMENT,
-        *body,
-    ]
-    return "\n\n".join(parts).replace("\n\nset -euo", "\nset -euo") + "\n"
+    head = ["#!/usr/bin/env bash", *(f"# {line}" for line in about), *_directives(job, more), "set -euo pipefail", own]
+    return "\n\n".join(["\n".join(head), *body]) + "\n"
 
 
-def _goes_on(job: Job) -> dict[str, str | None]:
+def _goes_on(job: JobOptions) -> dict[str, str | None]:
     return {"requeue": None, "signal": f"B:USR1@{job.save_before}"}
 
 
-def _directives(job: Job, more: dict[str, str | None]) -> list[str]:
+def _directives(job: JobOptions, more: dict[str, str | None]) -> list[str]:
     options: dict[str, str | None] = {
         "job-name": job.name,
         "nodes": str(job.nodes),
         "ntasks-per-node": str(job.processes_per_node) if job.start == "tasks" else "1",
     }
     if job.gpus_per_node:
-        options["gpus-per-node"] = str(job.gpus_per_node)
+        kind = "" if job.gpu_type is None else f"{job.gpu_type}:"
+        options["gpus-per-node"] = f"{kind}{job.gpus_per_node}"
     if job.cpus_per_task is not None:
         options["cpus-per-task"] = str(job.cpus_per_task)
     options |= {"time": job.time, "output": job.output, "open-mode": "append", "export": "ALL", **more}
@@ -135,18 +135,23 @@ def _quoted(name: str, value: str) -> str:
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=+:@%./,[]")
 
 
-def _processes(job: Job) -> list[str]:
+def _processes(job: JobOptions) -> list[str]:
     """Where the processes meet, what they write, and how a node starts its own."""
     number = [] if job.processes is None else [f"export NPROC_PER_NODE={job.processes}"]
     start = blocks.LAUNCHER if job.start == "launcher" else blocks.TASKS
-    return ["\n".join([blocks.PLACE, *number]), blocks.LOGS.format(logs=job.logs), f"{blocks.PROCESS}\n{start}"]
+    # The setup may choose another address or port.
+    return [blocks.PLACE, _setup(job), blocks.LOGS.replace("{logs}", job.logs), "\n".join([*number, start])]
 
 
-def _train(job: Job) -> str:
+def _setup(job: JobOptions) -> str:
+    return blocks.SETUP.format(lines="\n".join(job.setup)) if job.setup else OWN_ENVIRONMENT
+
+
+def _train(job: JobOptions) -> str:
     return blocks.TRAIN.format(srun=_srun(job, "malora_dist.train"))
 
 
-def _srun(job: Job, module: str) -> str:
+def _srun(job: JobOptions, module: str) -> str:
     tasks = (
         '--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
         if job.start == "launcher"

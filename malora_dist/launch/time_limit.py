@@ -35,6 +35,6 @@ def check_save_before(time: str, save_before: int) -> None:
     limit = limit_seconds(time)
     if limit is not None and save_before >= limit:
         raise ConfigError(
-            f"--save-before={save_before} must be less than the {limit} seconds of --time={time}; the run would be told "
-            "to save and end as soon as it starts"
+            f"--save-before={save_before} must be less than the {limit} seconds of --time={time}; the run would "
+            "be told to save and end as soon as it starts"
         )

@@ -82,7 +82,7 @@ def test_a_job_from_its_queue_over_a_requeue_to_its_end(clients: Clients, capsys
         written.wait("-- job 1: pending (waits for free nodes); run waiting to start\n")
         add(log, "first start\n")
         begun(run, *steps(1, 10))
-        begin(run, "1", 3)
+        begin(run, "1")
         clients.say("squeue", "1|RUNNING|None\n")
         written.wait("-- job 1: running; run running, step 10/100, 0:03:00 left\n")
         write_outcome(run, PREEMPTED, 75, reason="SIGUSR1", step=12, checkpoint=None)

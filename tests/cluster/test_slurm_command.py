@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from malora_dist.cli import main
+from malora_dist.config import load_config
 from malora_dist.outcome import FINISHED, write_outcome
 
 # Shows how it was called, and remembers what it was given.
@@ -77,8 +78,12 @@ def test_a_chain_is_submitted_and_written_down(folder: Path, capsys: pytest.Capt
     assert "submitted train as job 100; log" in said and "submitted convert as job 102, after job 101" in said
     assert "malora launch follow 'runs/a b'" in said and "was not checked" in said
     scripts = submitted(folder)
+    (kept,) = (folder / "runs/a b/slurm").glob("recipe-*.yaml")
+    config = yaml.safe_load(kept.read_text())
+    assert (config["adapter"]["r"], config["train"]["seed"], config["output_dir"]) == (6, 7, "runs/a b")
+    assert load_config(kept) == load_config(RECIPE, ["--adapter.r", "6", "--train.seed=7"])
     assert [words(script) for script in scripts] == [
-        [RECIPE, "--adapter.r", "6", "--train.seed=7"],
+        [str(kept)],
         ["runs/a b"],
         ["runs/a b", "runs/a b/export", "--to", "peft-experts"],
     ]
@@ -111,19 +116,21 @@ def test_a_refused_job_takes_its_chain_with_it(
     error = " ".join(capsys.readouterr().err.split())
     assert "sbatch refuses the job: sbatch: error: Invalid partition name" in error
     assert (folder / "cancelled").read_text() == "100\n"
-    assert "job 100 (train), submitted before it, is cancelled" in error
+    assert "job 100 (train), submitted before that, is cancelled" in error
 
 
 def test_arrays(folder: Path) -> None:
     assert run(RECIPE, *SMALL, "--array", "seeds=1-3%2", "--adapter.r=6") == 0
     (script,) = submitted(folder)
-    assert "#SBATCH --array=1-3%2" in script and "OUTPUT_DIR='runs/a b'" in script
-    assert "train_%A_%a.out" in script and words(script) == [RECIPE, "--adapter.r=6"]
+    assert "#SBATCH --array=1-3%2" in script and "MALORA_RUNS='runs/a b'" in script
+    assert "train_%A_%a.out" in script and len(words(script)) == 1
     assert json.loads((folder / "runs/a b/slurm/jobs.jsonl").read_text())["array"] == "1-3%2"
     write_recipe(folder / "b.yaml", output_dir="runs/b")
     assert run(RECIPE, *SMALL, "--array", "recipes=b.yaml") == 0
     script = submitted(folder)[1]
-    assert "#SBATCH --array=1-2" in script and words(script) == [RECIPE, "b.yaml"] and "\nOUTPUT_DIR=" not in script
+    assert "#SBATCH --array=1-2" in script and "\nMALORA_RUNS=" not in script
+    homes = [folder / "runs/a b/slurm", folder / "runs/b/slurm"]
+    assert [Path(word).parent for word in words(script)] == homes
     noted = json.loads((folder / "runs/b/slurm/jobs.jsonl").read_text())
     assert noted["job"] == "101_2" and noted["log"].endswith("train_101_2.out")
 
@@ -143,11 +150,12 @@ def test_the_recipe_says_what_every_job_needs(folder: Path) -> None:
         "srun": ["--mpi=none"],
     }
     write_recipe(folder / "b.yaml", launch=launch)
-    assert run("b.yaml", *SMALL, "--start", "tasks") == 0
+    assert run("b.yaml", *SMALL, "--start", "tasks", "--gpu-type", "a100") == 0
     (script,) = submitted(folder)
     assert "\nmodule load cuda\nsource venv/bin/activate\n" in script
     assert "#SBATCH --account=me\n#SBATCH -pgpu\n" in script and "--mpi=none" in script
-    assert "#SBATCH --ntasks-per-node=4" in script and "torchrun" not in script
+    assert "#SBATCH --ntasks-per-node=4\n#SBATCH --gpus-per-node=a100:4\n#SBATCH --cpus-per-task=4\n" in script
+    assert "torchrun" not in script
 
 
 @pytest.mark.parametrize(
@@ -166,6 +174,9 @@ def test_the_recipe_says_what_every_job_needs(folder: Path) -> None:
         ((RECIPE, "--array", "seeds=1-2", "--after", "train,convert"), "--after train,convert with --array"),
         ((RECIPE, "--array", f"recipes={RECIPE}"), "recipes share an output_dir"),
         ((RECIPE, "--", "--nodes=9"), "--nodes=9: not after --; use --nodes"),
+        ((RECIPE, "--", "-N9"), "-N9: not after --; use --nodes"),
+        ((RECIPE, "--launch.sbatch=--output=x"), "--output=x: not in launch.sbatch; use nothing: logs are in"),
+        ((RECIPE, "--gpu-type", "a:1"), "--gpu-type=a:1: must be Slurm's name of a GPU"),
         ((RECIPE, "--launch.setup", '["a\\nb"]'), "launch.setup[0]"),
         ((RECIPE, "--launch.sbatch", "account"), "launch.sbatch='account': must be flags in one word each"),
         ((RECIPE, "--launch.max_restarts", "-1"), "launch.max_restarts=-1"),
@@ -192,6 +203,7 @@ def test_a_plan_that_does_not_fit_is_refused(folder: Path, capsys: pytest.Captur
 
 def test_a_finished_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs/a b").mkdir(parents=True)
+    (folder / "runs/a b/config.yaml").touch()
     write_outcome(folder / "runs/a b", FINISHED, 0, reason="", step=1, checkpoint=None)
     assert run(RECIPE, *SMALL) == 2
     assert "the run there is finished" in " ".join(capsys.readouterr().err.split())
@@ -205,3 +217,14 @@ def test_without_slurm_and_without_torch(folder: Path) -> None:
     python = str(Path(sys.executable).parent)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": python})
     assert done.returncode == 2 and "cannot run sbatch" in done.stderr and "login node" in done.stderr
+
+
+def test_a_full_disk_leaves_no_job_that_nobody_knows(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full once Slurm has taken the job: a folder stands where its script belongs."""
+    (folder / "runs/a b/slurm/train_100.sbatch").mkdir(parents=True)
+    assert run(RECIPE, *SMALL) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "cannot be written" in error and "job 100 (train), submitted before that, is cancelled" in error
+    assert (folder / "cancelled").read_text() == "100\n"

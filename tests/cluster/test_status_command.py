@@ -36,7 +36,7 @@ def test_the_stages_of_a_run(clients: Clients, capsys: pytest.CaptureFixture[str
     run = submitted(Path("runs/a"), job("1", Path("runs/a")), job("2", Path("runs/a"), "evaluate", after="1"))
     begun(run, *steps(1, 40))
     for _ in range(3):
-        begin(run, "1", 5)
+        begin(run, "1")
     Path(job("1", run).log).write_text("slurmstepd: error: *** JOB 1 ON n1 CANCELLED DUE TO NODE FAILURE ***\n")
     clients.say("squeue", "1|RUNNING|None\n2|PENDING|Dependency\n")
     lines = [line.split("  ") for line in said(capsys).splitlines()]

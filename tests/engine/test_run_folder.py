@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from malora_dist.atomic import write_json
-from malora_dist.engine import run_folder
 from malora_dist.engine.run_folder import claim_run_folder, evaluation_file, lock_run_folder
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, TrainingError
 from tests.distributed import ROOT
 
 CLAIM = """
@@ -67,12 +66,11 @@ def test_a_folder_without_a_run_is_taken_over(tmp_path: Path) -> None:
         assert claim(tmp_path / name) == f"{name}-2"
 
 
-def test_a_folder_in_which_a_process_trains_is_not_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.5)
+def test_a_folder_in_which_a_process_trains_is_not_for_another(tmp_path: Path) -> None:
     folder, lock = claim_run_folder(tmp_path / "run")
     assert claim(tmp_path / "run") == "run-2"
-    with pytest.raises(ConfigError, match="run: another process is training in it"):
-        lock_run_folder(folder)
+    with pytest.raises(TrainingError, match="run: another process is training in it"):
+        lock_run_folder(folder, seconds=0.5)
     lock.release()
     lock_run_folder(folder).release()
 

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from malora_dist.errors import TopologyError
-from malora_dist.launch.interface import GLOO, NCCL, interface_variables
+from malora_dist.launch.interface import GLOO, interface_variables
 
 TWO_NODES = {"SLURM_NNODES": "2"}
 
@@ -26,7 +26,7 @@ def own_addresses() -> list[tuple[str, str]]:
 def test_the_masters_own_address_gives_its_interface_and_not_the_loopback() -> None:
     for name, address in own_addresses() or pytest.skip("this machine is in no network"):
         found = interface_variables({"MASTER_ADDR": address, **TWO_NODES})
-        assert found == {GLOO: name, NCCL: f"={name}"}, address
+        assert found == {GLOO: name}, address
 
 
 def test_a_neighbour_is_reached_over_the_interface_of_its_network() -> None:
@@ -35,15 +35,14 @@ def test_a_neighbour_is_reached_over_the_interface_of_its_network() -> None:
     mask = next(entry.netmask for entry in psutil.net_if_addrs()[name] if entry.address == address)
     hosts = ipaddress.ip_network(f"{address}/{mask}", strict=False).hosts()
     neighbour = next(str(host) for host in hosts if str(host) != address)
-    assert interface_variables({"MASTER_ADDR": neighbour, **TWO_NODES}) == {GLOO: name, NCCL: f"={name}"}
+    assert interface_variables({"MASTER_ADDR": neighbour, **TWO_NODES}) == {GLOO: name}
 
 
 def test_what_is_set_is_kept() -> None:
     name, address = (own_addresses() or pytest.skip("this machine is in no network"))[0]
     environment = {"MASTER_ADDR": address, **TWO_NODES}
-    assert interface_variables({**environment, GLOO: "ib0"}) == {NCCL: f"={name}"}
-    assert interface_variables({**environment, GLOO: "ib0", NCCL: "ib"}) == {}
-    assert interface_variables({"MASTER_ADDR": "127.0.0.1", **TWO_NODES, GLOO: "lo", NCCL: "lo"}) == {}
+    assert interface_variables({**environment, GLOO: "ib0"}) == {}
+    assert interface_variables({"MASTER_ADDR": "127.0.0.1", **TWO_NODES, GLOO: "lo"}) == {}
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,10 @@ def test_the_time_left_is_that_of_the_last_records(tmp_path: Path) -> None:
 def test_steps_that_were_lost_and_starts_that_went_on(tmp_path: Path) -> None:
     run = begun(tmp_path, *steps(1, 37), {"kind": "resume", "step": 20, "checkpoint": "step-000020"}, *steps(21, 25))
     checkpoint(run, 20)
-    begin(run, "7", 3)
+    begin(run, "7")
     assert (look(run).step, look(run).starts, look(run).restarts) == (25, 2, 1)
     for _ in range(3):
-        begin(run, "7", 3)
+        begin(run, "7")
     assert look(run).starts == 4, "starts that ended before they wrote a record count too"
 
 
@@ -84,7 +84,7 @@ def test_half_a_record_is_one_that_is_being_written(tmp_path: Path) -> None:
     ("name", "content"),
     [("metrics.jsonl", "{}\n{\n"), ("metrics.jsonl", '{"kind": "resume"}\n{"kind": "resume"}\n'),
      ("metrics.jsonl", b"\xff\xfe\n"), ("exit.json", "{"), ("exit.json", "[]"), ("restarts.json", ""),
-     ("restarts.json", '{"job": 1}')],
+     ("restarts.json", '{"7": 1}')],
 )  # fmt: skip
 def test_damage_is_named_and_the_rest_told(tmp_path: Path, name: str, content: str | bytes) -> None:
     run = begun(tmp_path, *steps(1, 5))
@@ -102,6 +102,6 @@ def test_values_of_other_kinds_break_nothing(tmp_path: Path) -> None:
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "best").write_bytes(b"\xff")
     (run / "exit.json").write_text(json.dumps({"outcome": "failed", "step": None}))
-    (run / "restarts.json").write_text(json.dumps({"job": 1, "starts": "x", "without_progress": 0, "step": 0}))
+    (run / "restarts.json").write_text(json.dumps({"7": {"starts": "x", "in_vain": 0, "step": 0}}))
     found = look(run)
     assert (found.state, found.step, found.starts, found.best, found.eta_seconds) == ("failed", 0, 1, None, None)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from malora_dist.errors import CheckpointError, ConfigError, TrainingError
+from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.launch.restarts import Restarts, begin, end, job_name, newest_step, read_restarts
 from malora_dist.outcome import FAILED, FINISHED, PREEMPTED, write_outcome
 
@@ -20,53 +20,58 @@ def ended(run: Path, outcome: str, code: int = 1, reason: str = "lost") -> None:
     write_outcome(run, outcome, code, reason=reason, step=newest_step(run), checkpoint=None)
 
 
-def verdict(run: Path, **given: int) -> int:
-    return end(run, 2, stop_after_steps=given.pop("stop_after_steps", None), **given).code
+def verdict(run: Path, job: str = "7", exit_code: int | None = None, stop_after_steps: int | None = None) -> int:
+    return end(run, job, 2, stop_after_steps=stop_after_steps, exit_code=exit_code).code
 
 
 def test_a_crash_loop_ends_and_progress_begins_it_anew(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a"
-    assert begin(run, "7", 2) == Restarts("7", 1, 0, 0)
+    assert begin(run, "7") == Restarts(1, 0, 0)
     assert verdict(run) == 75  # killed: no exit.json
-    assert begin(run, "7", 2) == Restarts("7", 2, 1, 0)
+    assert begin(run, "7") == Restarts(2, 1, 0)
+    (run / "config.yaml").touch()
     checkpoint(run, 40)
     ended(run, FAILED)
     assert verdict(run) == 75
-    assert begin(run, "7", 2) == Restarts("7", 3, 0, 40) and not (run / "exit.json").exists()
-    for crashes in (1, 2):
+    assert begin(run, "7") == Restarts(3, 0, 40) and not (run / "exit.json").exists()
+    for vain in (1, 2):
         assert verdict(run) == 75
-        assert begin(run, "7", 2).without_progress == crashes
+        assert begin(run, "7").in_vain == vain
+    # Another job of the same run has a count of its own, and leaves this one alone.
+    assert begin(run, "8") == Restarts(1, 0, 40) and verdict(run, "8") == 75
     ended(run, FAILED, reason="loss is nan")
-    last = end(run, 2, stop_after_steps=None)
-    assert last.code == 1 and "has ended 3 times in a row" in last.why and "step 40" in last.why
+    last = end(run, "7", 2, stop_after_steps=None, exit_code=None)
+    assert last.code == 1 and "ended 3 times in a row" in last.why and "step 40" in last.why
     assert "launch.max_restarts=2" in last.why and "loss is nan" in last.why
-    # Slurm requeues after a lost node without asking.
-    with pytest.raises(TrainingError, match=r"ended 3 times.*launch\.max_restarts=2"):
-        begin(run, "7", 2)
-    assert begin(run, "8", 2) == Restarts("8", 1, 0, 40)
+    assert list(read_restarts(run)) == ["7", "8"]
 
 
-def test_ended_by_others_is_not_in_vain_and_a_short_time_limit_is(tmp_path: Path) -> None:
-    begin(tmp_path, "7", 1)
+def test_what_slurm_ends_is_not_in_vain_and_a_short_time_limit_is(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    begin(tmp_path, "7")
     assert verdict(tmp_path) == 75
-    for start in range(2, 6):
-        assert begin(tmp_path, "7", 1) == Restarts("7", start, 1, 0)
+    for start in range(2, 6):  # a lost node: nobody asks what to do
+        assert begin(tmp_path, "7") == Restarts(start, 1, 0)
+    for start in range(6, 9):
+        assert begin(tmp_path, "7") == Restarts(start, 1, 0)
         ended(tmp_path, PREEMPTED, 75, "SIGTERM")
         assert verdict(tmp_path) == 75
-    begin(tmp_path, "7", 1)
-    ended(tmp_path, PREEMPTED, 75, "SIGUSR1")
-    last = end(tmp_path, 1, stop_after_steps=None)
-    assert last.code == 1 and "is saved at step 0 (SIGUSR1)" in last.why
+    for code in (75, 1):
+        begin(tmp_path, "7")
+        ended(tmp_path, PREEMPTED, 75, "SIGUSR1")
+        last = end(tmp_path, "7", 2, stop_after_steps=None, exit_code=75)
+        assert last.code == code and "is saved at step 0 (SIGUSR1)" in last.why
 
 
 def test_what_a_start_would_not_mend(tmp_path: Path) -> None:
-    begin(tmp_path, "7", 9)
+    begin(tmp_path, "7")
+    (tmp_path / "config.yaml").touch()
     assert verdict(tmp_path, exit_code=2) == 2
     ended(tmp_path, FAILED, 2)
     assert verdict(tmp_path) == 2
     ended(tmp_path, FINISHED, 0)
     assert verdict(tmp_path) == 0
-    begin(tmp_path, "7", 9)
+    begin(tmp_path, "7")
     assert (tmp_path / "exit.json").exists()
     ended(tmp_path, PREEMPTED, 75, "train.stop_after_steps is reached")
     assert verdict(tmp_path, stop_after_steps=3) == 0
@@ -75,13 +80,19 @@ def test_what_a_start_would_not_mend(tmp_path: Path) -> None:
 def test_damage_and_a_shell(tmp_path: Path) -> None:
     (tmp_path / "restarts.json").write_text('{"job": "7"')
     with pytest.raises(CheckpointError, match=r"restarts\.json is damaged"):
-        begin(tmp_path, "7", 1)
-    (tmp_path / "restarts.json").write_text(json.dumps({"job": "7", "other": 1}))
+        begin(tmp_path, "7")
+    (tmp_path / "restarts.json").write_text(json.dumps({"7": {"other": 1}}))
     with pytest.raises(CheckpointError, match="damaged"):
         read_restarts(tmp_path)
     with pytest.raises(ConfigError, match=r"output_dir=.* cannot be written"):
-        begin(tmp_path / "restarts.json" / "run", "7", 1)
+        begin(tmp_path / "restarts.json" / "run", "7")
     with pytest.raises(ConfigError, match="SLURM_JOB_ID is not set"):
         job_name({})
     (tmp_path / "checkpoints" / "step-000009").mkdir(parents=True)
     assert newest_step(tmp_path) == 0
+
+
+def test_a_folder_in_which_no_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    with pytest.raises(ConfigError, match="holds report and no config.yaml: no run can go on there"):
+        begin(tmp_path, "7")

@@ -9,7 +9,7 @@ from malora_dist.checkpoint.adapter import open_adapter
 from tests.e2e import make_folder
 from tests.preemption import outcome, wait_for
 from tests.slurm.conftest import Cluster
-from tests.slurm.runs import ended, jobs, launch, log
+from tests.slurm.runs import ended, jobs, launch, log, wait_for_step
 
 pytestmark = pytest.mark.timeout(300)
 NAME = 'my recipe\'s "best".yaml'
@@ -52,16 +52,21 @@ def test_a_chain_through_names_that_need_quotes(cluster: Cluster, folder: Path) 
     assert f"{RUN} is finished" in followed
 
 
-def test_an_array_of_three(cluster: Cluster, folder: Path) -> None:
-    launch(cluster, folder, NAME, *SHORT, "--output_dir", "runs/seeds", "--evaluation.tuned=false",
-           "--array", "seeds=1-3", nodes=1)  # fmt: skip
+def test_an_array_of_three_of_which_one_is_requeued(cluster: Cluster, folder: Path) -> None:
+    """The last task's number as a job is that of the array."""
+    longer = ("--train.max_steps=50", "--train.logging_steps=1", "--evaluation.tuned=false")
+    launch(cluster, folder, NAME, *SHORT, *longer, "--output_dir", "runs/seeds", "--array", "seeds=1-3", nodes=1)
     (job,) = (job["job"] for job in jobs(folder / "runs/seeds"))
     runs = [folder / f"runs/seeds/seed-{seed}" for seed in (1, 2, 3)]
-    wait_for(lambda: all((run / "exit.json").is_file() for run in runs), log(folder / "runs/seeds"), 120)
+    wait_for_step(runs[2], 2)
+    assert cluster.job(f"{job}_3")["JobId"] == job
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_3", folder=folder)
+    for task in ("1", "2", "3"):
+        assert ended(cluster, folder / "runs/seeds", f"{job}_{task}") == "COMPLETED", log(folder / "runs/seeds")
+    assert [cluster.job(f"{job}_{task}")["Restarts"] for task in (1, 2, 3)] == ["0", "0", "1"]
     assert [outcome(run)["outcome"] for run in runs] == ["finished"] * 3
     assert [yaml.safe_load((run / "config.yaml").read_text())["train"]["seed"] for run in runs] == [1, 2, 3]
-    weights = {(run / "adapter/adapter_model.safetensors").read_bytes() for run in runs}
-    assert len(weights) == 3
+    assert len({(run / "adapter/adapter_model.safetensors").read_bytes() for run in runs}) == 3
     assert (folder / f"runs/seeds/slurm/train_{job}_2.out").is_file()
 
 
