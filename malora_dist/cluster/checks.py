@@ -27,8 +27,8 @@ OWN_FLAGS = {
 }  # fmt: skip
 
 
-def checked_recipe(recipe: str, overrides: list[str], world_size: int) -> RunConfig:
-    """A recipe that can run on so many processes, in a folder whose run is not finished.
+def checked_recipe(recipe: str, overrides: list[str], world_size: int, *, trains: bool) -> RunConfig:
+    """A recipe that can run on so many processes; if it `trains`, in a folder whose run is not finished.
 
     Raises ConfigError or TopologyError with all that is wrong.
     """
@@ -37,7 +37,7 @@ def checked_recipe(recipe: str, overrides: list[str], world_size: int) -> RunCon
     check_plan(config, world_size)
     run = Path(config.output_dir)
     check_folder(run)
-    outcome = read_outcome(run)
+    outcome = read_outcome(run) if trains else None
     if outcome is not None and outcome["outcome"] == FINISHED:
         raise ConfigError(f"output_dir={run}: the run there is finished; give another --output_dir")
     return config

@@ -17,7 +17,7 @@ from malora_dist.cluster.submit import STAGES, Stage, array, chain, dry_run, rec
 from malora_dist.config import RunConfig
 from malora_dist.convert.kinds import find_kind
 from malora_dist.errors import ConfigError
-from malora_dist.launch.jobs import Job
+from malora_dist.launch.jobs import TRAIN, Job
 from malora_dist.launch.script import JobOptions
 from malora_dist.launch.time_limit import check_save_before
 from malora_dist.summary import missing_files
@@ -86,7 +86,7 @@ def slurm_command(
         start=_start(start),
     )
     recipes = [recipe, *(numbers.others if numbers else ())]
-    configs = [checked_recipe(path, context.args, nodes * processes) for path in recipes]
+    configs = [checked_recipe(path, context.args, nodes * processes, trains=TRAIN in wanted) for path in recipes]
     notes = _fits(configs, nodes, gpus_per_node, hbm, model)
     options = _of_recipes(options, configs, name)
     run = Path(configs[0].output_dir)
@@ -98,7 +98,7 @@ def slurm_command(
     if only_print:
         typer.echo(dry_run(stages, configs, flags))
         return
-    for config in configs:
+    for config in configs if TRAIN in wanted else ():
         check_no_job(Path(config.output_dir))
     _say(submit(stages, configs, flags), run, notes)
 
@@ -126,7 +126,7 @@ def _plain(gpu_type: str | None) -> str | None:
 def _stages(text: str) -> list[str]:
     """The stages that --after names, in their order. Raises ConfigError for an unknown one."""
     named = [part.strip() for part in text.split(",") if part.strip()]
-    for stage in named:
+    for stage in named or [""]:
         if stage not in STAGES:
             raise ConfigError(f"--after={text}: {stage!r} is none of {', '.join(STAGES)}")
     return [stage for stage in STAGES if stage in named]

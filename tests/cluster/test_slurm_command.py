@@ -166,6 +166,7 @@ def test_the_recipe_says_what_every_job_needs(folder: Path) -> None:
         (("none.yaml",), "cannot read the recipe none.yaml"),
         ((RECIPE, "--new-run"), "--new-run: a job that starts again must go on with its run"),
         ((RECIPE, "--train.resume_from_checkpoint", "null"), "must go on with its run"),
+        ((RECIPE, "--after", ""), "'' is none of train, evaluate, convert"),
         ((RECIPE, "--after", "train,serve"), "'serve' is none of train, evaluate, convert"),
         ((RECIPE, "--convert-to", "peftt"), "--to peftt: unknown kind"),
         ((RECIPE, "--time", "5"), "--save-before=300 must be less than the 300 seconds of --time=5"),
@@ -207,6 +208,8 @@ def test_a_finished_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[s
     write_outcome(folder / "runs/a b", FINISHED, 0, reason="", step=1, checkpoint=None)
     assert run(RECIPE, *SMALL) == 2
     assert "the run there is finished" in " ".join(capsys.readouterr().err.split())
+    assert run(RECIPE, *SMALL, "--after", "evaluate") == 0
+    assert words(submitted(folder)[0]) == ["runs/a b"]
 
 
 def test_without_slurm_and_without_torch(folder: Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm of two nodes with two (imaginary) GPUs each, on this machine. It needs root.
+# A real Slurm of two nodes with two (imaginary) GPUs each, on this machine. As root it installs Slurm first.
 #
 #   cluster.sh start STATE              STATE is an empty folder with a short path; returns when jobs run on all nodes
 #   cluster.sh stop STATE               ends whatever runs in the namespaces
@@ -11,21 +11,30 @@
 #
 # A node, and the controller's host, is a set of namespaces of its own: network, host name, mounts and processes. They
 # see the same disk, and reach each other by their names and by ssh without a password.
+#
+# Without root, and in a container that has too few rights, the nodes are daemons of this user on one host; a file
+# STATE/loopback says so. They are called 127.0.0.1 and 127.0.0.2, for nothing would resolve node1. `on` runs a command
+# here, whatever the HOST; there is no ssh between them; lose, cut and mend are refused.
 set -euo pipefail
 
 what=$1
 case $what in start | stop) ;; *) node=$2; shift ;; esac
 state=$2
 net=10.77.0
-hosts=(ctl node1 node2)
+nodes=(node1 node2)
+[ ! -e "$state/loopback" ] || nodes=(127.0.0.{1,2})
 export SLURM_CONF=$state/slurm.conf PATH=$PATH:/usr/sbin:/sbin
 
 fail() { echo "tests/slurm: $*" >&2; exit 1; }
 
+loopback() { [ -e "$state/loopback" ]; }
+
 install_packages() {
-  local program missing=
-  for program in slurmctld slurmd srun munged ip ssh sshd pdsh; do command -v $program >/dev/null || missing=yes; done
+  local program missing= programs=(slurmctld slurmd srun munged)
+  loopback || programs+=(ip ssh sshd pdsh)
+  for program in "${programs[@]}"; do command -v "$program" >/dev/null || missing=yes; done
   [ "$missing" ] || return 0
+  [ "$(id -u)" = 0 ] || fail "not all of ${programs[*]} are here, and only root can install them"
   # Exit code 101 keeps the packages from starting daemons of their own.
   local policy=/usr/sbin/policy-rc.d
   [ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' >"$policy"; chmod +x "$policy"; trap "rm -f $policy" EXIT; }
@@ -36,6 +45,9 @@ install_packages() {
 }
 
 configure() {
+  local user port=$((30000 + $$ % 900 * 3)) controller="ctl($net.254)" address=$net host=
+  user=$(id -un)
+  ! loopback || { host=$(hostname -s) address=127.0.0; controller="$host(127.0.0.1)"; }
   mkdir -p "$state"/{ctld,spool,log,gpu}
   chmod 755 "$state"
   (umask 077; head -c 1024 /dev/urandom >"$state/munge.key")
@@ -45,13 +57,15 @@ configure() {
   # Slurm sets CUDA_VISIBLE_DEVICES for character devices only.
   ln -s /dev/null "$state/gpu/nvidia0"
   ln -s /dev/null "$state/gpu/nvidia1"
-  printf 'AutoDetect=off\nNodeName=node[1-2] Name=gpu Flags=nvidia_gpu_env File=%s/gpu/nvidia[0-1]\n' "$state" \
-    >"$state/gres.conf"
+  printf 'AutoDetect=off\nName=gpu Flags=nvidia_gpu_env File=%s/gpu/nvidia[0-1]\n' "$state" >"$state/gres.conf"
   cat >"$SLURM_CONF" <<CONF
 ClusterName=test
-SlurmctldHost=ctl($net.254)
-SlurmUser=root
-SlurmdUser=root
+SlurmctldHost=$controller
+SlurmctldPort=$port
+SlurmUser=$user
+SlurmdUser=$user
+# Jobs meet at a port that follows from their id; two clusters may share a host.
+FirstJobId=$((RANDOM + 1))
 AuthType=auth/munge
 # A requeued job starts again no sooner than cred_expire seconds later.
 AuthInfo=socket=$state/munge.socket,cred_expire=5
@@ -78,13 +92,18 @@ InactiveLimit=0
 KillWait=5
 MinJobAge=3600
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 JobCompType=jobcomp/filetxt
 JobCompLoc=$state/log/jobcomp.txt
 JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
-NodeName=node1 NodeAddr=$net.1 CPUs=4 RealMemory=4000 Gres=gpu:2
-NodeName=node2 NodeAddr=$net.2 CPUs=4 RealMemory=4000 Gres=gpu:2
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE
+NodeName=DEFAULT CPUs=4 RealMemory=4000 Gres=gpu:2
+NodeName=${nodes[0]} NodeHostname=${host:-node1} NodeAddr=$address.1 Port=$((port + 1))
+NodeName=${nodes[1]} NodeHostname=${host:-node2} NodeAddr=$address.2 Port=$((port + 2))
+# What runs in all gives way to urgent: TERM, GraceTime seconds later KILL, and it is queued again.
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=10
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 CONF
 }
 
@@ -113,7 +132,12 @@ child() { # file: the process that its process has started
 
 first() { child "$state/host-$1"; } # host: the first process in its namespaces
 
+daemon_of() { # file: the daemon itself; where there are namespaces, nsenter has started it
+  ! alive "$1" || if loopback; then cut -d ' ' -f 1 "$1"; else child "$1"; fi
+}
+
 on() { # host command...: in its namespaces
+  ! loopback || exec "${@:2}"
   # Not --wd: a folder entered from outside is of another mount, and nothing can be renamed from there to a whole path.
   exec nsenter -t $(first "$1") --net --uts --mount --pid -- env --chdir="$PWD" "${@:2}"
 }
@@ -141,6 +165,13 @@ make_bridge() { # on ctl
   wire ctl link set bridge up
 }
 
+make_hosts() { # with their network
+  make_keys
+  for host in ctl "${nodes[@]}"; do start_host "$host"; done
+  make_bridge
+  for node in "${nodes[@]}"; do connect "$node"; done
+}
+
 connect() { # node: a cable to the bridge
   local number=${1#node}
   # The cable of a node that was lost goes with it, in a while.
@@ -163,6 +194,7 @@ daemon() { # host command...
 
 start_node_daemons() { # node: those that do not run
   alive "$state/slurmd-$1" || daemon "$1" slurmd -D -N "$1"
+  ! loopback || return 0
   # sshd wants its whole path, and a folder that a system's start would have made.
   mkdir -p /run/sshd
   alive "$state/sshd-$1" || daemon "$1" "$(command -v sshd)" -D -e -f /dev/null -o HostKey="$state/host_key" \
@@ -179,49 +211,60 @@ try() { # seconds command...: until it succeeds
 
 idle() { # node: is it? One that was down or drained has to be told
   local now
-  now=$("$0" on ctl "$state" sinfo --noheader --Node --nodes="$1" --format=%T)
+  now=$("$0" on ctl "$state" sinfo --noheader --partition=all --Node --nodes="$1" --format=%T)
   [ "$now" != idle ] || return 0
   "$0" on ctl "$state" scontrol update "nodename=$1" state=resume || true
   return 1
 }
 
 start() {
-  [ "$(id -u)" = 0 ] || fail "needs root: it installs Slurm, and makes a set of namespaces for each node"
   mkdir -p "$state"
+  unshare --net --uts --mount --pid --fork true 2>/dev/null || { : >"$state/loopback"; nodes=(127.0.0.{1,2}); }
   install_packages >"$state/apt.log" 2>&1 || { cat "$state/apt.log" >&2; exit 1; }
   configure
-  make_keys
-  for host in "${hosts[@]}"; do start_host "$host"; done
-  make_bridge
-  for node in node1 node2; do connect "$node"; done
+  loopback || make_hosts
   daemon ctl munged --foreground --force --key-file="$state/munge.key" --socket="$state/munge.socket" \
     --pid-file="$state/munged.pid" --log-file="$state/log/munged.log" --seed-file="$state/munged.seed"
   try 20 munge --socket="$state/munge.socket" --no-input
   daemon ctl slurmctld -D
-  for node in node1 node2; do start_node_daemons "$node"; done
+  for node in "${nodes[@]}"; do start_node_daemons "$node"; done
   # A node that calls itself idle may still refuse its first step.
   try 60 "$0" on ctl "$state" timeout 8 srun --nodes=2 --overcommit true
 }
 
 revive() { # node
-  [ "$(first "$1")" ] || { start_host "$1"; connect "$1"; }
-  cable "$1" up
+  loopback || [ "$(first "$1")" ] || { start_host "$1"; connect "$1"; }
+  loopback || cable "$1" up
   start_node_daemons "$1"
   try 60 "$0" idle "$1" "$state"
 }
 
+stop_loopback() { # the steps first, which would outlive the daemons
+  local name
+  if alive "$state/slurmctld-ctl"; then
+    for node in "${nodes[@]}"; do start_node_daemons "$node"; done
+    timeout 10 scancel --user="$(id -un)" || true
+    (try 30 bash -c '[ -z "$(squeue --noheader)" ]') || true
+  fi
+  for name in "${nodes[@]/#/slurmd-}" slurmctld-ctl munged-ctl; do
+    kill -KILL $(daemon_of "$state/$name") 2>/dev/null || true
+  done
+}
+
+stop_hosts() { # the end of a first process is the end of all in its namespaces; unshare goes with it
+  for host in ctl "${nodes[@]}"; do kill -KILL $(first "$host") 2>/dev/null || true; done
+}
+
+case $what in lose | cut | mend) ! loopback || fail "$what needs a node with namespaces of its own, that is, root" ;; esac
 case $what in
   start) start ;;
   on) on "$node" "${@:3}" ;;
   lose) kill -KILL $(first "$node") ;;
-  kill-daemon) kill -KILL $(child "$state/slurmd-$node") ;;
+  kill-daemon) kill -KILL $(daemon_of "$state/slurmd-$node") ;;
   cut) cable "$node" down ;;
   mend) cable "$node" up ;;
   revive) revive "$node" ;;
   idle) idle "$node" ;;
-  stop)
-    # The end of a first process is the end of all in its namespaces; unshare goes with it.
-    for host in "${hosts[@]}"; do kill -KILL $(first "$host") 2>/dev/null || true; done
-    ;;
+  stop) if loopback; then stop_loopback; else stop_hosts; fi ;;
   *) fail "unknown: $what" ;;
 esac

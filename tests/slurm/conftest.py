@@ -1,6 +1,7 @@
 """A real Slurm of two nodes for the tests of this folder; cluster.sh says what it consists of.
 
-Without it they fail. MALORA_SKIP_SLURM=1 skips them where it cannot run: not as root, without apt, in some containers.
+Without it they fail. MALORA_SKIP_SLURM=1 skips what cannot run here: without Slurm, which only root can install, all of
+them; where the nodes have no namespaces of their own, those that need some.
 """
 
 import os
@@ -26,6 +27,16 @@ class Cluster:
     """A running cluster; its commands are run from the controller's host."""
 
     state: Path
+
+    @property
+    def namespaces(self) -> bool:
+        """Whether a node has a network, a host name and processes of its own, and ssh."""
+        return not (self.state / "loopback").exists()
+
+    @property
+    def nodes(self) -> tuple[str, str]:
+        """Their names, which resolve in jobs."""
+        return ("node1", "node2") if self.namespaces else ("127.0.0.1", "127.0.0.2")
 
     def command(self, *words: str | Path, host: str = "ctl") -> list[str]:
         """A command line of that host: `srun`, `sbatch`, `scancel`, or a program on a node."""
@@ -71,7 +82,7 @@ class Cluster:
 
     def node_state(self, node: str) -> str:
         """Such as idle, allocated, mixed, or down*, where * says that it does not answer."""
-        words = ["sinfo", "--noheader", "--Node", f"--nodes={node}", "--format=%T"]
+        words = ["sinfo", "--noheader", "--partition=all", "--Node", f"--nodes={node}", "--format=%T"]
         return self.run(*words, folder=self.state).strip()
 
     def lose(self, node: str) -> None:
@@ -106,17 +117,9 @@ def _script(*words: str | Path, timeout: float) -> None:
         assert done.returncode == 0, f"cluster.sh {words[0]}: {said.read()}"
 
 
-def _start(folder: Path) -> None:
-    try:
-        _script("start", folder, timeout=400)
-    except AssertionError as error:
-        raise AssertionError(f"{error}\nWhere there can be no Slurm, {SKIP}=1 skips these tests") from None
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    if os.environ.get(SKIP) == "1":
-        pytest.skip(f"{SKIP}=1")
+    """In any mode; without root its nodes are two daemons on one host."""
     # A munge socket's path must be short.
     with tempfile.TemporaryDirectory(prefix="slurm") as folder:
         try:
@@ -126,10 +129,31 @@ def cluster() -> Iterator[Cluster]:
             _script("stop", folder, timeout=60)
 
 
+def _start(folder: Path) -> None:
+    try:
+        _script("start", folder, timeout=400)
+    except AssertionError as error:
+        _cannot(str(error))
+
+
+def _cannot(why: str) -> None:
+    if os.environ.get(SKIP) == "1":
+        pytest.skip(f"{SKIP}=1: {why}")
+    pytest.fail(f"{why}\n{SKIP}=1 skips what cannot run here", pytrace=False)
+
+
 @pytest.fixture
-def mended(cluster: Cluster) -> Iterator[Cluster]:
+def namespaces(cluster: Cluster) -> Cluster:
+    """The cluster, for a test of nodes that can be lost, have two addresses, or are reached by ssh."""
+    if not cluster.namespaces:
+        _cannot("needs nodes with namespaces of their own, that is, root")
+    return cluster
+
+
+@pytest.fixture
+def mended(namespaces: Cluster) -> Iterator[Cluster]:
     """The cluster, for a test that breaks it; what it leaves broken is mended for the next one."""
-    yield cluster
-    for node in ("node1", "node2"):
-        if cluster.node_state(node) not in ("idle", "allocated", "mixed", "completing"):
-            cluster.revive(node)
+    yield namespaces
+    for node in namespaces.nodes:
+        if namespaces.node_state(node) not in ("idle", "allocated", "mixed", "completing"):
+            namespaces.revive(node)
