@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from filelock import FileLock, Timeout
 from malora_dist.errors import CheckpointError, ConfigError, TrainingError
 from malora_dist.outcome import RUN_FILES
 
-LOCK_SECONDS = 30
+LOCK_SECONDS, LOCK_SHARE = 30, 0.8
 
 
 def claim_run_folder(output_dir: str | Path) -> tuple[Path, FileLock]:
@@ -53,6 +54,16 @@ def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock:
     if lock is None:
         raise TrainingError(f"output_dir={folder}: another process is training in it")
     return lock
+
+
+def lock_seconds(environment: Mapping[str, str], timeout_seconds: float) -> float:
+    """How long a start waits for the lock, while its other processes wait in a collective.
+
+    Of a job that Slurm has requeued, long enough for the main process of the start before: on a node that was lost it
+    waits for its peers for `timeout_seconds` in all.
+    """
+    requeued = environment.get("SLURM_RESTART_COUNT", "0") != "0"
+    return LOCK_SHARE * timeout_seconds if requeued else min(LOCK_SECONDS, LOCK_SHARE * timeout_seconds)
 
 
 def _lock(folder: Path, seconds: float) -> FileLock | None:

@@ -15,7 +15,7 @@ from malora_dist.engine.outputs import RunOutputs
 from malora_dist.engine.process import code_of
 from malora_dist.engine.progress import LOGGER
 from malora_dist.engine.resume import Start, find_start, is_finished, is_run
-from malora_dist.engine.run_folder import LOCK_SECONDS, claim_run_folder, lock_run_folder
+from malora_dist.engine.run_folder import claim_run_folder, lock_run_folder, lock_seconds
 from malora_dist.engine.stop import Preempted
 from malora_dist.errors import CheckpointError, MaloraError
 from malora_dist.outcome import (
@@ -29,14 +29,12 @@ from malora_dist.outcome import (
 )
 from malora_dist.parallel.groups import World, on_main
 
-LOCK_SHARE = 0.8
-
 
 class Session:
     """From the look for a run to go on with to exit.json. Every process makes one; all leave it alike.
 
-    Raises ConfigError or CheckpointError on all if the run cannot start here; exit.json of a run that could have gone
-    on then says so.
+    Raises ConfigError, CheckpointError or TrainingError on all if the run cannot start here; exit.json of a run that
+    could have gone on then says so.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -50,7 +48,7 @@ class Session:
         run = Path(self.config.output_dir)
         if self.config.train.resume_from_checkpoint is None or not is_run(run):
             return find_start(self.config)
-        self._lock = lock_run_folder(run, self._lock_seconds())
+        self._lock = lock_run_folder(run, lock_seconds(os.environ, self.config.parallel.timeout_seconds))
         try:
             start = find_start(self.config)
         except MaloraError as error:
@@ -60,13 +58,6 @@ class Session:
             raise
         clear_outcome(run)
         return start
-
-    def _lock_seconds(self) -> float:
-        """The others wait in a collective meanwhile, no longer than its timeout."""
-        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-            return LOCK_SECONDS
-        # On a lost node the main process of the start before waits for its peers for as long as that.
-        return LOCK_SHARE * self.config.parallel.timeout_seconds
 
     def open(self) -> RunOutputs:
         """The run's folder to write in: that of the run that goes on, or a new one."""

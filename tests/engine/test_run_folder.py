@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from malora_dist.atomic import write_json
-from malora_dist.engine.run_folder import claim_run_folder, evaluation_file, lock_run_folder
+from malora_dist.engine.run_folder import claim_run_folder, evaluation_file, lock_run_folder, lock_seconds
 from malora_dist.errors import ConfigError, TrainingError
 from tests.distributed import ROOT
 
@@ -73,6 +73,13 @@ def test_a_folder_in_which_a_process_trains_is_not_for_another(tmp_path: Path) -
         lock_run_folder(folder, seconds=0.5)
     lock.release()
     lock_run_folder(folder).release()
+
+
+def test_a_requeued_job_waits_for_what_is_left_of_the_start_before() -> None:
+    assert lock_seconds({}, 1800) == lock_seconds({"SLURM_RESTART_COUNT": "0"}, 1800) == 30
+    assert lock_seconds({"SLURM_RESTART_COUNT": "2"}, 1800) == 1440
+    # Never longer than the others wait.
+    assert lock_seconds({}, 10) == 8
 
 
 def test_processes_that_claim_at_once_get_different_folders(tmp_path: Path) -> None:

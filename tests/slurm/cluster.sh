@@ -45,7 +45,7 @@ install_packages() {
 }
 
 configure() {
-  local user port=$((30000 + $$ % 900 * 3)) controller="ctl($net.254)" address=$net host=
+  local user port=$((32001 + $$ % 250 * 3)) controller="ctl($net.254)" address=$net host=
   user=$(id -un)
   ! loopback || { host=$(hostname -s) address=127.0.0; controller="$host(127.0.0.1)"; }
   mkdir -p "$state"/{ctld,spool,log,gpu}
@@ -137,7 +137,8 @@ daemon_of() { # file: the daemon itself; where there are namespaces, nsenter has
 }
 
 on() { # host command...: in its namespaces
-  ! loopback || exec "${@:2}"
+  # That the nodes are one host is no mistake here.
+  ! loopback || GLOO_SOCKET_IFNAME=lo exec "${@:2}"
   # Not --wd: a folder entered from outside is of another mount, and nothing can be renamed from there to a whole path.
   exec nsenter -t $(first "$1") --net --uts --mount --pid -- env --chdir="$PWD" "${@:2}"
 }
