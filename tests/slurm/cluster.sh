@@ -256,7 +256,7 @@ stop_hosts() { # the end of a first process is the end of all in its namespaces;
   for host in ctl "${nodes[@]}"; do kill -KILL $(first "$host") 2>/dev/null || true; done
 }
 
-case $what in lose | cut | mend) ! loopback || fail "$what needs a node with namespaces of its own, that is, root" ;; esac
+case $what in lose | cut | mend) ! loopback || fail "$what needs nodes with namespaces of their own: root" ;; esac
 case $what in
   start) start ;;
   on) on "$node" "${@:3}" ;;

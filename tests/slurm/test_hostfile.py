@@ -17,22 +17,22 @@ BAD_HOSTS = ("no-such-host", "ctl", "10.77.0.9")
 SHORT = ["--train.max_steps", "3", "--evaluation.base", "false", "--evaluation.tuned", "false"]
 
 
-def malora(cluster: Cluster, *words: str, folder: Path, timeout: float = 60) -> tuple[int, str]:
+def malora(namespaces: Cluster, *words: str, folder: Path, timeout: float = 60) -> tuple[int, str]:
     """Exit code and output of a command from the controller's host."""
     script = 'code=0; "$@" 2>&1 || code=$?; echo "exit $code"'
-    said = cluster.run("bash", "-c", script, "bash", "malora", "launch", *words, folder=folder, timeout=timeout)
+    said = namespaces.run("bash", "-c", script, "bash", "malora", "launch", *words, folder=folder, timeout=timeout)
     output, _, code = said.strip().rpartition("exit ")
     return int(code), output
 
 
-def test_a_run_on_the_hosts_of_a_hostfile(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_run_on_the_hosts_of_a_hostfile(namespaces: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     recipe = make_folder(folder) / "recipe.yaml"
     recipe = recipe.rename(folder / 'it\'s a "recipe" $HOME %n.yaml')
     (folder / "hosts").write_text("# two nodes\nnode1 slots=1\nnode2 slots=2\n")
     output_dir = "runs/a b"
     options = ["--hostfile", "hosts", "--include", "node1@node2:1", "--output_dir", output_dir]
-    code, said = malora(cluster, "deepspeed", recipe.name, *options, *SHORT, folder=folder, timeout=200)
+    code, said = malora(namespaces, "deepspeed", recipe.name, *options, *SHORT, folder=folder, timeout=200)
     assert code == 0, said
     run = folder / output_dir
     assert json.loads((run / "exit.json").read_text())["outcome"] == "finished", said
@@ -43,17 +43,17 @@ def test_a_run_on_the_hosts_of_a_hostfile(cluster: Cluster, tmp_path: Path) -> N
     assert all(f"{node}: " in said for node in ("node1", "node2"))
 
 
-def test_hosts_that_cannot_take_part_are_all_named_before_anything_starts(cluster: Cluster, tmp_path: Path) -> None:
+def test_hosts_that_cannot_take_part_are_all_named_before_anything_starts(namespaces: Cluster, tmp_path: Path) -> None:
     """One without a name, two where nobody listens, one without the folder; the one that can is not named."""
     folder = make_folder(tmp_path / "here")
     (folder / "hosts").write_text("".join(f"{host} slots=1\n" for host in ("node1", *BAD_HOSTS, "node2")))
-    subprocess.run(cluster.command("mount", "-t", "tmpfs", "none", tmp_path, host="node2"), check=True, timeout=30)
+    subprocess.run(namespaces.command("mount", "-t", "tmpfs", "none", tmp_path, host="node2"), check=True, timeout=30)
     try:
         began = time.monotonic()
         batch = ["--train.global_batch_size", "10"]
-        code, said = malora(cluster, "deepspeed", "recipe.yaml", "--hostfile", "hosts", *batch, folder=folder)
+        code, said = malora(namespaces, "deepspeed", "recipe.yaml", "--hostfile", "hosts", *batch, folder=folder)
     finally:
-        subprocess.run(cluster.command("umount", tmp_path, host="node2"), check=True, timeout=30)
+        subprocess.run(namespaces.command("umount", tmp_path, host="node2"), check=True, timeout=30)
     assert code == 2 and time.monotonic() - began < 30
     assert "nothing was started" in said and "$ " not in said and not (folder / "runs").exists()
     assert "no-such-host: ssh: Could not resolve hostname" in said

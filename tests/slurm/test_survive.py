@@ -89,8 +89,8 @@ def test_a_lost_node(mended: Cluster, folder: Path, whole: Result, how: str, nod
     assert check_finished(run) == whole
 
 
-def test_scancel_and_the_same_command_again(cluster: Cluster, folder: Path, whole: Result) -> None:
-    """One process for each fake GPU by srun, ended by scancel, then submitted again and requeued by hand."""
+def test_scancel_and_requeue_and_preemption(cluster: Cluster, folder: Path, whole: Result) -> None:
+    """One process for each fake GPU by srun, ended by scancel, submitted again, requeued by hand, and preempted."""
     run, words = folder / "runs" / "tasks", ("--output_dir", "runs/tasks", "--gpus-per-node", "1", "--start", "tasks")
     launch(cluster, folder, RECIPE, *words)
     first = jobs(run)[0]["job"]
@@ -105,8 +105,13 @@ def test_scancel_and_the_same_command_again(cluster: Cluster, folder: Path, whol
     second = jobs(run)[1]["job"]
     wait_for_step(run, stopped["step"] + 5)
     cluster.run("scontrol", "requeue", second, folder=folder)
+    wait_for(lambda: len(resumed(run)) == 2, f"{run} goes on\n{log(run)}", 60)
+    wait_for_step(run, resumed(run)[1] + 3)
+    cluster.run("srun", "--partition=urgent", "--nodes=2", "--exclusive", "sleep", "1", folder=folder)
     assert ended(cluster, run, second) == "COMPLETED", log(run)
-    assert cluster.job(second)["Restarts"] == "1" and resumed(run)[0] == stopped["step"]
+    assert cluster.job(second)["Restarts"] == "2" and len(resumed(run)) == 3
+    # Each was told by TERM, had time to save, and lost no step.
+    assert resumed(run)[0] == stopped["step"] and min(resumed(run)[1:]) > stopped["step"] + 3
     assert check_finished(run) == whole
 
 
