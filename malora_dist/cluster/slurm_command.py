@@ -193,4 +193,4 @@ def _say(jobs: Sequence[Job], run: Path, notes: Sequence[str]) -> None:
     folder = shlex.quote(str(run))
     say(f"follow it:  malora launch follow {folder}")
     say(f"see it:     malora launch status {folder}")
-    say(f"end it:     scancel {jobs[0].job}      (it saves; the same command goes on)")
+    say(f"end it:     scancel {jobs[0].job}      (it saves if KillWait lasts; the same command goes on)")
