@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,9 @@ def test_ctrl_c_ends_the_following_and_not_the_job(clients: Clients) -> None:
     Path(job("1", run).log).write_text("its log\n")
     clients.say("squeue", "1|RUNNING|None\n")
     command = [sys.executable, "-m", "malora_dist.cli", "launch", "follow", "a"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # In the background of a shell, where tests may run, Ctrl-C is ignored.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hears)
     assert process.stdout is not None
     heard = [process.stdout.readline() for _ in range(2)]
     process.send_signal(signal.SIGINT)

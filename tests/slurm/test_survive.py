@@ -9,7 +9,7 @@ from malora_dist.metrics import read_metrics
 from tests.e2e import launch as run_here
 from tests.preemption import Result, check_checkpoints, leftovers, outcome, wait_for
 from tests.slurm.conftest import Cluster
-from tests.slurm.runs import check_finished, ended, jobs, launch, log, losses, make_run_folder, wait_for_step
+from tests.slurm.runs import STEPS, check_finished, ended, jobs, launch, log, losses, make_run_folder, wait_for_step
 
 pytestmark = pytest.mark.timeout(400)
 RECIPE = "recipe.yaml"
@@ -55,7 +55,7 @@ def test_two_nodes_equal_one_process(whole: Result, folder: Path) -> None:
     places = json.loads((folder / "runs/whole/metrics.jsonl").read_text().splitlines()[0])
     assert places["world_size"] == 2
     ranks = folder / "runs/whole/slurm" / f"ranks_{jobs(folder / 'runs/whole')[0]['job']}"
-    assert sorted(path.name for path in ranks.iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert sorted(path.name for path in ranks.glob("*.log")) == ["rank-0.log", "rank-1.log"]
 
 
 def test_the_time_limit_and_a_requeue(cluster: Cluster, folder: Path, whole: Result) -> None:
@@ -83,9 +83,10 @@ def test_a_lost_node(mended: Cluster, folder: Path, whole: Result, how: str, nod
     cluster.revive(node)
     assert ended(cluster, run, job) == "COMPLETED", log(run)
     assert int(cluster.job(job)["Restarts"]) >= 1
-    assert min(resumed(run)) >= 10
-    # With slurmd alone dead, the processes that Slurm then ends still have each other, and save.
-    assert how == "kill_daemon" or all(step % 10 == 0 for step in resumed(run))
+    if how != "kill_daemon":
+        assert resumed(run) and all(step >= 10 and step % 10 == 0 for step in resumed(run))
+    # With slurmd alone dead, the processes still have each other, and save when Slurm ends them, or are done before.
+    assert min(resumed(run), default=STEPS) >= 10
     assert check_finished(run) == whole
 
 
@@ -124,5 +125,5 @@ def test_a_crash_loop_ends_and_takes_its_chain_with_it(cluster: Cluster, folder:
     train, evaluate = (job["job"] for job in jobs(run))
     assert ended(cluster, run, train) == "FAILED"
     assert cluster.job(train)["Restarts"] == "1"
-    assert "runs/crash has ended 2 times in a row without a newer checkpoint than step 0" in log(run)
+    assert "It has ended 2 times in a row without a newer checkpoint than step 0" in log(run)
     assert ended(cluster, run, evaluate, 30) == "CANCELLED"
