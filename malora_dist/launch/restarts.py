@@ -93,7 +93,7 @@ def end(run: Path, job: str, max_restarts: int, *, stop_after_steps: int | None,
 
 
 def read_restarts(run: Path) -> dict[str, Restarts]:
-    """restarts.json by job, the latest last; empty without one. Raises CheckpointError if it is damaged."""
+    """restarts.json by job, by their first starts; empty without one. Raises CheckpointError if it is damaged."""
     path = run / RESTARTS_FILE
     if not path.exists():
         return {}
