@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from malora_dist import __version__
+from malora_dist.bench.app import Json, Markdown, Repeats, Warmup, bench
+from malora_dist.bench.local.output import Output
 from malora_dist.bench.variants import TOPICS, recipe_variant
 from malora_dist.cluster.app import launch
 from malora_dist.config import NEW_RUN, load_config
@@ -31,7 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure variants of a recipe side by side.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(launch, name="launch")
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -237,6 +238,22 @@ def bench_ep(
     given = {"--steps": steps, "--warmup": warmup, "--variants": variants, "--json": as_json, "--markdown": markdown}
     options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
     start("malora_dist.bench.run", [path, *options, *overrides], num_gpus, recipe_variant(config).of(config))
+
+
+@bench.command(name="data", context_settings=OVERRIDES)
+def bench_data(
+    context: typer.Context,
+    recipe: Recipe,
+    repeats: Repeats = 5,
+    warmup: Warmup = 2,
+    as_json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Tokens a second of a recipe's data: tokenised, drawn and packed, against those of its training on one process."""
+    path, overrides = recipe_first(recipe, context.args)
+    loaded = import_module("malora_dist.bench.local.data_rate")
+    options = loaded.DataOptions(recipe=path, overrides=tuple(overrides), repeats=repeats, warmup=warmup)
+    raise typer.Exit(loaded.main(options, Output(as_json, markdown)))
 
 
 if __name__ == "__main__":

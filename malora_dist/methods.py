@@ -6,7 +6,11 @@ Equations are those of MALoRA (arXiv 2410.22782).
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 from malora_dist.errors import ConfigError
 
@@ -157,3 +161,21 @@ def count_parameters(spec: MixtureSpec, in_features: int, out_features: int) -> 
     LoRA r(n+m); DoRA r(n+m) + m; MoLoRA N r(n+m) + N n; HydraLoRA r n + N r m + N n; MALoRA d n + N r d + N r m + N n.
     """
     return sum(math.prod(shape) for shape in factor_shapes(spec, in_features, out_features).values())
+
+
+def match_budget(method: str, sizes: Sequence[tuple[int, int]], parameters: int, **numbers: Any) -> MixtureSpec:
+    """The spec whose count over linears of `sizes` (in_features, out_features) is nearest to `parameters`.
+
+    Only r is solved for; `numbers` are the other arguments of `mixture_spec`, so MALoRA's `shared_r` follows from its
+    compression ratio. Of two ranks that are equally near the smaller is taken. Raises ConfigError as `mixture_spec`
+    does, also if a given `shared_r` is too small for the rank that is needed.
+    """
+    linears = Counter(sizes)
+    below: tuple[int, MixtureSpec] | None = None
+    for r in count(1):
+        spec = mixture_spec(method, r=r, **numbers)
+        total = sum(times * count_parameters(spec, *size) for size, times in linears.items())
+        if total >= parameters:
+            break
+        below = total, spec
+    return below[1] if below is not None and parameters - below[0] <= total - parameters else spec

@@ -300,3 +300,18 @@ def learning_rate_reference(kind: str, learning_rate: float, step: int, total: i
     if kind == "cosine":
         return learning_rate * (1 + math.cos(math.pi * progress)) / 2
     return learning_rate
+
+
+# ---------------------------------------------------------------------------------------- the loss at the output head
+
+
+def linear_cross_entropy_reference(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets: Sequence[int]
+) -> Tensor:
+    """(N,) log sum_v exp(l_v) - l_target with l = W h + b, a row at a time."""
+    losses = [hidden_NH.new_zeros(0)]
+    for h_H, target in zip(hidden_NH, targets, strict=True):
+        logits_V = weight_VH @ h_H if bias_V is None else weight_VH @ h_H + bias_V
+        largest = logits_V.max().detach()
+        losses.append(((logits_V - largest).exp().sum().log() + largest - logits_V[target])[None])
+    return torch.cat(losses)

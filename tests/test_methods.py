@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from malora_dist.errors import ConfigError
-from malora_dist.methods import METHODS, count_parameters, default_shared_r, factor_shapes, mixture_spec
+from malora_dist.methods import METHODS, count_parameters, default_shared_r, factor_shapes, match_budget, mixture_spec
 
 
 def test_default_shared_r_is_the_papers() -> None:
@@ -74,3 +74,32 @@ def test_impossible_numbers_are_named(method: str, numbers: dict[str, Any], name
     with pytest.raises(ConfigError) as caught:
         mixture_spec(method, **numbers)
     assert all(name in str(caught.value) for name in named), str(caught.value)
+
+
+SMOLLM2 = [(576, 576), (576, 192), (576, 192), (576, 1536), (576, 1536), (1536, 576)] * 30
+
+
+def total(method: str, **numbers: Any) -> int:
+    return sum(count_parameters(mixture_spec(method, **numbers), *size) for size in SMOLLM2)
+
+
+def test_equal_budget_on_smollm2() -> None:
+    """The smallest model's six targets: MALoRA with the paper's defaults costs as much as LoRA of rank 71."""
+    assert match_budget("lora", SMOLLM2, total("malora", r=12)).r == 71
+    spec = match_budget("malora", SMOLLM2, total("malora", r=12), num_experts=8, top_k=2)
+    assert (spec.r, spec.shared_r, spec.num_experts, spec.top_k) == (12, 32, 8, 2)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_budget_takes_the_nearest_rank(method: str) -> None:
+    exact, above = total(method, r=9), total(method, r=10)
+    assert match_budget(method, SMOLLM2, exact).r == 9
+    assert match_budget(method, SMOLLM2, (exact + above) // 2).r == 9
+    assert match_budget(method, SMOLLM2, (exact + above) // 2 + 1).r == 10
+    assert match_budget(method, SMOLLM2, 1).r == 1
+
+
+def test_budget_out_of_reach_of_a_fixed_shared_r() -> None:
+    assert match_budget("malora", SMOLLM2, total("malora", r=6, shared_r=8), shared_r=8).r == 6
+    with pytest.raises(ConfigError, match="adapter.shared_r=8"):
+        match_budget("malora", SMOLLM2, total("malora", r=12), shared_r=8)

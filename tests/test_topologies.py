@@ -32,6 +32,7 @@ CORNERS: dict[int, dict[str, Case]] = {
         "default persistence threshold": {"ep_size": 2, "default_persistence": True},
         "grouped": {"ep_size": 2, "computation": "grouped", "load_in_4bit": True, "gradient_checkpointing": True},
         "experts without S_A": {"ep_size": 2, "method": "molora"},
+        "siblings enter together": {"ep_size": 2, "fuse_siblings": True, "gradient_checkpointing": True},
         "evaluation between steps": {"ep_size": 2, "evaluation_between": True, "load_in_4bit": True},
         "top 3 of 8": {"ep_size": 2, "shape": {"num_experts": 8, "top_k": 3}, "normalization": "task"},
     },

@@ -37,6 +37,7 @@ HARMLESS = (
 TOPOLOGY = (
     "model.attn_implementation",
     "adapter.computation",
+    "adapter.fuse_siblings",
     "train.gradient_checkpointing",
     "parallel.zero_stage",
     "parallel.ep_size",

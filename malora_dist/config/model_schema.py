@@ -62,10 +62,10 @@ SHARED_DOWN_KEYS = ("shared_r", "compression_ratio", "beta")
 ROUTED_KEYS = ("top_k", "normalize_gates", "router_aux_loss_coef", "router_aux_loss_reduction", "balance_scope")
 WITHOUT_MEANING = {
     "malora": (),
-    "molora": SHARED_DOWN_KEYS,
+    "molora": ("fuse_siblings", *SHARED_DOWN_KEYS),
     "hydralora": ROUTED_KEYS + SHARED_DOWN_KEYS,
-    "lora": ("num_experts", *ROUTED_KEYS, *SHARED_DOWN_KEYS),
-    "dora": ("num_experts", *ROUTED_KEYS, *SHARED_DOWN_KEYS),
+    "lora": ("num_experts", "fuse_siblings", *ROUTED_KEYS, *SHARED_DOWN_KEYS),
+    "dora": ("num_experts", "fuse_siblings", *ROUTED_KEYS, *SHARED_DOWN_KEYS),
 }
 
 
@@ -129,8 +129,13 @@ class AdapterConfig(Section):
         "global", description="Balance experts over the tokens of all processes, or of each process alone."
     )
     normalize_gates: bool = Field(False, description="Scale a token's chosen gates to sum to 1.")
-    computation: Literal["auto", "dense", "grouped"] = Field(
-        "auto", description="All experts with masked gates, or rows grouped by expert; auto: the cheaper. Same result."
+    computation: Literal["auto", "dense", "grouped", "grouped_triton"] = Field(
+        "auto",
+        description="All experts with masked gates, or rows grouped by expert; auto: the cheaper. Same result. "
+        "grouped_triton: grouped by kernels for CUDA that no benchmark has chosen yet.",
+    )
+    fuse_siblings: bool = Field(
+        False, description="One product for S_A and routers of linears that read one tensor (q, k, v; gate, up)."
     )
 
     def rules(self) -> Iterator[Rule]:

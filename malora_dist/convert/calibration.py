@@ -11,7 +11,7 @@ from malora_dist.data.build import PreparedData
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.errors import DataError
-from malora_dist.functional.routing import Routing, dense_gates
+from malora_dist.functional.routing import Routing
 
 ROW_TOKENS = 2048
 
@@ -54,7 +54,7 @@ def collect(
     found: dict[str, LayerStatistics] = {}
 
     def note(layer: str, x_TI: Tensor, routing: Routing) -> Routing:
-        g_TE = dense_gates(routing).double()
+        g_TE = routing.gates_TE.double()
         new = LayerStatistics(len(g_TE), g_TE.sum(dim=0).cpu(), None, None)
         if downs is not None:
             h_TD = (x_TI @ downs[layer].to(x_TI).T).double()

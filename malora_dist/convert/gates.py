@@ -20,9 +20,9 @@ def deciding(model: nn.Module, decide: Decide) -> Iterator[None]:
     """Within the block `decide` has the last word on every routing of the model's adapted layers."""
 
     def hook_of(name: str) -> Callable[..., Any]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Routing | None]) -> Any:
-            h, routing = output
-            return h, None if routing is None else decide(name, inputs[0], routing)
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None, Routing | None]) -> Any:
+            x_TI, h, routing = output
+            return x_TI, h, None if routing is None else decide(name, inputs[0], routing)
 
         return hook
 

@@ -10,6 +10,7 @@ import torch
 from malora_dist.config import RunConfig
 from malora_dist.engine.progress import LOGGER
 from malora_dist.model import load_base_model
+from malora_dist.nn.head import install_loss_head
 from malora_dist.parallel.groups import World, from_main, gather_lists, on_main
 from malora_dist.parallel.nodes import this_node
 from malora_dist.parallel.zero import partition_at_once, partition_parts
@@ -30,7 +31,8 @@ def base_model(
     """The frozen base, placed as the ZeRO stage wants it while it is being read.
 
     Under ZeRO-3 every process reads its own part of a base that is prepared, or that is not to be quantised. Otherwise
-    one process of each node reads whole tensors, quantises them, and the others of its node get them from it.
+    one process of each node reads whole tensors, quantises them, and the others of its node get them from it. The head
+    can give the loss itself (`nn.head`), where the model returns plain logits.
     `between` is called before each tensor is placed, by every process alike; it may raise.
     """
     dtype = base_dtype(config, world)
@@ -46,6 +48,8 @@ def base_model(
         **_placement(config, world, deepspeed_settings, between, in_parts=isinstance(weights, PreparedWeights)),
     )
     logging.getLogger(LOGGER).info("base model: %s; this process read %.1f MiB", where, weights.bytes_read / 2**20)
+    if not install_loss_head(model):
+        logging.getLogger(LOGGER).info("loss: from whole logits, as the head of %s is not plain", type(model).__name__)
     if config.train.gradient_checkpointing:
         # Reentrant checkpointing would run forward without a graph and lose the balance loss's gradient.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

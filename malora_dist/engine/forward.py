@@ -1,6 +1,7 @@
 """One micro-batch through the engine: cross-entropies, and the balance loss of every router."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from malora_dist.data.loader import MicroBatch
 from malora_dist.functional.balance import expert_statistics, load_balancing_loss
 from malora_dist.functional.dropout import token_keys
+from malora_dist.nn.head import loss_head
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.parallel.groups import sum_over_processes
 
@@ -27,16 +29,20 @@ class BalanceSettings:
 def cross_entropies(engine: Callable[..., Any], batch: MicroBatch) -> Tensor:
     """(N,) fp32 cross-entropy of each supervised token; logits exist only where there is one.
 
-    attention_mask is None and the cache off, which makes transformers keep the packed samples apart by position_ids.
+    With a `nn.head.LossHead` they exist a chunk of tokens at a time, and backward needs none. attention_mask is None
+    and the cache off, which makes transformers keep the packed samples apart by position_ids.
     """
-    output = engine(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        use_cache=False,
-        logits_to_keep=batch.target_index,
-    )
-    return F.cross_entropy(output.logits[0].float(), batch.targets, reduction="none")
+    head = loss_head(engine)
+    with nullcontext() if head is None else head.loss_at(batch.targets):
+        output = engine(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            logits_to_keep=batch.target_index,
+        )
+    losses_N: Tensor = output.logits
+    return F.cross_entropy(losses_N[0].float(), batch.targets, reduction="none") if head is None else losses_N
 
 
 def set_token_keys(model: nn.Module, batch: MicroBatch, seed: int, step: int) -> None:

@@ -61,6 +61,7 @@ def add_adapters(
         adapter.target_modules,
         lora_dropout=adapter.lora_dropout,
         computation=adapter.computation,
+        fuse_siblings=adapter.fuse_siblings,
         seed=config.train.seed,
         place=place,
         whole=gathered,

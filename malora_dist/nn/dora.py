@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora_dist.functional.adapter import dense_experts
 from malora_dist.nn.nf4_linear import NF4Linear
 
 
@@ -39,7 +39,8 @@ class Magnitude(nn.Module):
         """The layer's output (T, O) from the base's, the one expert, and whether h is the very input of the base."""
         norm_O, bias_O = self._norm_and_bias(base_layer, A_ERI[0].detach(), B_EOR[0].detach() * scaling)
         plain_TO = (base_TO if same else base_layer(h_TI)) - bias_O
-        adapted_TO = dense_experts(plain_TO, h_TI, A_ERI, B_EOR, None, scaling)
+        z_TR = F.linear(h_TI, A_ERI[0])
+        adapted_TO = torch.addmm(plain_TO, z_TR, B_EOR[0].T, alpha=scaling)
         return base_TO + ((self.magnitude / norm_O).to(base_TO.dtype) * adapted_TO - plain_TO)
 
     def _norm_and_bias(self, base_layer: Any, A_RI: Tensor, B_OR: Tensor) -> tuple[Tensor, Tensor]:

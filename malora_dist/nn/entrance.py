@@ -1,19 +1,18 @@
 """What an adapted linear does to its input before any expert sees it."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora_dist.functional.dropout import keyed_dropout
-from malora_dist.functional.routing import Routing, route
+from malora_dist.functional.entrance import enter
+from malora_dist.functional.routing import Routing, choose
 
 
 class Entrance(nn.Module):
     """Router and shared down-projection S_A: x (T, I) -> h (T, D) and who gets it (MALoRA eqs. 4 and 7).
 
-    The router reads x before dropout, h = S_A drop(x). Without `shared_r` (MoLoRA, LoRA) h is drop(x) itself, without
-    `routed` (LoRA, DoRA) there is no routing. A module of its own, because ZeRO-3 gathers weights module by module:
-    linears that share their input can then be asked for h together, without gathering what their experts hold.
+    The router reads x before dropout, h = S_A drop(x). Without `shared_r` (MoLoRA, LoRA) there is no h, without
+    `routed` (LoRA, DoRA) no routing. A module of its own, because ZeRO-3 gathers weights module by module: linears
+    that share their input can then be asked for h together, without gathering what their experts hold.
     """
 
     gate: nn.Parameter | None
@@ -38,21 +37,26 @@ class Entrance(nn.Module):
         shared_A = None if shared_r is None else nn.Parameter(torch.empty(shared_r, in_features))
         self.register_parameter("shared_A", shared_A)
 
-    def forward(self, x_TI: Tensor, keys_T: Tensor | None = None) -> tuple[Tensor, Routing | None]:
-        """h and the routing. `keys_T` says which tokens these are, for dropout masks that do not depend on ranks."""
-        routing = None if self.gate is None else route(x_TI, self.gate, self.top_k, self.normalize_gates)
-        h = self._drop(x_TI, keys_T)
-        if self.shared_A is not None:
-            h = F.linear(h, self.shared_A.to(x_TI.dtype))
-        return h, routing
+    def forward(self, x_TI: Tensor, keys_T: Tensor | None = None) -> tuple[Tensor, Tensor | None, Routing | None]:
+        """x as the base layer must read it (`functional.entrance`), h, and the routing. `keys_T`: `dropout_keys`."""
+        downs = [] if self.shared_A is None else [self.shared_A]
+        gates = [] if self.gate is None else [self.gate]
+        if not downs and not gates:
+            return x_TI, None, None
+        x_TI, h_TD, logits_TE = enter(x_TI, downs, gates, keys_T, self.input_salt, self.dropout)
+        routing = choose(logits_TE, self.top_k, self.normalize_gates) if gates else None
+        return x_TI, h_TD if downs else None, routing
 
-    def _drop(self, x_TI: Tensor, keys_T: Tensor | None) -> Tensor:
+    def dropout_keys(self, x_TI: Tensor, token_keys_T: Tensor | None) -> Tensor | None:
+        """`token_keys_T`, which say which tokens these are so that masks do not depend on ranks; None to drop nothing.
+
+        Outside our training loop nobody has named the samples: then keys are drawn, as nn.Dropout would draw a mask.
+        """
         if self.dropout == 0 or not self.training:
-            return x_TI
-        if keys_T is None:
-            # Outside our training loop nobody has named the samples: draw keys as nn.Dropout would draw a mask.
-            keys_T = torch.randint(2**31 - 1, x_TI.shape[:1], dtype=torch.int32, device=x_TI.device)
-        return keyed_dropout(x_TI, keys_T, self.input_salt, self.dropout)
+            return None
+        if token_keys_T is None:
+            return torch.randint(2**31 - 1, x_TI.shape[:1], dtype=torch.int32, device=x_TI.device)
+        return token_keys_T
 
     def extra_repr(self) -> str:
         shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}

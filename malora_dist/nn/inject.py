@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
 from malora_dist.methods import MixtureSpec, count_parameters, factor_shapes
+from malora_dist.nn.kernels import require_triton
 from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.nf4_linear import NF4Linear
+from malora_dist.nn.siblings import SIBLINGS, join_siblings, part_siblings
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
-
-# Linears of one parent module that read the same tensor, so that they drop the same numbers of it.
-SIBLINGS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ def inject_adapters(
     *,
     lora_dropout: float = 0.0,
     computation: str = "auto",
+    fuse_siblings: bool = False,
     seed: int = 0,
     place: Callable[[MixtureLinear], None] | None = None,
     whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
@@ -57,13 +57,17 @@ def inject_adapters(
 
     Adapters are fp32, built on the device of the layer they wrap. Their initial values depend on the seed and the
     module's name alone, so every process builds the same ones (DoRA's magnitude depends on the base's weight too, which
-    `whole(base_layer)` must show whole while it is measured). `place` then decides what of a layer stays on this
+    `whole(base_layer)` must show whole while it is measured). With `fuse_siblings`, linears that read one tensor enter
+    together (`nn.siblings`), where the method has an S_A. `place` then decides what of a layer stays on this
     process, before the next layer is built; the report counts whole layers all the same.
 
-    Raises ConfigError if a target matches nothing or matches a module that is not a linear, or if the model keeps its
-    experts as fused 3-D parameters, which linears cannot reach.
+    Raises ConfigError if `computation` is grouped_triton where Triton cannot run, if a target matches nothing or
+    matches a module that is not a linear, or if the model keeps its experts as fused 3-D parameters, which linears
+    cannot reach.
     """
     _refuse_fused_experts(model)
+    if computation == "grouped_triton":
+        require_triton(next(model.parameters()).device)
     matches = {target: _find_targets(model, target) for target in target_modules}
     _check_matches(model, matches, spec)
     model.requires_grad_(False)
@@ -77,6 +81,8 @@ def inject_adapters(
             if place is not None:
                 place(layer)
         rows.append(_row(model, spec, target, names))
+    if fuse_siblings and spec.shared_r is not None:
+        join_siblings(model)
     return InjectionReport(
         rows=tuple(rows),
         trainable_parameters=sum(row.trainable_parameters for row in rows),
@@ -215,6 +221,7 @@ def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int,
 
 def remove_adapters(model: nn.Module) -> None:
     """Put every adapted layer's base back in its place: the model is what `inject_adapters` was given."""
+    part_siblings(model)
     for name, layer in list(mixture_layers(model)):
         parent_name, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent_name), leaf, layer.base_layer)

@@ -1,25 +1,49 @@
 """The adapted linear: a frozen base layer plus a mixture of low-rank experts."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from malora_dist.functional.adapter import dense_experts, grouped_experts, prefer_grouped
+from malora_dist.functional.cost import prefer_grouped
+from malora_dist.functional.dense import dense_experts
+from malora_dist.functional.dropout import keyed_dropout
+from malora_dist.functional.entrance import enter
+from malora_dist.functional.grouped import grouped_experts
 from malora_dist.functional.init import kaiming_uniform, shared_subspace_init
-from malora_dist.functional.routing import Routing, dense_gates
+from malora_dist.functional.routing import Routing, largest
 from malora_dist.nn.dora import Magnitude
 from malora_dist.nn.entrance import Entrance
 
 AddExperts = Callable[[Tensor], Tensor]
 
 
+class Entered(NamedTuple):
+    """A layer's input (T, I) as its base must read it, h (T, D) for the experts, and the routing.
+
+    `through_A`: h (T, E*R) has passed the experts' own A already.
+    """
+
+    x_TI: Tensor
+    h: Tensor
+    routing: Routing | None
+    through_A: bool = False
+
+
+class EntersTogether(Protocol):
+    """Linears that read one tensor."""
+
+    def enter(self, layer: "MixtureLinear", x: Tensor) -> Entered:
+        """What `layer` makes of its input (..., I) before its experts."""
+
+
 class Dispatcher(Protocol):
     """How the tokens of a layer reach their experts."""
 
-    def start(self, layer: "MixtureLinear", x: Tensor) -> AddExperts:
-        """Begin with the layer's input (..., I); the result turns the base output (T, O) into the layer's output."""
+    def start(self, layer: "MixtureLinear", x: Tensor) -> tuple[Tensor, AddExperts]:
+        """Begin with the layer's input (..., I): what the base layer must read (T, I), and what turns its output (T, O)
+        into the layer's output."""
 
 
 class MixtureLinear(nn.Module):
@@ -66,6 +90,7 @@ class MixtureLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.num_experts, self.top_k, self.r, self.shared_r = num_experts, top_k, r, shared_r
         self.routed, self.scaling, self.beta, self.computation = routed, scaling, beta, computation
+        self.triton = computation == "grouped_triton"
         self.entrance = Entrance(
             in_features,
             num_experts,
@@ -84,6 +109,7 @@ class MixtureLinear(nn.Module):
         self.set_experts(None if self.core_name is None else nn.Parameter(torch.empty(num_experts, r, width)), B)
         self.adapter_enabled = True
         self.dispatcher: Dispatcher | None = None
+        self.siblings: EntersTogether | None = None
         self.routing = None
         self.token_keys: Tensor | None = None
         if not self.B.is_meta:
@@ -103,7 +129,7 @@ class MixtureLinear(nn.Module):
         in_width = self.r if core is None else core.shape[2]
         top_k = min(self.top_k, self.num_local_experts)
         self.grouped = self.routed and (
-            self.computation == "grouped"
+            self.computation in ("grouped", "grouped_triton")
             or (
                 self.computation == "auto"
                 and prefer_grouped(self.num_local_experts, top_k, self.r, in_width, self.out_features)
@@ -144,46 +170,59 @@ class MixtureLinear(nn.Module):
         if not self.adapter_enabled:
             base: Tensor = self.base_layer(x)
             return base
-        add_experts = self._start(x) if self.dispatcher is None else self.dispatcher.start(self, x)
-        base = self.base_layer(x)
-        return add_experts(base.reshape(-1, self.out_features)).view(base.shape)
+        x_TI, add_experts = self._start(x) if self.dispatcher is None else self.dispatcher.start(self, x)
+        return add_experts(self.base_layer(x_TI)).view(*x.shape[:-1], self.out_features)
 
-    def enter(self, x: Tensor) -> tuple[Tensor, Routing | None]:
-        """h (T, D or I) and the routing of the input (..., I), which `routing` keeps."""
-        h, self.routing = self.entrance(x.reshape(-1, self.in_features), self.token_keys)
-        return h, self.routing
+    def enter(self, x: Tensor, through_A: bool = False) -> Entered:
+        """What the layer makes of its input (..., I) before the experts; `routing` keeps the routing."""
+        if self.siblings is not None:
+            entered = self.siblings.enter(self, x)
+            self._keep(entered.routing)
+            return entered
+        x_TI = x.reshape(-1, self.in_features)
+        keys_T = self.entrance.dropout_keys(x_TI, self.token_keys)
+        base_TI, h, routing = self.entrance(x_TI, keys_T)
+        self._keep(routing)
+        salt, p = self.entrance.input_salt, self.entrance.dropout
+        if h is not None:
+            return Entered(base_TI, h, routing)
+        if through_A:
+            base_TI, h, _ = enter(x_TI, [self.get_parameter("A")], [], keys_T, salt, p)
+            return Entered(base_TI, h, routing, through_A)
+        return Entered(base_TI, x_TI if keys_T is None else keyed_dropout(x_TI, keys_T, salt, p), routing)
 
-    def _start(self, x: Tensor) -> AddExperts:
-        h, routing = self.enter(x)
-        return lambda base_TO: self.add_experts(base_TO, h, routing)
+    def _keep(self, routing: Routing | None) -> None:
+        # Recomputation in backward must not: its routing would keep a block's graph alive until the next forward.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.routing = routing
 
-    def add_experts(self, base_TO: Tensor, h: Tensor, routing: Routing | None) -> Tensor:
-        """The base output with the weighted experts of this module added."""
-        core, B = self._experts(h.dtype)
+    def _start(self, x: Tensor) -> tuple[Tensor, AddExperts]:
+        entered = self.enter(x, through_A=self.core_name == "A" and not self.grouped and self.dora is None)
+        return entered.x_TI, lambda base_TO: self._add_experts(base_TO, entered)
+
+    def _add_experts(self, base_TO: Tensor, entered: Entered) -> Tensor:
+        """The base output with the weighted experts of this module added, in place where nothing else needs it."""
+        _, h, routing, through_A = entered
         if self.dora is not None:
-            assert core is not None
+            assert self.core is not None
             same = self.entrance.dropout == 0 or not self.training
-            return self.dora(self.base_layer, base_TO, h, core, B, self.scaling, same)  # type: ignore[no-any-return]
+            A, B = self.core.to(h.dtype), self.B.to(h.dtype)
+            return self.dora(self.base_layer, base_TO, h, A, B, self.scaling, same)  # type: ignore[no-any-return]
         if self.grouped:
             assert routing is not None
-            return grouped_experts(base_TO, h, core, B, routing, self.scaling)
-        gates_TE = None if routing is None else dense_gates(routing)
-        return dense_experts(base_TO, h, core, B, gates_TE, self.scaling)
+            return grouped_experts(base_TO, h, self.core, self.B, routing, self.scaling, triton=self.triton)
+        gates_TE = None if routing is None else routing.gates_TE
+        return dense_experts(base_TO, h, None if through_A else self.core, self.B, gates_TE, self.scaling)
 
     def sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
         """(N, O): the sum over this module's experts for rows that come with one gate per local expert."""
-        core, B = self._experts(h_ND.dtype)
         if not self.grouped:
-            return dense_experts(None, h_ND, core, B, gates_NE, self.scaling)
+            return dense_experts(None, h_ND, self.core, self.B, gates_NE, self.scaling)
         top_k = min(self.top_k, self.num_local_experts)
         # A row may have fewer experts here than top_k: its further ones have gate 0 and add nothing.
-        ids_NK = gates_NE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-        routing = Routing(gates_NE.gather(1, ids_NK), ids_NK, gates_NE)
-        return grouped_experts(None, h_ND, core, B, routing, self.scaling)
-
-    def _experts(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-        core = self.core
-        return None if core is None else core.to(dtype), self.B.to(dtype)
+        ids_NK = largest(gates_NE.detach(), top_k)
+        routing = Routing(gates_NE, ids_NK, gates_NE)
+        return grouped_experts(None, h_ND, self.core, self.B, routing, self.scaling, triton=self.triton)
 
     def extra_repr(self) -> str:
         return (

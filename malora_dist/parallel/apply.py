@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from malora_dist.nn.inject import SIBLINGS, mixture_layers
 from malora_dist.nn.mixture import MixtureLinear
+from malora_dist.nn.siblings import sets_of_siblings
 from malora_dist.parallel.dispatch import SharedInputDispatcher
 from malora_dist.parallel.exchange import Wire
 from malora_dist.parallel.expert_groups import ExpertGroups
@@ -42,9 +42,5 @@ def connect_experts(model: nn.Module, groups: ExpertGroups, *, overlap: bool = T
 
 
 def _sharing_an_input(model: nn.Module, share: bool) -> list[list[MixtureLinear]]:
-    sets: dict[str, list[MixtureLinear]] = {}
-    for name, layer in mixture_layers(model):
-        if layer.routed:
-            parent, _, leaf = name.rpartition(".")
-            sets.setdefault(f"{parent}:{SIBLINGS.get(leaf, leaf) if share else leaf}", []).append(layer)
-    return list(sets.values())
+    sets = [[layer for layer in layers if layer.routed] for _, _, layers in sets_of_siblings(model)]
+    return sets if share else [[layer] for layers in sets for layer in layers]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malora_dist.functional.routing import Routing, dense_gates
+from malora_dist.functional.routing import Routing
 from malora_dist.nn.mixture import AddExperts, MixtureLinear
+from malora_dist.nn.shared_input import SharedInput
 from malora_dist.parallel.exchange import Combine, Homeward, SendRows, Spread, Wire
 from malora_dist.parallel.routes import Positions, Routes, make_routes
 
@@ -38,7 +39,7 @@ def send_rows(h: Sequence[Tensor], routings: Sequence[Routing], wire: Wire) -> l
     W = len(routes.sent_WL)
     stacked = routes.stacked
     rows = Spread.apply(torch.cat(list(h)), stacked.token_N, stacked.slots_TQ)
-    gates = torch.cat([dense_gates(routing) for routing in routings]).view(-1, num_experts // W)
+    gates = torch.cat([routing.gates_TE for routing in routings]).view(-1, num_experts // W)
     row_gates = gates.index_select(0, stacked.token_N * W + routes.owner_N)
     sent, received = [sum(row) for row in routes.sent_WL], [sum(row) for row in routes.received_WL]
     rows, row_gates = SendRows.apply(rows, row_gates, wire, sent, received)
@@ -80,44 +81,15 @@ class SharedInputDispatcher:
 
     def __init__(self, layers: Sequence[MixtureLinear], wire: Wire) -> None:
         self.layers, self.wire = list(layers), wire
-        self._input: _Memory | None = None
-        self._arrived: dict[int, Arrived] = {}
+        self._sent = SharedInput(self.layers, self._send)
 
-    def start(self, layer: MixtureLinear, x: Tensor) -> AddExperts:
+    def start(self, layer: MixtureLinear, x: Tensor) -> tuple[Tensor, AddExperts]:
         """Rows out unless a sibling has sent them, this layer's experts, and their sums launched homeward."""
-        if id(layer) not in self._arrived or self._input is None or not self._input.holds(x):
-            self._send(x)
-        arrived = self._arrived.pop(id(layer))
-        if not self._arrived:
-            self._input = None
-        return return_sums(arrived, layer.sum_experts(arrived.rows, arrived.gates), self.wire)
+        x_TI, arrived = self._sent.take(layer, x)
+        return x_TI, return_sums(arrived, layer.sum_experts(arrived.rows, arrived.gates), self.wire)
 
-    def _send(self, x: Tensor) -> None:
+    def _send(self, x: Tensor) -> list[tuple[Tensor, Arrived]]:
         entered = [layer.enter(x) for layer in self.layers]
-        routings = [routing for _, routing in entered if routing is not None]
-        arrived = send_rows([h for h, _ in entered], routings, self.wire)
-        self._input = _Memory(x)
-        self._arrived = {id(layer): part for layer, part in zip(self.layers, arrived, strict=True)}
-
-
-class _Memory:
-    """The numbers of a tensor as they are now; kept alive, so that nothing else takes their place."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor, _version(tensor)
-
-    def holds(self, other: Tensor) -> bool:
-        """Whether `other` is the same numbers in memory: DeepSpeed's hooks hand each module an alias of its input."""
-        tensor = self._tensor
-        return (
-            tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
-            and tensor.storage_offset() == other.storage_offset()
-            and tensor.shape == other.shape
-            and tensor.stride() == other.stride()
-            and self._version == _version(other)
-        )
-
-
-def _version(tensor: Tensor) -> int:
-    """How often the memory was written to in place; inference mode does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+        routings = [each.routing for each in entered if each.routing is not None]
+        arrived = send_rows([each.h for each in entered], routings, self.wire)
+        return [(each.x_TI, part) for each, part in zip(entered, arrived, strict=True)]

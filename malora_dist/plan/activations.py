@@ -4,13 +4,14 @@ s is the bytes of a number of the base's dtype. A tensor that several operations
 count; copies of them in another dtype or layout do.
 """
 
+from malora_dist.functional.cost import prefer_grouped
+from malora_dist.functional.loss_chunks import chunk_rows
 from malora_dist.plan.parameters import FP32
 from malora_dist.plan.run import Run
 from malora_dist.plan.shapes import Linear
 from malora_dist.traffic import rows_per_token
 
 INDEX = 8
-MOVE_COST = 64
 
 
 def activation_bytes(run: Run) -> int:
@@ -30,14 +31,14 @@ def activation_bytes(run: Run) -> int:
 
 
 def logit_bytes(run: Run) -> int:
-    """Logits exist for targets only: in the base's dtype, in fp32, and as the log-softmax that backward keeps."""
-    numel = run.targets * run.shape.vocab_size
-    return numel * (FP32 + FP32 + (run.itemsize if run.itemsize < FP32 else 0))
+    """What the loss holds at once: a chunk's logits, in the base's dtype and in fp32, and the gradient it keeps."""
+    numel = min(run.targets, chunk_rows(run.shape.vocab_size, "cuda")) * run.shape.vocab_size
+    return numel * (FP32 + (run.itemsize if run.itemsize < FP32 else 0)) + saved_logit_bytes(run)
 
 
 def saved_logit_bytes(run: Run) -> int:
-    """What of `logit_bytes` is kept for backward: the fp32 log-softmax."""
-    return run.targets * run.shape.vocab_size * FP32
+    """What of `logit_bytes` is kept for backward: of each target, the gradient of the head's input and a fp32 sum."""
+    return run.targets * (run.shape.hidden_size * run.itemsize + FP32)
 
 
 def block_bytes(run: Run) -> int:
@@ -69,12 +70,11 @@ def _attention_bytes(run: Run) -> int:
 
 
 def _input_bytes(run: Run) -> int:
-    """Inputs of adapted linears, once for those that share one.
+    """Inputs of adapted linears, once for those that share one; the input of o_proj is attention's output.
 
-    Kept by the down-projection unless dropout gave it another tensor, and by an fp32 router. The input of o_proj is
-    attention's output and already counted.
+    Every entrance keeps its input, and makes the dropped one again. DoRA keeps what it reads, dropped or not.
     """
-    if run.dropout > 0 and not (run.spec.structure.routed and run.itemsize == FP32):
+    if run.dropout > 0 and run.spec.structure.magnitude:
         return 0
     names = {linear.name for linear in run.adapted}
     widths = [
@@ -86,45 +86,40 @@ def _input_bytes(run: Run) -> int:
 
 
 def _routing_bytes(run: Run) -> int:
-    """Probabilities (fp32) and their order (int64) over all experts, and the chosen gates."""
+    """Probabilities and gates (fp32) over all experts, and the numbers of the chosen ones (int64)."""
     spec = run.spec
-    return run.tokens * (spec.num_experts * (FP32 + INDEX) + spec.top_k * FP32) if spec.structure.routed else 0
+    return run.tokens * (spec.num_experts * 2 * FP32 + spec.top_k * INDEX) if spec.structure.routed else 0
 
 
 def _adapter_bytes(run: Run, linear: Linear) -> int:
-    """Dropped input, the router's fp32 input, routing, a copy of S_A in the base's dtype, and what the experts keep."""
-    spec, T, s = run.spec, run.tokens, run.itemsize
-    total = _routing_bytes(run)
-    if run.dropout > 0:
-        total += T * linear.in_features * s
-    if spec.structure.routed and s < FP32:
-        total += T * linear.in_features * FP32
-    if spec.shared_r is not None and s < FP32:
-        total += spec.shared_r * linear.in_features * s
-    return total + _expert_bytes(run, linear)
+    """Routing, a dropped input where experts read it themselves, and what the experts keep."""
+    read_by_experts = run.spec.structure.magnitude or (
+        run.spec.shared_r is None and run.ep_size == 1 and is_grouped(run, linear)
+    )
+    dropped = run.tokens * linear.in_features * run.itemsize if run.dropout > 0 and read_by_experts else 0
+    return _routing_bytes(run) + dropped + _expert_bytes(run, linear)
 
 
 def _expert_bytes(run: Run, linear: Linear) -> int:
     """What the experts here keep: of all tokens or, under expert parallelism, of the rows that reach this rank.
 
-    Copies of P or A and B; then, dense, h = S_A x, the products h P, the gates, and both multiplied, and DoRA's output
-    before it is rescaled; grouped, a row of h for each chosen expert and its products.
+    Dense: h = S_A x and the products h P (or A x). Grouped: h, and of each chosen expert its product, gate and two
+    places. DoRA also keeps copies of A and B in the base's dtype, and its output before it is rescaled.
     """
     spec, s, E = run.spec, run.itemsize, run.num_local_experts
     in_width = linear.in_features if spec.shared_r is None else spec.shared_r
-    rows, arriving = run.tokens, 0
+    rows, kept = run.tokens, 0
     if run.ep_size > 1:
         rows = expected_rows(run)
-        arriving = rows * (in_width * s + E * FP32 + 3 * INDEX)
-    weights = E * spec.r * linear.out_features * s if s < FP32 or E > 1 else 0
-    weights += E * spec.r * in_width * s if s < FP32 and spec.has_core else 0
+        kept = rows * (in_width * s + E * FP32 + 3 * INDEX)
+    elif spec.shared_r is not None:
+        kept = rows * in_width * s
+    if spec.structure.magnitude:
+        copies = spec.r * (in_width + linear.out_features) * s if s < FP32 else 0
+        kept += copies + rows * linear.out_features * s
     if is_grouped(run, linear):
-        chosen = rows * min(spec.top_k, E)
-        return arriving + weights + chosen * (in_width * s + 2 * spec.r * s + s + 2 * INDEX)
-    h = rows * in_width * s if spec.shared_r is not None and run.ep_size == 1 else 0
-    gated = rows * E * (spec.r + 1) * s if spec.structure.routed else 0
-    rescaled = rows * linear.out_features * s if spec.structure.magnitude else 0
-    return arriving + weights + h + rows * E * spec.r * s + gated + rescaled
+        return kept + rows * min(spec.top_k, E) * (spec.r * s + FP32 + 2 * INDEX)
+    return kept + rows * E * spec.r * s
 
 
 def expected_rows(run: Run) -> int:
@@ -147,11 +142,9 @@ def exchange_buffer_bytes(run: Run) -> int:
 
 
 def is_grouped(run: Run, linear: Linear) -> bool:
-    """Whether the layer multiplies the chosen experts only: the rule of `functional.adapter.prefer_grouped`."""
+    """Whether the layer multiplies the chosen experts only: the rule of `functional.cost.prefer_grouped`."""
     spec, E = run.spec, run.num_local_experts
     if not spec.structure.routed or run.computation != "auto":
-        return spec.structure.routed and run.computation == "grouped"
+        return spec.structure.routed and run.computation != "dense"
     in_width = linear.in_features if spec.shared_r is None else spec.shared_r
-    K, O = min(spec.top_k, E), linear.out_features  # noqa: E741
-    dense = E * spec.r * (in_width + O)
-    return K * spec.r * (in_width + O) + MOVE_COST * K * (in_width + 2 * O) < dense
+    return prefer_grouped(E, min(spec.top_k, E), spec.r, in_width, linear.out_features)

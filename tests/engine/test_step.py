@@ -30,6 +30,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2-dora": {"zero_stage": 2, "method": "dora", "load_in_4bit": True},
     "zero3-dora": {"zero_stage": 3, "method": "dora", "load_in_4bit": True, "gradient_checkpointing": True},
     "zero3-hydralora": {"zero_stage": 3, "method": "hydralora"},
+    "zero0-siblings": {"zero_stage": 0, "fuse_siblings": True, "gradient_checkpointing": True},
+    "zero3-siblings": {"zero_stage": 3, "fuse_siblings": True, "load_in_4bit": True, "gradient_checkpointing": True},
+    "zero3-hydralora-siblings": {"zero_stage": 3, "fuse_siblings": True, "method": "hydralora"},
     "zero0-bf16-base": {"zero_stage": 0, "dtype": "bfloat16"},
     "zero3-bf16-base": {"zero_stage": 3, "dtype": "bfloat16", "load_in_4bit": True},
 }

@@ -19,6 +19,7 @@ from malora_dist.engine.forward import BalanceSettings
 from malora_dist.engine.step import Stepper, StepResult
 from malora_dist.methods import mixture_spec
 from malora_dist.model import load_base_model, stay
+from malora_dist.nn.head import install_loss_head
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
 from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.parallel.apply import connect_experts, keep_owned_experts
@@ -79,6 +80,8 @@ def build_model(
         reader=world is None or world.is_main,
         place=place,
     )
+    if world is not None:
+        assert install_loss_head(model)
     if case.get("gradient_checkpointing") and world is not None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     shape = {"num_experts": 4, "top_k": 2, "r": 3, "shared_r": 6} | case.get("shape", {})
@@ -97,7 +100,14 @@ def build_model(
 
     computation = case.get("computation", "auto")
     inject_adapters(
-        model, spec, lora_dropout=0.1, computation=computation, seed=SEED, place=place_adapters, whole=gathered
+        model,
+        spec,
+        lora_dropout=0.1,
+        computation=computation,
+        fuse_siblings=world is not None and case.get("fuse_siblings", False),
+        seed=SEED,
+        place=place_adapters,
+        whole=gathered,
     )
     if groups is not None:
         connect_experts(model, groups)

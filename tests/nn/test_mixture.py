@@ -186,3 +186,20 @@ def test_backward_through_bf16_leaves_fp32_gradients() -> None:
     for name, parameter in layer.factors():
         gradient = parameter.grad
         assert gradient.dtype == torch.float32 and gradient.any(), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("method", ["malora", "molora", "lora"])
+def test_the_dense_layer_compiles_without_a_graph_break(method: str, dropout: float) -> None:
+    case = CASES["plain"]
+    layer = _layer(nn.Linear(case.I, case.O).requires_grad_(False), case, method, "dense", dropout=dropout).train()
+    layer.B.data.normal_(generator=torch.Generator().manual_seed(0))
+    layer.token_keys = token_keys(1, 2, torch.zeros(case.T), torch.arange(case.T))
+    x = torch.randn(2, case.T // 2, case.I, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    leaves = [x, *(parameter for _, parameter in layer.factors())]
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    plain, traced = layer(x), compiled(x)
+    torch.testing.assert_close(traced, plain)
+    for got, want in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (traced, plain)), strict=True):
+        torch.testing.assert_close(got, want)

@@ -13,10 +13,18 @@ from malora_dist.config import config_from_dict
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.engine.forward import cross_entropies, set_token_keys
-from malora_dist.functional.adapter import prefer_grouped
+from malora_dist.functional.cost import prefer_grouped
 from malora_dist.model import load_base_model
+from malora_dist.nn.head import install_loss_head
 from malora_dist.nn.inject import inject_adapters
-from malora_dist.plan.activations import activation_bytes, block_bytes, is_grouped, saved_logit_bytes
+from malora_dist.plan.activations import (
+    INDEX,
+    activation_bytes,
+    block_bytes,
+    is_grouped,
+    logit_bytes,
+    saved_logit_bytes,
+)
 from malora_dist.plan.run import Run, run_of
 from malora_dist.plan.shapes import Linear, find_shape
 from malora_dist.summary import adapter_spec
@@ -89,8 +97,8 @@ def planned(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool =
     return replace(run, targets_per_sample=TOKENS - 1)
 
 
-def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool = False) -> int:
-    """Bytes that one process saves in a forward."""
+def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool = False, loss: bool = True) -> int:
+    """Bytes that one process saves in a forward, with the loss or up to the head's input."""
     config = case_config(folder, name, layers, checkpointing)
     model = load_base_model(
         Path(config.model.name_or_path),
@@ -99,6 +107,7 @@ def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool 
         double_quant=config.model.bnb_4bit_use_double_quant,
         attn_implementation=config.model.attn_implementation,
     )
+    assert install_loss_head(model)
     if checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     adapter = config.adapter
@@ -114,6 +123,9 @@ def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool 
     samples = [Sample(i, 0, draw.integers(0, 211, TOKENS).astype(np.int32), 1) for i in range(2)]
     batch = collate(samples[: config.train.per_device_train_batch_size])
     set_token_keys(model, batch, 0, 1)
+    if not loss:
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        return saved_bytes(model, lambda: model.model(**inputs).last_hidden_state)
     return saved_bytes(model, lambda: cross_entropies(model, batch))
 
 
@@ -138,6 +150,23 @@ def test_with_recomputation_within_15_percent(folder: Path, name: str) -> None:
     kept = activation_bytes(run) - block_bytes(run) + saved_logit_bytes(run)
     assert kept == pytest.approx(measured(folder, name, checkpointing=True), rel=0.15)
     assert activation_bytes(run) < activation_bytes(planned(folder, name))
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_the_loss_keeps_what_is_planned(folder: Path, name: str) -> None:
+    """What a forward saves with the loss, less what it saves up to the head; one index of the targets apart."""
+    whole = measured(folder, name)
+    without = measured(folder, name, loss=False)
+    run = planned(folder, name)
+    assert whole - without == pytest.approx(saved_logit_bytes(run), abs=run.targets * INDEX)
+
+
+@pytest.mark.parametrize("targets", [100, 1000])
+def test_logits_of_a_chunk_are_all_there_are(llama_run: Run, targets: int) -> None:
+    """LLaMA-2 7B in bf16: 2097 rows of 32000 logits fit a chunk, in 2 bytes and in 4; 4096 gradients are kept a row."""
+    run = replace(llama_run, micro_batch=4, targets_per_sample=targets)
+    rows = {100: 400, 1000: 2097}[targets]
+    assert logit_bytes(run) == rows * 32_000 * 6 + 4 * targets * (4096 * 2 + 4)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero2-ep2"])

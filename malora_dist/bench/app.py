@@ -1,0 +1,134 @@
+"""The commands `malora bench ...` of one process. Nothing here needs torch before a command runs."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from malora_dist.bench.local.output import Output
+from malora_dist.bench.local.peers.contestants import CONTESTANTS
+
+bench = typer.Typer(help="Measure variants of a recipe, layers and steps side by side.", no_args_is_help=True)
+
+Only = Annotated[str | None, typer.Option(help=f"Who takes part, of {','.join(CONTESTANTS)}.")]
+Against = Annotated[str | None, typer.Option(help="Whom ratios are to. Default: peft_lora, or the first.")]
+Dtype = Annotated[str, typer.Option(help="fp32 or bf16: the base, and what products run in.")]
+BaseKind = Annotated[str, typer.Option("--base", help="full or nf4.")]
+Dropout = Annotated[float, typer.Option(min=0, max=0.99, help="On the adapters' input.")]
+Model = Annotated[str, typer.Option(help="smollm2 (the demo's), random-1b (a Llama), a folder, GGUF file or hub id.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows of a batch.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of a row.")]
+Labels = Annotated[str, typer.Option(help="all, or the share of each row's tokens that is learned.")]
+Loss = Annotated[str, typer.Option(help="hf: the model's own, on the logits of all tokens. chunked: ours, for all.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds measured.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Rounds before them.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as torch finds them.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write every record here.")]
+Markdown = Annotated[Path | None, typer.Option(help="Write the tables here.")]
+
+
+@bench.command()
+def layer(
+    size: Annotated[
+        str, typer.Option(help="Linears as INPUTSxOUTPUTS, or one number for both.")
+    ] = "576,2048,4096,4096x11008,11008x4096",
+    tokens: Annotated[str, typer.Option(help="Rows of the input; a list is that many cases.")] = "1024",
+    dtype: Dtype = "fp32",
+    base: BaseKind = "full",
+    dropout: Dropout = 0.0,
+    only: Only = None,
+    against: Against = None,
+    repeats: Repeats = 10,
+    warmup: Warmup = 2,
+    threads: Threads = None,
+    device: Device = "cpu",
+    as_json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Forward and backward of one adapted linear: ours, PEFT's, dispatched mixtures and the frozen base, in turns."""
+    given = {"size": size, "tokens": tokens, "dtype": dtype, "base": base, "dropout": dropout, "only": only}
+    given |= {"against": against, "repeats": repeats, "warmup": warmup, "threads": threads, "device": device}
+    _run("layer", "LayerOptions", given, Output(as_json, markdown))
+
+
+@bench.command()
+def step(
+    case: Annotated[
+        str,
+        typer.Option(help="step; experts: 8 and 64 of them; tokens: twice as many; optimizer: its step alone."),
+    ] = "step",
+    model: Model = "smollm2",
+    batch: Batch = 4,
+    length: Length = 256,
+    dtype: Dtype = "bf16",
+    base: BaseKind = "full",
+    dropout: Dropout = 0.0,
+    labels: Labels = "all",
+    loss: Loss = "hf",
+    only: Only = None,
+    against: Against = None,
+    repeats: Repeats = 10,
+    warmup: Warmup = 2,
+    threads: Threads = None,
+    device: Device = "cpu",
+    as_json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Whole training steps of a real model: forward, loss, backward and fused AdamW, in turns on one batch."""
+    given = {"case": case, "model": model, "batch": batch, "length": length, "dtype": dtype, "base": base}
+    given |= {"dropout": dropout, "labels": labels, "loss": loss, "only": only, "against": against}
+    given |= {"repeats": repeats, "warmup": warmup, "threads": threads, "device": device}
+    _run("step", "StepOptions", given, Output(as_json, markdown))
+
+
+@bench.command()
+def memory(
+    model: Model = "smollm2",
+    batch: Batch = 4,
+    length: Length = 256,
+    dtype: Dtype = "bf16",
+    base: Annotated[str, typer.Option("--base", help="full, nf4, or both.")] = "full,nf4",
+    checkpointing: Annotated[str, typer.Option(help="off, on, or both: blocks are computed again.")] = "off,on",
+    dropout: Dropout = 0.0,
+    labels: Labels = "all",
+    loss: Loss = "hf",
+    only: Only = None,
+    repeats: Annotated[int, typer.Option(min=0, help="Rounds of steps on either base; 0 measures no time.")] = 5,
+    warmup: Warmup = 1,
+    threads: Threads = None,
+    device: Device = "cpu",
+    as_json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """The most bytes of tensors in a training step, counted exactly; what a 4-bit base saves, and its step time."""
+    given = {"model": model, "batch": batch, "length": length, "dtype": dtype, "base": base, "dropout": dropout}
+    given |= {"checkpointing": checkpointing, "labels": labels, "loss": loss, "only": only, "repeats": repeats}
+    given |= {"warmup": warmup, "threads": threads, "device": device}
+    _run("memory", "MemoryOptions", given, Output(as_json, markdown))
+
+
+@bench.command()
+def roofline(
+    model: Annotated[str | None, typer.Option(help="config.json, folder or GGUF file. Default: LLaMA-2 7B.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 4096,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a sample.")] = 1024,
+    base: BaseKind = "full",
+    flops: Annotated[str | None, typer.Option(help="bf16 rate of the device. Default: an H100's 989TFLOP/s.")] = None,
+    bandwidth: Annotated[str | None, typer.Option(help="Rate of its memory. Default: an H100's 3.35TB/s.")] = None,
+    as_json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Time that a step takes at least, by formula, from FLOPs and bytes of each kernel. Needs no torch and no GPU."""
+    from malora_dist.bench.roofline_tables import RooflineOptions, run
+
+    given = {"model": model, "tokens": tokens, "length": length, "base": base, "flops": flops, "bandwidth": bandwidth}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    run(RooflineOptions(**chosen), Output(as_json, markdown))
+
+
+def _run(module: str, options: str, given: dict[str, Any], output: Output) -> None:
+    """`run` of a module of `bench.local`, which may import torch, with its options."""
+    loaded = import_module(f"malora_dist.bench.local.{module}")
+    loaded.run(getattr(loaded, options)(**given), output)

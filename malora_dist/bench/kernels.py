@@ -1,0 +1,186 @@
+"""FLOPs and bytes of every kernel that one linear and its adapter need in a training step. Arithmetic only.
+
+A kernel reads each of its inputs once and writes each of its outputs once; nothing stays in a cache between two
+kernels. So sizes are bounds from below for an implementation made of these kernels. Dropout is left out.
+Shape letters: T tokens, I in_features, O out_features, E experts, K top_k, R r, D shared_r. 2 FLOPs a multiplication.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from malora_dist.methods import MixtureSpec, count_parameters
+from malora_dist.plan.parameters import FP32, nf4_blob_bytes
+
+PHASES = ("forward", "dx", "dw", "optimizer")
+# AdamW reads weight, gradient and both moments and writes all but the gradient; about 12 operations a number.
+ADAMW_NUMBERS, ADAMW_FLOPS = 7, 12
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak FLOP/s in the base's dtype and bytes/s of memory."""
+
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`count` kernels alike. phase: one of PHASES; part: what it belongs to, `base`, `down`, `router`, `core`, ..."""
+
+    phase: str
+    part: str
+    flops: float
+    nbytes: float
+    count: int = 1
+
+    def seconds(self, device: Device) -> float:
+        """Bound from below of all `count`: the longer of computing and moving."""
+        return self.count * max(self.flops / device.flops, self.nbytes / device.bandwidth)
+
+    def is_compute_bound(self, device: Device) -> bool:
+        return self.flops / device.flops > self.nbytes / device.bandwidth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How an adapter is computed; the default is dense, all experts in wide products with the gates as a mask.
+
+    chosen_rows: products over the rows of chosen experts only, sorted by expert. late_gates: there, the gates weigh the
+    experts' O-wide outputs, as mixtures of experts are usually written, not their r-wide inputs.
+    router: `apart` is a product of its own, `fp32` one over an fp32 copy of x, `joined` columns of the product with
+    S_A. siblings: linears with one input (q k v, gate up) have one such product. eager: scaling and sum are kernels of
+    their own and adapters are kept in the base's dtype, as in PEFT's LoRA.
+    """
+
+    chosen_rows: bool = False
+    late_gates: bool = False
+    router: str = "apart"
+    siblings: bool = False
+    eager: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A linear's work: T tokens of I numbers to O, `itemsize` bytes each (2 is bf16); `sharing` linears read one x."""
+
+    T: int
+    I: int  # noqa: E741  # the project's letter for in_features
+    O: int  # noqa: E741
+    itemsize: int = 2
+    sharing: int = 1
+
+    def gemm(self, phase: str, part: str, rows: int, inner: int, columns: int, *, adds: bool = False) -> Kernel:
+        """(rows, inner) x (inner, columns), into a new tensor or added to one that is there."""
+        numbers = rows * inner + inner * columns + rows * columns * (2 if adds else 1)
+        return Kernel(phase, part, 2 * rows * inner * columns, numbers * self.itemsize)
+
+    def moves(self, phase: str, part: str, numbers: int) -> Kernel:
+        """An elementwise kernel or a gather that reads and writes so many numbers."""
+        return Kernel(phase, part, 0, numbers * self.itemsize)
+
+
+def base_kernels(sizes: Sizes, *, nf4: bool = False) -> Iterator[Kernel]:
+    """The frozen product and its dx; a 4-bit weight is unpacked before each."""
+    T, I, O = sizes.T, sizes.I, sizes.O  # noqa: E741
+    yield sizes.gemm("forward", "base", T, I, O)
+    yield sizes.gemm("dx", "base", T, O, I)
+    if nf4:
+        for phase in ("forward", "dx"):
+            yield Kernel(phase, "unpack", 0, nf4_blob_bytes(I * O, double_quant=False) + I * O * sizes.itemsize)
+
+
+def adapter_kernels(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
+    """All kernels of an adapter beside the base's."""
+    if form.chosen_rows:
+        yield from _chosen_rows(spec, sizes, form)
+    else:
+        yield from _all_rows(spec, sizes, form)
+    if spec.structure.routed:
+        yield from _router(sizes, spec.num_experts, form.router)
+    yield from _parameters(spec, sizes, itemsize=sizes.itemsize if form.eager else FP32)
+
+
+def _all_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
+    T, O, wide = sizes.T, sizes.O, spec.num_experts * spec.r  # noqa: E741
+    yield from _down(sizes, wide if spec.shared_r is None else spec.shared_r, spec.num_experts, form)
+    if spec.structure.core:
+        assert spec.shared_r is not None
+        yield sizes.gemm("forward", "core", T, spec.shared_r, wide)
+        yield sizes.gemm("dx", "core", T, wide, spec.shared_r)
+        yield sizes.gemm("dw", "core", wide, T, spec.shared_r)
+    yield sizes.gemm("forward", "up", T, wide, O, adds=not form.eager)
+    yield sizes.gemm("dx", "up", T, O, wide)
+    yield sizes.gemm("dw", "up", O, T, wide)
+    if spec.structure.routed:
+        yield sizes.moves("forward", "gates", 2 * T * wide)
+        yield sizes.moves("dx", "gates", 3 * T * wide)
+        yield sizes.moves("dw", "gates", 2 * T * wide)
+    if form.eager:
+        yield sizes.moves("forward", "scale and add", (2 + 3) * T * O)
+        yield sizes.moves("dx", "scale and add", 2 * T * O + 3 * T * sizes.I)
+
+
+def _down(sizes: Sizes, columns: int, num_experts: int, form: Form) -> Iterator[Kernel]:
+    """x to so many columns for all tokens, the router's among them if `joined`; of siblings' one product the share."""
+    T, I = sizes.T, sizes.I  # noqa: E741
+    columns += num_experts if form.router == "joined" else 0
+    shared = T * I * (1 - 1 / sizes.sharing) * sizes.itemsize if form.siblings else 0
+    for kernel, reads in (
+        (sizes.gemm("forward", "down", T, I, columns), 1),
+        (sizes.gemm("dx", "down", T, columns, I, adds=not form.eager), 2),
+        (sizes.gemm("dw", "down", columns, T, I), 1),
+    ):
+        yield replace(kernel, nbytes=kernel.nbytes - reads * shared)
+
+
+def _chosen_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
+    """K rows a token, sorted by expert: out by a gather, home by a gather and a sum over K."""
+    T, O, rows = sizes.T, sizes.O, sizes.T * spec.top_k  # noqa: E741
+    width = sizes.I if spec.shared_r is None else spec.shared_r
+    if spec.shared_r is not None:
+        yield from _down(sizes, spec.shared_r, spec.num_experts, form)
+    yield sizes.moves("forward", "dispatch", T * width + rows * width)
+    if spec.has_core:
+        yield from _expert_products(spec, sizes, "down" if spec.shared_r is None else "core", width, spec.r)
+    yield from _expert_products(spec, sizes, "up", spec.r, O)
+    # Late gates make the sum of the experts a tensor of its own, which is then added to the base's output.
+    yield sizes.moves("forward", "combine", rows * O + (4 if form.late_gates else 2) * T * O)
+    yield sizes.moves("dx", "dispatch", T * O + rows * O + (rows * O if form.late_gates else 0))
+    # x of a method without S_A: the rows' gradients are added to the base's dx.
+    yield sizes.moves("dx", "combine", rows * width + (2 if spec.shared_r is None else 1) * T * width)
+    if not form.late_gates:
+        yield sizes.moves("forward", "gates", 2 * rows * spec.r)
+        yield sizes.moves("dx", "gates", 3 * rows * spec.r)
+
+
+def _expert_products(spec: MixtureSpec, sizes: Sizes, part: str, inner: int, columns: int) -> Iterator[Kernel]:
+    """One grouped product in each direction: T K rows, the weights of all E experts."""
+    rows = sizes.T * spec.top_k
+    numbers = rows * (inner + columns) + spec.num_experts * inner * columns
+    for phase in ("forward", "dx", "dw"):
+        yield Kernel(phase, part, 2 * rows * inner * columns, numbers * sizes.itemsize)
+
+
+def _router(sizes: Sizes, num_experts: int, router: str) -> Iterator[Kernel]:
+    """Logits where they are a product of their own; softmax and choice over (T, E) in fp32."""
+    T, I, E = sizes.T, sizes.I, num_experts  # noqa: E741
+    if router == "fp32":
+        yield sizes.moves("forward", "router", T * I)
+        yield Kernel("forward", "router", 2 * T * I * E, FP32 * (2 * T * I + E * I + T * E))
+    if router == "apart":
+        yield sizes.gemm("forward", "router", T, I, E)
+    if router != "joined":
+        yield sizes.gemm("dx", "router", T, E, I, adds=True)
+        yield sizes.gemm("dw", "router", E, T, I)
+    for phase in ("forward", "dx"):
+        yield Kernel(phase, "routing", 0, 3 * T * E * FP32)
+
+
+def _parameters(spec: MixtureSpec, sizes: Sizes, *, itemsize: int) -> Iterator[Kernel]:
+    """Casts of fp32 factors to the base's dtype and of their gradients back, and AdamW."""
+    numbers = count_parameters(spec, sizes.I, sizes.O)
+    if itemsize != sizes.itemsize:
+        for phase in ("forward", "dw"):
+            yield Kernel(phase, "casts", 0, numbers * (itemsize + sizes.itemsize))
+    yield Kernel("optimizer", "adamw", ADAMW_FLOPS * numbers, ADAMW_NUMBERS * itemsize * numbers)

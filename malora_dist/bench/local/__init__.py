@@ -1,0 +1,1 @@
+"""`malora bench layer`, `step` and their kind: one process, no launcher, everyone on the same work."""

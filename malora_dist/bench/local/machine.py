@@ -1,0 +1,58 @@
+"""What was measured on."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from malora_dist.errors import ConfigError
+
+PACKAGES = ("transformers", "peft", "bitsandbytes", "triton")
+
+
+def ready_device(name: str, threads: int | None = None) -> torch.device:
+    """The device by its name, and the number of threads set if given. Raises ConfigError if there is no such device."""
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name!r} must be cpu or cuda")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.device(name)
+
+
+def describe(device: torch.device | str) -> dict[str, Any]:
+    """Processor, threads, load, versions of what takes part, and the GPU with its driver, as plain values."""
+    facts: dict[str, Any] = {
+        "CPU": _processor(),
+        "cores": os.cpu_count(),
+        "threads used": torch.get_num_threads(),
+        "load average before": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+    }
+    facts |= {package: found for package in PACKAGES if (found := _version(package)) is not None}
+    if torch.device(device).type == "cuda":
+        facts |= {"GPU": torch.cuda.get_device_name(device), "CUDA": torch.version.cuda, "driver": _driver()}
+    return facts
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((part for part in lines[0].split() if part[:1].isdigit()), None) if lines else None

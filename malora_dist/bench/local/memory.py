@@ -1,0 +1,162 @@
+"""`malora bench memory`: the most memory a training step needs, and what a 4-bit base saves and costs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from malora_dist.bench.local.allocation import (
+    frozen_tensors,
+    optimizer_tensors,
+    peak_above,
+    storage_bytes,
+    trained_tensors,
+)
+from malora_dist.bench.local.equal_work import check_losses
+from malora_dist.bench.local.losses import LOSSES
+from malora_dist.bench.local.machine import describe, ready_device
+from malora_dist.bench.local.model_bytes import model_records
+from malora_dist.bench.local.models import SMOLLM2
+from malora_dist.bench.local.options import BASES, DTYPES, command_line, one_of
+from malora_dist.bench.local.output import Output
+from malora_dist.bench.local.peers.contestants import Contestant, chosen
+from malora_dist.bench.local.records import Record, Report
+from malora_dist.bench.local.step import Stage, StepOptions, first_steps
+from malora_dist.bench.local.timing import interleave, records_of
+from malora_dist.bench.local.trainee import Trainee
+
+MIB = 2**20
+AGAINST = "peft_lora_equal"
+# PEFT's own default, with as many trainable parameters as MALoRA.
+FP32_EQUAL = {"peft_lora_fp32_equal": Contestant(maker="peft", equal=True, fp32=True)}
+DEFAULT = f"base,{AGAINST},peft_lora_fp32_equal,peft_lora,lora_equal,malora,molora"
+TIMED = ("base", "malora")
+SWITCH = {"off": False, "on": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """The command line of `malora bench memory`."""
+
+    model: str = SMOLLM2
+    batch: int = 4
+    length: int = 256
+    dtype: str = "bf16"
+    base: str = "full,nf4"
+    checkpointing: str = "off,on"
+    dropout: float = 0.0
+    labels: str = "all"
+    loss: str = "hf"
+    only: str | None = None
+    repeats: int = 5
+    warmup: int = 1
+    threads: int | None = None
+    device: str = "cpu"
+
+    def of_step(self, base: str) -> StepOptions:
+        """The same model and batch as `malora bench step` would take them."""
+        return StepOptions(
+            model=self.model,
+            batch=self.batch,
+            length=self.length,
+            dtype=self.dtype,
+            base=base,
+            dropout=self.dropout,
+            labels=self.labels,
+            loss=self.loss,
+            device=self.device,
+        )
+
+
+def run(options: MemoryOptions, output: Output) -> Report:
+    """Measure every case and put the report out. Raises ConfigError for options that cannot be."""
+    output.check()
+    one_of("--dtype", options.dtype, DTYPES)
+    one_of("--loss", options.loss, LOSSES)
+    bases = [one_of("--base", part.strip(), BASES) for part in options.base.split(",")]
+    recompute = [one_of("--checkpointing", part.strip(), SWITCH) for part in options.checkpointing.split(",")]
+    contestants = _contestants(options.only)
+    device = ready_device(options.device, options.threads)
+    machine = describe(device)
+    peft = any(contestant.maker == "peft" for contestant in contestants.values())
+    stages = {base: Stage(options.of_step(base), device, peft=peft) for base in dict.fromkeys(bases)}
+    records = [
+        record for stage in stages.values() for switch in recompute for record in peaks(stage, contestants, switch)
+    ]
+    for stage in stages.values():
+        records += model_records(stage, contestants)
+    if len(stages) > 1:
+        records += _times(stages, contestants, options)
+    report = Report(machine, command_line("memory", options), records)
+    output.put(report)
+    return report
+
+
+def _contestants(only: str | None) -> dict[str, Contestant]:
+    names = [name.strip() for name in (only or DEFAULT).split(",") if name.strip()]
+    return {name: FP32_EQUAL[name] if name in FP32_EQUAL else chosen(name)[name] for name in names}
+
+
+def peaks(stage: Stage, contestants: Mapping[str, Contestant], checkpointing: str) -> list[Record]:
+    """Each contestant's peak in its second step, when the optimizer's state is there; one at a time."""
+    title = stage.title(f"memory of a step, checkpointing {checkpointing}")
+    records: list[Record] = []
+    losses: dict[str, float] = {}
+    for name, contestant in contestants.items():
+        trainee = stage.trainee(contestant)
+        if SWITCH[checkpointing]:
+            recompute_blocks(trainee.adapted.model)
+        facts = first_steps({name: trainee}, stage.dtype)[name]
+        losses[name] = float(facts["first loss"])  # type: ignore[arg-type]
+        records.append(_peak(name, title, trainee, facts, stage.device))
+    check_losses(losses, stage.dtype)
+    return _with_ratios(records)
+
+
+def recompute_blocks(model: Any) -> None:
+    """Activation checkpointing as training does it."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _peak(name: str, title: str, trainee: Trainee, facts: dict[str, object], device: torch.device) -> Record:
+    """peak_bytes is the whole: model, optimizer and batch, and what the step needs on top.
+
+    What is kept between steps is counted by its tensors, so that others' memory in this process does not count.
+    """
+    for layer in trainee.adapted.routers:
+        # Recomputation leaves the routing of the last step behind; the next forward would release it.
+        layer.routing = None
+    model = trainee.adapted.model
+    base, adapters = storage_bytes([*frozen_tensors(model), *model.buffers()]), storage_bytes(trained_tensors(model))
+    state = storage_bytes(optimizer_tensors(trainee.optimizer))
+    batch = storage_bytes([trainee.batch.ids, trainee.batch.labels])
+    above = peak_above(trainee, device)
+    parts = {"base": base, "adapters": adapters, "optimizer": state, "above": above}
+    facts = {**facts, **{f"MiB {part}": nbytes / MIB for part, nbytes in parts.items()}}
+    return Record(name, title, peak_bytes=base + adapters + state + batch + above, facts=facts)
+
+
+def _with_ratios(records: Sequence[Record]) -> list[Record]:
+    """Peaks against PEFT's LoRA at equal parameters; they are exact, so there are no quartiles."""
+    against = next((record.peak_bytes for record in records if record.name == AGAINST), None)
+    if against is None:
+        return list(records)
+    return [replace(record, ratio=(record.peak_bytes or 0) / against, against=AGAINST) for record in records]
+
+
+def _times(stages: Mapping[str, Stage], contestants: Mapping[str, Contestant], options: MemoryOptions) -> list[Record]:
+    """Seconds of a step on either base, taking turns; the ratio is to the same contestant on the first."""
+    if options.repeats == 0:
+        return []
+    names = [name for name in TIMED if name in contestants]
+    trainees = {f"{name}_{base}": stage.trainee(contestants[name]) for name in names for base, stage in stages.items()}
+    first = next(iter(stages.values()))
+    times = interleave(trainees, repeats=options.repeats, warmup=options.warmup, device=first.device)
+    title = f"step by base: {options.model}, {options.batch} x {options.length} tokens, {options.dtype}"
+    return [record for name in names for record in _of_one(name, title, times, list(stages))]
+
+
+def _of_one(name: str, title: str, times: Mapping[str, Sequence[float]], bases: Sequence[str]) -> Iterator[Record]:
+    own = {f"{name}_{base}": times[f"{name}_{base}"] for base in bases}
+    yield from records_of(title, own, f"{name}_{bases[0]}")

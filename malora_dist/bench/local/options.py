@@ -1,0 +1,66 @@
+"""Words of the command line made values, and back. Needs no torch."""
+
+import re
+import shlex
+from dataclasses import fields
+from typing import Any
+
+from malora_dist.bench.local.peers.contestants import CONTESTANTS
+from malora_dist.errors import ConfigError
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+BASES = ("full", "nf4")
+
+
+def sizes(text: str) -> list[tuple[int, int]]:
+    """`576,4096x11008`: (in_features, out_features) of linears; one number is both. Raises ConfigError."""
+    parts = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", part.strip()) for part in text.split(",")]
+    if None in parts:
+        raise ConfigError(f"--size {text!r} must be a list such as 576,4096x11008: inputs x outputs, or one for both")
+    return [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """`512,8192`. Raises ConfigError unless all are whole numbers above 0."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"{option} {text!r} must be a list of whole numbers above 0, such as 512,8192")
+    return [int(part) for part in parts]
+
+
+def labelled_share(text: str) -> float:
+    """`all`, or a share of a row's tokens above 0 and up to 1. Raises ConfigError."""
+    try:
+        share = 1.0 if text == "all" else float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ConfigError(f"--labels {text!r} must be all, or the share of tokens that are learned, such as 0.25")
+    return share
+
+
+def default_names(dtype: str) -> list[str]:
+    """Everyone, but nobody twice: in fp32 PEFT's two dtypes of adapters are one."""
+    return [name for name, contestant in CONTESTANTS.items() if dtype != "fp32" or not contestant.fp32]
+
+
+def names_on_one_linear(dtype: str) -> list[str]:
+    """`default_names` without those who differ only where linears read one tensor."""
+    return [name for name in default_names(dtype) if not CONTESTANTS[name].fuse_siblings]
+
+
+def one_of(option: str, value: str, known: Any) -> str:
+    """The value, if it is known. Raises ConfigError."""
+    if value not in known:
+        raise ConfigError(f"{option} {value!r} must be one of {', '.join(known)}")
+    return value
+
+
+def command_line(verb: str, options: Any) -> str:
+    """How to run it again: `malora bench VERB` with every option of the dataclass that differs from its default."""
+    words = ["malora", "bench", verb]
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value is not None and value != option.default:
+            words += [f"--{option.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,1 @@
+"""What is measured side by side: the base, our methods, and what people would use instead."""

@@ -1,0 +1,82 @@
+"""Seconds of several subjects that take turns, and their ratios round by round."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from malora_dist.bench.local.records import Record
+from malora_dist.errors import ConfigError
+
+
+def interleave(
+    subjects: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int, device: torch.device | str
+) -> dict[str, list[float]]:
+    """Seconds of each subject in each of `repeats` rounds, after `warmup` rounds that are not kept.
+
+    Each round begins with another subject (A B C, B C A, ...), so that whatever slows the machine slows all alike and
+    none always follows the same one. A CUDA device is synchronised before and after each turn.
+    """
+    names = list(subjects)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, repeats):
+        begin = number % len(names)
+        for name in [*names[begin:], *names[:begin]]:
+            taken = _seconds(subjects[name], torch.device(device))
+            if number >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _seconds(subject: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
+    started = time.perf_counter()
+    subject()
+    _finish(device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reference(wanted: str | None, times: Mapping[str, Sequence[float]]) -> str:
+    """Whom ratios are to: `wanted`, or peft_lora, or the first. Raises ConfigError for someone who takes no part."""
+    if wanted is not None and wanted not in times:
+        raise ConfigError(f"--against {wanted!r} takes no part: {', '.join(times)}")
+    return wanted or ("peft_lora" if "peft_lora" in times else next(iter(times)))
+
+
+def records_of(
+    case: str,
+    times: Mapping[str, Sequence[float]],
+    against: str,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Record]:
+    """A record for each subject, with its facts: median seconds, and the ratio to `against` in the same round."""
+    records = []
+    for name, seconds in times.items():
+        ratios = [mine / other for mine, other in zip(seconds, times[against], strict=True)]
+        records.append(
+            Record(
+                name,
+                case,
+                median_s=median(seconds),
+                ratio=median(ratios),
+                ratio_quartiles=quartiles(ratios),
+                against=against,
+                facts=dict((facts or {}).get(name, {})),
+            )
+        )
+    return records
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third; of one value twice that."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return low, high

@@ -1,0 +1,148 @@
+"""`malora bench roofline`: how long a training step must take at least, by formula. Needs no torch and no GPU.
+
+The bound of a kernel is the longer of computing and moving; the bound of a step is their sum, one after another.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from malora_dist.bench.kernels import PHASES, Device, Form, Kernel, Sizes, adapter_kernels, base_kernels
+from malora_dist.methods import MixtureSpec, count_parameters, match_budget, mixture_spec
+from malora_dist.plan.shapes import Linear, ModelShape
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+INPUTS = {"q_proj": 3, "k_proj": 3, "v_proj": 3, "gate_proj": 2, "up_proj": 2}
+LOGIT_BYTES = 24
+PAPER = {"molora_over_malora": 1.2, "malora_over_lora": 1.075}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method and how it is computed; without a spec the frozen base."""
+
+    name: str
+    spec: MixtureSpec | None
+    form: Form = Form()  # noqa: B008  # frozen
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A model's step of `tokens` in samples of `length`, on a device. `nf4`: linears are unpacked from 4 bits."""
+
+    shape: ModelShape
+    tokens: int
+    length: int
+    device: Device
+    nf4: bool = False
+
+    @property
+    def adapted(self) -> tuple[Linear, ...]:
+        return tuple(linear for linear in self.shape.linears if linear.name in TARGETS)
+
+    def subjects(self) -> list[Subject]:
+        """The frozen base, MALoRA in all its forms, LoRA at equal trainable parameters and r 64, MoLoRA r 8."""
+        malora, molora = mixture_spec("malora"), mixture_spec("molora", r=8)
+        sizes = [(linear.in_features, linear.out_features) for linear in self.adapted]
+        lora = match_budget("lora", sizes, sum(count_parameters(malora, *size) for size in sizes))
+        chosen = Form(chosen_rows=True)
+        joined = Form(router="joined")
+        return [
+            Subject("base", None),
+            Subject(f"lora r {lora.r}", lora),
+            Subject("lora r 64", mixture_spec("lora", r=64)),
+            Subject(f"peft_lora r {lora.r}", lora, Form(eager=True)),
+            Subject("malora", malora),
+            Subject("malora_fp32_router", malora, Form(router="fp32")),
+            Subject("malora_joined", malora, joined),
+            Subject("malora_siblings", malora, replace(joined, siblings=True)),
+            Subject("malora_grouped", malora, chosen),
+            Subject("malora_dispatched", malora, replace(chosen, late_gates=True)),
+            Subject("molora", molora),
+            Subject("molora_dispatched", molora, replace(chosen, late_gates=True)),
+        ]
+
+    def linear_kernels(self, subject: Subject, linear: Linear, tokens: int | None = None) -> list[Kernel]:
+        """Base and adapter of one linear."""
+        sharing = INPUTS.get(linear.name, 1)
+        sizes = Sizes(tokens or self.tokens, linear.in_features, linear.out_features, sharing=sharing)
+        kernels = list(base_kernels(sizes, nf4=self.nf4))
+        if subject.spec is not None and linear in self.adapted:
+            kernels += adapter_kernels(subject.spec, sizes, subject.form)
+        return kernels
+
+    def step_kernels(self, subject: Subject) -> list[Kernel]:
+        """The whole step; a kernel's count says in how many blocks it runs."""
+        block = [kernel for linear in self.shape.linears for kernel in self.linear_kernels(subject, linear)]
+        block += _rest_of_block(self.shape, self.tokens, self.length)
+        layers = [replace(kernel, count=kernel.count * self.shape.num_layers) for kernel in block]
+        return [*layers, *_head(self.shape, self.tokens)]
+
+    def seconds(self, kernels: Sequence[Kernel], phase: str | None = None) -> float:
+        """Bound of those kernels of a phase, or of all."""
+        return sum(kernel.seconds(self.device) for kernel in kernels if phase in (None, kernel.phase))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the step of each subject, and every kernel of each distinct linear."""
+        steps, linears = [], []
+        for subject in self.subjects():
+            kernels = self.step_kernels(subject)
+            phases = {phase: self.seconds(kernels, phase) for phase in PHASES}
+            steps.append({"name": subject.name, "seconds": self.seconds(kernels), "phases": phases, **totals(kernels)})
+            for linear in distinct(self.adapted):
+                for kernel in self.linear_kernels(subject, linear):
+                    case = {"name": subject.name, "case": title(linear), "seconds": kernel.seconds(self.device)}
+                    linears.append({**case, **asdict(kernel)})
+        return {
+            "model": self.shape.source,
+            "tokens": self.tokens,
+            "length": self.length,
+            "base": "nf4" if self.nf4 else "full",
+            "device": asdict(self.device),
+            "steps": steps,
+            "kernels": linears,
+            "paper": PAPER,
+        }
+
+
+def _rest_of_block(shape: ModelShape, tokens: int, length: int, itemsize: int = 2) -> Iterator[Kernel]:
+    """Causal attention that never writes its scores, and norms, rotary, residuals, SwiGLU and sums of gradients."""
+    heads = shape.num_heads * shape.head_dim
+    q_k_v = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    attention = 4 * (tokens * length / 2) * heads
+    # Backward computes the scores again: 5 products against forward's 2.
+    for phase, share in (("forward", 1.0), ("dx", 2.5)):
+        yield Kernel(phase, "attention", share * attention, share * tokens * (q_k_v + heads) * itemsize)
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    forward = 2 * 2 * hidden + 2 * 3 * hidden + 2 * q_k_v + 3 * inner
+    # Linears that share an input have their dx added up: three kernels a block.
+    dx = 2 * 3 * hidden + 2 * 3 * hidden + 2 * q_k_v + 5 * inner + 3 * 3 * hidden
+    for phase, numbers in (("forward", forward), ("dx", dx)):
+        yield Kernel(phase, "elementwise", 0, tokens * numbers * itemsize)
+
+
+def _head(shape: ModelShape, tokens: int) -> Iterator[Kernel]:
+    """Logits of all tokens, their dx, and the cross-entropy as transformers computes it, in fp32."""
+    sizes = Sizes(tokens, shape.hidden_size, shape.vocab_size)
+    yield from (replace(kernel, part="head") for kernel in base_kernels(sizes))
+    for phase in ("forward", "dx"):
+        yield Kernel(phase, "loss", 0, tokens * shape.vocab_size * LOGIT_BYTES / 2)
+
+
+def totals(kernels: Sequence[Kernel]) -> dict[str, float]:
+    """FLOPs and bytes of all."""
+    return {
+        "flops": sum(kernel.count * kernel.flops for kernel in kernels),
+        "nbytes": sum(kernel.count * kernel.nbytes for kernel in kernels),
+    }
+
+
+def distinct(linears: Sequence[Linear]) -> list[Linear]:
+    """One linear of each size, the first."""
+    sizes = {(linear.in_features, linear.out_features): linear for linear in reversed(linears)}
+    return [linear for linear in linears if linear in sizes.values()]
+
+
+def title(linear: Linear) -> str:
+    """Its size."""
+    return f"{linear.in_features} -> {linear.out_features}"

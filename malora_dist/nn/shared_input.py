@@ -1,0 +1,53 @@
+"""What several layers make together of the one tensor they all read."""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from torch import Tensor, nn
+
+Part = TypeVar("Part")
+
+
+class SharedInput(Generic[Part]):
+    """Parts for layers that read one tensor (q, k and v; gate and up): whichever is asked first computes for all.
+
+    `compute` takes the tensor and gives one part for each of `layers`, in their order.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], compute: Callable[[Tensor], Sequence[Part]]) -> None:
+        self._ids, self._compute = [id(layer) for layer in layers], compute
+        self._input: _Memory | None = None
+        self._parts: dict[int, Part] = {}
+
+    def take(self, layer: nn.Module, x: Tensor) -> Part:
+        """This layer's part, once."""
+        if id(layer) not in self._parts or self._input is None or not self._input.holds(x):
+            parts = self._compute(x)
+            self._input, self._parts = _Memory(x), dict(zip(self._ids, parts, strict=True))
+        part = self._parts.pop(id(layer))
+        if not self._parts:
+            self._input = None
+        return part
+
+
+class _Memory:
+    """The numbers of a tensor as they are now; kept alive, so that nothing else takes their place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, _version(tensor)
+
+    def holds(self, other: Tensor) -> bool:
+        """Whether `other` is the same numbers in memory: DeepSpeed's hooks hand each module an alias of its input."""
+        tensor = self._tensor
+        return (
+            tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
+            and tensor.storage_offset() == other.storage_offset()
+            and tensor.shape == other.shape
+            and tensor.stride() == other.stride()
+            and self._version == _version(other)
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the memory was written to in place; inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version

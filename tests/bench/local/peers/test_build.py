@@ -1,0 +1,49 @@
+"""Every contestant on one small model: what is trained, what is shared, and that all start as the base."""
+
+import pytest
+import torch
+
+from malora_dist.bench.local.peers.build import Base, build
+from malora_dist.bench.local.peers.contestants import CONTESTANTS
+from malora_dist.methods import count_parameters
+from malora_dist.nn.inject import DEFAULT_TARGETS
+from malora_dist.nn.nf4_linear import NF4Linear
+from tests.conftest import LlamaFactory
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_all_train_their_method_on_one_base(tiny_llama: LlamaFactory, load_in_4bit: bool) -> None:
+    base = Base.of(tiny_llama(torch.bfloat16), DEFAULT_TARGETS, load_in_4bit=load_in_4bit, peft=True)
+    frozen = {p.data_ptr() for part in (base.ours, base.theirs) for p in part.parameters()}
+    assert len(base.sizes) == 12 and base.dtype == torch.bfloat16
+    expected = base.ours(IDS).logits
+    for name, contestant in CONTESTANTS.items():
+        adapted = build(contestant, base, dropout=0.05)
+        spec, model = adapted.spec, adapted.model
+        count = 0 if spec is None else sum(count_parameters(spec, *size) for size in base.sizes)
+        assert adapted.facts["trainable"] == count, name
+        assert all(p.data_ptr() in frozen for p in model.parameters() if not p.requires_grad), name
+        ours = contestant.maker == "ours" or contestant.fp32
+        assert {p.dtype for p in adapted.trained} <= {torch.float32 if ours else torch.bfloat16}, name
+        assert model.training
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=0.03, atol=0.03, msg=name)
+    assert not any(p.requires_grad for p in base.ours.parameters())
+
+
+def test_forms_and_layers(tiny_llama: LlamaFactory) -> None:
+    from peft.tuners.lora.bnb import Linear4bit
+
+    base = Base.of(tiny_llama(), DEFAULT_TARGETS, load_in_4bit=True, peft=True)
+    built = {name: build(CONTESTANTS[name], base) for name in ("lora", "malora_grouped", "molora_looped", "peft_lora")}
+    assert {name: one.form for name, one in built.items() if one.form} == {
+        "malora_grouped": "grouped",
+        "molora_looped": "dispatched",
+    }
+    assert len(built["malora_grouped"].routers) == 12
+    siblings = build(CONTESTANTS["malora_siblings"], base).model
+    assert sum(type(module).__name__ == "SiblingEntrance" for module in siblings.modules()) == 4
+    kinds = {name: [type(m) for m in one.model.modules()] for name, one in built.items()}
+    assert kinds["peft_lora"].count(Linear4bit) == 12 and NF4Linear not in kinds["peft_lora"]
+    assert kinds["lora"].count(NF4Linear) == 14, "the head is not quantised"

@@ -1,0 +1,32 @@
+"""The command line of the benchmarks; what the commands do is tested beside their modules."""
+
+import inspect
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+
+import pytest
+
+from malora_dist.bench.app import bench
+from malora_dist.bench.local.peers.contestants import CONTESTANTS
+
+BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from malora_dist.cli import main; main(sys.argv[1:])"
+
+
+@pytest.mark.parametrize("verb", ["layer", "step"])
+def test_help_needs_no_torch_and_names_everyone(verb: str) -> None:
+    command = [sys.executable, "-c", BLOCK_TORCH, "bench", verb, "--help"]
+    environment = os.environ | {"COLUMNS": "400", "NO_COLOR": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert all(text in done.stdout for text in ("--repeats", "--json", ",".join(CONTESTANTS)))
+
+
+@pytest.mark.parametrize(("verb", "name"), [("layer", "LayerOptions"), ("step", "StepOptions")])
+def test_the_command_has_the_options_of_its_module_and_their_defaults(verb: str, name: str) -> None:
+    options = getattr(import_module(f"malora_dist.bench.local.{verb}"), name)
+    (command,) = [one.callback for one in bench.registered_commands if one.callback.__name__ == verb]
+    given = {key: parameter.default for key, parameter in inspect.signature(command).parameters.items()}
+    assert given == {option.name: option.default for option in fields(options)} | {"as_json": None, "markdown": None}

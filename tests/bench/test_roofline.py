@@ -1,0 +1,146 @@
+"""The counts against what the real layer multiplies, and the bound of a step against a count by hand."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from malora_dist.bench.kernels import Device, Form, Kernel, Sizes, adapter_kernels, base_kernels
+from malora_dist.bench.roofline import Roofline
+from malora_dist.methods import MixtureSpec, mixture_spec
+from malora_dist.nn.inject import inject_adapters
+from malora_dist.plan.shapes import ModelShape
+
+T, I, O, FP32 = 24, 40, 56, 4  # noqa: E741
+PRODUCTS = ("base", "down", "router", "core", "up")
+SPECS = {
+    "lora": mixture_spec("lora", r=6),
+    "molora": mixture_spec("molora", num_experts=4, r=3),
+    "malora": mixture_spec("malora", num_experts=4, r=6, shared_r=8),
+}
+SHAPE = ModelShape(
+    source="test",
+    hidden_size=64,
+    intermediate_size=160,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=100,
+    tied_head=True,
+)
+
+
+class Products(TorchDispatchMode):
+    """FLOPs of matrix products, and the bytes that they read and write. (torch's own counter leaves out addmm_.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            left, right = args[-2:]
+            self.flops += 2 * left.numel() * right.shape[1]
+            self.nbytes += sum(tensor.numel() * tensor.element_size() for tensor in (*args, output))
+        assert func._schema.name not in ("aten::bmm", "aten::baddbmm", "aten::addmv"), "a product not counted here"
+        return output
+
+
+def run_layer(spec: MixtureSpec, computation: str = "dense") -> Callable[[], None]:
+    """Forward and backward of the real layer."""
+    model = nn.Sequential()
+    model.add_module("linear", nn.Linear(I, O, bias=False))
+    inject_adapters(model, spec, ["linear"], computation=computation)
+    x = torch.randn(T, I, requires_grad=True)
+    return lambda: model(x).backward(torch.randn(T, O))
+
+
+def counted(spec: MixtureSpec, form: Form = Form()) -> list[Kernel]:  # noqa: B008
+    sizes = Sizes(T, I, O, itemsize=FP32)
+    return [*base_kernels(sizes), *adapter_kernels(spec, sizes, form)]
+
+
+@pytest.mark.parametrize(
+    ("name", "computation", "form"),
+    [
+        ("lora", "dense", Form()),
+        ("lora", "dense", Form(eager=True)),
+        ("molora", "dense", Form()),
+        ("malora", "dense", Form()),
+        ("malora", "dense", Form(router="fp32")),
+        ("malora", "dense", Form(router="joined", siblings=True)),
+        ("malora", "grouped", Form(chosen_rows=True)),
+        ("malora", "grouped", Form(chosen_rows=True, late_gates=True)),
+        ("molora", "grouped", Form(chosen_rows=True)),
+    ],
+)
+def test_flops_are_those_the_layer_multiplies(name: str, computation: str, form: Form) -> None:
+    run = run_layer(SPECS[name], computation)
+    with Products() as counter:
+        run()
+    products = [kernel for kernel in counted(SPECS[name], form) if kernel.part in PRODUCTS]
+    assert sum(kernel.flops for kernel in products) == counter.flops
+
+
+def test_bytes_are_those_the_products_touch() -> None:
+    """LoRA's, where each product of the formula is one of the layer's."""
+    run = run_layer(SPECS["lora"])
+    with Products() as counter:
+        run()
+    products = [kernel for kernel in counted(SPECS["lora"]) if kernel.part in PRODUCTS]
+    assert sum(kernel.nbytes for kernel in products) == counter.nbytes
+
+
+def test_what_the_forms_of_malora_move() -> None:
+    """By hand: the router's reads of x, a sibling's share of them, and K rows out and home."""
+    moved = {
+        form: sum(kernel.nbytes for kernel in counted(SPECS["malora"], form)) / FP32
+        for form in (
+            Form(),
+            Form(router="fp32"),
+            Form(router="joined"),
+            Form(chosen_rows=True),
+            Form(chosen_rows=True, late_gates=True),
+        )
+    }
+    plain = moved[Form()]
+    # In fp32 the copy of x is one more tensor, written and read in place of x.
+    assert moved[Form(router="fp32")] - plain == 2 * T * I
+    # x once less forward and for the weights, dx read and written once less.
+    assert plain - moved[Form(router="joined")] == (1 + 2 + 1) * T * I
+    K = SPECS["malora"].top_k
+    late = moved[Form(chosen_rows=True, late_gates=True)] - moved[Form(chosen_rows=True)]
+    assert late == 2 * T * O + K * T * O - 5 * K * T * SPECS["malora"].r
+    sizes = Sizes(T, I, O, itemsize=FP32, sharing=3)
+    joined = [
+        sum(k.nbytes for k in adapter_kernels(SPECS["malora"], sizes, Form(router="joined", siblings=s)))
+        for s in (False, True)
+    ]
+    assert (joined[0] - joined[1]) / FP32 == pytest.approx((1 + 2 + 1) * T * I * 2 / 3)
+
+
+def test_the_step_by_hand() -> None:
+    tokens, length = 64, 32
+    roofline = Roofline(SHAPE, tokens, length, Device(flops=1e12, bandwidth=1e30))
+    subjects = {subject.name: subject for subject in roofline.subjects()}
+    linears = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 160)
+    attention = 3 * (1 + 2.5) * 4 * (tokens * length / 2) * 64
+    expected = 2 * 2 * tokens * (linears + 64 * 100) + attention
+    base = roofline.step_kernels(subjects["base"])
+    assert sum(kernel.count * kernel.flops for kernel in base) == expected
+    # With endless bandwidth the bound is computing alone, with endless FLOP/s moving alone.
+    assert roofline.seconds(base) == pytest.approx(expected / 1e12)
+    moving = Roofline(SHAPE, tokens, length, Device(flops=1e30, bandwidth=1e9))
+    assert moving.seconds(base) == pytest.approx(sum(kernel.count * kernel.nbytes for kernel in base) / 1e9)
+
+
+def test_a_4_bit_base_is_unpacked_twice() -> None:
+    sizes = Sizes(T, 64, 128)
+    added = [kernel for kernel in base_kernels(sizes, nf4=True) if kernel.part == "unpack"]
+    assert [kernel.phase for kernel in added] == ["forward", "dx"]
+    assert {kernel.nbytes for kernel in added} == {64 * 128 / 2 + 4 * 64 * 128 / 64 + 2 * 64 * 128}
