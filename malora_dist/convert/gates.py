@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from malora_dist.functional.routing import Routing
 from malora_dist.nn.inject import mixture_layers
+from malora_dist.nn.siblings import join_siblings, part_siblings
 
 # (layer, its input (T, I), what its router decided) -> what its experts get
 Decide = Callable[[str, Tensor, Routing], Routing]
@@ -26,12 +27,16 @@ def deciding(model: nn.Module, decide: Decide) -> Iterator[None]:
 
         return hook
 
+    joined = any(layer.siblings is not None for _, layer in mixture_layers(model))
+    part_siblings(model)
     handles = [layer.entrance.register_forward_hook(hook_of(name)) for name, layer in mixture_layers(model)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        if joined:
+            join_siblings(model)
 
 
 @contextmanager

@@ -58,8 +58,8 @@ def balance_loss(
     """This process's share of the balance loss (shares of all processes add up to the loss), and expert counts.
 
     The counts are (G, L, E): how often each task's tokens chose each expert of each layer, on this process. Layers
-    whose tokens use every expert have nothing to balance and are not among the L. Call after forward and before
-    backward: recomputation under activation checkpointing replaces `layer.routing`.
+    whose tokens use every expert have nothing to balance and are not among the L. Call after forward, once: it takes
+    every `layer.routing` away.
     """
     taken = [(layer.balanced, _take_routing(layer)) for _, layer in mixture_layers(model) if layer.routed]
     routings = [routing for balanced, routing in taken if balanced]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from malora_dist.functional.dropout import keep_mask
+from malora_dist.functional.dropout import keep, keep_bits
 
 
 def enter(
@@ -33,7 +33,16 @@ def enter(
 def router_logits(x_TI: Tensor, gates: Sequence[Tensor]) -> Tensor:
     """(T, sum E): W_g x, in fp32 (fp64 for fp64 input)."""
     dtype = torch.promote_types(x_TI.dtype, torch.float32)
-    return F.linear(x_TI.to(dtype), _stack(gates, dtype)) if gates else x_TI.new_empty(len(x_TI), 0, dtype=dtype)
+    if not gates:
+        return x_TI.new_empty(len(x_TI), 0, dtype=dtype)
+    with torch.autocast(x_TI.device.type, enabled=False):
+        return F.linear(x_TI.to(dtype), _stack(gates, dtype))
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that products run in under torch.autocast; itself elsewhere."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class _Enter(torch.autograd.Function):
@@ -51,9 +60,13 @@ class _Enter(torch.autograd.Function):
         elif keys_T is None:
             h_TW = F.linear(x_TI, _stack(downs, x_TI.dtype))
         else:
-            dropped_TI = x_TI.masked_fill(~keep_mask(keys_T, salt, x_TI.shape[1], p), 0)
+            dropped_TI = keep(x_TI, keep_bits(keys_T, salt, x_TI.shape[1], p))
             h_TW = F.linear(dropped_TI, _stack(downs, x_TI.dtype)).div_(1 - p)
-        return x_TI.view_as(x_TI), h_TW, router_logits(x_TI, gates)
+        base_TI = x_TI.view_as(x_TI)
+        if not ctx.needs_input_grad[0]:
+            # Else the base would compute a gradient that nobody wants.
+            ctx.mark_non_differentiable(base_TI)
+        return base_TI, h_TW, router_logits(x_TI, gates)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,12 +82,12 @@ class _Enter(torch.autograd.Function):
                 grad_TI.addmm_(grad_TN, _stack(weights, x_TI.dtype))
         else:
             downs, gates = weights[: ctx.num_downs], weights[ctx.num_downs :]
-            dropped = ~keep_mask(keys_T, ctx.salt, x_TI.shape[1], ctx.p)
+            bits = keep_bits(keys_T, ctx.salt, x_TI.shape[1], ctx.p)
             grad_h_TW = grad_h_TW / (1 - ctx.p)
-            down_rows = grad_h_TW.T @ x_TI.masked_fill(dropped, 0)
+            down_rows = grad_h_TW.T @ keep(x_TI, bits)
             grad_NI = torch.cat([down_rows, grad_logits_TE.T @ x_TI]) if need_weights else None
             if need_x:
-                grad_TI.add_((grad_h_TW @ _stack(downs, x_TI.dtype)).masked_fill_(dropped, 0))
+                grad_TI.add_(keep(grad_h_TW @ _stack(downs, x_TI.dtype), bits))
                 if gates:
                     grad_TI.addmm_(grad_logits_TE, _stack(gates, x_TI.dtype))
         return grad_TI if need_x else None, None, None, None, None, *_unstack(grad_NI, weights)

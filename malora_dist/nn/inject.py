@@ -66,7 +66,7 @@ def inject_adapters(
     cannot reach.
     """
     _refuse_fused_experts(model)
-    if computation == "grouped_triton":
+    if computation == "grouped_triton" and spec.structure.routed:
         require_triton(next(model.parameters()).device)
     matches = {target: _find_targets(model, target) for target in target_modules}
     _check_matches(model, matches, spec)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from malora_dist.functional.cost import prefer_grouped
 from malora_dist.functional.dense import dense_experts
 from malora_dist.functional.dropout import keyed_dropout
-from malora_dist.functional.entrance import enter
+from malora_dist.functional.entrance import autocast, enter
 from malora_dist.functional.grouped import grouped_experts
 from malora_dist.functional.init import kaiming_uniform, shared_subspace_init
 from malora_dist.functional.routing import Routing, largest
@@ -55,7 +55,8 @@ class MixtureLinear(nn.Module):
     are fp32; products run in the dtype of x. `routing` keeps the last forward's decision; `balanced` says whether it
     belongs in the balance loss.
 
-    Without a `dispatcher` all experts are here. With one (`parallel.apply`), this module holds `num_local_experts` of
+    The base's output is added to in place, and so is the gradient of its input: hooks on the base must copy what they
+    keep. Without a `dispatcher` all experts are here. With one (`parallel.apply`), this module holds `num_local_experts` of
     them and the dispatcher brings the tokens.
 
     Shapes: x (..., I) -> (..., O).
@@ -171,7 +172,11 @@ class MixtureLinear(nn.Module):
             base: Tensor = self.base_layer(x)
             return base
         x_TI, add_experts = self._start(x) if self.dispatcher is None else self.dispatcher.start(self, x)
-        return add_experts(self.base_layer(x_TI)).view(*x.shape[:-1], self.out_features)
+        base_TO = self.base_layer(x_TI)
+        if self.base_layer._backward_hooks:
+            # Such hooks hand out a view, which must not be added to in place.
+            base_TO = base_TO.clone()
+        return add_experts(base_TO).view(*x.shape[:-1], self.out_features)
 
     def enter(self, x: Tensor, through_A: bool = False) -> Entered:
         """What the layer makes of its input (..., I) before the experts; `routing` keeps the routing."""
@@ -179,7 +184,7 @@ class MixtureLinear(nn.Module):
             entered = self.siblings.enter(self, x)
             self._keep(entered.routing)
             return entered
-        x_TI = x.reshape(-1, self.in_features)
+        x_TI = autocast(x).reshape(-1, self.in_features)
         keys_T = self.entrance.dropout_keys(x_TI, self.token_keys)
         base_TI, h, routing = self.entrance(x_TI, keys_T)
         self._keep(routing)
@@ -201,7 +206,7 @@ class MixtureLinear(nn.Module):
         return entered.x_TI, lambda base_TO: self._add_experts(base_TO, entered)
 
     def _add_experts(self, base_TO: Tensor, entered: Entered) -> Tensor:
-        """The base output with the weighted experts of this module added, in place where nothing else needs it."""
+        """The base output with the weighted experts of this module added, in place but for DoRA."""
         _, h, routing, through_A = entered
         if self.dora is not None:
             assert self.core is not None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Part = TypeVar("Part")
@@ -15,16 +16,18 @@ class SharedInput(Generic[Part]):
     """
 
     def __init__(self, layers: Sequence[nn.Module], compute: Callable[[Tensor], Sequence[Part]]) -> None:
-        self._ids, self._compute = [id(layer) for layer in layers], compute
+        self._layers, self._compute = list(layers), compute
         self._input: _Memory | None = None
+        self._mode = (False, False)
         self._parts: dict[int, Part] = {}
 
     def take(self, layer: nn.Module, x: Tensor) -> Part:
         """This layer's part, once."""
-        if id(layer) not in self._parts or self._input is None or not self._input.holds(x):
-            parts = self._compute(x)
-            self._input, self._parts = _Memory(x), dict(zip(self._ids, parts, strict=True))
-        part = self._parts.pop(id(layer))
+        place = next(n for n, each in enumerate(self._layers) if each is layer)
+        mode = torch.is_grad_enabled(), layer.training
+        if place not in self._parts or self._mode != mode or self._input is None or not self._input.holds(x):
+            self._input, self._mode, self._parts = _Memory(x), mode, dict(enumerate(self._compute(x)))
+        part = self._parts.pop(place)
         if not self._parts:
             self._input = None
         return part

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from malora_dist.functional.entrance import enter
+from malora_dist.functional.entrance import autocast, enter
 from malora_dist.functional.routing import Routing, choose
 from malora_dist.nn.entrance import Entrance
 from malora_dist.nn.mixture import Entered, MixtureLinear
@@ -55,7 +55,7 @@ class Siblings:
 
     def _enter(self, x: Tensor) -> list[Entered]:
         first = self.layers[0]
-        x_TI = x.reshape(-1, first.in_features)
+        x_TI = autocast(x).reshape(-1, first.in_features)
         keys_T = first.entrance.dropout_keys(x_TI, first.token_keys)
         base_TI, hs, routings = self.entrance(x_TI, keys_T)
         return [Entered(base_TI, h_TD, routing) for h_TD, routing in zip(hs, routings, strict=True)]

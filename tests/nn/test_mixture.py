@@ -203,3 +203,37 @@ def test_the_dense_layer_compiles_without_a_graph_break(method: str, dropout: fl
     torch.testing.assert_close(traced, plain)
     for got, want in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (traced, plain)), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("method", "computation"), METHODS_AND_FORMS)
+def test_under_autocast(method: str, computation: str, dropout: float) -> None:
+    """fp32 input and parameters, products in bf16, logits in fp32; gradients reach all of them."""
+    case = CASES["plain"]
+    layer = _layer(nn.Linear(case.I, case.O), case, method, computation, dropout=dropout).train()
+    layer.B.data.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, case.I, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert layer.routing is None or layer.routing.probs_TE.dtype == torch.float32
+    y.float().sum().backward()
+    for gradient in (x.grad, *(parameter.grad for _, parameter in layer.factors())):
+        assert gradient.dtype == torch.float32 and gradient.any()
+
+
+def test_the_base_gives_no_gradient_that_nobody_wants_and_may_have_hooks() -> None:
+    case = CASES["plain"]
+    layer = _layer(nn.Linear(case.I, case.O).requires_grad_(False), case, "malora", "dense")
+    seen: list[Any] = []
+    handle = layer.base_layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].requires_grad))
+    x = torch.randn(5, case.I)
+    layer(x)
+    layer(x.requires_grad_())
+    assert seen == [False, True]
+    handle.remove()
+    plain = layer(x).detach()
+    layer.base_layer.register_full_backward_hook(lambda *arguments: seen.append("backward"))
+    y = layer(x)
+    y.sum().backward()
+    assert seen[-1] == "backward" and torch.equal(y, plain)

@@ -1,5 +1,6 @@
 """Linears that enter together against the same linears each by itself."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from malora_dist.convert.gates import constant_gates
 from malora_dist.functional.dropout import token_keys
 from malora_dist.methods import mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters, mixture_layers, remove_adapters
@@ -93,3 +95,36 @@ def test_another_tensor_is_computed_anew() -> None:
     shared.take(layers[0], second)
     shared.take(layers[1], second.add_(1))
     assert len(seen) == 5, "numbers that changed in place are another tensor"
+
+
+def test_a_copy_of_the_model_enters_by_itself() -> None:
+    model = _model("malora", True)
+    with torch.no_grad():
+        model(input_ids=torch.arange(6)[None], use_cache=False)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        each.zero_grad()
+    (loss, _, grads), (loss_2, _, grads_2) = _results(model), _results(twin)
+    assert torch.equal(loss, loss_2)
+    torch.testing.assert_close(grads_2, grads)
+
+
+def test_what_was_made_without_a_graph_is_not_taken_into_one() -> None:
+    model = _model("malora", True)
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 5, 24, dtype=torch.float64)
+    with torch.no_grad():
+        attention.q_proj(x)
+    attention.k_proj(x).sum().backward()
+    assert attention.k_proj.entrance.shared_A.grad is not None
+
+
+def test_deciding_reaches_layers_that_enter_together() -> None:
+    alone, together = _model("malora", False), _model("malora", True)
+    gates = {name: torch.tensor([0.5, 0.0, 0.25, 0.0]) for name, _ in mixture_layers(alone)}
+    ids = torch.arange(6)[None]
+    logits = []
+    for model in (alone, together):
+        with constant_gates(model, gates):
+            logits.append(model(input_ids=ids, use_cache=False).logits)
+    torch.testing.assert_close(logits[1], logits[0])
+    assert any(isinstance(module, SiblingEntrance) for module in together.modules())
