@@ -6,14 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+from malora_dist.bench.local.options import DTYPES
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.contestants import CONTESTANTS
 
 bench = typer.Typer(help="Measure variants of a recipe, layers and steps side by side.", no_args_is_help=True)
 
 Only = Annotated[str | None, typer.Option(help=f"Who takes part, of {','.join(CONTESTANTS)}.")]
-Against = Annotated[str | None, typer.Option(help="Whom ratios are to. Default: peft_lora, or the first.")]
-Dtype = Annotated[str, typer.Option(help="fp32 or bf16: the base, and what products run in.")]
+Against = Annotated[str | None, typer.Option(help="Whom ratios are to; takes part. Default: peft_lora, or the first.")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: the base, and what products run in.")]
 BaseKind = Annotated[str, typer.Option("--base", help="full or nf4.")]
 Dropout = Annotated[float, typer.Option(min=0, max=0.99, help="On the adapters' input.")]
 Model = Annotated[str, typer.Option(help="smollm2 (the demo's), random-1b (a Llama), a folder, GGUF file or hub id.")]
@@ -24,7 +25,7 @@ Loss = Annotated[str, typer.Option(help="hf: the model's own, on the logits of a
 Repeats = Annotated[int, typer.Option(min=1, help="Rounds measured.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Rounds before them.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as torch finds them.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:NUMBER.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write every record here.")]
 Markdown = Annotated[Path | None, typer.Option(help="Write the tables here.")]
 

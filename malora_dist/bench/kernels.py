@@ -49,8 +49,9 @@ class Form:
     chosen_rows: products over the rows of chosen experts only, sorted by expert. late_gates: there, the gates weigh the
     experts' O-wide outputs, as mixtures of experts are usually written, not their r-wide inputs.
     router: `apart` is a product of its own, `fp32` one over an fp32 copy of x, `joined` columns of the product with
-    S_A. siblings: linears with one input (q k v, gate up) have one such product. eager: scaling and sum are kernels of
-    their own and adapters are kept in the base's dtype, as in PEFT's LoRA.
+    S_A, `ours` (this package with an S_A; without one it is `fp32`) `fp32` forward and `joined` backward. siblings:
+    linears with one input (q k v, gate up) have one such product. eager: scaling and sum are kernels of their own and
+    adapters are kept in the base's dtype, as in PEFT's LoRA.
     """
 
     chosen_rows: bool = False
@@ -97,13 +98,13 @@ def adapter_kernels(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Ker
     else:
         yield from _all_rows(spec, sizes, form)
     if spec.structure.routed:
-        yield from _router(sizes, spec.num_experts, form.router)
+        yield from _router(sizes, spec.num_experts, form)
     yield from _parameters(spec, sizes, itemsize=sizes.itemsize if form.eager else FP32)
 
 
 def _all_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
     T, O, wide = sizes.T, sizes.O, spec.num_experts * spec.r  # noqa: E741
-    yield from _down(sizes, wide if spec.shared_r is None else spec.shared_r, spec.num_experts, form)
+    yield from _down(spec, sizes, wide if spec.shared_r is None else spec.shared_r, form)
     if spec.structure.core:
         assert spec.shared_r is not None
         yield sizes.gemm("forward", "core", T, spec.shared_r, wide)
@@ -121,15 +122,16 @@ def _all_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
         yield sizes.moves("dx", "scale and add", 2 * T * O + 3 * T * sizes.I)
 
 
-def _down(sizes: Sizes, columns: int, num_experts: int, form: Form) -> Iterator[Kernel]:
+def _down(spec: MixtureSpec, sizes: Sizes, columns: int, form: Form) -> Iterator[Kernel]:
     """x to so many columns for all tokens, the router's among them if `joined`; of siblings' one product the share."""
-    T, I = sizes.T, sizes.I  # noqa: E741
-    columns += num_experts if form.router == "joined" else 0
+    T, I, routers = sizes.T, sizes.I, spec.num_experts if spec.structure.routed else 0  # noqa: E741
+    forward = columns + (routers if form.router == "joined" else 0)
+    backward = columns + (routers if form.router in ("joined", "ours") else 0)
     shared = T * I * (1 - 1 / sizes.sharing) * sizes.itemsize if form.siblings else 0
     for kernel, reads in (
-        (sizes.gemm("forward", "down", T, I, columns), 1),
-        (sizes.gemm("dx", "down", T, columns, I, adds=not form.eager), 2),
-        (sizes.gemm("dw", "down", columns, T, I), 1),
+        (sizes.gemm("forward", "down", T, I, forward), 1),
+        (sizes.gemm("dx", "down", T, backward, I, adds=not form.eager), 2),
+        (sizes.gemm("dw", "down", backward, T, I), 1),
     ):
         yield replace(kernel, nbytes=kernel.nbytes - reads * shared)
 
@@ -139,7 +141,7 @@ def _chosen_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel
     T, O, rows = sizes.T, sizes.O, sizes.T * spec.top_k  # noqa: E741
     width = sizes.I if spec.shared_r is None else spec.shared_r
     if spec.shared_r is not None:
-        yield from _down(sizes, spec.shared_r, spec.num_experts, form)
+        yield from _down(spec, sizes, spec.shared_r, form)
     yield sizes.moves("forward", "dispatch", T * width + rows * width)
     if spec.has_core:
         yield from _expert_products(spec, sizes, "down" if spec.shared_r is None else "core", width, spec.r)
@@ -162,15 +164,16 @@ def _expert_products(spec: MixtureSpec, sizes: Sizes, part: str, inner: int, col
         yield Kernel(phase, part, 2 * rows * inner * columns, numbers * sizes.itemsize)
 
 
-def _router(sizes: Sizes, num_experts: int, router: str) -> Iterator[Kernel]:
+def _router(sizes: Sizes, num_experts: int, form: Form) -> Iterator[Kernel]:
     """Logits where they are a product of their own; softmax and choice over (T, E) in fp32."""
     T, I, E = sizes.T, sizes.I, num_experts  # noqa: E741
-    if router == "fp32":
-        yield sizes.moves("forward", "router", T * I)
-        yield Kernel("forward", "router", 2 * T * I * E, FP32 * (2 * T * I + E * I + T * E))
-    if router == "apart":
+    if form.router in ("fp32", "ours"):
+        x_numbers = T * I / (sizes.sharing if form.siblings else 1)
+        yield Kernel("forward", "fp32 copy of x", 0, x_numbers * (sizes.itemsize + FP32))
+        yield Kernel("forward", "router", 2 * T * I * E, FP32 * (x_numbers + E * I + T * E))
+    if form.router == "apart":
         yield sizes.gemm("forward", "router", T, I, E)
-    if router != "joined":
+    if form.router in ("fp32", "apart"):
         yield sizes.gemm("dx", "router", T, E, I, adds=True)
         yield sizes.gemm("dw", "router", E, T, I)
     for phase in ("forward", "dx"):

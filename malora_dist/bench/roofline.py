@@ -45,21 +45,23 @@ class Roofline:
         malora, molora = mixture_spec("malora"), mixture_spec("molora", r=8)
         sizes = [(linear.in_features, linear.out_features) for linear in self.adapted]
         lora = match_budget("lora", sizes, sum(count_parameters(malora, *size) for size in sizes))
-        chosen = Form(chosen_rows=True)
-        joined = Form(router="joined")
+        ours, fp32, joined = (Form(router=router) for router in ("ours", "fp32", "joined"))
+        dispatched = Form(chosen_rows=True, late_gates=True)
         return [
             Subject("base", None),
             Subject(f"lora r {lora.r}", lora),
             Subject("lora r 64", mixture_spec("lora", r=64)),
             Subject(f"peft_lora r {lora.r}", lora, Form(eager=True)),
-            Subject("malora", malora),
-            Subject("malora_fp32_router", malora, Form(router="fp32")),
+            Subject("malora", malora, ours),
+            Subject("malora_siblings", malora, replace(ours, siblings=True)),
+            Subject("malora_grouped", malora, replace(ours, chosen_rows=True)),
+            Subject("malora_fp32_router", malora, fp32),
+            Subject("malora_apart", malora),
             Subject("malora_joined", malora, joined),
-            Subject("malora_siblings", malora, replace(joined, siblings=True)),
-            Subject("malora_grouped", malora, chosen),
-            Subject("malora_dispatched", malora, replace(chosen, late_gates=True)),
-            Subject("molora", molora),
-            Subject("molora_dispatched", molora, replace(chosen, late_gates=True)),
+            Subject("malora_joined_siblings", malora, replace(joined, siblings=True)),
+            Subject("malora_dispatched", malora, dispatched),
+            Subject("molora", molora, fp32),
+            Subject("molora_dispatched", molora, dispatched),
         ]
 
     def linear_kernels(self, subject: Subject, linear: Linear, tokens: int | None = None) -> list[Kernel]:

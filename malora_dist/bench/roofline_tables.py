@@ -19,9 +19,12 @@ NOTES = (
     "ms, us: bounds from below, every kernel at the longer of its FLOPs over the device's rate and its bytes over the "
     "bandwidth, without launches, dropout and recomputation. over base: what the adapter adds to the frozen model. "
     "ratio: to LoRA at equal trainable parameters.",
-    "malora: router and S_A as products of their own. _fp32_router: logits from an fp32 copy of x. _joined: router and "
-    "S_A in one product. _siblings: one such product for q k v, and one for gate up. grouped: the chosen rows only. "
-    "dispatched: the same with gates on the experts' outputs. peft_lora: scaling and sum as kernels of their own.",
+    "malora: as this package computes it: logits from an fp32 copy of x; backward, router and S_A in one product. "
+    "_siblings: one entrance for q k v, and one for gate up (adapter.fuse_siblings). _grouped: the chosen rows only. "
+    "molora: as this package computes it: logits from an fp32 copy of x, router and A in two products. "
+    "Not in this package: _fp32_router: the same of MALoRA. _apart: router and S_A in two products, without a copy. "
+    "_joined: in one, forward and backward. dispatched: the chosen rows only, with gates on the experts' outputs. "
+    "peft_lora: scaling and sum as kernels of their own.",
     "The paper reports MALoRA 1.2 times as fast as MoLoRA and 7.5 % slower than LoRA, with other software.",
 )
 
@@ -104,7 +107,7 @@ def _linear_sheet(roofline: Roofline, linear: Linear) -> Sheet:
 
 
 def _kernel_sheet(roofline: Roofline, linear: Linear) -> Sheet:
-    """Every kernel of MALoRA's plain form on one linear."""
+    """Every kernel of MALoRA on one linear, in the package's dense form."""
     subject = next(subject for subject in roofline.subjects() if subject.name == "malora")
     kernels = sorted(roofline.linear_kernels(subject, linear), key=lambda kernel: PHASES.index(kernel.phase))
     rows = tuple(_kernel_row(kernel, roofline.device) for kernel in kernels)

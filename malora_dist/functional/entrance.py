@@ -95,8 +95,8 @@ class _Enter(torch.autograd.Function):
 
 def _stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """(N, I), all rows of all weights."""
-    rows = [weight.flatten(0, -2).to(dtype) for weight in weights]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    rows = [weight.flatten(0, -2) for weight in weights]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(dtype)
 
 
 def _unstack(grad_NI: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:

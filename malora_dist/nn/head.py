@@ -31,7 +31,8 @@ class LossHead(nn.Linear):
         try:
             yield
         finally:
-            self.targets_N = None
+            # The losses too: a hook that failed has left them here.
+            self.targets_N = self.losses_N = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """forward with its hooks; the losses go around them.
@@ -78,10 +79,11 @@ def loss_head(model: Any) -> LossHead | None:
 
 
 def _returns_what_the_head_gives(model: Any, name: str, head: nn.Linear) -> bool:
-    """Whether the model's own forward hands on the very tensor that its head made.
+    """Whether the model's own forward hands on the very tensor that its head made, as it was.
 
     Its code runs on a copy whose decoder and head are stand-ins, so no weight is needed, and a change of any kind
-    shows, as it makes another tensor. A forward that needs more of its parts counts as one that changes logits.
+    shows: it makes another tensor, or a new version of this one. A forward that needs more of its parts
+    counts as one that changes logits.
     """
     logits = torch.zeros(1, 2, 1, dtype=head.weight.dtype)
     probe = copy.copy(model)
@@ -91,7 +93,7 @@ def _returns_what_the_head_gives(model: Any, name: str, head: nn.Linear) -> bool
         output = probe(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False, logits_to_keep=torch.tensor([0]))
     except Exception:
         return False
-    return getattr(output, "logits", None) is logits
+    return getattr(output, "logits", None) is logits and logits._version == 0
 
 
 class _Decoder(nn.Module):

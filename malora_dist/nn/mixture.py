@@ -56,8 +56,8 @@ class MixtureLinear(nn.Module):
     belongs in the balance loss.
 
     The base's output is added to in place, and so is the gradient of its input: hooks on the base must copy what they
-    keep. Without a `dispatcher` all experts are here. With one (`parallel.apply`), this module holds `num_local_experts` of
-    them and the dispatcher brings the tokens.
+    keep. Without a `dispatcher` all experts are here. With one (`parallel.apply`), this module holds
+    `num_local_experts` of them and the dispatcher brings the tokens.
 
     Shapes: x (..., I) -> (..., O).
     """

@@ -74,6 +74,8 @@ def counted(spec: MixtureSpec, form: Form = Form()) -> list[Kernel]:  # noqa: B0
         ("malora", "dense", Form()),
         ("malora", "dense", Form(router="fp32")),
         ("malora", "dense", Form(router="joined", siblings=True)),
+        ("malora", "dense", Form(router="ours", siblings=True)),
+        ("malora", "grouped", Form(router="ours", chosen_rows=True)),
         ("malora", "grouped", Form(chosen_rows=True)),
         ("malora", "grouped", Form(chosen_rows=True, late_gates=True)),
         ("molora", "grouped", Form(chosen_rows=True)),
@@ -87,12 +89,13 @@ def test_flops_are_those_the_layer_multiplies(name: str, computation: str, form:
     assert sum(kernel.flops for kernel in products) == counter.flops
 
 
-def test_bytes_are_those_the_products_touch() -> None:
-    """LoRA's, where each product of the formula is one of the layer's."""
-    run = run_layer(SPECS["lora"])
+@pytest.mark.parametrize(("name", "router"), [("lora", "apart"), ("malora", "ours"), ("molora", "fp32")])
+def test_bytes_are_those_the_products_touch(name: str, router: str) -> None:
+    """Of the forms that bear a method's plain name: each product of the formula is one of the layer's."""
+    run = run_layer(SPECS[name])
     with Products() as counter:
         run()
-    products = [kernel for kernel in counted(SPECS["lora"]) if kernel.part in PRODUCTS]
+    products = [kernel for kernel in counted(SPECS[name], Form(router=router)) if kernel.part in PRODUCTS]
     assert sum(kernel.nbytes for kernel in products) == counter.nbytes
 
 
@@ -104,6 +107,7 @@ def test_what_the_forms_of_malora_move() -> None:
             Form(),
             Form(router="fp32"),
             Form(router="joined"),
+            Form(router="ours"),
             Form(chosen_rows=True),
             Form(chosen_rows=True, late_gates=True),
         )
@@ -113,6 +117,8 @@ def test_what_the_forms_of_malora_move() -> None:
     assert moved[Form(router="fp32")] - plain == 2 * T * I
     # x once less forward and for the weights, dx read and written once less.
     assert plain - moved[Form(router="joined")] == (1 + 2 + 1) * T * I
+    # The copy forward, and no second read of x nor of dx backward.
+    assert moved[Form(router="ours")] - plain == 2 * T * I - (2 + 1) * T * I
     K = SPECS["malora"].top_k
     late = moved[Form(chosen_rows=True, late_gates=True)] - moved[Form(chosen_rows=True)]
     assert late == 2 * T * O + K * T * O - 5 * K * T * SPECS["malora"].r
@@ -122,6 +128,12 @@ def test_what_the_forms_of_malora_move() -> None:
         for s in (False, True)
     ]
     assert (joined[0] - joined[1]) / FP32 == pytest.approx((1 + 2 + 1) * T * I * 2 / 3)
+    ours = [
+        sum(k.nbytes for k in adapter_kernels(SPECS["malora"], sizes, Form(router="ours", siblings=s)))
+        for s in (False, True)
+    ]
+    # And of the copy: read, written, and read again.
+    assert (ours[0] - ours[1]) / FP32 == pytest.approx((1 + 2 + 1 + 3) * T * I * 2 / 3)
 
 
 def test_the_step_by_hand() -> None:

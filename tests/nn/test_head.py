@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, MixtralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Qwen2Config,
+)
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
@@ -109,6 +118,21 @@ def test_a_plain_head_but_for_losses(tiny_llama: LlamaFactory) -> None:
     torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=0, atol=0)
 
 
+def test_a_hook_that_fails_leaves_no_losses(tiny_llama: LlamaFactory) -> None:
+    model, ids = tiny_llama().requires_grad_(False), torch.arange(7)[None]
+    wanted = model(input_ids=ids).logits
+    assert install_loss_head(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a hook")
+
+    handle = model.lm_head.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="a hook"), model.lm_head.loss_at(torch.zeros(7, dtype=torch.long)):
+        model(input_ids=ids)
+    handle.remove()
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=0, atol=0)
+
+
 def test_nothing_to_learn(tiny_llama: LlamaFactory) -> None:
     """A micro-batch of prompts alone: no losses, and gradients that are zero, not missing."""
     model = adapted(tiny_llama())
@@ -152,6 +176,20 @@ def test_a_model_that_changes_logits_keeps_its_head(config: Any, plain: bool) ->
     assert (model.get_output_embeddings() is head) != plain
     assert [name for name, _ in model.named_modules()] == modules
     torch.testing.assert_close(cross_entropies(model, batch()), before)
+
+
+class Halved(LlamaForCausalLM):
+    """Changes the logits in the very tensor that the head gave."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits.mul_(0.5)
+        return output
+
+
+def test_a_change_in_place_is_a_change() -> None:
+    assert install_loss_head(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    assert not install_loss_head(Halved(LlamaConfig(**SIZES)))
 
 
 def test_a_head_that_learns_gives_logits(tiny_llama: LlamaFactory) -> None:

@@ -15,7 +15,7 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cuda_has_the_kernels_and_the_cpu_only_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     require_triton(torch.device("cuda", 0))
-    with pytest.raises(ConfigError, match="need a CUDA device, not 'cpu'"):
+    with pytest.raises(ConfigError, match="adapter.computation=grouped_triton needs a CUDA device, not 'cpu'"):
         require_triton(torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     require_triton(torch.device("cpu"))
@@ -25,5 +25,7 @@ def test_cuda_has_the_kernels_and_the_cpu_only_the_interpreter(monkeypatch: pyte
 def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     assert not triton_available(torch.device("cuda"))
-    with pytest.raises(ConfigError, match=r"pip install \"malora_dist\[kernels\]\""):
+    with pytest.raises(
+        ConfigError, match=r"adapter.computation=grouped_triton needs triton, .*pip install \"malora_dist\[kernels\]\""
+    ):
         require_triton(torch.device("cuda"))

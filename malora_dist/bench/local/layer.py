@@ -20,8 +20,9 @@ from malora_dist.bench.local.options import (
     whole_numbers,
 )
 from malora_dist.bench.local.output import Output, say
-from malora_dist.bench.local.peers.build import Adapted, Base, build
-from malora_dist.bench.local.peers.contestants import Contestant, chosen
+from malora_dist.bench.local.peers.build import Adapted, Base, build, flops_above_base
+from malora_dist.bench.local.peers.contestants import Contestant
+from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.local.timing import interleave, records_of, reference
 
@@ -93,7 +94,8 @@ def run(options: LayerOptions, output: Output) -> Report:
     """Measure every case and put the report out. Raises ConfigError for options that cannot be."""
     output.check()
     device = ready_device(options.device, options.threads)
-    contestants = chosen(options.only, names_on_one_linear(options.dtype))
+    contestants = taking_part(options.only, names_on_one_linear(options.dtype), device)
+    reference(options.against, contestants)
     machine = describe(device)
     records = [record for case in _cases(options) for record in measure(case, options, contestants, device)]
     report = Report(machine, command_line("layer", options), records)
@@ -119,9 +121,9 @@ def measure(
     gemm, gemm_flops = base_gemm([(case.in_features, case.out_features)], case.tokens, dtype, device)
     subjects: dict[str, Callable[[], object]] = {**passes, GEMM: gemm}
     times = interleave(subjects, repeats=options.repeats, warmup=options.warmup, device=device)
-    flops = {name: one.adapted.flops(case.tokens) for name, one in passes.items()} | {GEMM: gemm_flops}
+    flops = flops_above_base({name: one.adapted for name, one in passes.items()}, case.tokens) | {GEMM: gemm_flops}
     facts = {name: {**one.adapted.facts, "tokens": case.tokens} for name, one in passes.items()}
-    records = records_of(case.title(options), times, reference(options.against, times), facts)
+    records = records_of(case.title(options), times, reference(options.against, contestants), facts)
     return with_shares(records, times, flops)
 
 

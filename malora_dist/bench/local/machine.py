@@ -15,13 +15,25 @@ PACKAGES = ("transformers", "peft", "bitsandbytes", "triton")
 
 def ready_device(name: str, threads: int | None = None) -> torch.device:
     """The device by its name, and the number of threads set if given. Raises ConfigError if there is no such device."""
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name!r} must be cpu or cuda")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or not (device.type == "cuda" or name == "cpu"):
+        raise ConfigError(f"--device {name!r} must be cpu, cuda or cuda:NUMBER")
+    if device.type == "cuda":
+        _check_gpu(name, device.index or 0)
     if threads is not None:
         torch.set_num_threads(threads)
-    return torch.device(name)
+    return device
+
+
+def _check_gpu(name: str, index: int) -> None:
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--device {name!r} must be cpu: torch {torch.__version__} sees no GPU here")
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(f"--device {name!r} must be one of {', '.join(f'cuda:{each}' for each in range(count))}")
 
 
 def describe(device: torch.device | str) -> dict[str, Any]:

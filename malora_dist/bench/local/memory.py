@@ -18,9 +18,10 @@ from malora_dist.bench.local.losses import LOSSES
 from malora_dist.bench.local.machine import describe, ready_device
 from malora_dist.bench.local.model_bytes import model_records
 from malora_dist.bench.local.models import SMOLLM2
-from malora_dist.bench.local.options import BASES, DTYPES, command_line, one_of
+from malora_dist.bench.local.options import BASES, DTYPES, command_line, default_names, labelled_share, one_of
 from malora_dist.bench.local.output import Output
-from malora_dist.bench.local.peers.contestants import Contestant, chosen
+from malora_dist.bench.local.peers.contestants import Contestant
+from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.local.step import Stage, StepOptions, first_steps
 from malora_dist.bench.local.timing import interleave, records_of
@@ -28,9 +29,7 @@ from malora_dist.bench.local.trainee import Trainee
 
 MIB = 2**20
 AGAINST = "peft_lora_equal"
-# PEFT's own default, with as many trainable parameters as MALoRA.
-FP32_EQUAL = {"peft_lora_fp32_equal": Contestant(maker="peft", equal=True, fp32=True)}
-DEFAULT = f"base,{AGAINST},peft_lora_fp32_equal,peft_lora,lora_equal,malora,molora"
+DEFAULT = ("base", AGAINST, "peft_lora_fp32_equal", "peft_lora", "lora_equal", "malora", "molora")
 TIMED = ("base", "malora")
 SWITCH = {"off": False, "on": True}
 
@@ -76,8 +75,10 @@ def run(options: MemoryOptions, output: Output) -> Report:
     one_of("--loss", options.loss, LOSSES)
     bases = [one_of("--base", part.strip(), BASES) for part in options.base.split(",")]
     recompute = [one_of("--checkpointing", part.strip(), SWITCH) for part in options.checkpointing.split(",")]
-    contestants = _contestants(options.only)
+    labelled_share(options.labels)
     device = ready_device(options.device, options.threads)
+    names = [name for name in DEFAULT if name in default_names(options.dtype)]
+    contestants = taking_part(options.only, names, device)
     machine = describe(device)
     peft = any(contestant.maker == "peft" for contestant in contestants.values())
     stages = {base: Stage(options.of_step(base), device, peft=peft) for base in dict.fromkeys(bases)}
@@ -91,11 +92,6 @@ def run(options: MemoryOptions, output: Output) -> Report:
     report = Report(machine, command_line("memory", options), records)
     output.put(report)
     return report
-
-
-def _contestants(only: str | None) -> dict[str, Contestant]:
-    names = [name.strip() for name in (only or DEFAULT).split(",") if name.strip()]
-    return {name: FP32_EQUAL[name] if name in FP32_EQUAL else chosen(name)[name] for name in names}
 
 
 def peaks(stage: Stage, contestants: Mapping[str, Contestant], checkpointing: str) -> list[Record]:

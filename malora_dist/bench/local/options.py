@@ -40,8 +40,8 @@ def labelled_share(text: str) -> float:
 
 
 def default_names(dtype: str) -> list[str]:
-    """Everyone, but nobody twice: in fp32 PEFT's two dtypes of adapters are one."""
-    return [name for name, contestant in CONTESTANTS.items() if dtype != "fp32" or not contestant.fp32]
+    """Everyone, but nobody twice: only from bf16 does PEFT raise adapters to fp32."""
+    return [name for name, contestant in CONTESTANTS.items() if dtype == "bf16" or not contestant.fp32]
 
 
 def names_on_one_linear(dtype: str) -> list[str]:

@@ -12,11 +12,13 @@ from malora_dist.bench.local.machine import describe, ready_device
 from malora_dist.bench.local.models import SMOLLM2, load_model
 from malora_dist.bench.local.options import BASES, DTYPES, command_line, default_names, labelled_share, one_of
 from malora_dist.bench.local.output import Output, say
-from malora_dist.bench.local.peers.build import Base, build
-from malora_dist.bench.local.peers.contestants import Contestant, chosen
+from malora_dist.bench.local.peers.build import Base, build, flops_above_base
+from malora_dist.bench.local.peers.contestants import Contestant
+from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.local.timing import interleave, records_of, reference
 from malora_dist.bench.local.trainee import Trainee
+from malora_dist.errors import ConfigError
 from malora_dist.nn.inject import DEFAULT_TARGETS
 
 
@@ -82,15 +84,25 @@ def run(options: StepOptions, output: Output) -> Report:
     one_of("--dtype", options.dtype, DTYPES)
     one_of("--base", options.base, BASES)
     one_of("--loss", options.loss, LOSSES)
+    labelled_share(options.labels)
     device = ready_device(options.device, options.threads)
     names = default_names(options.dtype) if options.case == "step" else CASES[options.case].default
-    contestants = chosen(options.only, names)
+    contestants = taking_part(options.only, names, device)
+    _check_against(options, contestants)
     machine = describe(device)
     stage = Stage(options, device, peft=any(one.maker == "peft" for one in contestants.values()))
     measured = measure if options.case == "step" else CASES[options.case].measure
     report = Report(machine, command_line("step", options), measured(stage, contestants))
     output.put(report)
     return report
+
+
+def _check_against(options: StepOptions, contestants: Mapping[str, Contestant]) -> None:
+    from malora_dist.bench.local.step_cases import CASES
+
+    if options.against is not None and options.case in CASES and CASES[options.case].to_itself:
+        raise ConfigError(f"--against has no meaning with --case {options.case}: ratios are to the contestant itself")
+    reference(options.against, contestants)
 
 
 def measure(stage: Stage, contestants: Mapping[str, Contestant]) -> list[Record]:
@@ -100,8 +112,9 @@ def measure(stage: Stage, contestants: Mapping[str, Contestant]) -> list[Record]
     tokens = next(iter(trainees.values())).batch.tokens
     gemm, gemm_flops = base_gemm(stage.base.sizes[: len(stage.base.targets)], tokens, stage.dtype, stage.device)
     times = stage.interleave({**trainees, GEMM: gemm})
-    flops = {name: trainee.adapted.flops(tokens) for name, trainee in trainees.items()} | {GEMM: gemm_flops}
-    records = records_of(stage.title("step"), times, reference(stage.options.against, times), facts)
+    adapted = {name: trainee.adapted for name, trainee in trainees.items()}
+    flops = flops_above_base(adapted, tokens) | {GEMM: gemm_flops}
+    records = records_of(stage.title("step"), times, reference(stage.options.against, contestants), facts)
     return with_shares(records, times, flops)
 
 

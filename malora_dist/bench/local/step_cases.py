@@ -14,10 +14,11 @@ EXPERTS = (8, 64)
 
 @dataclass(frozen=True)
 class StepCase:
-    """How a case is measured, and who takes part by default."""
+    """How a case is measured, who takes part by default, and whether each is compared with itself alone."""
 
     measure: Callable[[Stage, Mapping[str, Contestant]], list[Record]]
     default: Sequence[str]
+    to_itself: bool
 
 
 def experts(stage: Stage, contestants: Mapping[str, Contestant]) -> list[Record]:
@@ -57,8 +58,8 @@ def optimizer(stage: Stage, contestants: Mapping[str, Contestant]) -> list[Recor
         trainee.backward()
         steps[name] = trainee.optimizer.step
     times = stage.interleave(steps)
-    against = stage.options.against or ("lora_equal" if "lora_equal" in times else None)
-    return records_of(stage.title("optimizer alone"), times, reference(against, times), facts)
+    against = stage.options.against or ("lora_equal" if "lora_equal" in contestants else None)
+    return records_of(stage.title("optimizer alone"), times, reference(against, contestants), facts)
 
 
 def _against_the_first(
@@ -75,7 +76,7 @@ def _against_the_first(
 
 
 CASES = {
-    "experts": StepCase(experts, ("malora", "malora_grouped")),
-    "tokens": StepCase(tokens, ("base", "peft_lora", "malora")),
-    "optimizer": StepCase(optimizer, ("lora_equal", "peft_lora_equal", "malora")),
+    "experts": StepCase(experts, ("malora", "malora_grouped"), to_itself=True),
+    "tokens": StepCase(tokens, ("base", "peft_lora", "malora"), to_itself=True),
+    "optimizer": StepCase(optimizer, ("lora_equal", "peft_lora_equal", "malora"), to_itself=False),
 }

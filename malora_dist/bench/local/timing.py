@@ -1,7 +1,8 @@
 """Seconds of several subjects that take turns, and their ratios round by round."""
 
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
@@ -16,14 +17,13 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each subject in each of `repeats` rounds, after `warmup` rounds that are not kept.
 
-    Each round begins with another subject (A B C, B C A, ...), so that whatever slows the machine slows all alike and
-    none always follows the same one. A CUDA device is synchronised before and after each turn.
+    Each round takes all of them once, in a random order that is the same in every run: whatever slows the machine slows
+    all alike, and none always follows the same one. A CUDA device is synchronised before and after each turn.
     """
-    names = list(subjects)
+    names, draw = list(subjects), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, repeats):
-        begin = number % len(names)
-        for name in [*names[begin:], *names[:begin]]:
+        for name in draw.sample(names, len(names)):
             taken = _seconds(subjects[name], torch.device(device))
             if number >= 0:
                 seconds[name].append(taken)
@@ -43,11 +43,11 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def reference(wanted: str | None, times: Mapping[str, Sequence[float]]) -> str:
+def reference(wanted: str | None, names: Collection[str]) -> str:
     """Whom ratios are to: `wanted`, or peft_lora, or the first. Raises ConfigError for someone who takes no part."""
-    if wanted is not None and wanted not in times:
-        raise ConfigError(f"--against {wanted!r} takes no part: {', '.join(times)}")
-    return wanted or ("peft_lora" if "peft_lora" in times else next(iter(times)))
+    if wanted is not None and wanted not in names:
+        raise ConfigError(f"--against {wanted!r} takes no part: {', '.join(names)}")
+    return wanted or ("peft_lora" if "peft_lora" in names else next(iter(names)))
 
 
 def records_of(

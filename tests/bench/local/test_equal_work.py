@@ -6,8 +6,9 @@ from malora_dist.bench.local.equal_work import check_losses, check_outputs
 
 def test_outputs() -> None:
     y = torch.tensor([3.0, -4.0])
+    # Of the shapes one broadcasts and one does not.
     check_outputs({"base": y, "same": y + 1e-5}, torch.float32)
-    for wrong in (y + 1e-2, y[:1], y * float("nan")):
+    for wrong in (y + 1e-2, y[:1], torch.ones(3), y * float("nan")):
         with pytest.raises(RuntimeError, match="other does other work than base"):
             check_outputs({"base": y, "other": wrong}, torch.float32)
 

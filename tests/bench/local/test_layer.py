@@ -11,8 +11,13 @@ from malora_dist.bench.local.options import names_on_one_linear
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.build import Base, build
 from malora_dist.bench.local.peers.contestants import CONTESTANTS
+from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.cli import main
 from malora_dist.errors import ConfigError
+
+
+def names_here(dtype: str) -> list[str]:
+    return list(taking_part(None, names_on_one_linear(dtype), torch.device("cpu")))
 
 
 def test_everyone_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,7 +28,7 @@ def test_everyone_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert stop.value.code == 0
     report = json.loads((tmp_path / "a.json").read_text())
     assert report["command"] == "malora bench layer --size 64,64x96 --tokens 16,24 --repeats 2 --warmup 0"
-    names, records = [*names_on_one_linear("fp32"), "gemm"], report["records"]
+    names, records = [*names_here("fp32"), "gemm"], report["records"]
     assert [record["name"] for record in records] == names * 4
     assert len({record["case"] for record in records}) == 4 and all(record["median_s"] > 0 for record in records)
     assert [r["facts"]["tokens"] for r in records if r["name"] == "malora"] == [16, 24, 16, 24]
@@ -40,7 +45,10 @@ def test_everyone_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_four_bits_and_dropout() -> None:
     options = LayerOptions(size="64", tokens="16", base="nf4", dropout=0.1, dtype="bf16", repeats=1, warmup=0)
     report = run(options, Output())
-    assert [record.name for record in report.records] == [*names_on_one_linear("bf16"), "gemm"]
+    assert [record.name for record in report.records] == [*names_here("bf16"), "gemm"]
+    # PEFT's linears unpack in another way than the base's.
+    shared = [record.name for record in report.records if "adapter ms" in record.facts]
+    assert shared == [name for name in names_here("bf16") if name != "base" and not name.startswith("peft")]
 
 
 def test_a_pass_leaves_the_gradients_of_one_pass() -> None:
@@ -56,9 +64,22 @@ def test_a_pass_leaves_the_gradients_of_one_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dtype": "fp16"}, {"base": "int8"}, {"only": "qlora"}, {"against": "qlora"}, {"size": "x"}]
+    "wrong",
+    [{"dtype": "fp16"}, {"base": "int8"}, {"only": "qlora"}, {"against": "qlora"}, {"size": "x"}, {"device": "cpu:1"}],
 )
 def test_wrong_options_are_named(wrong: dict[str, str]) -> None:
     options = {"size": "64", "tokens": "4", "only": "base", "repeats": 1, "warmup": 0} | wrong
     with pytest.raises(ConfigError, match=f"--{next(iter(wrong))}"):
         run(LayerOptions(**options), Output())  # type: ignore[arg-type]
+
+
+def test_nothing_is_built_for_a_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for wrong, message in (
+        ({"against": "lora"}, "--against 'lora' takes no part: base"),
+        ({"against": "gemm"}, "--against 'gemm' takes no part: base"),
+        ({"only": "malora_grouped_triton"}, "adapter.computation=grouped_triton needs a CUDA device"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(LayerOptions(**{"size": "64", "tokens": "4", "only": "base", **wrong}), Output())  # type: ignore[arg-type]
+    assert "layer 64" not in capsys.readouterr().err

@@ -15,8 +15,18 @@ def test_versions_and_threads_of_this_machine() -> None:
 
 def test_devices() -> None:
     assert ready_device("cpu", torch.get_num_threads()) == torch.device("cpu")
-    with pytest.raises(ConfigError, match="--device 'tpu' must be cpu or cuda"):
-        ready_device("tpu")
+    for wrong in ("tpu", "meta", "cpu:1", "cuda:x", ""):
+        with pytest.raises(ConfigError, match=f"--device '{wrong}' must be cpu, cuda or cuda:NUMBER"):
+            ready_device(wrong)
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="sees no GPU"):
-            ready_device("cuda")
+        for name in ("cuda", "cuda:9"):
+            with pytest.raises(ConfigError, match=f"--device '{name}' must be cpu: torch .* sees no GPU here"):
+                ready_device(name)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert ready_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="--device 'cuda:9' must be one of cuda:0, cuda:1"):
+        ready_device("cuda:9")

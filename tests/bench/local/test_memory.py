@@ -101,11 +101,15 @@ def test_a_peak_repeats_exactly(folder: str) -> None:
     assert [record.peak_bytes for record in first] == [record.peak_bytes for record in second]
 
 
-def test_mistakes_are_said(folder: str) -> None:
+def test_mistakes_are_said_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for changes, message in (
         ({"checkpointing": "maybe"}, "--checkpointing 'maybe' must be one of off, on"),
         ({"base": "full,int8"}, "--base 'int8' must be one of full, nf4"),
-        ({"only": "base,nobody"}, "nobody is not one of"),
+        ({"only": "base,mylora"}, "--only 'base,mylora': mylora is not one of"),
+        ({"only": ","}, "--only ',': nobody is not one of"),
+        ({"only": "malora_grouped_triton"}, "adapter.computation=grouped_triton needs a CUDA device"),
+        ({"labels": "some"}, "--labels 'some' must be"),
     ):
         with pytest.raises(ConfigError, match=message):
-            run(options(folder, **changes), Output())
+            run(options("./nowhere", **changes), Output())

@@ -17,7 +17,8 @@ def test_lists() -> None:
     assert sizes("576, 4096x11008") == [(576, 576), (4096, 11008)]
     assert whole_numbers("--tokens", "512,8192") == [512, 8192]
     assert labelled_share("all") == 1 and labelled_share("0.25") == 0.25
-    assert set(default_names("bf16")) - set(default_names("fp32")) == {"peft_lora_fp32"}
+    assert set(default_names("bf16")) - set(default_names("fp32")) == {"peft_lora_fp32", "peft_lora_fp32_equal"}
+    assert default_names("fp64") == default_names("fp32")
     assert set(default_names("bf16")) - set(names_on_one_linear("bf16")) == {"malora_siblings"}
 
 

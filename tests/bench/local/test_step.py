@@ -5,16 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from malora_dist.bench.local.options import default_names
 from malora_dist.bench.local.output import Output
-from malora_dist.bench.local.peers.contestants import CONTESTANTS
+from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.step import StepOptions, run
 from malora_dist.cli import main
 from malora_dist.errors import ConfigError
 from tests.conftest import LlamaFactory
 
 SMALL: dict[str, Any] = {"batch": 2, "length": 12, "dtype": "fp32", "repeats": 1, "warmup": 0}
+
+
+def names_here(dtype: str) -> list[str]:
+    return list(taking_part(None, default_names(dtype), torch.device("cpu")))
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def test_everyone_starts_from_one_loss_on_the_same_tokens(folder: str, tmp_path:
     assert stop.value.code == 0
     report = json.loads((tmp_path / "a.json").read_text())
     records = {record["name"]: record for record in report["records"]}
-    assert list(records) == [*default_names("fp32"), "gemm"]
+    assert list(records) == [*names_here("fp32"), "gemm"]
     gemm = records.pop("gemm")
     assert gemm["facts"]["GFLOP/s"] > 0 and "ratio" not in gemm
     facts = [record["facts"] for record in records.values()]
@@ -54,7 +59,11 @@ def test_both_losses_are_one_number(folder: str) -> None:
 
 def test_four_bits_dropout_and_bf16(folder: str) -> None:
     options = StepOptions(model=folder, **SMALL | {"dtype": "bf16"}, base="nf4", dropout=0.1)
-    assert [record.name for record in run(options, Output()).records] == [*CONTESTANTS, "gemm"]
+    records = run(options, Output()).records
+    assert [record.name for record in records] == [*names_here("bf16"), "gemm"]
+    # PEFT's linears unpack in another way than the base's.
+    assert not any("adapter ms" in record.facts for record in records if record.name.startswith("peft"))
+    assert all("adapter ms" in record.facts for record in records if "lora" in record.name[:7])
 
 
 def test_other_cases(folder: str) -> None:
@@ -85,3 +94,24 @@ def test_other_cases(folder: str) -> None:
 def test_wrong_options_are_named(wrong: dict[str, Any], named: str, folder: str) -> None:
     with pytest.raises(ConfigError, match=named):
         run(StepOptions(**{"model": folder, **SMALL, **wrong}), Output())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"against": "peft_lroa"}, "--against 'peft_lroa' takes no part: base, malora"),
+        ({"against": "gemm"}, "--against 'gemm' takes no part"),
+        ({"case": "optimizer", "only": "malora", "against": "lora"}, "--against 'lora' takes no part: malora"),
+        ({"case": "experts", "only": "malora", "against": "malora"}, "--against has no meaning with --case experts"),
+        ({"case": "tokens", "against": "malora"}, "--against has no meaning with --case tokens"),
+        ({"labels": "some"}, "--labels 'some'"),
+        ({"device": "cuda:x"}, "--device 'cuda:x'"),
+        ({"only": "malora_grouped_triton"}, "adapter.computation=grouped_triton needs a CUDA device"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(
+    wrong: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=named):
+        run(StepOptions(**{"model": "./nowhere", "only": "base,malora", **SMALL, **wrong}), Output())

@@ -1,7 +1,7 @@
 """From a contestant's name to a model that trains its way, on one base that all of them share."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,15 @@ class Base:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A contestant's model, and the numbers of its method on linears of `sizes`. spec: None for the base alone."""
+    """A contestant's model, and the numbers of its method on linears of `sizes`. spec: None for the base alone.
+
+    our_linears: the frozen linears are those of the contestant `base`, not bitsandbytes'.
+    """
 
     model: nn.Module
     spec: MixtureSpec | None
     sizes: tuple[tuple[int, int], ...]
+    our_linears: bool = True
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -83,6 +87,11 @@ class Adapted:
         return facts | {name: value for name, value in found.items() if value is not None}
 
 
+def flops_above_base(adapted: Mapping[str, Adapted], tokens: int) -> dict[str, int]:
+    """`flops` by name, of those alone whose time above `base` is their adapter's: not of PEFT on a 4-bit base."""
+    return {name: one.flops(tokens) for name, one in adapted.items() if one.our_linears}
+
+
 def build(contestant: Contestant, base: Base, *, dropout: float = 0.0, seed: int = 0) -> Adapted:
     """The contestant on a copy of the base that shares its weights, in training mode.
 
@@ -94,7 +103,7 @@ def build(contestant: Contestant, base: Base, *, dropout: float = 0.0, seed: int
     if contestant.maker == "peft":
         theirs = shared_copy(base.theirs)
         model = add_peft(theirs, spec, base.targets, dropout=dropout, fp32=contestant.fp32, seed=seed)
-        return Adapted(model, spec, base.sizes)
+        return Adapted(model, spec, base.sizes, our_linears=base.theirs is base.ours)
     model = shared_copy(base.ours)
     dispatched = contestant.maker == "dispatched"
     computation = "auto" if dispatched else contestant.computation

@@ -1,0 +1,25 @@
+"""Who takes part on this machine's device."""
+
+from collections.abc import Sequence
+
+import torch
+
+from malora_dist.bench.local.peers.contestants import Contestant, chosen
+from malora_dist.functional.grouped_triton import triton_available
+from malora_dist.nn.kernels import require_triton
+
+KERNELS = "grouped_triton"
+
+
+def taking_part(only: str | None, default: Sequence[str], device: torch.device) -> dict[str, Contestant]:
+    """The contestants of a list `a,b`, or those of `default` that can run on `device`; Triton's only on a GPU.
+
+    Raises ConfigError for a name that nobody has, and for one whose kernels cannot run on `device`.
+    """
+    found = chosen(only, default)
+    if only is None:
+        kernels = device.type == "cuda" and triton_available(device)
+        return {name: one for name, one in found.items() if kernels or one.computation != KERNELS}
+    if any(one.computation == KERNELS for one in found.values()):
+        require_triton(device)
+    return found
