@@ -2,7 +2,8 @@
 
 What the paper leaves open is decided here: the router is a linear without bias or noise, on the undropped layer input,
 one per adapted linear; logits, softmax and the product before them are in fp32, the products of their gradient in the
-dtype of x; experts with equal probability are taken in the order of their number; the K kept weights are not renormalised unless asked.
+dtype of x; experts with equal probability are taken in the order of their number; the K kept weights are not
+renormalised unless asked.
 """
 
 from typing import Any, NamedTuple
