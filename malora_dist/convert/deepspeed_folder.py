@@ -40,11 +40,14 @@ class _Ignored:
         pass
 
 
-# Classes named in the optimizer's files; model states name none.
+# What the optimizer's files name; model states name nothing.
 IGNORED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
+    # By which Python before 3.11.4 names a member of an enumeration.
+    "__builtin__.getattr",
+    "builtins.getattr",
 )
 
 

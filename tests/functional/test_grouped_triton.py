@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from malora_dist.functional.grouped import grouped_experts
 from malora_dist.functional.grouped_triton import BLOCK_T, grouped_backward, grouped_forward, row_blocks
 from malora_dist.functional.routing import route
 from tests.cases import CASES, DROPOUT_P, AdapterCase, make_inputs, output_gradient
@@ -39,21 +40,6 @@ EQUAL_CASES = {
 }
 
 
-class Grouped(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, base: Tensor, h: Tensor, core: Tensor | None, B: Tensor, gates: Tensor, ids: Tensor
-    ) -> Tensor:
-        y = base.clone()
-        z = grouped_forward(y, h, core, B, gates, ids, SCALING)
-        ctx.save_for_backward(h, core, B, gates, ids, z)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad_y, *grouped_backward(grad_y, *ctx.saved_tensors, SCALING), None
-
-
 def _inputs(case: AdapterCase, method: str, dtype: torch.dtype, parameters: torch.dtype) -> dict[str, Tensor]:
     """Leaves on the device; `parameters` is the dtype of the experts' factors. The router is fp32, as in the layer."""
     dtypes = {"gate": torch.float32, "P": parameters, "A": parameters, "B": parameters}
@@ -69,8 +55,7 @@ def _ours(method: str, tensors: dict[str, Tensor], top_k: int) -> Tensor:
     h = tensors["x"] * tensors["mask"] / (1 - DROPOUT_P)
     h = F.linear(h, tensors["shared_A"]) if "shared_A" in tensors else h
     core = tensors.get("P", tensors.get("A"))
-    y: Tensor = Grouped.apply(tensors["base"], h, core, tensors["B"], routing.gates_TK, routing.expert_ids_TK)
-    return y
+    return grouped_experts(tensors["base"] * 1, h, core, tensors["B"], routing, SCALING, triton=True)
 
 
 def _check(case: AdapterCase, method: str, tensors: dict[str, Tensor], bound: float) -> None:

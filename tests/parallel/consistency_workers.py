@@ -11,7 +11,7 @@ from typing import Any
 
 from malora_dist.errors import MaloraError
 from malora_dist.parallel.consistency import check_consistency, check_shared_folder
-from malora_dist.parallel.groups import World
+from malora_dist.parallel.groups import World, wait_for_all
 from tests.distributed import run_distributed
 
 BLOCKS = ["node1", "node1", "node2", "node2"]
@@ -59,6 +59,8 @@ def folders(world: World, folder: Path) -> dict[str, Any]:
         started = time.monotonic()
         found["other"] = said(lambda: check_shared_folder(world, Path("runs/one"), BLOCKS, seconds=1))
         found["seconds"] = time.monotonic() - started
+    # The main process takes its probe away last.
+    wait_for_all()
     found["left"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     return found
 

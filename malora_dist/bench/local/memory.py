@@ -121,7 +121,7 @@ def _peak(name: str, title: str, trainee: Trainee, facts: dict[str, object], dev
     What is kept between steps is counted by its tensors, so that others' memory in this process does not count.
     """
     for layer in trainee.adapted.routers:
-        # Recomputation leaves the routing of the last step behind; the next forward would release it.
+        # A dispatched layer's recomputation leaves the routing of the last step behind, which a step would release.
         layer.routing = None
     model = trainee.adapted.model
     base, adapters = storage_bytes([*frozen_tensors(model), *model.buffers()]), storage_bytes(trained_tensors(model))
