@@ -41,8 +41,8 @@ def cross_entropies(engine: Callable[..., Any], batch: MicroBatch) -> Tensor:
             use_cache=False,
             logits_to_keep=batch.target_index,
         )
-    losses_N: Tensor = output.logits
-    return F.cross_entropy(losses_N[0].float(), batch.targets, reduction="none") if head is None else losses_N
+    given: Tensor = output.logits
+    return given if head is not None else F.cross_entropy(given[0].float(), batch.targets, reduction="none")
 
 
 def set_token_keys(model: nn.Module, batch: MicroBatch, seed: int, step: int) -> None:

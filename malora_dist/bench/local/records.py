@@ -8,7 +8,7 @@ from malora_dist.bench.table import Sheet
 
 NOTES = (
     "seconds: median over the rounds. ratio: median over pairs of the same round, beside it their quartiles. Everyone "
-    "takes turns on the same work, and each round begins with another one. Ratios of one run can be compared; seconds "
+    "takes turns on the same work, once a round, in random order. Ratios of one run can be compared; seconds "
     "of two runs cannot.",
 )
 

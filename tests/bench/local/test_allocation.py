@@ -1,6 +1,5 @@
 """Known allocations, counted by hand."""
 
-import pytest
 import torch
 from torch import nn
 
@@ -78,6 +77,7 @@ def test_the_parts_of_a_trainee() -> None:
 
 
 def test_the_scales_of_bitsandbytes_count() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    import bitsandbytes
+
     linear = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=False).to("cpu")
     assert storage_bytes(frozen_tensors(linear)) == 64 * 64 / 2 + 4 * 64 + 4 * 16
