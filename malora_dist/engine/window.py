@@ -78,7 +78,10 @@ class Window:
         return {"kind": "routing", "step": step, "tasks": list(self.stepper.task_names), "share": share}
 
     def _counts(self) -> Tensor:
-        return sum_over_processes(self.expert_counts_GLE.clone()) if self.layers else self.expert_counts_GLE
+        if not self.layers:
+            return self.expert_counts_GLE
+        # The counts are a transposed view, and NCCL takes contiguous tensors only.
+        return sum_over_processes(self.expert_counts_GLE.clone(memory_format=torch.contiguous_format))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON of what has been collected by all processes; every process must call it."""

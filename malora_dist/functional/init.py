@@ -7,9 +7,12 @@ from torch import Tensor
 
 
 def kaiming_uniform(shape: tuple[int, ...], *, fan_in: int, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform on +-1/sqrt(fan_in): Kaiming-uniform with a = sqrt(5), LoRA's own. Variance 1/(3 fan_in)."""
+    """Draw uniformly on +-1/sqrt(fan_in): Kaiming-uniform with a = sqrt(5), LoRA's own. Variance 1/(3 fan_in).
+
+    On the CPU under every default device, so that the same generator gives the same bits for every device.
+    """
     bound = 1 / math.sqrt(fan_in)
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def shared_subspace_init(K_EDI: Tensor, r: int, beta: float) -> tuple[Tensor, Tensor]:
