@@ -135,7 +135,7 @@ class AdapterConfig(Section):
         "grouped_triton: grouped by kernels for CUDA that no benchmark has chosen yet.",
     )
     fuse_siblings: bool = Field(
-        False, description="One product for S_A and routers of linears that read one tensor (q, k, v; gate, up)."
+        True, description="One product for S_A and routers of linears that read one tensor (q, k, v; gate, up)."
     )
 
     def rules(self) -> Iterator[Rule]:

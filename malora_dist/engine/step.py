@@ -13,6 +13,7 @@ from malora_dist.engine.guard import GradientGuard, first_nonfinite_layer, stop_
 from malora_dist.engine.position import Position
 from malora_dist.errors import NonFiniteError, TrainingError
 from malora_dist.functional.loss import batch_counts, target_weights
+from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.nn.inject import adapter_parameters
 from malora_dist.parallel.below_zero3 import clip_gradients
 from malora_dist.parallel.exchange import Wire
@@ -83,12 +84,13 @@ class Stepper:
         step_counts = self._step_counts(number, batches)
         learning_rate = float(self.engine.optimizer.param_groups[0]["lr"])
         sums = _Sums(len(self.task_names), self.world.device)
-        for batch in batches[:-1]:
+        with kept_weight_copies(self.engine.module):
+            for batch in batches[:-1]:
+                self.between()
+                self._backward(number, batch, step_counts, len(batches), sums)
+                self.engine.step()
             self.between()
-            self._backward(number, batch, step_counts, len(batches), sums)
-            self.engine.step()
-        self.between()
-        self._backward(number, batches[-1], step_counts, len(batches), sums)
+            self._backward(number, batches[-1], step_counts, len(batches), sums)
         self.position.enter("optimizer step")
         self._check(number, batches, sums)
         norm = clip_gradients(self.trained, self.max_grad_norm) if self.zero_stage == 0 else None

@@ -1,8 +1,10 @@
 """What the processes of the engine's tests do; `one_process` is what they are compared with."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
+from malora_dist.engine import step as step_module
 from malora_dist.engine.build import OptimizerSettings, build_engine
 from malora_dist.engine.forward import BalanceSettings
 from malora_dist.engine.step import Stepper, StepResult
@@ -104,7 +107,7 @@ def build_model(
         spec,
         lora_dropout=0.1,
         computation=computation,
-        fuse_siblings=world is not None and case.get("fuse_siblings", False),
+        fuse_siblings=world is not None and case.get("fuse_siblings", True),
         seed=SEED,
         place=place_adapters,
         whole=gathered,
@@ -169,7 +172,9 @@ def train_case(world: World, folder: str, output: str, case: dict[str, Any]) -> 
     """Five steps of one case; weights, gradients and moments go to a file."""
     stepper = new_stepper(world, folder, case)
     model = stepper.engine.module
-    results = run_steps(stepper, case, range(1, STEPS + 1))
+    kept = (lambda _: nullcontext()) if case.get("no_copies") else step_module.kept_weight_copies
+    with mock.patch.object(step_module, "kept_weight_copies", kept):
+        results = run_steps(stepper, case, range(1, STEPS + 1))
     tensors = dict(gathered_adapter_state(model)) | dict(gathered_moments(stepper))
     tensors |= {f"gradient.{step}.{name}": g for step, name, g in stepper.gradients}
     if world.is_main:
