@@ -34,15 +34,13 @@ def enter(
     return result
 
 
-def router_logits(x_TI: Tensor, gates: Sequence[Tensor], copies: WeightCopies | None = None) -> Tensor:
+def router_logits(x_TI: Tensor, gates: Sequence[Tensor]) -> Tensor:
     """(T, sum E): W_g x, in fp32 (fp64 for fp64 input)."""
     dtype = torch.promote_types(x_TI.dtype, torch.float32)
     if not gates:
         return x_TI.new_empty(len(x_TI), 0, dtype=dtype)
     with torch.autocast(x_TI.device.type, enabled=False):
-        if copies is None or len(gates) == 1:
-            return F.linear(x_TI.to(dtype), _stack(gates, dtype))
-        return F.linear(x_TI.to(dtype), copies.get("gates", dtype, lambda: _stack(gates, dtype)))
+        return F.linear(x_TI.to(dtype), _stack(gates, dtype))
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -77,7 +75,7 @@ class _Enter(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             # Else the base would compute a gradient that nobody wants.
             ctx.mark_non_differentiable(base_TI)
-        return base_TI, h_TW, router_logits(x_TI, weights[num_downs:], copies)
+        return base_TI, h_TW, router_logits(x_TI, weights[num_downs:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,8 +114,8 @@ def _dropped_gradients(
 
 
 def _rows(weights: Sequence[Tensor], part: slice, dtype: torch.dtype, copies: WeightCopies | None) -> Tensor:
-    """(N, I) in `dtype`, all rows of a part of the weights; kept copies are those of all weights."""
-    if copies is None or (len(weights) == 1 and weights[0].dtype == dtype):
+    """(N, I) in `dtype`, all rows of a part of the weights. Kept are those of all, where their dtype is another."""
+    if copies is None or weights[0].dtype == dtype:
         return _stack(weights[part], dtype)
     rows_NI = copies.get("rows", dtype, lambda: _stack(weights, dtype))
     edges = [0, *accumulate(weight.numel() // weight.shape[-1] for weight in weights)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,14 @@ class WeightCopies:
     """What the products of one module read in place of its weights, kept from the first use on."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.tensors: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
         """Return the copy of this name and dtype; `make` is called the first time."""
         key = name, dtype
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if key not in self.tensors:
+            self.tensors[key] = make()
+        return self.tensors[key]
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def kept_weight_copies(model: nn.Module) -> Iterator[None]:
     Nothing may change the weights inside: neither versions nor addresses of parameters tell, since ZeRO writes to
     other memory and gathers anew. Outside such a block every product makes its own copy.
     """
-    modules = [module for module in model.modules() if hasattr(module, "weight_copies")]
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "weight_copies")]
     for module in modules:
         module.weight_copies = WeightCopies()
     try:

@@ -155,7 +155,16 @@ def test_blocks_need_no_number_of_the_host() -> None:
 
 @pytest.mark.skipif(RUNS_HERE, reason="the tests above have run")
 def test_all_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not interpreter and not compile and not schema"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not interpreter and not compile and not schema",
+    ]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     files = [__file__, str(Path(__file__).with_name("test_operators.py"))]
     done = subprocess.run([*command, *files], cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
