@@ -182,7 +182,7 @@ def put_adapter(model: nn.Module, tensors: AdapterTensors) -> AdapterInfo:
     inject_adapters(model, info.spec, info.target_modules, lora_dropout=info.lora_dropout, init_weights=False)
     try:
         _fill(dict(adapter_parameters(model)), tensors)
-    except CheckpointError:
+    except BaseException:
         # No layer whose memory was not filled may stay.
         remove_adapters(model)
         raise
