@@ -181,7 +181,8 @@ def _rebuild_buffers(model: "PreTrainedModel", device: torch.device) -> None:
             continue
         if not hasattr(module, "original_inv_freq"):
             raise ConfigError(f"buffers {', '.join(meta)} of {name} ({type(module).__name__}) cannot be rebuilt")
-        with torch.device(device):
+        # On the CPU, as transformers does: a GPU rounds powers otherwise.
+        with torch.device("cpu"):
             rebuilt = type(module)(config=model.config)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, rebuilt)
+        setattr(model.get_submodule(parent), leaf, rebuilt.to(device))

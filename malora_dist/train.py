@@ -93,7 +93,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     base = base_identity(config, folder, world)
     loader = train_loader(config, data, world)
     checkpoint = _checkpoint(session, base, data, loader)
-    stepper, steps = _build(session, outputs, data, loader, folder, position, agreement)
+    stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
     window = Window(stepper)
     checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
     agreement.background = checkpoints.saver
@@ -176,14 +176,16 @@ def _build(
     folder: Path,
     position: Position,
     agreement: Agreement,
+    *,
+    new: bool,
 ) -> tuple[Stepper, int]:
-    """Base, adapters and engine, and the number of optimizer steps."""
+    """Base, adapters and engine, and the number of optimizer steps; `new` adapters have their initial values."""
     config, world = session.config, session.world
     position.enter("loading the base model")
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
     model = base_model(config, folder, world, settings, agreement.check)
-    report, wire = add_adapters(model, config, settings, groups, agreement.check)
+    report, wire = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
     outputs.injection(report)
     steps = config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
     position.enter("starting DeepSpeed")

@@ -9,6 +9,7 @@ import torch
 
 from malora_dist.config import RunConfig
 from malora_dist.engine.progress import LOGGER
+from malora_dist.functional.nf4 import QUANTIZER
 from malora_dist.model import load_base_model
 from malora_dist.nn.head import install_loss_head
 from malora_dist.parallel.groups import World, from_main, gather_lists, on_main
@@ -104,6 +105,11 @@ def base_identity(config: RunConfig, folder: Path, world: World) -> dict[str, st
         "fingerprint": on_main(lambda: base_fingerprint(folder), world),
         "dtype": str(base_dtype(config, world)).removeprefix("torch."),
     }
+
+
+def base_quantizer(config: RunConfig) -> str | None:
+    """The definition by which weights of the base become 4-bit codes, None if they do not."""
+    return QUANTIZER if config.model.load_in_4bit else None
 
 
 def base_dtype(config: RunConfig, world: World) -> torch.dtype:

@@ -60,6 +60,8 @@ class MixtureLinear(nn.Module):
     keep. Without a `dispatcher` all experts are here. With one (`parallel.apply`), this module holds
     `num_local_experts` of them and the dispatcher brings the tokens.
 
+    DoRA's base must be whole and in memory here. Without `init_weights` the caller must fill the factors' memory.
+
     Shapes: x (..., I) -> (..., O).
     """
 
@@ -87,6 +89,7 @@ class MixtureLinear(nn.Module):
         computation: str = "auto",
         input_salt: int = 0,
         generator: torch.Generator | None = None,
+        init_weights: bool = True,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -115,7 +118,9 @@ class MixtureLinear(nn.Module):
         self.siblings: EntersTogether | None = None
         self.routing = None
         self.token_keys: Tensor | None = None
-        if not self.B.is_meta:
+        if not self.B.is_meta and self.dora is not None:
+            self.dora.measure(base_layer)
+        if not self.B.is_meta and init_weights:
             self.reset_parameters(generator)
 
     @property
@@ -149,7 +154,7 @@ class MixtureLinear(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """B = 0, so the adapted layer starts as its base; the rest Kaiming-uniform, for MALoRA through eqs. 8-10.
 
-        DoRA's magnitude is the norm of the base's rows, whose weight must be whole and in memory.
+        DoRA's magnitude is the norm of the base's rows.
         """
         n, E, shared_A = self.in_features, self.num_experts, self.entrance.shared_A
         if self.entrance.gate is not None:
@@ -166,7 +171,6 @@ class MixtureLinear(nn.Module):
                 factor.copy_(value)
         self.B.zero_()
         if self.dora is not None:
-            self.dora.measure(self.base_layer)
             self.dora.magnitude.copy_(self.dora.base_squares.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
