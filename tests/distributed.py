@@ -1,6 +1,7 @@
 """Runs a function on several real processes over gloo, each its own interpreter, and hands back what they return.
 
 The function is named as "module:function", takes the World and keyword arguments, and returns plain JSON values.
+Tensors that are sent must be contiguous, as NCCL demands of them; gloo would take any.
 """
 
 import json
@@ -10,9 +11,15 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 COLLECTIVE_TIMEOUT = 60
@@ -52,10 +59,29 @@ def _free_port() -> int:
         return port
 
 
+COLLECTIVES = (
+    "all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "all_to_all_single", "broadcast", "gather",
+    "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter",
+)  # fmt: skip
+
+
+def _like_nccl(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(collective)
+    def checked(*arguments: Any, **settings: Any) -> Any:
+        for leaf in tree_leaves((arguments, settings)):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_contiguous():
+                raise ValueError(f"{collective.__name__}: tensors must be contiguous, not {tuple(leaf.stride())}")
+        return collective(*arguments, **settings)
+
+    return checked
+
+
 def _work(name: str, folder: str, arguments: str) -> None:
     from malora_dist.parallel.groups import start_processes, wait_for_all
 
     module, _, function = name.partition(":")
+    for collective in COLLECTIVES:
+        setattr(dist, collective, _like_nccl(getattr(dist, collective)))
     world = start_processes(COLLECTIVE_TIMEOUT)
     result = getattr(import_module(module), function)(world, **json.loads(arguments))
     Path(folder, f"{world.rank}.json").write_text(json.dumps(result))

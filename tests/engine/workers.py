@@ -209,11 +209,13 @@ class RecordingStepper(Stepper):
         super().__init__(*arguments, **settings)
         self.gradients: list[tuple[int, str, Tensor]] = []
 
-    def _check(self, number: int, batches: Sequence[Any], sums: Any) -> None:
-        super()._check(number, batches, sums)
+    def _check(self, *arguments: Any) -> Any:
+        totals = super()._check(*arguments)
+        number = arguments[0]
         for name, parameter in adapter_parameters(self.engine.module):
             if parameter.requires_grad:
                 self.gradients.append((number, name, join_experts(parameter, safe_get_full_grad(parameter))))
+        return totals
 
 
 def gathered_moments(stepper: Stepper) -> Iterator[tuple[str, Tensor]]:
