@@ -65,11 +65,23 @@ def torchrun_command(
     return [launcher, *place, "--nproc_per_node", str(processes), "-m", module, *arguments]
 
 
-def visible_gpus() -> int:
-    """Number of GPUs torch can see, at least 1: without any, one process runs on the CPU."""
+def refuses_gpus(environment: Mapping[str, str]) -> bool:
+    """Return whether DS_ACCELERATOR=cpu, which DeepSpeed obeys, keeps a run on the CPU of a machine with GPUs."""
+    return environment.get("DS_ACCELERATOR") == "cpu"
+
+
+def count_gpus(environment: Mapping[str, str]) -> int:
+    """Return the number of GPUs that torch can see and a run may use."""
+    if refuses_gpus(environment):
+        return 0
     from torch import cuda
 
-    return max(1, cuda.device_count())
+    return cuda.device_count()
+
+
+def visible_gpus() -> int:
+    """Number of GPUs a run may use, at least 1: without any, one process runs on the CPU."""
+    return max(1, count_gpus(os.environ))
 
 
 def launcher_path(name: str = "deepspeed") -> str:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from malora_dist.errors import MaloraError, TopologyError
+from malora_dist.launch.command import VISIBLE_DEVICES, refuses_gpus
 from malora_dist.launch.environment import allocator_variables, rank_variables
 from malora_dist.launch.interface import interface_variables
 
@@ -48,7 +49,7 @@ def start_processes(timeout_seconds: float) -> World:
     os.environ.update(interface_variables(os.environ))
     _describe_single_process()
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
+    if _takes_a_gpu():
         if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
             # srun --gpus-per-task=1 shows each task its own device alone, as number 0.
             local_rank = 0
@@ -74,6 +75,15 @@ def start_processes(timeout_seconds: float) -> World:
     control = dist.new_group(backend="gloo") if device.type == "cuda" else None
     set_timeouts(timeout_seconds)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
+
+
+def _takes_a_gpu() -> bool:
+    """Whether this process computes on a GPU; where DS_ACCELERATOR=cpu refuses them it does not see any from now on."""
+    if refuses_gpus(os.environ):
+        # The deepspeed launcher has named devices all the same, and libraries would take them.
+        os.environ.update(dict.fromkeys(VISIBLE_DEVICES, ""))
+        return False
+    return torch.cuda.is_available()
 
 
 def _describe_single_process() -> None:

@@ -1,7 +1,7 @@
 """The Triton kernels against the naive per-token twin: on the GPU where there is one, else in Triton's interpreter.
 
-The interpreter must be chosen before triton is first imported, so without a GPU the tests of this file run in a second
-pytest, started by `test_all_in_the_interpreter`.
+The interpreter must be chosen before triton is first imported, so unless `pytest -m gpu` runs them on a GPU the tests
+of this file run in a second pytest, started by `test_all_in_the_interpreter`.
 """
 
 import os
@@ -20,13 +20,13 @@ from malora_dist.functional.grouped import grouped_experts
 from malora_dist.functional.grouped_triton import BLOCK_T, grouped_backward, grouped_forward, row_blocks
 from malora_dist.functional.routing import route
 from tests.cases import CASES, DROPOUT_P, AdapterCase, make_inputs, output_gradient
+from tests.devices import kernel_device, kernel_mark
 from tests.functional import test_operators
 from tests.reference import adapter_reference, gradients
 
 ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNS_HERE = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-runs_kernels = pytest.mark.skipif(not RUNS_HERE, reason="no GPU: test_all_in_the_interpreter runs it")
+DEVICE = kernel_device()
+runs_kernels = kernel_mark()
 SCALING = 1.5
 # Several tiles along every axis: tokens, width in, width out, rank.
 WIDE = AdapterCase(T=5, I=300, O=270, E=3, K=2, r=12, D=70)
@@ -153,18 +153,10 @@ def test_blocks_need_no_number_of_the_host() -> None:
     assert blocks.experts_KB.shape == blocks.firsts_KB.shape == (2, 200 // BLOCK_T + 8)
 
 
-@pytest.mark.skipif(RUNS_HERE, reason="the tests above have run")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the tests above have run")
 def test_all_in_the_interpreter() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not interpreter and not compile and not schema",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "not interpreter and not compile and not schema"]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     files = [__file__, str(Path(__file__).with_name("test_operators.py"))]
     done = subprocess.run([*command, *files], cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)

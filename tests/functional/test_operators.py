@@ -13,9 +13,10 @@ from malora_dist.functional.dropout import add_dropped_, drop, keep_mask, token_
 from malora_dist.functional.gating import gate_ranks, gate_ranks_backward_
 from malora_dist.functional.routing import choose_experts, choose_experts_backward
 from malora_dist.functional.triton_ready import triton_ready
+from tests.devices import kernel_device
 from tests.reference import routing_reference
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device(kernel_device())
 KERNELS = triton_ready(DEVICE)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SALT, SCALING = 2**31 - 5, 1.5

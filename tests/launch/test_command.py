@@ -6,9 +6,11 @@ import time
 from importlib import import_module
 
 import pytest
+import torch
 
 from malora_dist.errors import ConfigError
 from malora_dist.launch.command import (
+    count_gpus,
     deepspeed_command,
     launcher_environment,
     launcher_path,
@@ -64,6 +66,12 @@ def test_torchrun_on_one_machine_and_on_several() -> None:
 def test_a_machine_that_torchrun_could_not_place(rank: int | None, address: str | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         torchrun_command("m", [], processes=2, nodes=3, node_rank=rank, master_addr=address)
+
+
+def test_deepspeeds_own_variable_keeps_a_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert count_gpus({}) == count_gpus({"DS_ACCELERATOR": "cuda"}) == 4
+    assert count_gpus({"DS_ACCELERATOR": "cpu"}) == 0
 
 
 @pytest.mark.parametrize(("visible", "message"), [("0", "names only 1"), ("GPU-5f", "needs device numbers")])
