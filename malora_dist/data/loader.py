@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from malora_dist.data.encode import Sample
 from malora_dist.data.mixture import Indices, epoch_order, mixture_shares
 from malora_dist.errors import CheckpointError, DataError, TopologyError
+from malora_dist.functional.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +29,16 @@ class MicroBatch:
     token_sample: Tensor  # (T,) which sample, 0..B-1, a token belongs to
     sample_ids: Tensor  # (B,) global sample ids
     task_ids: Tensor  # (B,)
+    target_counts: Tensor  # (B,) targets of each sample
+    cu_seq_lens: Tensor  # (B+1,) int32, where each sample begins, and T: what varlen attention kernels take
+    max_length: int  # tokens of the longest sample
+    tasks_and_targets: tuple[tuple[int, int], ...]  # task and number of targets of each sample, on the host
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same batch with all tensors on a device."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        return MicroBatch(**moved)
+        """The same batch with all tensors on a device; the host does not wait for the copies."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {n: to_device(t, device) for n, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:
@@ -43,6 +49,8 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
     token_sample = np.repeat(np.arange(len(samples)), lengths)
     position = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     learned = np.flatnonzero(position >= prompts[token_sample])
+    counts = np.maximum(lengths - prompts, 0)
+    tasks = [sample.task_id for sample in samples]
     return MicroBatch(
         input_ids=torch.from_numpy(row)[None],
         position_ids=torch.from_numpy(position)[None],
@@ -51,8 +59,17 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         target_sample=torch.from_numpy(token_sample[learned]),
         token_sample=torch.from_numpy(token_sample),
         sample_ids=torch.tensor([sample.sample_id for sample in samples]),
-        task_ids=torch.tensor([sample.task_id for sample in samples]),
+        task_ids=torch.tensor(tasks),
+        target_counts=torch.from_numpy(counts),
+        cu_seq_lens=cumulative_lengths(lengths),
+        max_length=int(lengths.max()),
+        tasks_and_targets=tuple(zip(tasks, counts.tolist(), strict=True)),
     )
+
+
+def cumulative_lengths(lengths: Sequence[int] | Indices) -> Tensor:
+    """(S+1,) int32: where each of S sequences of a row begins, and where the last one ends."""
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
 class TrainLoader(Iterator[list[MicroBatch]]):

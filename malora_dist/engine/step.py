@@ -13,6 +13,7 @@ from malora_dist.engine.guard import GradientGuard, first_nonfinite_layer, stop_
 from malora_dist.engine.position import Position
 from malora_dist.errors import NonFiniteError, TrainingError
 from malora_dist.functional.loss import batch_counts, target_weights
+from malora_dist.functional.transfer import to_device
 from malora_dist.nn.inject import adapter_parameters
 from malora_dist.parallel.below_zero3 import clip_gradients
 from malora_dist.parallel.exchange import Wire
@@ -111,12 +112,12 @@ class Stepper:
 
     def _step_counts(self, number: int, batches: Sequence[MicroBatch]) -> "_StepCounts":
         G, W = len(self.task_names), self.world.size
-        counts = torch.zeros(G + 2 + W, dtype=torch.float64, device=self.world.device)
+        counts = torch.zeros(G + 2 + W, dtype=torch.float64)
         for batch in batches:
-            counts[: G + 1] += batch_counts(batch.target_sample, batch.task_ids, G)
+            counts[: G + 1] += batch_counts(batch.tasks_and_targets, G)
             counts[G + 1] += batch.input_ids.numel()
         counts[G + 2 + self.world.rank] = len(batches)
-        sum_over_processes(counts)
+        counts = sum_over_processes(to_device(counts, self.world.device))
         _need_equal(number, counts[G + 2 :].long().tolist())
         return _StepCounts(counts[: G + 1], counts[G + 1])
 
@@ -129,7 +130,9 @@ class Stepper:
         aux, expert_counts_GLE = balance_loss(
             self.engine.module, batch, len(self.task_names), self.balance, self.world.size
         )
-        weights_N = target_weights(batch.target_sample, batch.task_ids, step_counts.supervised, self.normalization)
+        weights_N = target_weights(
+            batch.target_sample, batch.task_ids, batch.target_counts, step_counts.supervised, self.normalization
+        )
         loss = (ce_N * weights_N).sum()
         share = loss * accumulation + self.balance.coefficient * aux
         self.position.enter("backward")
