@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
@@ -13,32 +13,19 @@ from torch import Tensor
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.mixture import Indices, epoch_order, mixture_shares
+from malora_dist.data.packed_row import PackedRow, cumulative_lengths
 from malora_dist.errors import CheckpointError, DataError, TopologyError
-from malora_dist.functional.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """B samples behind one another in one row of T tokens, without padding; N of the tokens are to be predicted."""
+class MicroBatch(PackedRow):
+    """B samples; T, N and S = B as in `PackedRow`."""
 
-    input_ids: Tensor  # (1, T) int64
-    position_ids: Tensor  # (1, T) from 0 for each sample, which is how attention knows them apart
-    target_index: Tensor  # (N,) place in the row whose logits predict a target
-    targets: Tensor  # (N,) token ids
     target_sample: Tensor  # (N,) which sample, 0..B-1, a target belongs to
-    token_sample: Tensor  # (T,) which sample, 0..B-1, a token belongs to
     sample_ids: Tensor  # (B,) global sample ids
     task_ids: Tensor  # (B,)
     target_counts: Tensor  # (B,) targets of each sample
-    cu_seq_lens: Tensor  # (B+1,) int32, where each sample begins, and T: what varlen attention kernels take
-    max_length: int  # tokens of the longest sample
     tasks_and_targets: tuple[tuple[int, int], ...]  # task and number of targets of each sample, on the host
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same batch with all tensors on a device; the host does not wait for the copies."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {n: to_device(t, device) for n, t in tensors.items() if isinstance(t, Tensor)}
-        return replace(self, **moved)
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:
@@ -58,6 +45,7 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         targets=torch.from_numpy(row[learned]),
         target_sample=torch.from_numpy(token_sample[learned]),
         token_sample=torch.from_numpy(token_sample),
+        token_branch=None,
         sample_ids=torch.tensor([sample.sample_id for sample in samples]),
         task_ids=torch.tensor(tasks),
         target_counts=torch.from_numpy(counts),
@@ -65,11 +53,6 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         max_length=int(lengths.max()),
         tasks_and_targets=tuple(zip(tasks, counts.tolist(), strict=True)),
     )
-
-
-def cumulative_lengths(lengths: Sequence[int] | Indices) -> Tensor:
-    """(S+1,) int32: where each of S sequences of a row begins, and where the last one ends."""
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
 class TrainLoader(Iterator[list[MicroBatch]]):
