@@ -13,6 +13,7 @@ from malora_dist.engine.guard import GradientGuard, first_nonfinite_layer, stop_
 from malora_dist.engine.position import Position
 from malora_dist.errors import NonFiniteError, TrainingError
 from malora_dist.functional.loss import batch_counts, target_weights
+from malora_dist.functional.transfer import to_device
 from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.nn.inject import adapter_parameters
 from malora_dist.parallel.below_zero3 import clip_gradients
@@ -120,11 +121,11 @@ class Stepper:
 
     def _step_counts(self, batches: Sequence[MicroBatch]) -> "_StepCounts":
         G = len(self.task_names)
-        counts = torch.zeros(G + 2, dtype=torch.float64, device=self.world.device)
+        counts = torch.zeros(G + 2, dtype=torch.float64)
         for batch in batches:
-            counts[: G + 1] += batch_counts(batch.target_sample, batch.task_ids, G)
+            counts[: G + 1] += batch_counts(batch.tasks_and_targets, G)
             counts[G + 1] += batch.input_ids.numel()
-        sum_over_processes(counts)
+        counts = sum_over_processes(to_device(counts, self.world.device))
         return _StepCounts(counts[: G + 1], counts[G + 1])
 
     def _backward(
@@ -136,7 +137,9 @@ class Stepper:
         aux, expert_counts_GLE = balance_loss(
             self.engine.module, batch, len(self.task_names), self.balance, self.world.size
         )
-        weights_N = target_weights(batch.target_sample, batch.task_ids, step_counts.supervised, self.normalization)
+        weights_N = target_weights(
+            batch.target_sample, batch.task_ids, batch.target_counts, step_counts.supervised, self.normalization
+        )
         loss = (ce_N * weights_N).sum()
         share = loss * accumulation + self.balance.coefficient * aux
         self.position.enter("backward")
