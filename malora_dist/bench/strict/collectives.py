@@ -35,7 +35,9 @@ def on_host_tensors(
     result = func(*tree_map(host, args), **tree_map(host, kwargs))
 
     def back(leaf: Any) -> Any:
-        return (arguments.get(id(leaf)) or wrap(leaf)) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return arguments[id(leaf)] if id(leaf) in arguments else wrap(leaf)
 
     return tree_map(back, result)
 

@@ -171,18 +171,19 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = str(func)
     if name.startswith("c10d."):
         return _run_collective(func, name, args, kwargs)
-    ours = any(on_device(tensor) for tensor in rules.tensors_of(args, kwargs))
+    tensors = rules.tensors_of(args, kwargs)
+    ours = any(on_device(tensor) for tensor in tensors)
     wanted = kwargs.get("device")
     to_device = wanted is not None and torch.device(wanted).type == TYPE
     if not ours and not to_device:
         return _run_on_host(func, name, args, kwargs)
     if ours:
-        rules.check(func, args, kwargs, on_device)
+        rules.check(func, args, kwargs, tensors, on_device)
     if kwargs.get("generator") is not None:
         found = kwargs["generator"].device.type
         raise RuntimeError(f"{name}: Expected a '{TYPE}' device type for generator but found '{found}'")
     result = func(*tree_map(_host, args), **_host_settings(kwargs))
-    _count(func, name, args, kwargs, result)
+    _count(func, args, kwargs, [*tensors, *rules.tensors_of(result)])
     if name.startswith("aten._to_copy.") and wanted is not None and not to_device:
         return result
     if name.startswith("aten.resize_"):
@@ -218,13 +219,13 @@ def _host_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _count(func: Any, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+def _count(func: Any, args: Any, kwargs: dict[str, Any], moved: list[Tensor]) -> None:
+    name = str(func)
     for _ in range(rules.host_indices(name, args, on_device)):
         note("waits", f"{name} (host index)")
     if not rules.launches(func):
         return
     note("launches", name)
-    moved = rules.tensors_of(args, kwargs, result)
     note("nbytes", name, sum(tensor.numel() * tensor.element_size() for tensor in moved))
     if rules.waits(func, args, kwargs, on_device):
         note("waits", name)

@@ -77,23 +77,35 @@ def tensors_of(*values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def check(func: Any, args: Sequence[Any], kwargs: dict[str, Any], on_device: OnDevice) -> None:
-    """Raise RuntimeError where CUDA would, for an operation that has at least one tensor of the device."""
+def check(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor], on_device: OnDevice
+) -> None:
+    """Raise RuntimeError where CUDA would, for an operation that has at least one tensor of the device.
+
+    tensors: all of the arguments.
+    """
     name = str(func)
-    if not name.startswith(COPIES):
-        strangers = _strangers(func, name, args, kwargs, on_device)
+    strangers = [tensor for tensor in tensors if not on_device(tensor)]
+    if strangers and not name.startswith(COPIES):
+        strangers = _not_allowed(strangers, func, name, args, kwargs, on_device)
         if strangers:
-            seen = ", ".join(f"{t.device} {tuple(t.shape)}" for t in tensors_of(args, kwargs))
+            seen = ", ".join(f"{t.device} {tuple(t.shape)}" for t in tensors)
             raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {seen}")
     if name.partition(".default")[0].rstrip("_") in PRODUCTS:
-        whole = [t.dtype for t in tensors_of(args) if not (t.is_floating_point() or t.is_complex())]
+        whole = [t.dtype for t in tensors if not (t.is_floating_point() or t.is_complex())]
         if whole:
             raise RuntimeError(f'"{name}" not implemented on CUDA for {whole[0]}')
 
 
-def _strangers(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], on_device: OnDevice) -> list[Tensor]:
-    """Host tensors where CUDA takes none."""
-    strangers = [tensor for tensor in tensors_of(args, kwargs) if not on_device(tensor)]
+def _not_allowed(
+    strangers: list[Tensor],
+    func: Any,
+    name: str,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    on_device: OnDevice,
+) -> list[Tensor]:
+    """Those of the host tensors that stand where CUDA takes none."""
     target = args[0] if args and isinstance(args[0], Tensor) else None
     if host_indices(name, args, on_device):
         strangers = [t for t in strangers if all(t is not index for index in args[1])]
