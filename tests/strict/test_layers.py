@@ -90,6 +90,7 @@ def test_a_model_gives_the_numbers_of_the_cpu(
     strict: StrictDevice, tiny_llama: LlamaFactory, case: dict[str, Any]
 ) -> None:
     wanted, found = (numbers(tiny_llama, case, device) for device in ("cpu", "strict"))
+    assert set(found) == set(wanted)
     # Not bit for bit: the CPU has an attention kernel of its own.
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
