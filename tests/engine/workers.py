@@ -80,6 +80,7 @@ def build_model(
         dtype=getattr(torch, case.get("dtype", "float32")),
         load_in_4bit=case.get("load_in_4bit", False),
         double_quant=case.get("double_quant", False),
+        device="cpu" if world is None else world.device,
         reader=world is None or world.is_main,
         place=place,
     )
@@ -199,7 +200,7 @@ def train_cases(world: World, folder: str, output: str, cases: dict[str, dict[st
 def _share(samples: Sequence[Sample], world: World, accumulation: int) -> list[Any]:
     size = len(samples) // accumulation // world.size
     first = [(micro * world.size + world.rank) * size for micro in range(accumulation)]
-    return [collate(samples[start : start + size]) for start in first]
+    return [collate(samples[start : start + size]).to(world.device) for start in first]
 
 
 class RecordingStepper(Stepper):
@@ -236,7 +237,7 @@ def gathered_moments(stepper: Stepper) -> Iterator[tuple[str, Tensor]]:
 def evaluate_between(engine: Any, step: int) -> None:
     """A forward without gradients, other lengths on every rank, as evaluation makes them; then back to training."""
     engine.eval()
-    ids = torch.arange(3 + 2 * dist.get_rank() + step)[None]
+    ids = torch.arange(3 + 2 * dist.get_rank() + step, device=engine.device)[None]
     with torch.no_grad():
         engine(input_ids=ids, use_cache=False)
     engine.train()
