@@ -75,9 +75,8 @@ def numbers(llama: LlamaFactory, case: dict[str, Any], device: str) -> dict[str,
     set_token_keys(model, batch, 3, 1)
     ce_N = cross_entropies(model, batch)
     aux, _ = balance_loss(model, batch, 2, BALANCE, 1)
-    weights_N = target_weights(
-        batch.target_sample, batch.task_ids, batch_counts(batch.target_sample, batch.task_ids, 2), "token"
-    )
+    counts = batch_counts(batch.tasks_and_targets, 2).to(device)
+    weights_N = target_weights(batch.target_sample, batch.task_ids, batch.target_counts, counts, "token")
     loss = (ce_N * weights_N).sum()
     (loss + BALANCE.coefficient * aux).backward()
     gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
