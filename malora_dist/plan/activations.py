@@ -142,9 +142,9 @@ def exchange_buffer_bytes(run: Run) -> int:
 
 
 def is_grouped(run: Run, linear: Linear) -> bool:
-    """Whether the layer multiplies the chosen experts only: the rule of `functional.cost.prefer_grouped`."""
+    """Whether the layer multiplies the chosen experts only, on a GPU: the rule of `functional.cost.prefer_grouped`."""
     spec, E = run.spec, run.num_local_experts
     if not spec.structure.routed or run.computation != "auto":
         return spec.structure.routed and run.computation != "dense"
     in_width = linear.in_features if spec.shared_r is None else spec.shared_r
-    return prefer_grouped(E, min(spec.top_k, E), spec.r, in_width, linear.out_features)
+    return prefer_grouped(E, min(spec.top_k, E), spec.r, in_width, linear.out_features, "cuda")

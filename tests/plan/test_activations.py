@@ -199,9 +199,9 @@ def test_on_two_processes_within_15_percent(runs_of_2: RealRuns, name: str) -> N
 
 def test_the_form_is_the_layers_choice(llama_run: Run) -> None:
     forms = set()
-    for num_experts, top_k, r, width in [(8, 2, 12, 4096), (64, 2, 16, 4096), (8, 1, 64, 512), (32, 4, 8, 1024)]:
+    for num_experts, top_k, r, width in [(8, 2, 12, 4096), (64, 2, 32, 4096), (8, 1, 64, 512), (32, 4, 8, 1024)]:
         spec = replace(llama_run.spec, num_experts=num_experts, top_k=top_k, r=r)
         run, linear = replace(llama_run, spec=spec), Linear("q_proj", width, width)
-        assert is_grouped(run, linear) == prefer_grouped(num_experts, top_k, r, 32, width)
+        assert is_grouped(run, linear) == prefer_grouped(num_experts, top_k, r, 32, width, "cuda")
         forms.add(is_grouped(run, linear))
     assert forms == {True, False}
