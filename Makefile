@@ -1,7 +1,9 @@
 # make demo    train and evaluate the demo, real model and real tasks, on this machine; again, it goes on from the last
-#              checkpoint; ARGS=--new-run starts another run
+#              checkpoint; ARGS=--new-run starts another run. One process for each GPU, two on a machine without;
+#              NUM_PROCESSES=N for another number, DS_ACCELERATOR=cpu for the CPU of a machine with GPUs
 # make demo-ep the demo's first steps with experts on every process and spread over two, side by side
-# make test    the whole test suite
+# make test    the whole test suite, on the CPU
+# make test-gpu  the tests that need a GPU
 # make check   lint, format, types, layering
 # make setup   the environment all of them need, in .venv
 
@@ -10,13 +12,17 @@ PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3,$(shell \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.setup-done
-NUM_PROCESSES ?= 2
+# Processes of the demo, instead of as many as fit this machine.
+NUM_PROCESSES ?=
 # More arguments for the installation of torch, such as the index of another build.
 TORCH_ARGS ?=
 # Settings of the demo.
 ARGS ?=
 
-.PHONY: setup demo demo-ep test check
+# Settings for the shell: the number of processes, and where they run.
+processes = $(if $(NUM_PROCESSES),NUM_PROCESSES=$(NUM_PROCESSES),$$($(BIN)/python -m malora_dist.recipes.processes $(1)))
+
+.PHONY: setup demo demo-ep test test-gpu check
 
 setup: $(READY)
 
@@ -30,16 +36,20 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python -m malora_dist.recipes.demo
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 \
-	$(BIN)/deepspeed --num_gpus $(NUM_PROCESSES) --module malora_dist.train malora_dist/recipes/demo.yaml $(ARGS)
+	settings="$(call processes)" && export $$settings && \
+	OMP_NUM_THREADS=1 $(BIN)/malora train malora_dist/recipes/demo.yaml --num_gpus $$NUM_PROCESSES $(ARGS)
 
 demo-ep: setup
 	$(BIN)/python -m malora_dist.recipes.demo
+	settings="$(call processes,--spread)" && export $$settings && \
 	OMP_NUM_THREADS=1 $(BIN)/malora bench ep malora_dist/recipes/demo.yaml \
-		--num_gpus $(NUM_PROCESSES) --variants ep --steps 20 --warmup 2 --model.dtype float32
+		--num_gpus $$NUM_PROCESSES --variants ep --steps 20 --warmup 2 --model.dtype float32
 
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-gpu: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu
 
 check: setup
 	$(BIN)/ruff check .

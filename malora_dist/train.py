@@ -20,6 +20,7 @@ from malora_dist.data.loader import TrainLoader
 from malora_dist.engine.base import base_identity, base_model
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.checkpoints import RunCheckpoints
+from malora_dist.engine.deterministic import explained, use_deterministic_algorithms
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.loop import Actions, LoopSettings, LoopState, train_loop
 from malora_dist.engine.outputs import RunOutputs
@@ -58,6 +59,8 @@ def _start(arguments: Sequence[str]) -> None:
     recipe, overrides = split_arguments(arguments)
     config = load_config(recipe, overrides)
     check_trackers(config.train.report_to)
+    if config.train.deterministic:
+        use_deterministic_algorithms()
     position = Position(int(os.environ.get("RANK", "0")))
     agreement = Agreement(alive=position.alive)
     with watched(position, config.parallel.timeout_seconds, agreement.request):
@@ -72,7 +75,8 @@ def _start(arguments: Sequence[str]) -> None:
         check_shared_folder(world, Path(config.output_dir), nodes, seconds)
         with Session(config, world) as session:
             agreement.join(world)
-            run(session, position, agreement)
+            with explained():
+                run(session, position, agreement)
 
 
 def run(session: Session, position: Position, agreement: Agreement) -> Path:

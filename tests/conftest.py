@@ -1,4 +1,4 @@
-"""A small model with everything a large one has."""
+"""Where tests compute, and a small model with everything a large one has."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,24 @@ from typing import Any
 import pytest
 import torch
 
+from tests.devices import hide_gpus
+
 LlamaFactory = Callable[..., Any]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but those of `pytest -m gpu`, before any of their modules is imported."""
+    config.addinivalue_line("markers", "gpu: needs a GPU; run by `pytest -m gpu` alone")
+    if config.option.markexpr != "gpu":
+        hide_gpus()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that need a GPU where none is to be seen."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest -m gpu, on a machine with one"))
 
 
 @pytest.fixture

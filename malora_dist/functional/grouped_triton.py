@@ -6,7 +6,6 @@ The parameters may have another dtype (fp32 ones are rounded tile by tile), and 
 Without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before triton is first imported.
 """
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +18,6 @@ MAX_BLOCK_R = 64
 BLOCK_W_BYTES = 256
 # The smallest side of a tile that a GPU multiplies.
 MIN_BLOCK = 16
-
-
-def triton_available(device: torch.device) -> bool:
-    """Whether the kernels can run on tensors of `device`: triton is there, and a GPU or its interpreter."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    if device.type == "cuda":
-        return True
-    from triton import knobs
-
-    return device.type == "cpu" and bool(knobs.runtime.interpret)
 
 
 class RowBlocks(NamedTuple):

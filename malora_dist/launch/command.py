@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from malora_dist.errors import ConfigError
+from malora_dist.launch.environment import allocator_variables
 
 # The deepspeed launcher replaces the list of visible devices by 0..N-1 unless it is told which ones.
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -64,11 +65,23 @@ def torchrun_command(
     return [launcher, *place, "--nproc_per_node", str(processes), "-m", module, *arguments]
 
 
-def visible_gpus() -> int:
-    """Number of GPUs torch can see, at least 1: without any, one process runs on the CPU."""
+def refuses_gpus(environment: Mapping[str, str]) -> bool:
+    """Return whether DS_ACCELERATOR=cpu, which DeepSpeed obeys, keeps a run on the CPU of a machine with GPUs."""
+    return environment.get("DS_ACCELERATOR") == "cpu"
+
+
+def count_gpus(environment: Mapping[str, str]) -> int:
+    """Return the number of GPUs that torch can see and a run may use."""
+    if refuses_gpus(environment):
+        return 0
     from torch import cuda
 
-    return max(1, cuda.device_count())
+    return cuda.device_count()
+
+
+def visible_gpus() -> int:
+    """Number of GPUs a run may use, at least 1: without any, one process runs on the CPU."""
+    return max(1, count_gpus(os.environ))
 
 
 def launcher_path(name: str = "deepspeed") -> str:
@@ -78,9 +91,10 @@ def launcher_path(name: str = "deepspeed") -> str:
 
 
 def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for the launcher: this Python's scripts (ninja, deepspeed) come first on PATH."""
+    """The environment for the launcher: this Python's scripts (ninja, deepspeed) come first on PATH; the allocator."""
     scripts = str(Path(sys.executable).parent)
-    return {**environment, "PATH": os.pathsep.join([scripts, environment.get("PATH", os.defpath)])}
+    own = {**environment, **allocator_variables(environment)}
+    return {**own, "PATH": os.pathsep.join([scripts, environment.get("PATH", os.defpath)])}
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:

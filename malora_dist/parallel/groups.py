@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from malora_dist.errors import MaloraError, TopologyError
-from malora_dist.launch.environment import rank_variables
+from malora_dist.launch.command import VISIBLE_DEVICES, refuses_gpus
+from malora_dist.launch.environment import allocator_variables, rank_variables
 from malora_dist.launch.interface import interface_variables
 
 NOTE = "malora_dist/told"
@@ -43,10 +44,12 @@ def start_processes(timeout_seconds: float) -> World:
     environment describes no run that can start.
     """
     os.environ.update(rank_variables(os.environ))
+    # Read when the first memory of a GPU is taken.
+    os.environ.update(allocator_variables(os.environ))
     os.environ.update(interface_variables(os.environ))
     _describe_single_process()
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
+    if _takes_a_gpu():
         if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
             # srun --gpus-per-task=1 shows each task its own device alone, as number 0.
             local_rank = 0
@@ -72,6 +75,15 @@ def start_processes(timeout_seconds: float) -> World:
     control = dist.new_group(backend="gloo") if device.type == "cuda" else None
     set_timeouts(timeout_seconds)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
+
+
+def _takes_a_gpu() -> bool:
+    """Whether this process computes on a GPU; where DS_ACCELERATOR=cpu refuses them it does not see any from now on."""
+    if refuses_gpus(os.environ):
+        # The deepspeed launcher has named devices all the same, and libraries would take them.
+        os.environ.update(dict.fromkeys(VISIBLE_DEVICES, ""))
+        return False
+    return torch.cuda.is_available()
 
 
 def _describe_single_process() -> None:
@@ -166,10 +178,20 @@ def gather_lists(values: list[Any]) -> list[Any]:
     return [value for part in parts if part is not None for value in part]
 
 
+def broadcast_values(parameters: Sequence[nn.Parameter], source: int, group: Any = None) -> None:
+    """Give all processes of a group the values that rank `source` has, whatever their dtype and order in memory."""
+    for parameter in parameters:
+        # NCCL takes contiguous tensors only, and not every dtype.
+        data = parameter.data
+        values = data.contiguous()
+        dist.broadcast(values.view(-1).view(torch.uint8), src=source, group=group)
+        if values is not data:
+            data.copy_(values)
+
+
 def replicate(parameters: list[nn.Parameter]) -> None:
     """Placement for ZeRO below stage 3: every process gets the main process's values."""
-    for parameter in parameters:
-        dist.broadcast(parameter.data.view(torch.uint8), src=0)
+    broadcast_values(parameters, source=0)
 
 
 def wait_for_all() -> None:

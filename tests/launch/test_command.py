@@ -6,9 +6,11 @@ import time
 from importlib import import_module
 
 import pytest
+import torch
 
 from malora_dist.errors import ConfigError
 from malora_dist.launch.command import (
+    count_gpus,
     deepspeed_command,
     launcher_environment,
     launcher_path,
@@ -66,6 +68,12 @@ def test_a_machine_that_torchrun_could_not_place(rank: int | None, address: str 
         torchrun_command("m", [], processes=2, nodes=3, node_rank=rank, master_addr=address)
 
 
+def test_deepspeeds_own_variable_keeps_a_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert count_gpus({}) == count_gpus({"DS_ACCELERATOR": "cuda"}) == 4
+    assert count_gpus({"DS_ACCELERATOR": "cpu"}) == 0
+
+
 @pytest.mark.parametrize(("visible", "message"), [("0", "names only 1"), ("GPU-5f", "needs device numbers")])
 def test_devices_that_cannot_be_had(visible: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -90,6 +98,8 @@ def test_under_launcher(environment: dict[str, str], expected: bool) -> None:
 
 def test_exit_codes_and_environment() -> None:
     environment = launcher_environment({**os.environ, "MALORA_TEST": "7"})
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert launcher_environment({"PYTORCH_ALLOC_CONF": ""})["PYTORCH_ALLOC_CONF"] == ""
     assert environment["PATH"].startswith(os.path.dirname(sys.executable) + os.pathsep)
     code = "import os, sys; sys.exit(int(os.environ['MALORA_TEST']))"
     assert run_command([sys.executable, "-c", code], environment) == 7

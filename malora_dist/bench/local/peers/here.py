@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from malora_dist.bench.local.peers.contestants import Contestant, chosen
-from malora_dist.functional.grouped_triton import triton_available
+from malora_dist.functional.triton_ready import triton_ready
 from malora_dist.nn.kernels import require_triton
 
 KERNELS = "grouped_triton"
@@ -18,7 +18,7 @@ def taking_part(only: str | None, default: Sequence[str], device: torch.device) 
     """
     found = chosen(only, default)
     if only is None:
-        kernels = device.type == "cuda" and triton_available(device)
+        kernels = device.type == "cuda" and triton_ready(device)
         return {name: one for name, one in found.items() if kernels or one.computation != KERNELS}
     if any(one.computation == KERNELS for one in found.values()):
         require_triton(device)

@@ -1,4 +1,5 @@
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -6,14 +7,19 @@ import torch
 from malora_dist.bench.local.peers.contestants import CONTESTANTS
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.errors import ConfigError
+from malora_dist.functional.triton_ready import missing_for_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TRITON = "malora_grouped_triton"
 
 
 @pytest.fixture(autouse=True)
-def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def a_gpu_and_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    missing_for_triton.cache_clear()
+    yield
+    missing_for_triton.cache_clear()
 
 
 def test_triton_takes_part_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +28,7 @@ def test_triton_takes_part_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch)
     assert list(taking_part(None, names, CPU)) == [name for name in names if name != TRITON]
     assert list(taking_part("base,malora", names, CPU)) == ["base", "malora"]
     monkeypatch.setitem(sys.modules, "triton", None)
+    missing_for_triton.cache_clear()
     assert TRITON not in taking_part(None, names, GPU)
 
 

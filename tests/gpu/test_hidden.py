@@ -1,0 +1,69 @@
+"""Tests and all that they start see no GPU, whatever is visible outside.
+
+What the environment says must be hidden before pytest starts, so all of it is looked at by a second pytest, started by
+`test_all_where_gpus_are_visible` in an environment that names some.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.devices import HIDDEN
+from tests.distributed import run_distributed
+from tests.e2e import ROOT, deepspeed, launch
+from tests.preemption import Ranks
+from tests.slurm.conftest import Cluster
+
+INSIDE = "MALORA_TEST_HIDDEN"
+NOTHING = {"variables": HIDDEN, "available": False, "device": "cpu"}
+inside = pytest.mark.skipif(INSIDE not in os.environ, reason="test_all_where_gpus_are_visible runs it")
+
+
+@pytest.mark.skipif(INSIDE in os.environ, reason="it has been started by this one")
+def test_all_where_gpus_are_visible() -> None:
+    outer = {name: value for name, value in os.environ.items() if name not in HIDDEN}
+    outer |= {"CUDA_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "0", INSIDE: "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=outer, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "5 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+
+
+@inside
+def test_this_process() -> None:
+    assert HIDDEN.items() <= os.environ.items() and not torch.cuda.is_available()
+
+
+@inside
+def test_ranks_of_run_distributed() -> None:
+    assert run_distributed("tests.gpu.sees:see", 1) == [NOTHING]
+
+
+@inside
+def test_commands_and_the_processes_of_the_deepspeed_launcher(tmp_path: Path) -> None:
+    """The launcher names device 0 to its process; joining the run hides it again."""
+    done = launch(deepspeed(1, "tests.gpu.sees"), tmp_path)
+    said = re.search(r"sees (.*)", done.output)
+    assert "Setting CUDA_VISIBLE_DEVICES=0" in done.output, "the launcher no longer names devices"
+    assert said is not None and json.loads(said[1]) == NOTHING, done.output
+
+
+@inside
+def test_ranks_that_are_forked(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    try:
+        for process in ranks.processes:
+            started_with = Path(f"/proc/{process.pid}/environ").read_text().split("\0")
+            assert {f"{name}={value}" for name, value in HIDDEN.items()} <= set(started_with)
+    finally:
+        ranks.stop()
+
+
+@inside
+def test_jobs_of_slurm(tmp_path: Path) -> None:
+    assert HIDDEN.items() <= Cluster(tmp_path).environment().items()
