@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
 from malora_dist.nn.nf4_linear import NF4Linear
+from malora_dist.nn.packed_attention import register_attention
 from malora_dist.weights.base_tensor import BaseTensor, Weights
 from malora_dist.weights.checkpoint import CheckpointWeights
 from malora_dist.weights.prequantized import check_stored_format
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Place = Callable[[list[nn.Parameter]], None]
 ReadPart = Callable[[int, int], Tensor]
@@ -52,6 +53,8 @@ def load_base_model(
     elements it asks `read_part(start, stop)` for; every process reads then. The folder's own weights have no parts
     where they must be quantised.
 
+    `attn_implementation` is a name of transformers or of `nn.packed_attention`.
+
     Raises ConfigError if a weight is missing or has another shape than the configuration says, or if the folder's
     weights are stored in a format that is not read.
     """
@@ -80,7 +83,17 @@ def load_base_model(
 
 def build_empty_model(folder: Path, *, dtype: torch.dtype, attn_implementation: str = "sdpa") -> "PreTrainedModel":
     """The model of a folder's config.json on the meta device: shapes without memory. Raises ConfigError without one."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    register_attention()
+    config = read_model_config(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+
+
+def read_model_config(folder: Path) -> "PreTrainedConfig":
+    """A folder's config.json, without what a frozen base does not have. Raises ConfigError without one."""
+    from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is not a model folder: it holds no config.json")
@@ -92,8 +105,7 @@ def build_empty_model(folder: Path, *, dtype: torch.dtype, attn_implementation: 
             setattr(config, name, 0.0)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # says how files are stored, not how this model computes
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    return config
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -181,7 +193,8 @@ def _rebuild_buffers(model: "PreTrainedModel", device: torch.device) -> None:
             continue
         if not hasattr(module, "original_inv_freq"):
             raise ConfigError(f"buffers {', '.join(meta)} of {name} ({type(module).__name__}) cannot be rebuilt")
-        with torch.device(device):
+        # On the CPU, as transformers does: a GPU rounds powers otherwise.
+        with torch.device("cpu"):
             rebuilt = type(module)(config=model.config)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, rebuilt)
+        setattr(model.get_submodule(parent), leaf, rebuilt.to(device))

@@ -20,6 +20,7 @@ from malora_dist.data.loader import TrainLoader
 from malora_dist.engine.base import base_identity, base_model
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.checkpoints import RunCheckpoints
+from malora_dist.engine.deterministic import explained, use_deterministic_algorithms
 from malora_dist.engine.device_check import check_device, check_memory, first_lengths
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.loop import Actions, LoopSettings, LoopState, train_loop
@@ -59,6 +60,8 @@ def _start(arguments: Sequence[str]) -> None:
     recipe, overrides = split_arguments(arguments)
     config = load_config(recipe, overrides)
     check_trackers(config.train.report_to)
+    if config.train.deterministic:
+        use_deterministic_algorithms()
     position = Position(int(os.environ.get("RANK", "0")))
     agreement = Agreement(alive=position.alive)
     with watched(position, config.parallel.timeout_seconds, agreement.request):
@@ -73,7 +76,8 @@ def _start(arguments: Sequence[str]) -> None:
         check_shared_folder(world, Path(config.output_dir), nodes, seconds)
         with Session(config, world) as session:
             agreement.join(world)
-            run(session, position, agreement)
+            with explained():
+                run(session, position, agreement)
 
 
 def run(session: Session, position: Position, agreement: Agreement) -> Path:
@@ -96,7 +100,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     loader = train_loader(config, data, world)
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
-    stepper, steps = _build(session, outputs, data, loader, folder, position, agreement)
+    stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
     window = Window(stepper)
     checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
     agreement.background = checkpoints.saver
@@ -179,14 +183,16 @@ def _build(
     folder: Path,
     position: Position,
     agreement: Agreement,
+    *,
+    new: bool,
 ) -> tuple[Stepper, int]:
-    """Base, adapters and engine, and the number of optimizer steps."""
+    """Base, adapters and engine, and the number of optimizer steps; `new` adapters have their initial values."""
     config, world = session.config, session.world
     position.enter("loading the base model")
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
     model = base_model(config, folder, world, settings, agreement.check)
-    report, wire = add_adapters(model, config, settings, groups, agreement.check)
+    report, wire = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
     outputs.injection(report)
     steps = config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
     position.enter("starting DeepSpeed")

@@ -113,6 +113,25 @@ def dora_reference(
     return base_TO + (factor_O - 1) * (h_TI @ weight_OI.T) + factor_O * scaling * (h_TI @ A_RI.T @ B_OR.T)
 
 
+def packed_attention_reference(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, lengths: Sequence[int], scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention of each sample alone, token by token, (T, H, D); H heads share G heads of k and v.
+
+    With a window a token sees so many tokens, itself and those before it.
+    """
+    shared = q_THD.shape[1] // k_TGD.shape[1]
+    k_THD, v_THD = (states.repeat_interleave(shared, dim=1) for states in (k_TGD, v_TGD))
+    rows, start = [], 0
+    for length in lengths:
+        for t in range(start, start + length):
+            first = start if window is None else max(start, t + 1 - window)
+            scores_HS = torch.einsum("hd,shd->hs", q_THD[t], k_THD[first : t + 1]) * scale
+            rows.append(torch.einsum("hs,shd->hd", scores_HS.softmax(dim=-1), v_THD[first : t + 1]))
+        start += length
+    return torch.stack(rows)
+
+
 def gradients(output: Tensor, inputs: Sequence[Tensor], output_gradient: Tensor) -> tuple[Tensor, ...]:
     """d<output, output_gradient> / d input for each input; zero, not None, for what took no part."""
     return torch.autograd.grad(output, inputs, output_gradient, allow_unused=True, materialize_grads=True)

@@ -32,7 +32,6 @@ CORNERS: dict[int, dict[str, Case]] = {
         "default persistence threshold": {"ep_size": 2, "default_persistence": True},
         "grouped": {"ep_size": 2, "computation": "grouped", "load_in_4bit": True, "gradient_checkpointing": True},
         "experts without S_A": {"ep_size": 2, "method": "molora"},
-        "siblings enter together": {"ep_size": 2, "fuse_siblings": True, "gradient_checkpointing": True},
         "evaluation between steps": {"ep_size": 2, "evaluation_between": True, "load_in_4bit": True},
         "top 3 of 8": {"ep_size": 2, "shape": {"num_experts": 8, "top_k": 3}, "normalization": "task"},
     },
@@ -53,12 +52,14 @@ def cases_of(world_size: int) -> dict[str, Case]:
         "base": list(BASES),
         "accumulation": [1, 2],
         "gradient_checkpointing": [False, True],
+        "fuse_siblings": [True, False],
     }
     cases = {}
     for case in pairwise(choices):
         name = (
             f"ep{case['ep_size']} zero{case['zero_stage']} {case['base']} accumulation{case['accumulation']} "
-            f"{'recomputed' if case['gradient_checkpointing'] else 'kept'}"
+            f"{'recomputed' if case['gradient_checkpointing'] else 'kept'} "
+            f"{'fused' if case['fuse_siblings'] else 'apart'}"
         )
         cases[name] = case | BASES[case["base"]]
     return cases | {name: {"zero_stage": 3} | case for name, case in CORNERS[world_size].items()}

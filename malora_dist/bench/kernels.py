@@ -1,7 +1,7 @@
 """FLOPs and bytes of every kernel that one linear and its adapter need in a training step. Arithmetic only.
 
 A kernel reads each of its inputs once and writes each of its outputs once; nothing stays in a cache between two
-kernels. So sizes are bounds from below for an implementation made of these kernels. Dropout is left out.
+kernels. So sizes are bounds from below for an implementation made of these kernels.
 Shape letters: T tokens, I in_features, O out_features, E experts, K top_k, R r, D shared_r. 2 FLOPs a multiplication.
 """
 
@@ -49,9 +49,11 @@ class Form:
     chosen_rows: products over the rows of chosen experts only, sorted by expert. late_gates: there, the gates weigh the
     experts' O-wide outputs, as mixtures of experts are usually written, not their r-wide inputs.
     router: `apart` is a product of its own, `fp32` one over an fp32 copy of x, `joined` columns of the product with
-    S_A, `ours` (this package with an S_A; without one it is `fp32`) `fp32` forward and `joined` backward. siblings:
-    linears with one input (q k v, gate up) have one such product. eager: scaling and sum are kernels of their own and
-    adapters are kept in the base's dtype, as in PEFT's LoRA.
+    S_A, `ours` (this package with an S_A; without one it is `fp32`) `fp32` forward and `joined` backward, which with
+    dropout is a product of its own there too. siblings: linears with one input (q k v, gate up) have one such product,
+    and one dropped input. eager: scaling and sum are kernels of their own and adapters are kept in the base's dtype, as
+    in PEFT's LoRA. dropout: the input of the adapter is dropped, by a mask that is made again in each kernel that needs
+    it, or by a stored one as in nn.Dropout (eager, late_gates).
     """
 
     chosen_rows: bool = False
@@ -59,6 +61,11 @@ class Form:
     router: str = "apart"
     siblings: bool = False
     eager: bool = False
+    dropout: bool = False
+
+    @property
+    def stores_mask(self) -> bool:
+        return self.eager or self.late_gates
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,8 @@ def adapter_kernels(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Ker
         yield from _all_rows(spec, sizes, form)
     if spec.structure.routed:
         yield from _router(sizes, spec.num_experts, form)
+    if form.dropout:
+        yield from _dropout(sizes, form)
     yield from _parameters(spec, sizes, itemsize=sizes.itemsize if form.eager else FP32)
 
 
@@ -115,8 +124,8 @@ def _all_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
     yield sizes.gemm("dw", "up", O, T, wide)
     if spec.structure.routed:
         yield sizes.moves("forward", "gates", 2 * T * wide)
-        yield sizes.moves("dx", "gates", 3 * T * wide)
-        yield sizes.moves("dw", "gates", 2 * T * wide)
+        # One kernel: of the gradient and z, both weighted, and the gradient of the gates.
+        yield sizes.moves("dx", "gates", 4 * T * wide)
     if form.eager:
         yield sizes.moves("forward", "scale and add", (2 + 3) * T * O)
         yield sizes.moves("dx", "scale and add", 2 * T * O + 3 * T * sizes.I)
@@ -126,11 +135,14 @@ def _down(spec: MixtureSpec, sizes: Sizes, columns: int, form: Form) -> Iterator
     """x to so many columns for all tokens, the router's among them if `joined`; of siblings' one product the share."""
     T, I, routers = sizes.T, sizes.I, spec.num_experts if spec.structure.routed else 0  # noqa: E741
     forward = columns + (routers if form.router == "joined" else 0)
-    backward = columns + (routers if form.router in ("joined", "ours") else 0)
+    together = form.router in ("joined", "ours") and not form.dropout
+    backward = columns + (routers if together else 0)
     shared = T * I * (1 - 1 / sizes.sharing) * sizes.itemsize if form.siblings else 0
+    # The gradient of a dropped input is masked before it is added.
+    adds = not form.eager and not form.dropout
     for kernel, reads in (
         (sizes.gemm("forward", "down", T, I, forward), 1),
-        (sizes.gemm("dx", "down", T, backward, I, adds=not form.eager), 2),
+        (sizes.gemm("dx", "down", T, backward, I, adds=adds), 2 if adds else 1),
         (sizes.gemm("dw", "down", backward, T, I), 1),
     ):
         yield replace(kernel, nbytes=kernel.nbytes - reads * shared)
@@ -173,11 +185,26 @@ def _router(sizes: Sizes, num_experts: int, form: Form) -> Iterator[Kernel]:
         yield Kernel("forward", "router", 2 * T * I * E, FP32 * (x_numbers + E * I + T * E))
     if form.router == "apart":
         yield sizes.gemm("forward", "router", T, I, E)
-    if form.router in ("fp32", "apart"):
-        yield sizes.gemm("dx", "router", T, E, I, adds=True)
-        yield sizes.gemm("dw", "router", E, T, I)
+    if form.router in ("fp32", "apart") or form.dropout:
+        shared = T * I * (1 - 1 / sizes.sharing) * sizes.itemsize if form.siblings else 0
+        dx, dw = sizes.gemm("dx", "router", T, E, I, adds=True), sizes.gemm("dw", "router", E, T, I)
+        yield replace(dx, nbytes=dx.nbytes - 2 * shared)
+        yield replace(dw, nbytes=dw.nbytes - shared)
     for phase in ("forward", "dx"):
         yield Kernel(phase, "routing", 0, 3 * T * E * FP32)
+
+
+def _dropout(sizes: Sizes, form: Form) -> Iterator[Kernel]:
+    """The dropped input, forward and for the weights' gradient, and the mask on its own gradient; of siblings a share.
+
+    A stored mask has a byte a number, and keeps the dropped input for backward.
+    """
+    numbers = sizes.T * sizes.I / (sizes.sharing if form.siblings else 1)
+    mask = numbers if form.stores_mask else 0
+    yield Kernel("forward", "dropout", 0, 2 * numbers * sizes.itemsize + mask)
+    yield Kernel("dx", "dropout", 0, (2 if form.stores_mask else 3) * numbers * sizes.itemsize + mask)
+    if not form.stores_mask:
+        yield Kernel("dw", "dropout", 0, 2 * numbers * sizes.itemsize)
 
 
 def _parameters(spec: MixtureSpec, sizes: Sizes, *, itemsize: int) -> Iterator[Kernel]:

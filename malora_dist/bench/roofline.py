@@ -28,13 +28,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A model's step of `tokens` in samples of `length`, on a device. `nf4`: linears are unpacked from 4 bits."""
+    """A model's step of `tokens` in samples of `length`, on a device.
+
+    nf4: linears are unpacked from 4 bits. dropout: the inputs of adapters are dropped.
+    """
 
     shape: ModelShape
     tokens: int
     length: int
     device: Device
     nf4: bool = False
+    dropout: bool = False
 
     @property
     def adapted(self) -> tuple[Linear, ...]:
@@ -70,7 +74,7 @@ class Roofline:
         sizes = Sizes(tokens or self.tokens, linear.in_features, linear.out_features, sharing=sharing)
         kernels = list(base_kernels(sizes, nf4=self.nf4))
         if subject.spec is not None and linear in self.adapted:
-            kernels += adapter_kernels(subject.spec, sizes, subject.form)
+            kernels += adapter_kernels(subject.spec, sizes, replace(subject.form, dropout=self.dropout))
         return kernels
 
     def step_kernels(self, subject: Subject) -> list[Kernel]:
@@ -100,6 +104,7 @@ class Roofline:
             "tokens": self.tokens,
             "length": self.length,
             "base": "nf4" if self.nf4 else "full",
+            "dropout": self.dropout,
             "device": asdict(self.device),
             "steps": steps,
             "kernels": linears,

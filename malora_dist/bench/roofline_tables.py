@@ -17,14 +17,15 @@ from malora_dist.plan.units import parse_flops, parse_rate
 LLAMA2_7B = "recipes/models/llama2-7b.json"
 NOTES = (
     "ms, us: bounds from below, every kernel at the longer of its FLOPs over the device's rate and its bytes over the "
-    "bandwidth, without launches, dropout and recomputation. over base: what the adapter adds to the frozen model. "
+    "bandwidth, without launches and recomputation. over base: what the adapter adds to the frozen model. "
     "ratio: to LoRA at equal trainable parameters.",
     "malora: as this package computes it: logits from an fp32 copy of x; backward, router and S_A in one product. "
     "_siblings: one entrance for q k v, and one for gate up (adapter.fuse_siblings). _grouped: the chosen rows only. "
     "molora: as this package computes it: logits from an fp32 copy of x, router and A in two products. "
     "Not in this package: _fp32_router: the same of MALoRA. _apart: router and S_A in two products, without a copy. "
     "_joined: in one, forward and backward. dispatched: the chosen rows only, with gates on the experts' outputs. "
-    "peft_lora: scaling and sum as kernels of their own.",
+    "peft_lora: scaling and sum as kernels of their own. With --dropout a kernel that needs the mask makes it again; "
+    "peft_lora and dispatched store it.",
     "The paper reports MALoRA 1.2 times as fast as MoLoRA and 7.5 % slower than LoRA, with other software.",
 )
 
@@ -37,6 +38,7 @@ class RooflineOptions:
     tokens: int = 4096
     length: int = 1024
     base: str = "full"
+    dropout: float = 0.0
     flops: str = "989TFLOP/s"
     bandwidth: str = "3.35TB/s"
 
@@ -47,7 +49,7 @@ def run(options: RooflineOptions, output: Output) -> Roofline:
     device = Device(parse_flops("--flops", options.flops), parse_rate("--bandwidth", options.bandwidth))
     nf4 = one_of("--base", options.base, BASES) == "nf4"
     shape = find_shape(options.model or str(files("malora_dist") / LLAMA2_7B))
-    roofline = Roofline(shape, options.tokens, options.length, device, nf4)
+    roofline = Roofline(shape, options.tokens, options.length, device, nf4, options.dropout > 0)
     console = Console(width=max(Console().width, TABLE_WIDTH))
     for sheet in sheets(roofline):
         console.print(sheet.for_terminal())

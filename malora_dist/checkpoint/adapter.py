@@ -32,7 +32,7 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.errors import CheckpointError
 from malora_dist.methods import factor_shapes
-from malora_dist.nn.inject import adapter_parameters, inject_adapters
+from malora_dist.nn.inject import adapter_parameters, inject_adapters, remove_adapters
 from malora_dist.weights.tensor_file import TensorPlace, read_elements, read_header, write_tensors
 
 __all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_folder", "load_adapter", "open_adapter"]
@@ -174,19 +174,30 @@ def load_adapter(model: nn.Module, path: Path) -> AdapterInfo:
 
 
 def put_adapter(model: nn.Module, tensors: AdapterTensors) -> AdapterInfo:
-    """Inject the adapter's layers into a base model and fill them, one tensor at a time. Raises as `load_adapter`."""
+    """Inject the adapter's layers into a base model and fill them, one tensor at a time. Raises as `load_adapter`.
+
+    A model on which that fails is left without adapters.
+    """
     info = tensors.info
-    inject_adapters(model, info.spec, info.target_modules, lora_dropout=info.lora_dropout)
-    parameters = dict(adapter_parameters(model))
-    _check_names(tensors.path, parameters, tensors.shapes, "this base")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if tuple(parameter.shape) != tensors.shapes[name]:
-                raise CheckpointError(
-                    f"{tensors.path}: {name} has shape {tensors.shapes[name]}, this base needs {tuple(parameter.shape)}"
-                )
-            parameter.copy_(tensors.read(name))
+    inject_adapters(model, info.spec, info.target_modules, lora_dropout=info.lora_dropout, init_weights=False)
+    try:
+        _fill(dict(adapter_parameters(model)), tensors)
+    except BaseException:
+        # No layer whose memory was not filled may stay.
+        remove_adapters(model)
+        raise
     return info
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> None:
+    _check_names(tensors.path, parameters, tensors.shapes, "this base")
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != tensors.shapes[name]:
+            raise CheckpointError(
+                f"{tensors.path}: {name} has shape {tensors.shapes[name]}, this base needs {tuple(parameter.shape)}"
+            )
+        parameter.copy_(tensors.read(name))
 
 
 def _check_names(path: Path, wanted: Iterable[str], found: Iterable[str], whose: str) -> None:

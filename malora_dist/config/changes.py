@@ -39,6 +39,7 @@ TOPOLOGY = (
     "adapter.computation",
     "adapter.fuse_siblings",
     "train.gradient_checkpointing",
+    "train.deterministic",
     "parallel.zero_stage",
     "parallel.ep_size",
     "parallel.ds_config",

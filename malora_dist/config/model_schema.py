@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from malora_dist.config.base import Rule, Section, split_commas
+from malora_dist.functional.attention_choice import VARLEN
 
 DTYPE_NAMES = {"bf16": "bfloat16", "torch.bfloat16": "bfloat16", "fp32": "float32", "torch.float32": "float32"}
 
@@ -43,12 +44,15 @@ class ModelConfig(Section):
     bnb_4bit_use_double_quant: bool = Field(
         False, description="Quantise the scales too: 4.13 instead of 4.5 bits a weight."
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention kernel; flash_attention_2 needs a GPU and the extra `gpu`."
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "varlen"] = Field(
+        "auto",
+        description="Attention of packed rows. varlen (PyTorch) and flash_attention_2 (the extra `gpu`) compute each "
+        "sample alone, on a GPU in 16 bits; sdpa and eager take a mask. auto: one of the first two where they run, "
+        "else sdpa.",
     )
 
     def rules(self) -> Iterator[Rule]:
-        if self.attn_implementation == "flash_attention_2" and self.dtype == "float32":
+        if self.attn_implementation in VARLEN and self.dtype == "float32":
             yield Rule(("attn_implementation", "dtype"), "needs model.dtype=bfloat16")
 
     def without_meaning(self) -> dict[str, str]:
@@ -135,7 +139,7 @@ class AdapterConfig(Section):
         "grouped_triton: grouped by kernels for CUDA that no benchmark has chosen yet.",
     )
     fuse_siblings: bool = Field(
-        False, description="One product for S_A and routers of linears that read one tensor (q, k, v; gate, up)."
+        True, description="One product for S_A and routers of linears that read one tensor (q, k, v; gate, up)."
     )
 
     def rules(self) -> Iterator[Rule]:

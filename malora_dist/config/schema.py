@@ -112,6 +112,7 @@ class TrainConfig(Section):
         "clip_grad_norm": "max_grad_norm",
         "activation_checkpointing": "gradient_checkpointing",
         "resume": "resume_from_checkpoint",
+        "full_determinism": "deterministic",
     }
 
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps to train. Give this or num_train_epochs.")
@@ -173,6 +174,11 @@ class TrainConfig(Section):
         None, gt=0, description="Save and end when this process has run so long. In a Slurm job its limit counts too."
     )
     seed: int = Field(42, ge=0, description="Seed of adapters, dropout and the order of samples.")
+    deterministic: bool = Field(
+        False,
+        description="The same bits in every run on GPUs too: slower forms of some operations, such as attention's "
+        "backward. An operation without such a form ends the run.",
+    )
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_tracker_names)] = Field(
         (), description="Trackers beside metrics.jsonl: tensorboard, wandb (the extra `trackers`)."
     )

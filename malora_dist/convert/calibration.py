@@ -47,7 +47,7 @@ def calibration_samples(data: PreparedData, task_id: int, count: int) -> list[Sa
 def collect(
     model: nn.Module, samples: Sequence[Sample], downs: Mapping[str, Tensor] | None = None
 ) -> dict[str, LayerStatistics]:
-    """Statistics of every routed layer over all tokens of the samples, which run packed and without dropout.
+    """Statistics, on the CPU, of every routed layer over all tokens of the samples, which run packed, without dropout.
 
     `downs` are S (D, I) by layer; without them only gates are summed.
     """
@@ -55,11 +55,11 @@ def collect(
 
     def note(layer: str, x_TI: Tensor, routing: Routing) -> Routing:
         g_TE = routing.gates_TE.double()
-        new = LayerStatistics(len(g_TE), g_TE.sum(dim=0).cpu(), None, None)
+        new = LayerStatistics(len(g_TE), g_TE.sum(dim=0), None, None)
         if downs is not None:
             h_TD = (x_TI @ downs[layer].to(x_TI).T).double()
-            new.moment_DD = (h_TD.T @ h_TD).cpu()
-            new.gated_EDD = torch.stack([(h_TD * g_T[:, None]).T @ h_TD for g_T in g_TE.T]).cpu()
+            new.moment_DD = h_TD.T @ h_TD
+            new.gated_EDD = torch.stack([(h_TD * g_T[:, None]).T @ h_TD for g_T in g_TE.T])
         found[layer] = _sum(found[layer], new) if layer in found else new
         return routing
 
@@ -75,7 +75,12 @@ def collect(
                 use_cache=False,
                 logits_to_keep=1,
             )
-    return found
+    return {layer: _on_cpu(statistics) for layer, statistics in found.items()}
+
+
+def _on_cpu(sums: LayerStatistics) -> LayerStatistics:
+    moment, gated = (None if sum_ is None else sum_.cpu() for sum_ in (sums.moment_DD, sums.gated_EDD))
+    return LayerStatistics(sums.tokens, sums.gates_E.cpu(), moment, gated)
 
 
 def _sum(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:

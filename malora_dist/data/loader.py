@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
@@ -13,26 +13,19 @@ from torch import Tensor
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.mixture import Indices, epoch_order, mixture_shares
+from malora_dist.data.packed_row import PackedRow, cumulative_lengths
 from malora_dist.errors import CheckpointError, DataError, TopologyError
 
 
 @dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """B samples behind one another in one row of T tokens, without padding; N of the tokens are to be predicted."""
+class MicroBatch(PackedRow):
+    """B samples; T, N and S = B as in `PackedRow`."""
 
-    input_ids: Tensor  # (1, T) int64
-    position_ids: Tensor  # (1, T) from 0 for each sample, which is how attention knows them apart
-    target_index: Tensor  # (N,) place in the row whose logits predict a target
-    targets: Tensor  # (N,) token ids
     target_sample: Tensor  # (N,) which sample, 0..B-1, a target belongs to
-    token_sample: Tensor  # (T,) which sample, 0..B-1, a token belongs to
     sample_ids: Tensor  # (B,) global sample ids
     task_ids: Tensor  # (B,)
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same batch with all tensors on a device."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        return MicroBatch(**moved)
+    target_counts: Tensor  # (B,) targets of each sample
+    tasks_and_targets: tuple[tuple[int, int], ...]  # task and number of targets of each sample, on the host
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:
@@ -43,6 +36,8 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
     token_sample = np.repeat(np.arange(len(samples)), lengths)
     position = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     learned = np.flatnonzero(position >= prompts[token_sample])
+    counts = np.maximum(lengths - prompts, 0)
+    tasks = [sample.task_id for sample in samples]
     return MicroBatch(
         input_ids=torch.from_numpy(row)[None],
         position_ids=torch.from_numpy(position)[None],
@@ -50,8 +45,13 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         targets=torch.from_numpy(row[learned]),
         target_sample=torch.from_numpy(token_sample[learned]),
         token_sample=torch.from_numpy(token_sample),
+        token_branch=None,
         sample_ids=torch.tensor([sample.sample_id for sample in samples]),
-        task_ids=torch.tensor([sample.task_id for sample in samples]),
+        task_ids=torch.tensor(tasks),
+        target_counts=torch.from_numpy(counts),
+        cu_seq_lens=cumulative_lengths(lengths),
+        max_length=int(lengths.max()),
+        tasks_and_targets=tuple(zip(tasks, counts.tolist(), strict=True)),
     )
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from malora_dist.config import RunConfig
+from malora_dist.engine.attention import attention_for
 from malora_dist.engine.progress import LOGGER
-from malora_dist.model import load_base_model
+from malora_dist.functional.nf4 import QUANTIZER
+from malora_dist.model import load_base_model, read_model_config
 from malora_dist.nn.head import install_loss_head
 from malora_dist.parallel.groups import World, from_main, gather_lists, on_main
 from malora_dist.parallel.nodes import this_node
@@ -36,18 +38,20 @@ def base_model(
     `between` is called before each tensor is placed, by every process alike; it may raise.
     """
     dtype = base_dtype(config, world)
+    attention = attention_for(config.model.attn_implementation, read_model_config(folder), dtype, world.device)
     weights, where = _weights(config, folder, dtype, world)
     model = load_base_model(
         folder,
         dtype=dtype,
         load_in_4bit=config.model.load_in_4bit,
         double_quant=config.model.bnb_4bit_use_double_quant,
-        attn_implementation=config.model.attn_implementation,
+        attn_implementation=attention,
         device=world.device,
         weights=weights,
         **_placement(config, world, deepspeed_settings, between, in_parts=isinstance(weights, PreparedWeights)),
     )
     logging.getLogger(LOGGER).info("base model: %s; this process read %.1f MiB", where, weights.bytes_read / 2**20)
+    logging.getLogger(LOGGER).info("attention: %s", attention)
     if not install_loss_head(model):
         logging.getLogger(LOGGER).info("loss: from whole logits, as the head of %s is not plain", type(model).__name__)
     if config.train.gradient_checkpointing:
@@ -104,6 +108,11 @@ def base_identity(config: RunConfig, folder: Path, world: World) -> dict[str, st
         "fingerprint": on_main(lambda: base_fingerprint(folder), world),
         "dtype": str(base_dtype(config, world)).removeprefix("torch."),
     }
+
+
+def base_quantizer(config: RunConfig) -> str | None:
+    """The definition by which weights of the base become 4-bit codes, None if they do not."""
+    return QUANTIZER if config.model.load_in_4bit else None
 
 
 def base_dtype(config: RunConfig, world: World) -> torch.dtype:

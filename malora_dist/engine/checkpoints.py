@@ -5,6 +5,7 @@ from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, plain_config
 from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.base import base_quantizer
 from malora_dist.engine.loop import LoopState
 from malora_dist.engine.outputs import RunOutputs
 from malora_dist.engine.saver import Description, Saver
@@ -30,7 +31,7 @@ class RunCheckpoints:
         digests: dict[str, dict[str, str]],
     ) -> None:
         """`digests` are those of the tasks' rows, by split and task."""
-        self.digests = digests
+        self.beside = {"data": digests, "quantizer": base_quantizer(config)}
         self.stepper, self.loader, self.window = stepper, loader, window
         self.tensors = whole_tensors(stepper.engine.module)
         self.optimizer = optimizer_state(stepper.engine, config.parallel.zero_stage)
@@ -63,7 +64,7 @@ class RunCheckpoints:
         """Begin to save the state after the last completed step."""
         self.stepper.position.enter(f"saving {checkpoint_name(state.step)}")
         content = training_state(self.stepper.engine, self.optimizer, state, self.window)
-        self.saver.save(state.step, {**content, "data": self.digests}, state.random, best=best)
+        self.saver.save(state.step, {**content, **self.beside}, state.random, best=best)
 
     def complete(self) -> None:
         """Return when every save that has begun is a checkpoint."""

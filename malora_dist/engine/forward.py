@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from malora_dist.data.loader import MicroBatch
+from malora_dist.data.packed_row import PackedRow
 from malora_dist.functional.balance import expert_statistics, load_balancing_loss
 from malora_dist.functional.dropout import token_keys
 from malora_dist.nn.head import loss_head
 from malora_dist.nn.inject import mixture_layers
+from malora_dist.nn.packed_attention import attention_arguments
 from malora_dist.parallel.groups import sum_over_processes
 
 
@@ -26,23 +28,24 @@ class BalanceSettings:
     scope: str
 
 
-def cross_entropies(engine: Callable[..., Any], batch: MicroBatch) -> Tensor:
+def cross_entropies(engine: Callable[..., Any], row: PackedRow) -> Tensor:
     """(N,) fp32 cross-entropy of each supervised token; logits exist only where there is one.
 
-    With a `nn.head.LossHead` they exist a chunk of tokens at a time, and backward needs none. attention_mask is None
-    and the cache off, which makes transformers keep the packed samples apart by position_ids.
+    With a `nn.head.LossHead` they exist a chunk of tokens at a time, and backward needs none. The cache is off;
+    `nn.packed_attention` keeps the packed samples apart.
     """
     head = loss_head(engine)
-    with nullcontext() if head is None else head.loss_at(batch.targets):
+    model = getattr(engine, "module", engine)
+    with nullcontext() if head is None else head.loss_at(row.targets):
         output = engine(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=None,
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
             use_cache=False,
-            logits_to_keep=batch.target_index,
+            logits_to_keep=row.target_index,
+            **attention_arguments(model, row.cu_seq_lens, row.max_length, row.token_sample, row.token_branch),
         )
     given: Tensor = output.logits
-    return given if head is not None else F.cross_entropy(given[0].float(), batch.targets, reduction="none")
+    return given if head is not None else F.cross_entropy(given[0].float(), row.targets, reduction="none")
 
 
 def set_token_keys(model: nn.Module, batch: MicroBatch, seed: int, step: int) -> None:

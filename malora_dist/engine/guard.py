@@ -1,5 +1,6 @@
 """Finding out that, and where, a number stopped being finite, before the optimizer spreads it into every weight."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,38 +13,69 @@ from malora_dist.errors import NonFiniteError
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.parallel.groups import max_over_processes
 
+# Gradients that ZeRO could free are kept until their norms are taken, up to this size.
+HELD_BYTES = 2**25
+
 
 class GradientGuard:
-    """Collects, without synchronising, which layers got a non-finite adapter gradient since the last `clear`.
+    """Takes the norm of every trained adapter gradient of this process, without waiting for the device.
 
-    Calls `reached` with the name of each layer that backward comes to.
+    `norms_P` is the largest norm of each parameter since `clear`; an infinity or NaN of any micro-batch stays in it.
+    Norms are taken of many gradients at a time: a micro-batch starts a handful of kernels, however many layers there
+    are. `collect` after each backward. Calls `reached` with the name of each layer that backward comes to.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, reached: Callable[[str], None]) -> None:
-        layers = list(mixture_layers(model))
         self.reached = reached
-        self.names = [name for name, _ in layers]
-        self.flags_L = torch.zeros(len(layers), dtype=torch.float64, device=device)
-        for index, (_, layer) in enumerate(layers):
+        self.layers: list[str] = []
+        for name, layer in mixture_layers(model):
             for _, parameter in layer.factors():
                 if parameter.requires_grad:
-                    parameter.register_hook(self._hook(index))
+                    parameter.register_hook(self._hook(len(self.layers), name))
+                    self.layers.append(name)
+        self.norms_P = torch.zeros(len(self.layers), device=device)
+        self._zero = torch.zeros((), device=device)
+        self._held: list[tuple[int, Tensor]] = []
+        self._held_bytes = 0
+        self._norms: dict[int, Tensor] = {}
 
-    def _hook(self, index: int) -> Callable[[Tensor], None]:
+    def _hook(self, index: int, name: str) -> Callable[[Tensor], None]:
         def record(gradient: Tensor) -> None:
-            # 0 x inf and 0 x nan are nan: one reduction, no comparison, no host synchronisation.
-            self.reached(self.names[index])
-            self.flags_L[index] += gradient.sum().double() * 0
+            self.reached(name)
+            # An alias: autograd copies a gradient that anybody else holds.
+            self._held.append((index, gradient.detach()))
+            self._held_bytes += gradient.nbytes
+            if self._held_bytes >= HELD_BYTES:
+                self._measure()
 
         return record
 
-    def clear(self) -> None:
-        self.flags_L.zero_()
+    def _measure(self) -> None:
+        """Take the norms of the gradients that are held, and let go of them."""
+        if self._held:
+            norms = torch._foreach_norm([gradient for _, gradient in self._held])
+            for (index, _), norm in zip(self._held, norms, strict=True):
+                earlier = self._norms.get(index)
+                self._norms[index] = norm if earlier is None else torch.maximum(earlier, norm)
+        self._held, self._held_bytes = [], 0
 
-    def culprit(self, flags_L: Tensor) -> str | None:
-        """The layer nearest the loss among those with a bad gradient, where backward met it first."""
-        bad = (~torch.isfinite(flags_L)).nonzero()
-        return self.names[int(bad[-1])] if len(bad) else None
+    def collect(self) -> None:
+        """Add the gradients of the backward that has ended."""
+        self._measure()
+        if self.layers:
+            norms_P = torch.stack([self._norms.get(index, self._zero) for index in range(len(self.layers))])
+            self.norms_P = torch.maximum(self.norms_P, norms_P)
+        self._norms = {}
+
+    def clear(self) -> None:
+        """Forget all gradients, those of an unfinished micro-batch too."""
+        self._held, self._held_bytes, self._norms = [], 0, {}
+        self.norms_P = torch.zeros_like(self.norms_P)
+
+    def culprit(self, norms_P: Sequence[float]) -> str | None:
+        """The layer nearest the loss among those with a norm that is not finite, where backward met it first."""
+        bad = [layer for layer, norm in zip(self.layers, norms_P, strict=True) if not math.isfinite(norm)]
+        return bad[-1] if bad else None
 
 
 def first_nonfinite_layer(
@@ -75,11 +107,11 @@ def first_nonfinite_layer(
 
 
 def stop_if_nonfinite(
-    step: int, sums: Tensor, task_sums: Tensor, task_names: Sequence[str], where: Callable[[], str]
+    step: int, sums: Sequence[float], task_sums: Sequence[float], task_names: Sequence[str], where: Callable[[], str]
 ) -> None:
     """Raise NonFiniteError naming step, task and layer if a summed loss is not finite; the same on every process."""
-    if bool(torch.isfinite(sums).all() and torch.isfinite(task_sums).all()):
+    if all(map(math.isfinite, [*sums, *task_sums])):
         return
-    bad = [name for name, finite in zip(task_names, torch.isfinite(task_sums).tolist(), strict=True) if not finite]
+    bad = [name for name, total in zip(task_names, task_sums, strict=True) if not math.isfinite(total)]
     tasks = ", ".join(bad) or "no single task"
     raise NonFiniteError(f"the loss is not finite at step {step}: task {tasks}, first in layer {where()}")

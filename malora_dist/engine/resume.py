@@ -10,6 +10,7 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, load_config, plain_config
 from malora_dist.config.changes import Change, changes
+from malora_dist.engine.base import base_quantizer
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.outcome import FINISHED, read_outcome
 from malora_dist.parallel.groups import World, fail_together
@@ -42,10 +43,10 @@ def find_start(config: RunConfig) -> Start:
     where = f"train.resume_from_checkpoint={wanted}"
     try:
         folder = _newest_in(Path(wanted))
-        before = Checkpoint.open(folder).manifest.config
+        before = Checkpoint.open(folder).manifest
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    return Start(str(run) if is_run(run) else None, str(folder), _compare(config, before, where))
+    return Start(str(run) if is_run(run) else None, str(folder), _compare_with_checkpoint(config, before, where))
 
 
 def is_run(folder: Path) -> bool:
@@ -81,7 +82,7 @@ def _go_on(config: RunConfig, run: Path) -> Start:
         before = plain_config(load_config(run / "config.yaml"))
         notes = _compare(config, before, f"output_dir={run}")
         return Start(str(run), None, (*notes, f"{run} has no checkpoint yet: its training starts again"))
-    notes = _compare(config, Checkpoint.open(newest).manifest.config, f"output_dir={run}")
+    notes = _compare_with_checkpoint(config, Checkpoint.open(newest).manifest, f"output_dir={run}")
     return Start(str(run), str(newest), notes)
 
 
@@ -93,6 +94,23 @@ def _newest_in(path: Path) -> Path:
             raise CheckpointError(f"{path / CHECKPOINTS} holds no checkpoint")
         return newest
     return path
+
+
+def _compare_with_checkpoint(config: RunConfig, before: Manifest, where: str) -> tuple[str, ...]:
+    """Notes on what is different. Raises ConfigError for another recipe, CheckpointError for other 4-bit codes."""
+    notes = _compare(config, before.config, where)
+    name, found, wanted = checkpoint_name(before.step), before.state.get("quantizer"), base_quantizer(config)
+    if wanted is None or found == wanted:
+        return notes
+    if found is None:
+        return (
+            *notes,
+            f"{name} does not tell how its 4-bit base was quantised: here by {wanted}, a few codes may differ",
+        )
+    raise CheckpointError(
+        f"{where}: {name} was trained on a base quantised by {found}, this version of malora_dist quantises by "
+        f"{wanted}; go on with the version that wrote it, or start a new run"
+    )
 
 
 def _compare(config: RunConfig, before: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ def engine_config(config: RunConfig, world: World) -> dict[str, Any]:
     result = deepspeed_config(config, world.size)
     # DeepSpeed would replace F.linear for the whole process by one that breaks non-reentrant recomputation.
     result["zero_optimization"].setdefault("memory_efficient_linear", False)
+    # Its clock, which nothing here reads, waits for the device before and after every micro-batch.
+    result["timers"] = {"throughput": {"enabled": False}}
     return result
 
 
@@ -38,12 +40,14 @@ def add_adapters(
     deepspeed_settings: dict[str, Any],
     groups: ExpertGroups | None,
     between: Callable[[], None] = lambda: None,
+    init_weights: bool = True,
 ) -> tuple[InjectionReport, Wire | None]:
     """Inject the recipe's mixture; with expert groups each process keeps its own experts, and a wire joins them.
 
     Every process draws the same whole layer before it keeps its part, and does so before the next layer is drawn: step
     0 does not depend on the topology, and no process ever holds more than one whole layer at ZeRO-3. `between` is
-    called at each layer, by every process alike; it may raise.
+    called at each layer, by every process alike; it may raise. Without `init_weights` nothing is drawn: a checkpoint
+    will be restored.
     """
     adapter = config.adapter
     partition = partition_at_once(deepspeed_settings, share=None) if config.parallel.zero_stage == 3 else None
@@ -63,6 +67,7 @@ def add_adapters(
         computation=adapter.computation,
         fuse_siblings=adapter.fuse_siblings,
         seed=config.train.seed,
+        init_weights=init_weights,
         place=place,
         whole=gathered,
     )

@@ -13,28 +13,36 @@ from malora_dist.engine.guard import GradientGuard, first_nonfinite_layer, stop_
 from malora_dist.engine.position import Position
 from malora_dist.errors import NonFiniteError, TrainingError
 from malora_dist.functional.loss import batch_counts, target_weights
+from malora_dist.functional.transfer import to_device
+from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.nn.inject import adapter_parameters
 from malora_dist.parallel.below_zero3 import clip_gradients
 from malora_dist.parallel.exchange import Wire
-from malora_dist.parallel.groups import World, sum_over_processes
+from malora_dist.parallel.groups import World, max_over_control, sum_over_processes
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What a step gives, equal on every process; but `expert_counts_GLE` and `exchange_bytes` are this process's own.
 
+    norm: the L2 norm of all gradients before clipping, on the device, which may still be busy with it.
     exchange_bytes: what it sent to other processes for expert parallelism.
     """
 
     loss: float
     aux_loss: float
-    grad_norm: float
+    norm: Tensor
     learning_rate: float
     tokens: int
     task_loss_sums: list[float]
     task_token_counts: list[float]
     expert_counts_GLE: Tensor
     exchange_bytes: int = 0
+
+    @property
+    def grad_norm(self) -> float:
+        """`norm` on the host: waits for the device."""
+        return float(self.norm)
 
 
 class Stepper:
@@ -43,7 +51,7 @@ class Stepper:
     loss = sum of weighted cross-entropies over the whole global batch (`functional.loss`) + coefficient x balance loss
     averaged over micro-batches. DeepSpeed divides by the accumulation steps and averages over processes, so each
     process back-propagates its weighted sum times both. `between` is called before each micro-batch; what it raises
-    leaves the step undone.
+    leaves the step undone. The host waits for the device once a step, when the numbers that must be finite are read.
     """
 
     def __init__(
@@ -77,31 +85,33 @@ class Stepper:
         different numbers of micro-batches; the weights are then still those of the step before.
         """
         self.position.enter("counting tokens", number)
+        _need_equal(number, len(batches), self.world)
         self.engine.train()
         self.guard.clear()
         sent_before = self._sent_bytes()
-        step_counts = self._step_counts(number, batches)
+        step_counts = self._step_counts(batches)
         learning_rate = float(self.engine.optimizer.param_groups[0]["lr"])
         sums = _Sums(len(self.task_names), self.world.device)
-        for batch in batches[:-1]:
+        with kept_weight_copies(self.engine.module):
+            for batch in batches[:-1]:
+                self.between()
+                self._backward(number, batch, step_counts, len(batches), sums)
+                self.engine.step()
             self.between()
-            self._backward(number, batch, step_counts, len(batches), sums)
-            self.engine.step()
-        self.between()
-        self._backward(number, batches[-1], step_counts, len(batches), sums)
+            self._backward(number, batches[-1], step_counts, len(batches), sums)
         self.position.enter("optimizer step")
-        self._check(number, batches, sums)
+        totals = self._check(number, batches, sums, step_counts)
         norm = clip_gradients(self.trained, self.max_grad_norm) if self.zero_stage == 0 else None
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         return StepResult(
-            loss=float(sums.loss),
-            aux_loss=float(sums.aux),
-            grad_norm=float(norm),
+            loss=totals.loss,
+            aux_loss=totals.aux_loss,
+            norm=torch.as_tensor(norm),
             learning_rate=learning_rate,
-            tokens=int(step_counts.tokens),
-            task_loss_sums=sums.task_loss_G.tolist(),
-            task_token_counts=step_counts.supervised[:-1].tolist(),
+            tokens=int(totals.tokens),
+            task_loss_sums=totals.task_loss_sums,
+            task_token_counts=totals.task_token_counts,
             expert_counts_GLE=sums.expert_counts_GLE,
             exchange_bytes=self._sent_bytes() - sent_before,
         )
@@ -109,15 +119,13 @@ class Stepper:
     def _sent_bytes(self) -> int:
         return 0 if self.wire is None else self.wire.total_bytes
 
-    def _step_counts(self, number: int, batches: Sequence[MicroBatch]) -> "_StepCounts":
-        G, W = len(self.task_names), self.world.size
-        counts = torch.zeros(G + 2 + W, dtype=torch.float64, device=self.world.device)
+    def _step_counts(self, batches: Sequence[MicroBatch]) -> "_StepCounts":
+        G = len(self.task_names)
+        counts = torch.zeros(G + 2, dtype=torch.float64)
         for batch in batches:
-            counts[: G + 1] += batch_counts(batch.target_sample, batch.task_ids, G)
+            counts[: G + 1] += batch_counts(batch.tasks_and_targets, G)
             counts[G + 1] += batch.input_ids.numel()
-        counts[G + 2 + self.world.rank] = len(batches)
-        sum_over_processes(counts)
-        _need_equal(number, counts[G + 2 :].long().tolist())
+        counts = sum_over_processes(to_device(counts, self.world.device))
         return _StepCounts(counts[: G + 1], counts[G + 1])
 
     def _backward(
@@ -129,36 +137,49 @@ class Stepper:
         aux, expert_counts_GLE = balance_loss(
             self.engine.module, batch, len(self.task_names), self.balance, self.world.size
         )
-        weights_N = target_weights(batch.target_sample, batch.task_ids, step_counts.supervised, self.normalization)
+        weights_N = target_weights(
+            batch.target_sample, batch.task_ids, batch.target_counts, step_counts.supervised, self.normalization
+        )
         loss = (ce_N * weights_N).sum()
         share = loss * accumulation + self.balance.coefficient * aux
         self.position.enter("backward")
         self.engine.backward(share * self.world.size)
+        self.guard.collect()
         sums.add(batch, ce_N.detach(), loss.detach(), aux.detach() / accumulation, expert_counts_GLE)
 
-    def _check(self, number: int, batches: Sequence[MicroBatch], sums: "_Sums") -> None:
+    def _check(
+        self, number: int, batches: Sequence[MicroBatch], sums: "_Sums", step_counts: "_StepCounts"
+    ) -> "_Totals":
+        """The step's sums over all processes, read by the host at once; raises if one of them is not finite."""
+        summed = sum_over_processes(torch.cat([sums.vector(), self.guard.norms_P]))
+        supervised, tokens = step_counts.supervised[:-1], step_counts.tokens.reshape(1)
         G = len(self.task_names)
-        total = sum_over_processes(torch.cat([sums.vector(), self.guard.flags_L]))
-        sums.loss, sums.aux, sums.task_loss_G = total[0], total[1], total[2 : 2 + G]
+        loss, aux, *rest = torch.cat([summed, supervised, tokens]).tolist()
+        totals = _Totals(loss, aux, rest[:G], rest[-G - 1 : -1], rest[-1])
         stop_if_nonfinite(
             number,
-            total[:2],
-            sums.task_loss_G,
+            (loss, aux),
+            totals.task_loss_sums,
             self.task_names,
             where=lambda: first_nonfinite_layer(self.engine, batches, self.world.device, seed=self.seed, step=number),
         )
-        layer = self.guard.culprit(total[2 + G :])
+        layer = self.guard.culprit(rest[G : -G - 1])
         if layer is not None:
             tasks = sorted({self.task_names[t] for batch in batches for t in batch.task_ids.tolist()})
             raise NonFiniteError(
                 f"a gradient is not finite at step {number}, first in layer {layer}; tasks here: {', '.join(tasks)}"
             )
+        return totals
 
 
-def _need_equal(number: int, micro_batches_W: Sequence[int]) -> None:
-    """Raise TrainingError at once: in the middle of a step, the process that has one less would be waited for."""
+def _need_equal(number: int, micro_batches: int, world: World) -> None:
+    """Raise TrainingError at once: in the middle of a step, the process that has one less would be waited for.
+
+    Asked over the hosts, so that no process waits for its device.
+    """
+    own = [micro_batches if rank == world.rank else 0 for rank in range(world.size)]
     ranks: dict[int, list[int]] = {}
-    for rank, count in enumerate(micro_batches_W):
+    for rank, count in enumerate(max_over_control(own, world)):
         ranks.setdefault(count, []).append(rank)
     if len(ranks) > 1:
         found = ", ".join(f"{count} on rank {' '.join(map(str, which))}" for count, which in sorted(ranks.items()))
@@ -171,8 +192,19 @@ class _StepCounts:
     tokens: Tensor
 
 
+@dataclass(frozen=True)
+class _Totals:
+    """A step's sums over all processes, on the host."""
+
+    loss: float
+    aux_loss: float
+    task_loss_sums: list[float]
+    task_token_counts: list[float]
+    tokens: float
+
+
 class _Sums:
-    """Running sums of a step on this process, made global by `Stepper._check`."""
+    """Running sums of a step on this process, on the device; `Stepper._check` adds up those of all processes."""
 
     def __init__(self, num_tasks: int, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -183,8 +215,17 @@ class _Sums:
     def add(self, batch: MicroBatch, ce_N: Tensor, loss: Tensor, aux: Tensor, expert_counts_GLE: Tensor) -> None:
         self.loss += loss
         self.aux += aux
-        self.task_loss_G.index_add_(0, batch.task_ids[batch.target_sample], ce_N.double())
+        self.task_loss_G += sum_by_group(ce_N, batch.task_ids[batch.target_sample], len(self.task_loss_G))
         self.expert_counts_GLE = self.expert_counts_GLE + expert_counts_GLE
 
     def vector(self) -> Tensor:
         return torch.cat([self.loss.reshape(1), self.aux.reshape(1), self.task_loss_G])
+
+
+def sum_by_group(value_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
+    """(num_groups,) fp64: the sum of each group's values, in one order; `index_add` on CUDA has a new one each time.
+
+    For few groups: it reads every value once for each.
+    """
+    groups_G = torch.arange(num_groups, device=group_N.device)
+    return torch.where(group_N == groups_G[:, None], value_N, 0).sum(dim=1, dtype=torch.float64)

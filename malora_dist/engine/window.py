@@ -34,22 +34,21 @@ class Window:
         """The window's record; starts a new window."""
         results, seconds = self.results, self.seconds
         n = len(results)
-        device = self.stepper.world.device
-        peak = max_over_processes(torch.tensor([peak_memory_gib(device)], dtype=torch.float64, device=device))
+        peak, sent, norms = self._measured()
         record: Record = {
             "kind": "train",
             "step": step,
             "epoch": epoch,
             "loss": sum(result.loss for result in results) / n,
             "aux_loss": sum(result.aux_loss for result in results) / n,
-            "grad_norm": sum(result.grad_norm for result in results) / n,
+            "grad_norm": sum(norms) / n,
             "learning_rate": results[-1].learning_rate,
             "tokens_per_second": sum(result.tokens for result in results) / seconds,
             "step_seconds": seconds / n,
-            "peak_memory_gib": float(peak),
+            "peak_memory_gib": peak,
         }
         if self.stepper.wire is not None:
-            record["exchange_bytes"] = sum(self._sent()) / n
+            record["exchange_bytes"] = sum(sent) / n
         for task, name in enumerate(self.stepper.task_names):
             count = sum(result.task_token_counts[task] for result in results)
             if count > 0:
@@ -57,25 +56,24 @@ class Window:
         self.results, self.seconds = [], 0.0
         return record
 
-    def _sent(self) -> list[float]:
-        """Bytes all processes exchanged in each step."""
-        device = self.stepper.world.device
+    def _measured(self) -> tuple[float, list[float], list[float]]:
+        """Most memory any process took; bytes all exchanged, and gradient norm, of each step. One wait of the host."""
+        device, n = self.stepper.world.device, len(self.results)
+        peak = max_over_processes(torch.tensor([peak_memory_gib(device)], dtype=torch.float64, device=device))
         sent = torch.tensor([r.exchange_bytes for r in self.results], dtype=torch.float64, device=device)
-        total: list[float] = sum_over_processes(sent).tolist()
-        return total
+        norms = [r.norm.to(device, torch.float64, non_blocking=True) for r in self.results]
+        highest, *values = torch.cat([peak, sum_over_processes(sent), *(norm.reshape(1) for norm in norms)]).tolist()
+        return highest, values[:n], values[n:]
 
     def routing(self, step: int) -> Record:
         """Share of each task's choices that went to each expert, by layer; starts a new count."""
-        counts = self._counts()
+        counts_GLE = self._counts().cpu()
         self.expert_counts_GLE = torch.zeros(())
-        share = {
-            name: {
-                layer: (counts[task, index] / counts[task, index].sum().clamp(min=1)).tolist()
-                for index, layer in enumerate(self.layers)
-            }
-            for task, name in enumerate(self.stepper.task_names)
-        }
-        return {"kind": "routing", "step": step, "tasks": list(self.stepper.task_names), "share": share}
+        share_GLE = counts_GLE / counts_GLE.sum(dim=-1, keepdim=True).clamp(min=1)
+        tasks = list(self.stepper.task_names)
+        shares = share_GLE.tolist() if self.layers else [[] for _ in tasks]
+        share = {task: dict(zip(self.layers, rows, strict=True)) for task, rows in zip(tasks, shares, strict=True)}
+        return {"kind": "routing", "step": step, "tasks": tasks, "share": share}
 
     def _counts(self) -> Tensor:
         if not self.layers:
@@ -85,9 +83,10 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON of what has been collected by all processes; every process must call it."""
-        sent = self._sent() if self.results else []
+        _, sent, norms = self._measured() if self.results else (0.0, [], [])
         results = [
-            {**_numbers(result), "exchange_bytes": int(total)} for result, total in zip(self.results, sent, strict=True)
+            {**_numbers(result), "grad_norm": norm, "exchange_bytes": int(total)}
+            for result, norm, total in zip(self.results, norms, sent, strict=True)
         ]
         counted = self.layers and self.expert_counts_GLE.dim() > 0
         return {
@@ -99,11 +98,7 @@ class Window:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave, on any number of processes: the main one stands for all that did it."""
         is_main = self.stepper.world.is_main
-        nothing = torch.zeros(())
-        self.results = [
-            StepResult(**{**row, "exchange_bytes": row["exchange_bytes"] * is_main}, expert_counts_GLE=nothing)
-            for row in state["results"]
-        ]
+        self.results = [_result(row, is_main) for row in state["results"]]
         self.seconds = state["seconds"]
         if state["expert_counts"] is not None:
             counts = torch.tensor(state["expert_counts"], device=self.stepper.world.device)
@@ -111,5 +106,14 @@ class Window:
 
 
 def _numbers(result: StepResult) -> dict[str, Any]:
-    """The fields of a result that are the same on every process."""
-    return {name: value for name, value in vars(result).items() if name not in ("expert_counts_GLE", "exchange_bytes")}
+    """The fields of a result that are numbers of the host, and the same on every process."""
+    other = ("expert_counts_GLE", "exchange_bytes", "norm")
+    return {name: value for name, value in vars(result).items() if name not in other}
+
+
+def _result(row: Mapping[str, Any], is_main: bool) -> StepResult:
+    """The step of a row of `state_dict`."""
+    numbers = {name: value for name, value in row.items() if name not in ("grad_norm", "exchange_bytes")}
+    norm = torch.tensor(row["grad_norm"], dtype=torch.float64)
+    sent = row["exchange_bytes"] * is_main
+    return StepResult(**numbers, norm=norm, exchange_bytes=sent, expert_counts_GLE=torch.zeros(()))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from malora_dist.functional.routing import Routing
 
+EXACT_IN_FP32 = 2**24
+
 
 class ExpertStatistics(NamedTuple):
     """Sums over tokens for L routers: how often each expert was chosen by each of G groups, and its probabilities."""
@@ -34,6 +36,8 @@ def expert_statistics(
     weight_T = probs_LTE.new_ones(T) if mask_T is None else mask_T.to(probs_LTE.dtype)
     group_T = ids_LTK.new_zeros(T) if group_T is None else group_T
     cells_LN = (group_T[:, None] * E + ids_LTK).flatten(1)
+    # Sums of ones: exact in fp32, so whatever the order in which a device adds them up.
+    assert ids_LTK[0].numel() <= EXACT_IN_FP32
     counts = probs_LTE.new_zeros(L, num_groups * E)
     counts.scatter_add_(1, cells_LN, weight_T[:, None].expand(-1, ids_LTK.shape[2]).reshape(1, -1).expand(L, -1))
     return ExpertStatistics(

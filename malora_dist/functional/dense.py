@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from malora_dist.functional.gating import gate_ranks, gate_ranks_backward_
+from malora_dist.functional.scaled import scaled_product
+from malora_dist.functional.weight_copies import WeightCopies, expert_rows
+
 
 def dense_experts(
     base_TO: Tensor | None,
@@ -14,13 +18,14 @@ def dense_experts(
     B_EOR: Tensor,
     gates_TE: Tensor | None,
     scaling: float,
+    copies: WeightCopies | None = None,
 ) -> Tensor:
     """(T, O): base + s * sum_e g_e B_e C_e h, added to `base_TO` in place if there is one.
 
     No sort, static shapes, no host synchronisation. `gates_TE` is 0 where an expert was not chosen; without it all
     weigh 1. Without a core, h (T, E*R) holds every expert's own C_e h already, or h (T, R) is the same for all.
     """
-    result: Tensor = _DenseExperts.apply(base_TO, h_TD, core_ERD, B_EOR, gates_TE, scaling)
+    result: Tensor = _DenseExperts.apply(base_TO, h_TD, core_ERD, B_EOR, gates_TE, scaling, copies)
     return result
 
 
@@ -36,56 +41,45 @@ class _DenseExperts(torch.autograd.Function):
         B_EOR: Tensor,
         gates_TE: Tensor | None,
         scaling: float,
+        copies: WeightCopies | None,
     ) -> Tensor:
         E, _, R = B_EOR.shape
-        ctx.scaling, ctx.repeated = scaling, core_ERD is None and h_TD.shape[1] != E * R
+        ctx.scaling, ctx.copies, ctx.repeated = scaling, copies, core_ERD is None and h_TD.shape[1] != E * R
         z_TN = h_TD.repeat(1, E) if ctx.repeated else h_TD
         if core_ERD is not None:
-            z_TN = F.linear(h_TD, core_ERD.flatten(0, 1).to(h_TD.dtype))
+            z_TN = F.linear(h_TD, expert_rows(core_ERD, h_TD.dtype, copies, "core"))
         ctx.save_for_backward(h_TD if core_ERD is not None or ctx.repeated else None, z_TN, core_ERD, B_EOR, gates_TE)
-        weighted_TN = z_TN * _weights(gates_TE, R, scaling, z_TN.dtype)
-        B_NO = _rows(B_EOR, z_TN.dtype)
+        B_NO = expert_rows(B_EOR, z_TN.dtype, copies, "B", transpose=True)
+        gated_TN, alpha = (z_TN, scaling) if gates_TE is None else (gate_ranks(z_TN, gates_TE, scaling), 1.0)
         if base_TO is None:
-            return weighted_TN @ B_NO
+            return scaled_product(gated_TN, B_NO, alpha)
         ctx.mark_dirty(base_TO)
-        base_TO.addmm_(weighted_TN, B_NO)
+        base_TO.addmm_(gated_TN, B_NO, alpha=alpha)
         return base_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h_TD, z_TN, core_ERD, B_EOR, gates_TE = ctx.saved_tensors
         (grad_TO,) = grads
-        need_base, need_h, need_core, need_B, need_gates, _ = ctx.needs_input_grad
+        need_base, need_h, need_core, need_B, *_ = ctx.needs_input_grad
         (E, O, R), dtype = B_EOR.shape, z_TN.dtype  # noqa: E741
-        weights = _weights(gates_TE, R, ctx.scaling, dtype)
-        grad_z_TN = grad_TO @ _rows(B_EOR, dtype).T
+        B_NO = expert_rows(B_EOR, dtype, ctx.copies, "B", transpose=True)
         grad_h = grad_core = grad_B = grad_gates = None
+        if gates_TE is None:
+            gated_TN, alpha = z_TN, ctx.scaling
+            grad_z_TN = scaled_product(grad_TO, B_NO.T, alpha)
+        else:
+            grad_z_TN, alpha = grad_TO @ B_NO.T, 1.0
+            gated_TN, grad_gates = gate_ranks_backward_(grad_z_TN, z_TN, gates_TE, ctx.scaling)
         if need_B:
-            grad_B_NO = (z_TN * weights).T @ grad_TO
-            grad_B = grad_B_NO.view(E, R, O).transpose(1, 2).contiguous().to(B_EOR.dtype)
-        if need_gates:
-            # In the dtype of the gates, since the softmax behind them subtracts.
-            products_TN = grad_z_TN * z_TN.to(gates_TE.dtype)
-            grad_gates = products_TN.view(-1, E, R).sum(dim=2).mul_(ctx.scaling)
-        grad_z_TN.mul_(weights)
+            grad_B_ERO = scaled_product(gated_TN.T, grad_TO, alpha).view(E, R, O)
+            grad_B = torch.empty_like(B_EOR).copy_(grad_B_ERO.transpose(1, 2))
         if need_core:
             grad_core = (grad_z_TN.T @ h_TD).view_as(core_ERD).to(core_ERD.dtype)
         if need_h:
             grad_h = grad_z_TN
             if core_ERD is not None:
-                grad_h = grad_z_TN @ core_ERD.flatten(0, 1).to(dtype)
+                grad_h = grad_z_TN @ expert_rows(core_ERD, dtype, ctx.copies, "core")
             elif ctx.repeated:
                 grad_h = grad_z_TN.view(-1, E, R).sum(dim=1)
-        return grad_TO if need_base else None, grad_h, grad_core, grad_B, grad_gates, None
-
-
-def _rows(B_EOR: Tensor, dtype: torch.dtype) -> Tensor:
-    """(E*R, O), as the product with z wants it."""
-    return B_EOR.to(dtype).transpose(1, 2).reshape(-1, B_EOR.shape[1])
-
-
-def _weights(gates_TE: Tensor | None, R: int, scaling: float, dtype: torch.dtype) -> Tensor | float:
-    """s * g, (T, E*R): once for each of an expert's ranks. A number where there are no gates."""
-    if gates_TE is None:
-        return scaling
-    return (gates_TE * scaling).to(dtype).repeat_interleave(R, dim=1, output_size=gates_TE.shape[1] * R)
+        return grad_TO if need_base else None, grad_h, grad_core, grad_B, grad_gates, None, None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from malora_dist.functional.grouped_triton import grouped_backward, grouped_forward
 from malora_dist.functional.routing import Routing
+from malora_dist.functional.weight_copies import WeightCopies, expert_rows
 
 
 def grouped_experts(
@@ -17,6 +18,7 @@ def grouped_experts(
     B_EOR: Tensor,
     routing: Routing,
     scaling: float,
+    copies: WeightCopies | None = None,
     *,
     triton: bool = False,
 ) -> Tensor:
@@ -27,8 +29,9 @@ def grouped_experts(
     deterministic, unlike index_add on CUDA. The host waits for the experts' counts; with `triton` it does not, and
     the products are those of `grouped_triton`.
     """
-    form = _TritonExperts if triton else _GroupedExperts
-    result: Tensor = form.apply(base_TO, h_TD, core_ERD, B_EOR, routing.gates_TK, routing.expert_ids_TK, scaling)
+    arguments = (base_TO, h_TD, core_ERD, B_EOR, routing.gates_TK, routing.expert_ids_TK, scaling)
+    # The kernels round weights tile by tile.
+    result: Tensor = _TritonExperts.apply(*arguments) if triton else _GroupedExperts.apply(*arguments, copies)
     return result
 
 
@@ -60,14 +63,16 @@ class _GroupedExperts(torch.autograd.Function):
         gates_TK: Tensor,
         expert_ids_TK: Tensor,
         scaling: float,
+        copies: WeightCopies | None,
     ) -> Tensor:
         order = _Order.of(expert_ids_TK, len(B_EOR))
         rows_ND = h_TD[order.token_N]
-        z_NR = rows_ND if core_ERD is None else _products(rows_ND, core_ERD.transpose(1, 2), order.sizes)
+        core, B_ERO = _expert_weights(core_ERD, B_EOR, h_TD.dtype, copies)
+        z_NR = rows_ND if core is None else _products(rows_ND, core.transpose(1, 2), order.sizes)
         ctx.save_for_backward(h_TD, core_ERD, B_EOR, gates_TK, z_NR, order.token_N, order.slot_N)
-        ctx.sizes, ctx.scaling = order.sizes, scaling
+        ctx.sizes, ctx.scaling, ctx.copies = order.sizes, scaling, copies
         gates_N1 = gates_TK.reshape(-1)[order.slot_N, None].to(h_TD.dtype)
-        delta_TO = _home(_products(z_NR * gates_N1, B_EOR.transpose(1, 2), order.sizes), order.slot_N, gates_TK.shape)
+        delta_TO = _home(_products(z_NR * gates_N1, B_ERO, order.sizes), order.slot_N, gates_TK.shape)
         if base_TO is None:
             return delta_TO.mul_(scaling)
         ctx.mark_dirty(base_TO)
@@ -80,7 +85,8 @@ class _GroupedExperts(torch.autograd.Function):
         need_base, need_h, need_core, need_B, need_gates, *_ = ctx.needs_input_grad
         gates_N1 = gates_TK.reshape(-1)[slot_N, None].to(z_NR.dtype)
         grad_NO = grads[0][token_N].mul_(ctx.scaling)
-        grad_zg_NR = _products(grad_NO, B_EOR, ctx.sizes)
+        core, B_ERO = _expert_weights(core_ERD, B_EOR, z_NR.dtype, ctx.copies)
+        grad_zg_NR = _products(grad_NO, B_ERO.transpose(1, 2), ctx.sizes)
         grad_z_NR = grad_zg_NR * gates_N1
         grad_B = _outer(grad_NO, z_NR * gates_N1, B_EOR, ctx.sizes) if need_B else None
         grad_core = _outer(grad_z_NR, h_TD[token_N], core_ERD, ctx.sizes) if need_core else None
@@ -89,9 +95,9 @@ class _GroupedExperts(torch.autograd.Function):
             sums_N = (grad_zg_NR * z_NR).sum(dim=1, dtype=gates_TK.dtype)
             grad_gates = torch.empty_like(sums_N).scatter_(0, slot_N, sums_N).view_as(gates_TK)
         if need_h:
-            rows_ND = grad_z_NR if core_ERD is None else _products(grad_z_NR, core_ERD, ctx.sizes)
+            rows_ND = grad_z_NR if core is None else _products(grad_z_NR, core, ctx.sizes)
             grad_h = _home(rows_ND, slot_N, gates_TK.shape)
-        return grads[0] if need_base else None, grad_h, grad_core, grad_B, grad_gates, None, None
+        return grads[0] if need_base else None, grad_h, grad_core, grad_B, grad_gates, None, None, None
 
 
 class _TritonExperts(torch.autograd.Function):
@@ -125,9 +131,18 @@ class _TritonExperts(torch.autograd.Function):
         return grads[0] if ctx.needs_input_grad[0] else None, *gradients, None, None
 
 
+def _expert_weights(
+    core_ERD: Tensor | None, B_EOR: Tensor, dtype: torch.dtype, copies: WeightCopies | None
+) -> tuple[Tensor | None, Tensor]:
+    """The core (E, R, D) if there is one, and B (E, R, O), in the dtype of the products."""
+    E, O, R = B_EOR.shape  # noqa: E741
+    core = None if core_ERD is None else expert_rows(core_ERD, dtype, copies, "core").view(E, R, -1)
+    return core, expert_rows(B_EOR, dtype, copies, "B", transpose=True).view(E, R, O)
+
+
 def _products(rows_ND: Tensor, weights_EDF: Tensor, sizes: Sequence[int]) -> Tensor:
     """(N, F): each expert's rows times its weight."""
-    parts = zip(rows_ND.split(list(sizes)), weights_EDF.to(rows_ND.dtype), strict=True)
+    parts = zip(rows_ND.split(list(sizes)), weights_EDF, strict=True)
     return torch.cat([rows_eD @ weight_DF for rows_eD, weight_DF in parts])
 
 

@@ -1,6 +1,8 @@
-"""Initial values of the adapter factors (MALoRA section 3.2, eqs. 8-10)."""
+"""Initial values of the adapter factors (MALoRA section 3.2, eqs. 8-10), on the CPU: the same bits for every device."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -9,10 +11,10 @@ from torch import Tensor
 def kaiming_uniform(shape: tuple[int, ...], *, fan_in: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw uniformly on +-1/sqrt(fan_in): Kaiming-uniform with a = sqrt(5), LoRA's own. Variance 1/(3 fan_in).
 
-    On the CPU under every default device, so that the same generator gives the same bits for every device.
+    fp32 on the CPU, under every default device and default dtype.
     """
     bound = 1 / math.sqrt(fan_in)
-    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def shared_subspace_init(K_EDI: Tensor, r: int, beta: float) -> tuple[Tensor, Tensor]:
@@ -20,7 +22,26 @@ def shared_subspace_init(K_EDI: Tensor, r: int, beta: float) -> tuple[Tensor, Te
 
     Eq. 8: K_t = U_t S_t V_t. Eq. 9: P_t = (U_t S_t)[:r] / beta. Eq. 10: S_A = beta V_0, the first expert's right
     singular vectors, the common basis. So P_0 S_A = K_0[:r], and every P_t S_A has the variance of K_t for any beta.
+
+    K_t K_t^T = U_t S_t^2 U_t^T is D x D, and V_0 = S_0^-1 U_0^T K_0: no other expert's V_t is computed. In fp64, where
+    the squares of singular values lose nothing that fp32 could hold.
     """
-    U_EDD, S_ED, V_EDI = torch.linalg.svd(K_EDI, full_matrices=False)
+    K = K_EDI.double()
+    with _one_thread():
+        squares_ED, U_EDD = torch.linalg.eigh(K @ K.mT)
+        # Descending, as singular values are.
+        S_ED, U_EDD = squares_ED.flip(-1).clamp(min=torch.finfo(K.dtype).tiny).sqrt(), U_EDD.flip(-1)
+        V_DI = (U_EDD[0] / S_ED[0]).mT @ K[0]
     P_ERD = (U_EDD * S_ED[:, None, :])[:, :r] / beta
-    return beta * V_EDI[0], P_ERD
+    return (beta * V_DI).to(K_EDI.dtype), P_ERD.to(K_EDI.dtype)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """How BLAS adds up depends on the number of threads, and processes may have different ones."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -4,23 +4,28 @@ The loss of an optimizer step is a weighted sum of cross-entropies over everythi
 inside a micro-batch and then over ranks and micro-batches is another, wrong number as soon as their counts differ.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def batch_counts(target_sample_N: Tensor, task_ids_B: Tensor, num_tasks: int) -> Tensor:
+def batch_counts(tasks_and_targets: Sequence[tuple[int, int]], num_tasks: int) -> Tensor:
     """(num_tasks + 1,) float64: supervised tokens of each task, and samples with at least one supervised token.
 
-    Add these up over the micro-batches and ranks of a step before calling `target_weights`.
+    Made on the host from the task and the number of supervised tokens of each sample. Add these up over the
+    micro-batches and ranks of a step before calling `target_weights`.
     """
-    per_sample_B = torch.bincount(target_sample_N, minlength=len(task_ids_B))
-    counts = torch.zeros(num_tasks + 1, dtype=torch.float64, device=task_ids_B.device)
-    counts[:num_tasks].index_add_(0, task_ids_B, per_sample_B.double())
-    counts[num_tasks] = (per_sample_B > 0).sum()
-    return counts
+    counts = [0] * (num_tasks + 1)
+    for task, targets in tasks_and_targets:
+        counts[task] += targets
+        counts[num_tasks] += targets > 0
+    return torch.tensor(counts, dtype=torch.float64)
 
 
-def target_weights(target_sample_N: Tensor, task_ids_B: Tensor, step_counts: Tensor, normalization: str) -> Tensor:
+def target_weights(
+    target_sample_N: Tensor, task_ids_B: Tensor, target_counts_B: Tensor, step_counts: Tensor, normalization: str
+) -> Tensor:
     """(N,) fp32: the weight of each supervised token's cross-entropy in the step's loss; 1 in sum over a step.
 
     token: every token counts the same. sample: every sample, whatever its length. task: every task of the batch.
@@ -29,8 +34,7 @@ def target_weights(target_sample_N: Tensor, task_ids_B: Tensor, step_counts: Ten
     if normalization == "token":
         weights_B = (1 / task_counts.sum().clamp(min=1)).expand(len(task_ids_B))
     elif normalization == "sample":
-        per_sample_B = torch.bincount(target_sample_N, minlength=len(task_ids_B)).clamp(min=1)
-        weights_B = 1 / (per_sample_B * samples.clamp(min=1))
+        weights_B = 1 / (target_counts_B.clamp(min=1) * samples.clamp(min=1))
     else:
         assert normalization == "task", normalization
         present = (task_counts > 0).sum().clamp(min=1)

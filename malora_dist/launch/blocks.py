@@ -21,9 +21,11 @@ export LOGS={logs} MALORA_EXIT_CODE={logs}/exit_code
 mkdir -p "$LOGS"
 rm -f "$MALORA_EXIT_CODE"
 # One process of a run. USR1 would end it while it still imports, and tee: it begins without an ear for it. TERM goes to
-# all of a job step, and tee is to hear the last word.
+# all of a job step, and tee is to hear the last word. Without segments that grow, GPU memory that was freed would often
+# not serve the next micro-batch, which has another number of tokens.
 cat >"$LOGS/process.sh" <<'PROCESS'
 trap "" USR1
+[[ -v PYTORCH_CUDA_ALLOC_CONF ]] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF-expandable_segments:True}"
 exec > >(trap "" TERM && exec tee -a "$LOGS/rank-${RANK:-$SLURM_PROCID}.log") 2>&1
 exec python -m "$@"
 PROCESS"""

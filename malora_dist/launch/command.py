@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from malora_dist.errors import ConfigError
+from malora_dist.launch.environment import allocator_variables
 
 # The deepspeed launcher replaces the list of visible devices by 0..N-1 unless it is told which ones.
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -90,9 +91,10 @@ def launcher_path(name: str = "deepspeed") -> str:
 
 
 def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for the launcher: this Python's scripts (ninja, deepspeed) come first on PATH."""
+    """The environment for the launcher: this Python's scripts (ninja, deepspeed) come first on PATH; the allocator."""
     scripts = str(Path(sys.executable).parent)
-    return {**environment, "PATH": os.pathsep.join([scripts, environment.get("PATH", os.defpath)])}
+    own = {**environment, **allocator_variables(environment)}
+    return {**own, "PATH": os.pathsep.join([scripts, environment.get("PATH", os.defpath)])}
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:

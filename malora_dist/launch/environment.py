@@ -1,4 +1,4 @@
-"""Rank variables inside a Slurm step, which names its tasks differently from torch."""
+"""Variables of a process: its rank inside a Slurm step, which names tasks otherwise than torch, and its allocator."""
 
 import subprocess
 from collections.abc import Mapping
@@ -6,6 +6,18 @@ from collections.abc import Mapping
 from malora_dist.errors import TopologyError
 
 FIRST_PORT, PORTS = 20000, 12000
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+OLDER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+
+
+def allocator_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """PYTORCH_ALLOC_CONF for processes with a GPU; empty if it, or the older PYTORCH_CUDA_ALLOC_CONF, is set.
+
+    Every micro-batch has another number of tokens. With segments that grow, memory freed in one size serves the next.
+    """
+    if ALLOCATOR in environment or OLDER_ALLOCATOR in environment:
+        return {}
+    return {ALLOCATOR: "expandable_segments:True"}
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:

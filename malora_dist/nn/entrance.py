@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from malora_dist.functional.entrance import enter
 from malora_dist.functional.routing import Routing, choose
+from malora_dist.functional.weight_copies import WeightCopies
 
 
 class Entrance(nn.Module):
@@ -15,6 +16,7 @@ class Entrance(nn.Module):
     that share their input can then be asked for h together, without gathering what their experts hold.
     """
 
+    weight_copies: WeightCopies | None = None
     gate: nn.Parameter | None
     shared_A: nn.Parameter | None
 
@@ -43,7 +45,7 @@ class Entrance(nn.Module):
         gates = [] if self.gate is None else [self.gate]
         if not downs and not gates:
             return x_TI, None, None
-        x_TI, h_TD, logits_TE = enter(x_TI, downs, gates, keys_T, self.input_salt, self.dropout)
+        x_TI, h_TD, logits_TE = enter(x_TI, downs, gates, keys_T, self.input_salt, self.dropout, self.weight_copies)
         routing = choose(logits_TE, self.top_k, self.normalize_gates) if gates else None
         return x_TI, h_TD if downs else None, routing
 

@@ -48,8 +48,9 @@ def inject_adapters(
     *,
     lora_dropout: float = 0.0,
     computation: str = "auto",
-    fuse_siblings: bool = False,
+    fuse_siblings: bool = True,
     seed: int = 0,
+    init_weights: bool = True,
     place: Callable[[MixtureLinear], None] | None = None,
     whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
 ) -> InjectionReport:
@@ -59,7 +60,8 @@ def inject_adapters(
     module's name alone, so every process builds the same ones (DoRA's magnitude depends on the base's weight too, which
     `whole(base_layer)` must show whole while it is measured). With `fuse_siblings`, linears that read one tensor enter
     together (`nn.siblings`), where the method has an S_A. `place` then decides what of a layer stays on this
-    process, before the next layer is built; the report counts whole layers all the same.
+    process, before the next layer is built; the report counts whole layers all the same. Without `init_weights` no
+    initial value is computed: the factors are memory that the caller must fill, every one.
 
     Raises ConfigError if `computation` is grouped_triton where Triton cannot run, if a target matches nothing or
     matches a module that is not a linear, or if the model keeps its experts as fused 3-D parameters, which linears
@@ -77,7 +79,7 @@ def inject_adapters(
     for target, names in matches.items():
         for name in names:
             with whole(model.get_submodule(name)) if spec.structure.magnitude else nullcontext():
-                layer = _wrap(model, name, spec, lora_dropout, computation, seed)
+                layer = _wrap(model, name, spec, lora_dropout, computation, seed, init_weights)
             if place is not None:
                 place(layer)
         rows.append(_row(model, spec, target, names))
@@ -174,7 +176,15 @@ def _refuse_fused_experts(model: nn.Module) -> None:
             )
 
 
-def _wrap(model: nn.Module, name: str, spec: MixtureSpec, dropout: float, computation: str, seed: int) -> MixtureLinear:
+def _wrap(
+    model: nn.Module,
+    name: str,
+    spec: MixtureSpec,
+    dropout: float,
+    computation: str,
+    seed: int,
+    init_weights: bool,
+) -> MixtureLinear:
     parent_name, _, leaf = name.rpartition(".")
     parent, base = model.get_submodule(parent_name), model.get_submodule(name)
     assert isinstance(base, (nn.Linear, NF4Linear))
@@ -199,6 +209,7 @@ def _wrap(model: nn.Module, name: str, spec: MixtureSpec, dropout: float, comput
             computation=computation,
             input_salt=layer_seed(seed, f"{parent_name}:{SIBLINGS.get(leaf, leaf)}"),
             generator=torch.Generator("cpu").manual_seed(layer_seed(seed, name)),
+            init_weights=init_weights,
         )
     layer.train(base.training)
     setattr(parent, leaf, layer)

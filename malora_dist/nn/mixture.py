@@ -13,6 +13,7 @@ from malora_dist.functional.entrance import autocast, enter
 from malora_dist.functional.grouped import grouped_experts
 from malora_dist.functional.init import kaiming_uniform, shared_subspace_init
 from malora_dist.functional.routing import Routing, largest
+from malora_dist.functional.weight_copies import WeightCopies
 from malora_dist.nn.dora import Magnitude
 from malora_dist.nn.entrance import Entrance
 
@@ -59,10 +60,13 @@ class MixtureLinear(nn.Module):
     keep. Without a `dispatcher` all experts are here. With one (`parallel.apply`), this module holds
     `num_local_experts` of them and the dispatcher brings the tokens.
 
+    DoRA's base must be whole and in memory here. Without `init_weights` the caller must fill the factors' memory.
+
     Shapes: x (..., I) -> (..., O).
     """
 
     routing: Routing | None
+    weight_copies: WeightCopies | None = None
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class MixtureLinear(nn.Module):
         computation: str = "auto",
         input_salt: int = 0,
         generator: torch.Generator | None = None,
+        init_weights: bool = True,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -113,7 +118,9 @@ class MixtureLinear(nn.Module):
         self.siblings: EntersTogether | None = None
         self.routing = None
         self.token_keys: Tensor | None = None
-        if not self.B.is_meta:
+        if not self.B.is_meta and self.dora is not None:
+            self.dora.measure(base_layer)
+        if not self.B.is_meta and init_weights:
             self.reset_parameters(generator)
 
     @property
@@ -147,7 +154,7 @@ class MixtureLinear(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """B = 0, so the adapted layer starts as its base; the rest Kaiming-uniform, for MALoRA through eqs. 8-10.
 
-        DoRA's magnitude is the norm of the base's rows, whose weight must be whole and in memory.
+        DoRA's magnitude is the norm of the base's rows.
         """
         n, E, shared_A = self.in_features, self.num_experts, self.entrance.shared_A
         if self.entrance.gate is not None:
@@ -164,7 +171,6 @@ class MixtureLinear(nn.Module):
                 factor.copy_(value)
         self.B.zero_()
         if self.dora is not None:
-            self.dora.measure(self.base_layer)
             self.dora.magnitude.copy_(self.dora.base_squares.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,7 +198,7 @@ class MixtureLinear(nn.Module):
         if h is not None:
             return Entered(base_TI, h, routing)
         if through_A:
-            base_TI, h, _ = enter(x_TI, [self.get_parameter("A")], [], keys_T, salt, p)
+            base_TI, h, _ = enter(x_TI, [self.get_parameter("A")], [], keys_T, salt, p, self.weight_copies)
             return Entered(base_TI, h, routing, through_A)
         return Entered(base_TI, x_TI if keys_T is None else keyed_dropout(x_TI, keys_T, salt, p), routing)
 
@@ -215,19 +221,23 @@ class MixtureLinear(nn.Module):
             return self.dora(self.base_layer, base_TO, h, A, B, self.scaling, same)  # type: ignore[no-any-return]
         if self.grouped:
             assert routing is not None
-            return grouped_experts(base_TO, h, self.core, self.B, routing, self.scaling, triton=self.triton)
+            return self._grouped(base_TO, h, routing)
         gates_TE = None if routing is None else routing.gates_TE
-        return dense_experts(base_TO, h, None if through_A else self.core, self.B, gates_TE, self.scaling)
+        core = None if through_A else self.core
+        return dense_experts(base_TO, h, core, self.B, gates_TE, self.scaling, self.weight_copies)
+
+    def _grouped(self, base_TO: Tensor | None, h: Tensor, routing: Routing) -> Tensor:
+        factors = self.core, self.B, routing, self.scaling, self.weight_copies
+        return grouped_experts(base_TO, h, *factors, triton=self.triton)
 
     def sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
         """(N, O): the sum over this module's experts for rows that come with one gate per local expert."""
         if not self.grouped:
-            return dense_experts(None, h_ND, self.core, self.B, gates_NE, self.scaling)
+            return dense_experts(None, h_ND, self.core, self.B, gates_NE, self.scaling, self.weight_copies)
         top_k = min(self.top_k, self.num_local_experts)
         # A row may have fewer experts here than top_k: its further ones have gate 0 and add nothing.
         ids_NK = largest(gates_NE.detach(), top_k)
-        routing = Routing(gates_NE, ids_NK, gates_NE)
-        return grouped_experts(None, h_ND, self.core, self.B, routing, self.scaling, triton=self.triton)
+        return self._grouped(None, h_ND, Routing(gates_NE, ids_NK, gates_NE))
 
     def extra_repr(self) -> str:
         return (

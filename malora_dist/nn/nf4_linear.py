@@ -10,7 +10,7 @@ from malora_dist.functional.nf4 import dequantize_nf4, nf4_bytes
 
 
 class _NF4Product(torch.autograd.Function):
-    """x W^T, with W made from its bytes in both directions instead of being stored.
+    """x W^T + bias, with W made from its bytes in both directions instead of being stored.
 
     Backward reads the bytes off the module: under ZeRO-3 they were released after forward and are gathered again by
     the time backward runs.
@@ -19,7 +19,8 @@ class _NF4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: "NF4Linear") -> Tensor:
         ctx.module = module
-        return F.linear(x, module.dequantize(x.dtype))
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return F.linear(x, module.dequantize(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -47,7 +48,7 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _NF4Product.apply(x, self)
-        return y if self.bias is None else y + self.bias
+        return y
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, double_quant={self.double_quant}"

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from malora_dist.functional.entrance import autocast, enter
 from malora_dist.functional.routing import Routing, choose
+from malora_dist.functional.weight_copies import WeightCopies
 from malora_dist.nn.entrance import Entrance
 from malora_dist.nn.mixture import Entered, MixtureLinear
 from malora_dist.nn.shared_input import SharedInput
@@ -21,6 +22,8 @@ class SiblingEntrance(nn.Module):
     own, because ZeRO-3 gathers weights module by module.
     """
 
+    weight_copies: WeightCopies | None = None
+
     def __init__(self, entrances: Sequence[Entrance]) -> None:
         super().__init__()
         first = entrances[0]
@@ -35,9 +38,8 @@ class SiblingEntrance(nn.Module):
         """As Entrance.forward, for all."""
         L = self.num_linears
         downs, gates = ([self.get_parameter(f"{name}_{n}") for n in range(L)] for name in ("shared_A", "gate"))
-        x_TI, h_TW, logits_TN = enter(x_TI, downs, gates, keys_T, self.input_salt, self.dropout)
-        logits_LTE = logits_TN.unflatten(1, (L, -1)).transpose(0, 1).contiguous()
-        routing = choose(logits_LTE, self.top_k, self.normalize_gates)
+        x_TI, h_TW, logits_TN = enter(x_TI, downs, gates, keys_T, self.input_salt, self.dropout, self.weight_copies)
+        routing = choose(logits_TN.unflatten(1, (L, -1)).transpose(0, 1), self.top_k, self.normalize_gates)
         routings = [Routing(*each) for each in zip(*(part_L.unbind() for part_L in routing), strict=True)]
         return x_TI, list(h_TW.chunk(L, dim=1)), routings
 

@@ -40,7 +40,8 @@ def send_rows(h: Sequence[Tensor], routings: Sequence[Routing], wire: Wire) -> l
     stacked = routes.stacked
     rows = Spread.apply(torch.cat(list(h)), stacked.token_N, stacked.slots_TQ)
     gates = torch.cat([routing.gates_TE for routing in routings]).view(-1, num_experts // W)
-    row_gates = gates.index_select(0, stacked.token_N * W + routes.owner_N)
+    # A gate goes to one row at most, so that backward adds nothing up, and the order of its atomics changes no bit.
+    row_gates = gates.index_select(0, stacked.token_N * W + stacked.owner_N)
     sent, received = [sum(row) for row in routes.sent_WL], [sum(row) for row in routes.received_WL]
     rows, row_gates = SendRows.apply(rows, row_gates, wire, sent, received)
     return _by_layer(rows, row_gates, routes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from malora_dist.errors import MaloraError, TopologyError
 from malora_dist.launch.command import VISIBLE_DEVICES, refuses_gpus
-from malora_dist.launch.environment import rank_variables
+from malora_dist.launch.environment import allocator_variables, rank_variables
 from malora_dist.launch.interface import interface_variables
 
 NOTE = "malora_dist/told"
@@ -44,6 +44,8 @@ def start_processes(timeout_seconds: float) -> World:
     environment describes no run that can start.
     """
     os.environ.update(rank_variables(os.environ))
+    # Read when the first memory of a GPU is taken.
+    os.environ.update(allocator_variables(os.environ))
     os.environ.update(interface_variables(os.environ))
     _describe_single_process()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -176,10 +178,20 @@ def gather_lists(values: list[Any]) -> list[Any]:
     return [value for part in parts if part is not None for value in part]
 
 
+def broadcast_values(parameters: Sequence[nn.Parameter], source: int, group: Any = None) -> None:
+    """Give all processes of a group the values that rank `source` has, whatever their dtype and order in memory."""
+    for parameter in parameters:
+        # NCCL takes contiguous tensors only, and not every dtype.
+        data = parameter.data
+        values = data.contiguous()
+        dist.broadcast(values.view(-1).view(torch.uint8), src=source, group=group)
+        if values is not data:
+            data.copy_(values)
+
+
 def replicate(parameters: list[nn.Parameter]) -> None:
     """Placement for ZeRO below stage 3: every process gets the main process's values."""
-    for parameter in parameters:
-        dist.broadcast(parameter.data.view(torch.uint8), src=0)
+    broadcast_values(parameters, source=0)
 
 
 def wait_for_all() -> None:

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
-from malora_dist.parallel.groups import World, gather_lists
+from malora_dist.parallel.groups import World, broadcast_values, gather_lists
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,7 @@ class Node:
 
     def share(self, parameters: list[nn.Parameter]) -> None:
         """Give every process of the node the values of its reader. Nothing leaves the machine."""
-        for parameter in parameters:
-            dist.broadcast(parameter.data.view(torch.uint8), src=self.reader_rank, group=self.group)
+        broadcast_values(parameters, self.reader_rank, self.group)
 
 
 def this_node(world: World, timeout_seconds: float, node_of_rank: Sequence[str] | None = None) -> Node:

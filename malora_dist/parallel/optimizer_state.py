@@ -173,12 +173,13 @@ def _part(parameter: Any, read: Read) -> Tensor:
 def _empty_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
     """What AdamW would hold after `step` steps, but for the moments' values."""
     zeros = {key: torch.zeros_like(parameter.data) for key in MOMENTS}
-    return {"step": torch.tensor(float(step), device=parameter.device), **zeros}
+    return {"step": torch.full((), float(step), device=parameter.device), **zeros}
 
 
 def _step_count(optimizer: torch.optim.Optimizer) -> int:
     """Steps taken, 0 before the first. Raises CheckpointError if parts of the optimizer disagree."""
-    counts = sorted({int(state["step"]) for state in optimizer.state.values() if "step" in state})
+    steps = [torch.as_tensor(state["step"]) for state in optimizer.state.values() if "step" in state]
+    counts = sorted(set(torch.stack(steps).long().tolist())) if steps else []
     if len(counts) > 1:
         raise CheckpointError(f"parts of the optimizer have taken different numbers of steps: {counts}")
     return counts[0] if counts else 0

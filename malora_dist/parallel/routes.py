@@ -14,10 +14,11 @@ from malora_dist.parallel.exchange import named
 class Positions:
     """Order of N rows: by owning rank, then by token.
 
-    token_N is each row's token. slots_TQ are the rows of each token in the order of owners; N stands for none, which
-    only follows a token's real rows. Q = min(top_k, W) for W ranks.
+    owner_N and token_N are each row's owner and token. slots_TQ are the rows of each token in the order of owners; N
+    stands for none, which only follows a token's real rows. Q = min(top_k, W) for W ranks.
     """
 
+    owner_N: Tensor
     token_N: Tensor
     slots_TQ: Tensor
 
@@ -26,14 +27,13 @@ class Positions:
 class Routes:
     """Rows of L layers with one input: `sent_WL[w][l]` of layer l go to rank w, `received_WL[w][l]` come from it.
 
-    `stacked` orders the rows of all layers by owner, then by layer, and owner_N names each one's owner; `layers` holds
-    the order of each layer's rows alone.
+    `stacked` orders the rows of all layers by owner, then by layer; `layers` holds the order of each layer's rows
+    alone.
     """
 
     sent_WL: list[list[int]]
     received_WL: list[list[int]]
     stacked: Positions
-    owner_N: Tensor
     layers: tuple[Positions, ...]
 
 
@@ -46,14 +46,14 @@ def owner_mask(expert_ids_TK: Tensor, num_experts: int, num_ranks: int) -> Tenso
 
 def positions(mask_WT: Tensor, num_rows: int, rows_per_token: int) -> Positions:
     """Order of the true cells of `mask_WT`, of which there are `num_rows`."""
-    token_N = torch.nonzero_static(mask_WT, size=num_rows)[:, 1]
+    owner_N, token_N = torch.nonzero_static(mask_WT, size=num_rows).unbind(dim=1)
     row_WT = (mask_WT.flatten().cumsum(0) - 1).view(mask_WT.shape)
     slots_TW = row_WT.masked_fill(~mask_WT, num_rows).T.sort(dim=1).values
-    return Positions(token_N, slots_TW[:, :rows_per_token])
+    return Positions(owner_N, token_N, slots_TW[:, :rows_per_token])
 
 
 def make_routes(expert_ids_LTK: Sequence[Tensor], num_experts: int, group: dist.ProcessGroup) -> Routes:
-    """Routes of L layers' tokens through `group`, with one exchange of counts and one synchronisation with the host."""
+    """Routes of L layers' tokens through `group`, with one exchange of counts, for which the host waits once."""
     W, L = dist.get_world_size(group), len(expert_ids_LTK)
     masks = [owner_mask(ids_TK, num_experts, W) for ids_TK in expert_ids_LTK]
     sent = torch.stack([mask_WT.sum(dim=1) for mask_WT in masks], dim=1)
@@ -65,6 +65,4 @@ def make_routes(expert_ids_LTK: Sequence[Tensor], num_experts: int, group: dist.
     layers = tuple(positions(mask, sum(row[layer] for row in sent_WL), Q) for layer, mask in enumerate(masks))
     total = sum(map(sum, sent_WL))
     stacked = layers[0] if L == 1 else positions(torch.cat(masks, dim=1), total, Q)
-    rows_W = torch.tensor([sum(row) for row in sent_WL], device=sent.device)
-    owner_N = torch.repeat_interleave(torch.arange(W, device=sent.device), rows_W, output_size=total)
-    return Routes(sent_WL, received_WL, stacked, owner_N, layers)
+    return Routes(sent_WL, received_WL, stacked, layers)

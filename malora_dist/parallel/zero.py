@@ -167,6 +167,7 @@ def join_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     from deepspeed.utils import groups
 
     group = groups._get_expert_parallel_group(name)
+    tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
+    dist.all_gather(parts, tensor, group=group)
     return torch.cat([part.to("cpu") for part in parts])

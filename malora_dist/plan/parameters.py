@@ -64,6 +64,23 @@ def _adapter_tensors(run: Run, linear: Linear) -> Iterator[Stored]:
         yield Stored("adapters", numel, FP32, group, run.shape.num_layers, trained=True)
 
 
+def weight_copy_bytes(run: Run) -> int:
+    """Bytes of the trained weights rounded to the base's dtype, which are whole on every rank during a step.
+
+    They are kept where the base has another dtype than fp32 (`functional.weight_copies`). DoRA rounds its weights
+    inside of the graph, and the kernels of grouped_triton theirs tile by tile.
+    """
+    if run.itemsize == FP32 or run.spec.structure.magnitude:
+        return 0
+    in_tiles = EXPERT_FACTORS if run.computation == "grouped_triton" and run.spec.structure.routed else ()
+    per_block = 0
+    for linear in run.adapted:
+        for factor, shape in factor_shapes(run.spec, linear.in_features, linear.out_features).items():
+            if factor not in in_tiles:
+                per_block += math.prod(shape) // (run.ep_size if factor in EXPERT_FACTORS else 1)
+    return run.shape.num_layers * per_block * run.itemsize
+
+
 def nf4_blob_bytes(numel: int, double_quant: bool) -> int:
     """Bytes of codes and scales of `numel` weights, as `functional.nf4` lays them out."""
     blocks = math.ceil(numel / NF4_BLOCK)

@@ -19,6 +19,7 @@ KINDS = {
     "moments": "AdamW's moments",
     "gradients": "gradients",
     "reduce_bucket": "DeepSpeed's gradient bucket",
+    "weight_copies": "adapters in the base's dtype",
     "gathered": "weights gathered by ZeRO-3",
     "dequantised": "one unpacked 4-bit weight",
     "activations": "activations",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from malora_dist.cache import build_once, default_cache_dir
 from malora_dist.errors import ConfigError
-from malora_dist.functional.nf4 import BLOCK, SCALE_BLOCK
+from malora_dist.functional.nf4 import BLOCK, QUANTIZER, SCALE_BLOCK
 from malora_dist.weights.base_tensor import BaseTensor, Weights
 from malora_dist.weights.fingerprint import content_samples
 from malora_dist.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
@@ -47,7 +47,8 @@ def prepared_folder(
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": double_quant,
         "blocks": [BLOCK, SCALE_BLOCK],
-        # Kernels of the one make the bytes, and module names of the other their names.
+        "quantizer": QUANTIZER,
+        # Of the one is the 8-bit code of scales, and module names of the other are those of the tensors.
         "versions": {name: version(name) for name in ("bitsandbytes", "transformers")},
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

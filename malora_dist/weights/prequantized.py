@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from malora_dist.errors import ConfigError
-from malora_dist.functional.nf4 import BLOCK, SCALE_BLOCK, pack_nf4
+from malora_dist.functional.nf4 import BLOCK, SCALE_BLOCK, pack_nf4, tables
 from malora_dist.weights.base_tensor import BaseTensor
 from malora_dist.weights.reader import TensorReader
 
@@ -65,15 +65,16 @@ def stored_blob(reader: TensorReader, tensor: BaseTensor) -> Tensor:
 
 
 def _check_state(name: str, state: Any, tensor: BaseTensor) -> None:
+    known = tables(torch.device("cpu"))
     rules = {
         f"shape {tuple(tensor.weight_shape)}": tuple(state.shape) == tensor.weight_shape,
         f"blocks of {BLOCK}": state.blocksize == BLOCK,
-        "the nf4 code": torch.equal(state.code, bnb.get_4bit_type("nf4", device="cpu", blocksize=BLOCK)),
+        "the nf4 code": torch.equal(state.code, known.values),
         f"double quantisation {'on' if tensor.double_quant else 'off'}": state.nested == tensor.double_quant,
     }
     if state.nested:
         rules[f"scales in blocks of {SCALE_BLOCK}"] = state.state2.blocksize == SCALE_BLOCK
-        rules["the 8-bit code of scales"] = torch.equal(state.state2.code, bnb.create_dynamic_map())
+        rules["the 8-bit code of scales"] = torch.equal(state.state2.code, known.scale_values)
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         raise ConfigError(f"{name} is stored in 4 bits, but not with {', '.join(broken)}: {READ}")

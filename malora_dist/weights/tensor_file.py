@@ -80,7 +80,7 @@ def _place(name: str, entry: object, data_start: int) -> TensorPlace:
 def read_elements(path: Path, place: TensorPlace, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of the flat tensor, 1-D. Raises OSError or ValueError."""
     itemsize = place.dtype.itemsize
-    raw = torch.empty((stop - start) * itemsize, dtype=torch.uint8)
+    raw = torch.empty((stop - start) * itemsize, dtype=torch.uint8, device="cpu")
     view = raw.numpy().data
     with path.open("rb", buffering=0) as file:
         file.seek(place.start + start * itemsize)

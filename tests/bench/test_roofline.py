@@ -46,16 +46,18 @@ class Products(TorchDispatchMode):
         if func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
             left, right = args[-2:]
             self.flops += 2 * left.numel() * right.shape[1]
-            self.nbytes += sum(tensor.numel() * tensor.element_size() for tensor in (*args, output))
+            # With beta = 0 the tensor to add to is not read.
+            read = args[-2:] if (kwargs or {}).get("beta") == 0 else args
+            self.nbytes += sum(tensor.numel() * tensor.element_size() for tensor in (*read, output))
         assert func._schema.name not in ("aten::bmm", "aten::baddbmm", "aten::addmv"), "a product not counted here"
         return output
 
 
-def run_layer(spec: MixtureSpec, computation: str = "dense") -> Callable[[], None]:
+def run_layer(spec: MixtureSpec, computation: str = "dense", dropout: float = 0.0) -> Callable[[], None]:
     """Forward and backward of the real layer."""
     model = nn.Sequential()
     model.add_module("linear", nn.Linear(I, O, bias=False))
-    inject_adapters(model, spec, ["linear"], computation=computation)
+    inject_adapters(model, spec, ["linear"], computation=computation, lora_dropout=dropout)
     x = torch.randn(T, I, requires_grad=True)
     return lambda: model(x).backward(torch.randn(T, O))
 
@@ -89,13 +91,14 @@ def test_flops_are_those_the_layer_multiplies(name: str, computation: str, form:
     assert sum(kernel.flops for kernel in products) == counter.flops
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(("name", "router"), [("lora", "apart"), ("malora", "ours"), ("molora", "fp32")])
-def test_bytes_are_those_the_products_touch(name: str, router: str) -> None:
+def test_bytes_are_those_the_products_touch(name: str, router: str, dropout: float) -> None:
     """Of the forms that bear a method's plain name: each product of the formula is one of the layer's."""
-    run = run_layer(SPECS[name])
+    run, form = run_layer(SPECS[name], dropout=dropout), Form(router=router, dropout=dropout > 0)
     with Products() as counter:
         run()
-    products = [kernel for kernel in counted(SPECS[name], Form(router=router)) if kernel.part in PRODUCTS]
+    products = [kernel for kernel in counted(SPECS[name], form) if kernel.part in PRODUCTS]
     assert sum(kernel.nbytes for kernel in products) == counter.nbytes
 
 
@@ -134,6 +137,20 @@ def test_what_the_forms_of_malora_move() -> None:
     ]
     # And of the copy: read, written, and read again.
     assert (ours[0] - ours[1]) / FP32 == pytest.approx((1 + 2 + 1 + 3) * T * I * 2 / 3)
+
+
+def test_what_dropout_moves() -> None:
+    """x twice, the mask's gradient; a stored mask is a byte a number; siblings have one dropped input."""
+    sizes = Sizes(T, I, O, sharing=3)
+
+    def moved(form: Form) -> float:
+        kernels = adapter_kernels(SPECS["lora"], sizes, form)
+        return sum(kernel.nbytes for kernel in kernels if kernel.part == "dropout")
+
+    assert moved(Form()) == 0
+    assert moved(Form(dropout=True)) == (2 + 3 + 2) * T * I * 2
+    assert moved(Form(dropout=True, eager=True)) == (2 + 2) * T * I * 2 + 2 * T * I
+    assert 3 * moved(Form(dropout=True, siblings=True)) == moved(Form(dropout=True))
 
 
 def test_the_step_by_hand() -> None:

@@ -18,6 +18,7 @@ from malora_dist.checkpoint.adapter import CONFIG, WEIGHTS, AdapterInfo, load_ad
 from malora_dist.errors import CheckpointError
 from malora_dist.methods import METHODS, mixture_spec
 from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters
+from malora_dist.nn.mixture import MixtureLinear
 from tests.conftest import LlamaFactory
 from tests.distributed import ROOT
 
@@ -60,6 +61,24 @@ def test_round_trip_onto_a_new_base(tiny_llama: LlamaFactory, tmp_path: Path, me
         assert torch.equal(other(IDS).logits, model(IDS).logits)
         assert not torch.allclose(other(IDS).logits, tiny_llama()(IDS).logits, atol=1e-2)
     assert {path.name for path in (tmp_path / "new" / "adapter").iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+
+
+@pytest.mark.parametrize("method", ["malora", "dora"])
+def test_nothing_is_initialised_and_everything_is_filled(
+    tiny_llama: LlamaFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    info = info_of(method)
+    model = adapted(tiny_llama(), info)
+    saved(tmp_path, model, info)
+    monkeypatch.setattr(MixtureLinear, "reset_parameters", lambda *_: pytest.fail("initial values of what is loaded"))
+    torch.use_deterministic_algorithms(True)  # memory that nobody has written holds NaN
+    try:
+        assert torch.empty(1).isnan()
+        load_adapter(loaded := tiny_llama(), tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), model.buffers(), strict=True))
 
 
 def test_stock_lora_opens_in_peft(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
@@ -132,8 +151,10 @@ def test_damage_is_refused_by_name(tiny_llama: LlamaFactory, tmp_path: Path, dam
 def test_adapter_of_another_base_is_refused(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
     info = info_of("malora")
     saved(tmp_path, adapted(tiny_llama(), info), info)
+    other = tiny_llama(intermediate_size=96)
     with pytest.raises(CheckpointError, match=r"has shape \(\d+, 80\), this base needs \(\d+, 96\)"):
-        load_adapter(tiny_llama(intermediate_size=96), tmp_path)
+        load_adapter(other, tmp_path)
+    assert not dict(adapter_parameters(other))  # nothing half filled is left
     with pytest.raises(CheckpointError, match=r"lacks model.layers.2.*\d+ missing, 0 unknown"):
         load_adapter(tiny_llama(num_hidden_layers=3), tmp_path)
 

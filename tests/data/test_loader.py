@@ -45,11 +45,15 @@ def test_collate_by_hand() -> None:
         "token_sample": [0, 0, 0, 1, 1, 1, 1],
         "sample_ids": [7, 4],
         "task_ids": [1, 0],
+        "target_counts": [2, 1],
     }
     for name, value in expected.items():
         tensor = getattr(batch, name)
         assert tensor.tolist() == value and tensor.dtype == torch.int64, name
-    assert batch.to("meta").targets.device.type == "meta"
+    assert batch.cu_seq_lens.tolist() == [0, 3, 7] and batch.cu_seq_lens.dtype == torch.int32
+    assert (batch.max_length, batch.tasks_and_targets) == (4, ((1, 2), (0, 1)))
+    moved = batch.to("meta")
+    assert moved.targets.device.type == "meta" and moved.max_length == 4
 
 
 def test_targets_follow_from_the_samples_one_by_one() -> None:

@@ -21,8 +21,10 @@ TASKS = ["a", "b", "c"]
 ACCUMULATION, TOKEN = 2, 95
 
 
-def deepspeed_settings(zero_stage: int) -> dict[str, Any]:
+def deepspeed_settings(zero_stage: int, offload: bool = False) -> dict[str, Any]:
+    offloaded = {"offload_optimizer": {"device": "cpu"}} if offload else {}
     return {
+        "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": 1.0,
@@ -32,13 +34,15 @@ def deepspeed_settings(zero_stage: int) -> dict[str, Any]:
             "stage": zero_stage,
             "memory_efficient_linear": False,
             "stage3_param_persistence_threshold": 0,
+            **offloaded,
         },
     }
 
 
 def new_stepper(world: World, folder: str, case: dict[str, Any], *, total_steps: int = 6) -> Stepper:
     """A stepper over the tiny model: linear schedule of `total_steps` with two steps of warm-up, dropout on."""
-    stage, settings = case["zero_stage"], deepspeed_settings(case["zero_stage"])
+    stage = case["zero_stage"]
+    settings = deepspeed_settings(stage, case.get("offload", False))
     schedule = OptimizerSettings(
         learning_rate=1e-3,
         weight_decay=0.01,
@@ -93,14 +97,33 @@ def break_weight(model: nn.Module) -> None:
             weight.data[3, 4] = torch.nan
 
 
-def break_backward(model: nn.Module) -> None:
-    """The gradient of one layer's output becomes infinite."""
+def break_backward(model: nn.Module, times: int = 10**9) -> None:
+    """The gradient of one layer's output becomes infinite, the first `times` times."""
+    left = [times]
+
+    def infinite(gradient: Tensor) -> Tensor | None:
+        left[0] -= 1
+        return gradient * torch.inf if left[0] >= 0 else None
 
     def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(lambda gradient: gradient * torch.inf)
+            output.register_hook(infinite)
 
     dict(mixture_layers(model))["model.layers.1.mlp.gate_proj"].register_forward_hook(hook)
+
+
+def break_first_backward(model: nn.Module) -> None:
+    """Only in the first micro-batch of the step."""
+    break_backward(model, times=1)
+
+
+FAULTS = {
+    "forward": break_forward,
+    "weight": break_weight,
+    "backward": break_backward,
+    "first backward": break_first_backward,
+}
+ON_ONE_RANK = ("backward", "first backward")
 
 
 def failing_steps(world: World, folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -115,9 +138,8 @@ def failing_step(world: World, folder: str, case: dict[str, Any]) -> dict[str, A
     stepper.step(1, batches(world, 1))  # at learning rate 0, the first of the warm-up
     stepper.step(2, batches(world, 2))
     before = dict(gathered_adapter_state(model))
-    fault = {"forward": break_forward, "weight": break_weight, "backward": break_backward}[case["fault"]]
-    if case["fault"] != "backward" or world.rank == 1:
-        fault(model)
+    if case["fault"] not in ON_ONE_RANK or world.rank == 1:
+        FAULTS[case["fault"]](model)
     error = ""
     try:
         stepper.step(3, batches(world, 3))

@@ -9,8 +9,10 @@ import pytest
 from malora_dist.checkpoint.layout import Manifest
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, config_text, plain_config
+from malora_dist.engine.base import base_quantizer
 from malora_dist.engine.resume import Start, check_base, check_data, find_start, open_checkpoint
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.functional.nf4 import QUANTIZER
 from malora_dist.outcome import FAILED, FINISHED, PREEMPTED, clear_outcome, read_outcome, write_outcome
 from malora_dist.parallel.groups import World
 from tests.checkpoint.samples import manifest_of, tensors_of, write_files
@@ -22,7 +24,9 @@ def config(run: Path, **train: Any) -> RunConfig:
     return config_from_dict({**recipe(train=train), "output_dir": str(run)})
 
 
-def begun(run: Path, steps: tuple[int, ...] = (), outcome: str | None = None, **train: Any) -> RunConfig:
+def begun(
+    run: Path, steps: tuple[int, ...] = (), outcome: str | None = None, quantizer: str | None = QUANTIZER, **train: Any
+) -> RunConfig:
     """A run folder as a run leaves it: its config, checkpoints of these steps, and exit.json."""
     run.mkdir()
     its_config = config(run, **train)
@@ -30,7 +34,9 @@ def begun(run: Path, steps: tuple[int, ...] = (), outcome: str | None = None, **
     store = CheckpointStore(run / "checkpoints")
     for step in steps:
         files, places = write_files(store.begin(step), tensors_of(step), 1)
-        store.commit(step, replace(manifest_of(step, files, places), config=plain_config(its_config)))
+        manifest = replace(manifest_of(step, files, places), config=plain_config(its_config))
+        manifest.state.update({} if quantizer is None else {"quantizer": quantizer})
+        store.commit(step, manifest)
     if outcome is not None:
         step = steps[-1] if steps else 0
         write_outcome(run, outcome, 75, reason="SIGUSR1", step=step, checkpoint=f"step-{step:06d}")
@@ -87,6 +93,19 @@ def test_another_recipe_is_refused_and_harmless_changes_are_reported(tmp_path: P
         "changed since: train.per_device_train_batch_size: 4 -> 2 (same numbers to rounding)",
         "changed since: train.save_steps: None -> 5",
     )
+
+
+def test_a_base_quantised_otherwise_is_refused_and_one_of_an_older_version_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="step-000010 was trained on a base quantised by another, this .* by nf4-"
+    ):
+        find_start(begun(tmp_path / "another", (10,), quantizer="another"))
+    older = begun(tmp_path / "older", (10,), quantizer=None)
+    assert find_start(older).notes == (
+        f"step-000010 does not tell how its 4-bit base was quantised: here by {QUANTIZER}, a few codes may differ",
+    )
+    plain = config_from_dict({**recipe(model={"load_in_4bit": False}), "output_dir": "run"})
+    assert (base_quantizer(older), base_quantizer(plain)) == (QUANTIZER, None)
 
 
 def test_a_path_is_a_new_run_from_there(tmp_path: Path) -> None:

@@ -30,12 +30,16 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2-dora": {"zero_stage": 2, "method": "dora", "load_in_4bit": True},
     "zero3-dora": {"zero_stage": 3, "method": "dora", "load_in_4bit": True, "gradient_checkpointing": True},
     "zero3-hydralora": {"zero_stage": 3, "method": "hydralora"},
-    "zero0-siblings": {"zero_stage": 0, "fuse_siblings": True, "gradient_checkpointing": True},
-    "zero3-siblings": {"zero_stage": 3, "fuse_siblings": True, "load_in_4bit": True, "gradient_checkpointing": True},
-    "zero3-hydralora-siblings": {"zero_stage": 3, "fuse_siblings": True, "method": "hydralora"},
+    "zero0-siblings": {"zero_stage": 0, "gradient_checkpointing": True},
+    "zero3-siblings": {"zero_stage": 3, "load_in_4bit": True, "gradient_checkpointing": True},
+    "zero3-apart": {"zero_stage": 3, "fuse_siblings": False, "gradient_checkpointing": True},
     "zero0-bf16-base": {"zero_stage": 0, "dtype": "bfloat16"},
-    "zero3-bf16-base": {"zero_stage": 3, "dtype": "bfloat16", "load_in_4bit": True},
+    "zero1-bf16-base": {"zero_stage": 1, "dtype": "bfloat16", "fuse_siblings": False},
+    "zero2-bf16-base": {"zero_stage": 2, "dtype": "bfloat16", "method": "molora", "computation": "grouped"},
+    "zero3-bf16-base": {"zero_stage": 3, "dtype": "bfloat16", "load_in_4bit": True, "gradient_checkpointing": True},
 }
+# A bf16 base whose products round the weights each anew.
+NO_COPIES = {f"{name}-no-copies": case | {"no_copies": True} for name, case in CASES.items() if "bf16" in name}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +59,14 @@ def test_equals_one_process(folder: Path, references: dict[str, dict[str, Any]],
     output = folder / f"world{world_size}"
     output.mkdir()
     ranks = run_distributed(
-        "tests.engine.workers:train_cases", world_size, folder=str(folder / "model"), output=str(output), cases=CASES
+        "tests.engine.workers:train_cases",
+        world_size,
+        folder=str(folder / "model"),
+        output=str(output),
+        cases=CASES | NO_COPIES,
     )
+    for name in NO_COPIES:
+        _kept_copies_change_no_bit(output, name.removesuffix("-no-copies"), ranks)
     for name, case in CASES.items():
         for results in ranks:
             _equals(results[name], references[name], name)
@@ -70,6 +80,16 @@ def test_equals_one_process(folder: Path, references: dict[str, dict[str, Any]],
             torch.testing.assert_close(
                 weights[key], tensor, atol=2e-5, rtol=0, msg=lambda m, k=key, n=name: f"{n} {k} {m}"
             )
+
+
+def _kept_copies_change_no_bit(output: Path, name: str, ranks: list[dict[str, Any]]) -> None:
+    """Weights rounded once a step are the weights of that step: losses, gradients and new weights are the same."""
+    for results in ranks:
+        for key in ("losses", "aux_losses", "grad_norms"):
+            assert results[name][key] == results[f"{name}-no-copies"][key], f"{name} {key}"
+    kept, anew = (load_file(output / f"{each}.safetensors") for each in (name, f"{name}-no-copies"))
+    assert kept.keys() == anew.keys()
+    assert all(torch.equal(tensor, anew[key]) for key, tensor in kept.items()), name
 
 
 def _equals(result: dict[str, Any], reference: dict[str, Any], name: str) -> None:

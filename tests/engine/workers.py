@@ -1,8 +1,10 @@
 """What the processes of the engine's tests do; `one_process` is what they are compared with."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
+from malora_dist.engine import step as step_module
 from malora_dist.engine.build import OptimizerSettings, build_engine
 from malora_dist.engine.forward import BalanceSettings
 from malora_dist.engine.step import Stepper, StepResult
@@ -77,6 +80,7 @@ def build_model(
         dtype=getattr(torch, case.get("dtype", "float32")),
         load_in_4bit=case.get("load_in_4bit", False),
         double_quant=case.get("double_quant", False),
+        device="cpu" if world is None else world.device,
         reader=world is None or world.is_main,
         place=place,
     )
@@ -104,7 +108,7 @@ def build_model(
         spec,
         lora_dropout=0.1,
         computation=computation,
-        fuse_siblings=world is not None and case.get("fuse_siblings", False),
+        fuse_siblings=world is not None and case.get("fuse_siblings", True),
         seed=SEED,
         place=place_adapters,
         whole=gathered,
@@ -169,7 +173,9 @@ def train_case(world: World, folder: str, output: str, case: dict[str, Any]) -> 
     """Five steps of one case; weights, gradients and moments go to a file."""
     stepper = new_stepper(world, folder, case)
     model = stepper.engine.module
-    results = run_steps(stepper, case, range(1, STEPS + 1))
+    kept = (lambda _: nullcontext()) if case.get("no_copies") else step_module.kept_weight_copies
+    with mock.patch.object(step_module, "kept_weight_copies", kept):
+        results = run_steps(stepper, case, range(1, STEPS + 1))
     tensors = dict(gathered_adapter_state(model)) | dict(gathered_moments(stepper))
     tensors |= {f"gradient.{step}.{name}": g for step, name, g in stepper.gradients}
     if world.is_main:
@@ -194,7 +200,7 @@ def train_cases(world: World, folder: str, output: str, cases: dict[str, dict[st
 def _share(samples: Sequence[Sample], world: World, accumulation: int) -> list[Any]:
     size = len(samples) // accumulation // world.size
     first = [(micro * world.size + world.rank) * size for micro in range(accumulation)]
-    return [collate(samples[start : start + size]) for start in first]
+    return [collate(samples[start : start + size]).to(world.device) for start in first]
 
 
 class RecordingStepper(Stepper):
@@ -204,11 +210,13 @@ class RecordingStepper(Stepper):
         super().__init__(*arguments, **settings)
         self.gradients: list[tuple[int, str, Tensor]] = []
 
-    def _check(self, number: int, batches: Sequence[Any], sums: Any) -> None:
-        super()._check(number, batches, sums)
+    def _check(self, *arguments: Any) -> Any:
+        totals = super()._check(*arguments)
+        number = arguments[0]
         for name, parameter in adapter_parameters(self.engine.module):
             if parameter.requires_grad:
                 self.gradients.append((number, name, join_experts(parameter, safe_get_full_grad(parameter))))
+        return totals
 
 
 def gathered_moments(stepper: Stepper) -> Iterator[tuple[str, Tensor]]:
@@ -229,7 +237,7 @@ def gathered_moments(stepper: Stepper) -> Iterator[tuple[str, Tensor]]:
 def evaluate_between(engine: Any, step: int) -> None:
     """A forward without gradients, other lengths on every rank, as evaluation makes them; then back to training."""
     engine.eval()
-    ids = torch.arange(3 + 2 * dist.get_rank() + step)[None]
+    ids = torch.arange(3 + 2 * dist.get_rank() + step, device=engine.device)[None]
     with torch.no_grad():
         engine(input_ids=ids, use_cache=False)
     engine.train()

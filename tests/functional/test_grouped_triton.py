@@ -7,6 +7,7 @@ of this file run in a second pytest, started by `test_all_in_the_interpreter`.
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from malora_dist.functional.grouped_triton import BLOCK_T, grouped_backward, gro
 from malora_dist.functional.routing import route
 from tests.cases import CASES, DROPOUT_P, AdapterCase, make_inputs, output_gradient
 from tests.devices import kernel_device, kernel_mark
+from tests.functional import test_operators
 from tests.reference import adapter_reference, gradients
 
 ROOT = Path(__file__).parents[2]
@@ -153,9 +155,11 @@ def test_blocks_need_no_number_of_the_host() -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the tests above have run")
 def test_all_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not interpreter and not compile"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "not interpreter and not compile and not schema"]
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([*command, __file__], cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
+    files = [__file__, str(Path(__file__).with_name("test_operators.py"))]
+    done = subprocess.run([*command, *files], cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr
 
 
@@ -184,6 +188,8 @@ def compile_for(capability: int) -> None:
         core, B = torch.zeros(E, 12, 32, dtype=parameters), torch.zeros(E, 4096, 12, dtype=parameters)
         z = grouped_forward(y, h, core, B, gates_TK, ids_TK, SCALING)
         grouped_backward(y, h, core, B, gates_TK, ids_TK, z, SCALING)
+    for dtype in (torch.bfloat16, torch.float32):
+        test_operators.launch_all(dtype)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -193,6 +199,10 @@ def test_kernels_compile_and_fit_the_shared_memory_of_any_gpu(capability: int, t
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     launches = [line.split() for line in done.stdout.splitlines()]
+    names = Counter(name for name, _ in launches)
     # Of each of the three kinds of numbers: contract, expand (K = 2), and in backward contract, sum, expand, sum.
-    assert len(launches) == 3 * 8 and {name for name, _ in launches} == {"contract_rows", "expand_rows", "sum_rows"}
+    grouped = {"contract_rows": 3 * 2, "expand_rows": 3 * 4, "sum_rows": 3 * 2}
+    # Of each of two kinds of numbers: one launch an operator.
+    operators = {"drop_rows": 4, **dict.fromkeys(("gate_rows", "gate_rows_backward", "choose_rows"), 2)}
+    assert names == {**grouped, **operators, "choose_rows_backward": 2}
     assert max(int(shared) for _, shared in launches) <= 64 * 1024

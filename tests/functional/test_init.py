@@ -44,3 +44,34 @@ def test_every_expert_starts_with_the_variance_of_kaiming(beta: float) -> None:
     for t, product in enumerate(P @ shared_A):
         assert product.var().item() == pytest.approx(1 / (3 * n), rel=0.04), f"expert {t}"
     assert shared_A.var().item() == pytest.approx(beta**2 / n, rel=0.02)
+
+
+@pytest.mark.parametrize(("d", "n"), [(64, 65), (80, 80)])
+def test_a_basis_as_wide_as_the_input_stays_orthogonal(d: int, n: int) -> None:
+    """The singular values of such a matrix reach far down, and their squares are what is computed."""
+    K_EDI = kaiming_uniform((2, d, n), fan_in=n, generator=_generator())
+    shared_A, P = shared_subspace_init(K_EDI, d, 1.0)
+    torch.testing.assert_close(shared_A @ shared_A.T, torch.eye(d), rtol=0, atol=1e-6)
+    torch.testing.assert_close(P[0] @ shared_A, K_EDI[0], rtol=0, atol=1e-6)
+
+
+def test_initial_values_depend_on_the_generator_alone() -> None:
+    """Not on default device, default dtype or the number of threads."""
+
+    def values() -> list[torch.Tensor]:
+        K_EDI = kaiming_uniform((2, 64, 300), fan_in=300, generator=_generator())
+        return [K_EDI, *shared_subspace_init(K_EDI, 6, 1.25), *shared_subspace_init(K_EDI.double(), 6, 1.25)]
+
+    threads = torch.get_num_threads()
+    expected = values()
+    assert all(value.dtype == torch.float32 and value.device.type == "cpu" for value in expected[:3])
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        with torch.device("meta"):
+            found = values()
+        assert torch.get_num_threads() != threads
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -16,14 +16,16 @@ EMPTY = [[[(0, 0)], [(1, 0), (2, 0)]]]
 NUM_TASKS = 4
 
 
-def _micro_batches(step: list) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(target_sample, task_ids) of every micro-batch of every rank."""
-    batches = []
-    for samples in (micro_batch for rank in step for micro_batch in rank):
-        lengths = torch.tensor([count for _, count in samples])
-        target_sample = torch.arange(len(samples)).repeat_interleave(lengths)
-        batches.append((target_sample, torch.tensor([task for task, _ in samples])))
-    return batches
+def _micro_batches(step: list) -> list[list[tuple[int, int]]]:
+    """(task, supervised tokens) of each sample, of every micro-batch of every rank."""
+    return [micro_batch for rank in step for micro_batch in rank]
+
+
+def _weights(samples: list[tuple[int, int]], step_counts: torch.Tensor, normalization: str) -> torch.Tensor:
+    tasks, counts = (torch.tensor(values) for values in zip(*samples, strict=True))
+    return target_weights(
+        torch.arange(len(samples)).repeat_interleave(counts), tasks, counts, step_counts, normalization
+    )
 
 
 @pytest.mark.parametrize("normalization", ["token", "sample", "task"])
@@ -34,8 +36,8 @@ def test_weighted_sum_is_the_loss_of_the_whole_step(step: list, normalization: s
     tasks = [[[task for task, _ in samples] for samples in rank] for rank in step]
     (expected,) = loss_reference([losses], normalization, [tasks])
     batches = _micro_batches(step)
-    counts = torch.stack([batch_counts(*batch, NUM_TASKS) for batch in batches]).sum(dim=0)
-    weights = [target_weights(*batch, counts, normalization) for batch in batches]
+    counts = torch.stack([batch_counts(batch, NUM_TASKS) for batch in batches]).sum(dim=0)
+    weights = [_weights(batch, counts, normalization) for batch in batches]
     flat = [torch.cat(samples) for rank in losses for samples in rank]
     assert [w.shape for w in weights] == [values.shape for values in flat]
     total = sum((w.double() * values.double()).sum() for w, values in zip(weights, flat, strict=True))
@@ -44,6 +46,6 @@ def test_weighted_sum_is_the_loss_of_the_whole_step(step: list, normalization: s
 
 
 def test_counts_of_a_micro_batch() -> None:
-    counts = batch_counts(torch.tensor([0, 2, 2, 2, 3]), torch.tensor([1, 1, 0, 1]), NUM_TASKS)
+    counts = batch_counts([(1, 1), (1, 0), (0, 3), (1, 1)], NUM_TASKS)
     assert counts.dtype == torch.float64  # fp32 stops counting at 2^24
     assert counts.tolist() == [3, 2, 0, 0, 3]

@@ -98,6 +98,8 @@ def test_under_launcher(environment: dict[str, str], expected: bool) -> None:
 
 def test_exit_codes_and_environment() -> None:
     environment = launcher_environment({**os.environ, "MALORA_TEST": "7"})
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert launcher_environment({"PYTORCH_ALLOC_CONF": ""})["PYTORCH_ALLOC_CONF"] == ""
     assert environment["PATH"].startswith(os.path.dirname(sys.executable) + os.pathsep)
     code = "import os, sys; sys.exit(int(os.environ['MALORA_TEST']))"
     assert run_command([sys.executable, "-c", code], environment) == 7

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from malora_dist.errors import TopologyError
-from malora_dist.launch.environment import rank_variables
+from malora_dist.launch.environment import allocator_variables, rank_variables
 
 STEP = {
     "SLURM_PROCID": "3",
@@ -39,6 +39,12 @@ def test_nothing_where_somebody_else_has_said_it() -> None:
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "17"}
     for environment in ({}, batch, {**STEP, "RANK": "0"}, {**STEP, "SLURM_STEP_NUM_TASKS": "1"}):
         assert rank_variables(environment) == {}
+
+
+def test_the_allocators_segments_grow_unless_the_user_has_said_otherwise() -> None:
+    assert allocator_variables({"PYTORCH_OTHER": "1"}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert allocator_variables({name: "max_split_size_mb:128"}) == allocator_variables({name: ""}) == {}
 
 
 def test_a_step_whose_nodes_slurm_does_not_name(scontrol: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
+from malora_dist.functional.nf4 import dequantize_nf4, pack_nf4, quantize_nf4
 from malora_dist.nn.nf4_linear import NF4Linear
 
 O, I = 96, 128  # noqa: E741
@@ -29,16 +29,15 @@ def test_equals_linear_with_the_dequantised_weight(double_quant: bool, dtype: to
     weight = dequantize_nf4(layer.blob, (O, I), dtype, double_quant)
     x = _normal(2, 5, I, seed=2).to(dtype).requires_grad_()
     gradient = _normal(2, 5, O, seed=3).to(dtype)
-    y, product = layer(x), F.linear(x, weight)
-    assert y.dtype == dtype
-    assert torch.equal(y, product if layer.bias is None else product + layer.bias)
-    (got,), (want,) = torch.autograd.grad(y, x, gradient), torch.autograd.grad(product, x, gradient)
+    y, expected = layer(x), F.linear(x, weight, layer.bias)
+    assert y.dtype == dtype and torch.equal(y, expected)
+    (got,), (want,) = torch.autograd.grad(y, x, gradient), torch.autograd.grad(expected, x, gradient)
     assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_equals_linear4bit_of_bitsandbytes(double_quant: bool) -> None:
-    layer = _layer(double_quant)
+    layer = _layer()
     theirs = bnb.nn.Linear4bit(I, O, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=double_quant)
     theirs.load_state_dict({"weight": _normal(O, I, seed=0) * 0.02, "bias": layer.bias.detach()})
     theirs.weight = bnb.nn.Params4bit(
@@ -46,6 +45,7 @@ def test_equals_linear4bit_of_bitsandbytes(double_quant: bool) -> None:
     )
     theirs = theirs.to("cpu")
     assert theirs.weight.dtype == torch.uint8  # it is quantised
+    layer = NF4Linear(pack_nf4(theirs.weight.data, theirs.weight.quant_state), layer.bias, I, O, double_quant)
     x = _normal(5, I, seed=2).requires_grad_()
     gradient = _normal(5, O, seed=3)
     y, expected = layer(x), theirs(x)

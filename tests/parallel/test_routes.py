@@ -26,8 +26,15 @@ def test_rows_are_ordered_by_owner_then_by_token(E: int, K: int, W: int, T: int,
     rows = [(w, t) for w in range(W) for t in range(T) if w in owners[t]]
     place = positions(mask_WT, len(rows), min(K, W))
     assert place.token_N.tolist() == [t for _, t in rows]
+    assert place.owner_N.tolist() == [w for w, _ in rows]
     slots = [[rows.index((w, t)) for w in owners[t]] for t in range(T)]
     assert place.slots_TQ.tolist() == [slot + [len(rows)] * (min(K, W) - len(slot)) for slot in slots]
+
+
+def test_the_order_of_rows_is_found_without_reading_a_number() -> None:
+    """Tensors of the meta device have none: whatever would make the host wait for them raises."""
+    place = positions(owner_mask(torch.zeros(5, 2, dtype=torch.int64, device="meta"), 4, 2), 7, 2)
+    assert (place.owner_N.shape, place.token_N.shape, place.slots_TQ.shape) == ((7,), (7,), (5, 2))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

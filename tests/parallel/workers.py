@@ -111,13 +111,16 @@ def values(dtype: str, seed: int) -> Tensor:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    a_bytes, b_bytes = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a_bytes, b_bytes)
 
 
 def replicated(world: World, dtype: str) -> bool:
-    parameter = nn.Parameter(values(dtype, world.rank), requires_grad=False)
-    replicate([parameter])
-    return same_bits(parameter.data, values(dtype, 0))
+    """As it is, transposed, and a single number."""
+    orders: list[Callable[[Tensor], Tensor]] = [torch.clone, lambda t: t.repeat(2, 1).T, lambda t: t.flatten()[0]]
+    parameters = [nn.Parameter(order(values(dtype, world.rank)), requires_grad=False) for order in orders]
+    replicate(parameters)
+    return all(same_bits(p.data, order(values(dtype, 0))) for p, order in zip(parameters, orders, strict=True))
 
 
 def partitioned(world: World, dtype: str) -> dict[str, Any]:

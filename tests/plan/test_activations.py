@@ -11,9 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora_dist.config import config_from_dict
 from malora_dist.data.encode import Sample
-from malora_dist.data.loader import collate
+from malora_dist.data.loader import MicroBatch, collate
 from malora_dist.engine.forward import cross_entropies, set_token_keys
 from malora_dist.functional.cost import prefer_grouped
+from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.model import load_base_model
 from malora_dist.nn.head import install_loss_head
 from malora_dist.nn.inject import inject_adapters
@@ -25,6 +26,7 @@ from malora_dist.plan.activations import (
     logit_bytes,
     saved_logit_bytes,
 )
+from malora_dist.plan.parameters import weight_copy_bytes
 from malora_dist.plan.run import Run, run_of
 from malora_dist.plan.shapes import Linear, find_shape
 from malora_dist.summary import adapter_spec
@@ -97,8 +99,8 @@ def planned(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool =
     return replace(run, targets_per_sample=TOKENS - 1)
 
 
-def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool = False, loss: bool = True) -> int:
-    """Bytes that one process saves in a forward, with the loss or up to the head's input."""
+def built(folder: Path, name: str, layers: int, checkpointing: bool) -> tuple[Any, MicroBatch]:
+    """The case's model with adapters, and a micro-batch."""
     config = case_config(folder, name, layers, checkpointing)
     model = load_base_model(
         Path(config.model.name_or_path),
@@ -123,6 +125,12 @@ def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool 
     samples = [Sample(i, 0, draw.integers(0, 211, TOKENS).astype(np.int32), 1) for i in range(2)]
     batch = collate(samples[: config.train.per_device_train_batch_size])
     set_token_keys(model, batch, 0, 1)
+    return model, batch
+
+
+def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool = False, loss: bool = True) -> int:
+    """Bytes that one process saves in a forward, with the loss or up to the head's input."""
+    model, batch = built(folder, name, layers, checkpointing)
     if not loss:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         return saved_bytes(model, lambda: model.model(**inputs).last_hidden_state)
@@ -159,6 +167,17 @@ def test_the_loss_keeps_what_is_planned(folder: Path, name: str) -> None:
     without = measured(folder, name, loss=False)
     run = planned(folder, name)
     assert whole - without == pytest.approx(saved_logit_bytes(run), abs=run.targets * INDEX)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weight_copies_are_those_of_a_micro_batch(folder: Path, name: str) -> None:
+    model, batch = built(folder, name, LAYERS, checkpointing=False)
+    with kept_weight_copies(model):
+        cross_entropies(model, batch).sum().backward()
+        kept = [module.weight_copies for module in model.modules() if hasattr(module, "weight_copies")]
+        found = sum(tensor.nbytes for copies in kept for tensor in copies.tensors.values())
+    # The first block needs no gradient of its input, and then nothing of a router alone.
+    assert 0.99 * weight_copy_bytes(planned(folder, name)) <= found <= weight_copy_bytes(planned(folder, name))
 
 
 @pytest.mark.parametrize("targets", [100, 1000])

@@ -89,9 +89,11 @@ def test_settings_and_versions_make_another(model: Path, monkeypatch: pytest.Mon
     folders.add(prepared_folder(model, dtype=torch.bfloat16, double_quant=True)[0])
     monkeypatch.setattr("malora_dist.weights.prepared.version", lambda name: "0.1")
     folders.add(prepared_folder(model, **BF16)[0])
+    monkeypatch.setattr("malora_dist.weights.prepared.QUANTIZER", "another")
+    folders.add(prepared_folder(model, **BF16)[0])
     monkeypatch.setattr("malora_dist.weights.prepared.FORMAT_VERSION", 99)
     folders.add(prepared_folder(model, **BF16)[0])
-    assert len(folders) == 5
+    assert len(folders) == 6
 
 
 def test_files_of_the_hubs_cache_are_known_by_their_content(model: Path, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from malora_dist.errors import ConfigError
-from malora_dist.functional.nf4 import nf4_bytes
+from malora_dist.functional.nf4 import nf4_bytes, pack_nf4
 from malora_dist.model import load_base_model
 from malora_dist.nn.nf4_linear import NF4Linear
 from tests.conftest import LlamaFactory
@@ -28,14 +29,19 @@ def _quantise(build: LlamaFactory, folder: Path, **settings: Any) -> Path:
     return folder / "stored"
 
 
+def _as_bitsandbytes(weight: torch.Tensor, double_quant: bool) -> torch.Tensor:
+    return pack_nf4(*bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant))
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_stored_nf4_model_is_taken_over_bit_by_bit(
-    tiny_llama: LlamaFactory, tmp_path: Path, double_quant: bool, storage: torch.dtype
+    tiny_llama: LlamaFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, double_quant: bool, storage: torch.dtype
 ) -> None:
     settings = {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_quant_storage": storage}
     stored = _quantise(tiny_llama, tmp_path, **settings)
     ours = load_base_model(stored, double_quant=double_quant)
+    monkeypatch.setattr("malora_dist.weights.checkpoint.quantize_nf4", _as_bitsandbytes)
     from_plain = load_base_model(tmp_path / "plain", double_quant=double_quant)
     pairs = list(zip(ours.named_parameters(), from_plain.named_parameters(), strict=True))
     assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)

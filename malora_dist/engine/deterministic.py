@@ -1,0 +1,39 @@
+"""Operations that give the same bits every time, on GPUs too, where PyTorch's fastest add numbers up in any order."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from malora_dist.errors import TrainingError
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+# How PyTorch words that an operation exists in no such form.
+NO_FORM = " does not have a deterministic implementation"
+
+
+def use_deterministic_algorithms() -> None:
+    """Let this process use no other operations from now on. To be called before anything is computed on a GPU.
+
+    A CUBLAS_WORKSPACE_CONFIG of the user's stays, and PyTorch refuses those that do not do.
+    """
+    os.environ.setdefault(CUBLAS, ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # PyTorch would also write to every new tensor, in case somebody reads it before it is filled.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn PyTorch's error about an operation without a deterministic form into one for people."""
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(NO_FORM)
+        if not found:
+            raise
+        raise TrainingError(
+            f"train.deterministic=true: {operation.split()[-1]} has no deterministic form on this device; choose "
+            "another model.attn_implementation or adapter.computation if it is theirs, or train.deterministic: false"
+        ) from error

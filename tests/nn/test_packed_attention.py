@@ -1,0 +1,143 @@
+"""Packed rows through varlen kernels and through masks: outputs and gradients of each sample alone."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+
+from malora_dist.data.encode import Sample
+from malora_dist.data.loader import MicroBatch, collate
+from malora_dist.engine.forward import cross_entropies
+from malora_dist.errors import ConfigError
+from malora_dist.nn.packed_attention import (
+    MASKED,
+    TORCH_VARLEN,
+    attention_arguments,
+    packed_mask,
+    register_attention,
+    takes_mask,
+    torch_varlen,
+    varlen_attention,
+)
+from tests.nn.varlen_kernel import kernel_on_cpu
+from tests.reference import gradients, packed_attention_reference
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**SIZES),
+    "window": MistralConfig(**SIZES, sliding_window=3),
+    "one-windowed-layer": Qwen3Config(
+        **SIZES, use_sliding_window=True, sliding_window=4, layer_types=["full_attention", "sliding_attention"]
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def kernel() -> Iterator[None]:
+    with kernel_on_cpu():
+        yield
+
+
+def model_of(name: str, attention: str) -> Any:
+    register_attention()
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention).train()
+
+
+def samples_of(lengths: tuple[int, ...]) -> list[Sample]:
+    draw = np.random.default_rng(1)
+    return [Sample(i, 0, draw.integers(1, 61, n).astype(np.int32), 1) for i, n in enumerate(lengths)]
+
+
+def losses_and_gradients(model: Any, batches: list[MicroBatch]) -> list[Tensor]:
+    losses = torch.cat([cross_entropies(model, batch) for batch in batches])
+    weights = torch.linspace(0.2, 1, len(losses))
+    return [losses.detach(), *gradients(losses, list(model.parameters()), weights)]
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "checkpointing"),
+    [
+        *((name, lengths, False) for name in CONFIGS for lengths in ((7, 1, 12, 2), (9,))),
+        ("llama", (1, 1), False),
+        ("window", (5, 6), True),
+    ],
+)
+def test_a_packed_row_is_its_samples_alone(name: str, lengths: tuple[int, ...], checkpointing: bool) -> None:
+    samples = samples_of(lengths)
+    alone = losses_and_gradients(model_of(name, "eager"), [collate([sample]) for sample in samples])
+    for attention in (TORCH_VARLEN, MASKED if name == "llama" else "sdpa", "eager"):
+        model = model_of(name, attention)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for found, wanted in zip(losses_and_gradients(model, [collate(samples)]), alone, strict=True):
+            torch.testing.assert_close(found, wanted, **CLOSE, msg=lambda text, a=attention: f"{a}: {text}")
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (4, 1)])
+def test_the_kernel_is_called_for_what_the_twin_computes(heads: tuple[int, int], window: int | None) -> None:
+    lengths, (H, G), D = [5, 1, 9], heads, 4
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(15, n, D, generator=draw, requires_grad=True) for n in (H, G, G))
+    starts = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+    found = torch_varlen(q, k, v, starts, 9, 0.3, window)
+    wanted = packed_attention_reference(q, k, v, lengths, 0.3, window)
+    direction = torch.randn(found.shape, generator=draw)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    for got, want in zip(gradients(found, [q, k, v], direction), gradients(wanted, [q, k, v], direction), strict=True):
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_a_mask_is_what_a_token_sees() -> None:
+    mask = packed_mask(torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 1, 2]), torch.bfloat16)
+    seen = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
+    assert mask.dtype == torch.bfloat16 and mask.shape == (1, 1, 5, 5) and mask.stride()[2:] == (16, 1)
+    assert (mask[0, 0] == 0).int().tolist() == seen
+    assert (mask[0, 0] == float("-inf")).int().tolist() == [[1 - n for n in row] for row in seen]
+
+
+def test_who_gets_which_arguments() -> None:
+    """A mask only for several samples and where one fits all layers; lengths for varlen; else transformers' own."""
+    for name, attention, takes in [("llama", MASKED, True), ("window", "sdpa", False), ("llama", TORCH_VARLEN, False)]:
+        model = model_of(name, attention)
+        assert takes_mask(model) == takes
+        for lengths in ((3,), (3, 2)):
+            batch = collate(samples_of(lengths))
+            given = attention_arguments(model, batch.cu_seq_lens, batch.max_length, batch.token_sample)
+            assert (given["attention_mask"] is not None) == (takes and len(lengths) > 1)
+            assert ("cu_seq_lens_q" in given) == (attention == TORCH_VARLEN)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"cu_seq_lens_q": None}, "hands no lengths"),
+        ({"softcap": 30.0}, "no softcap"),
+        ({"s_aux": torch.zeros(2)}, "no s_aux"),
+        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "no attention_mask"),
+        ({"is_causal": False}, "no is_causal=False"),
+        ({"dropout": 0.1}, "no dropout=0.1"),
+        ({"value": torch.zeros(1, 2, 3, 6)}, "no v of another width"),
+    ],
+)
+def test_what_the_kernels_do_not_compute_is_refused(given: dict[str, Any], named: str) -> None:
+    row = torch.zeros(1, 2, 3, 4)
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 3], dtype=torch.int32), "max_length_q": 3}
+    arguments = {"query": row, "key": row, "value": row, "attention_mask": None} | lengths | given
+    with pytest.raises(ConfigError, match=f"Module.* {named}.*sdpa or eager"):
+        varlen_attention(torch_varlen, nn.Module(), **arguments)

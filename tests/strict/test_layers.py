@@ -1,0 +1,95 @@
+"""Adapted models on the device, of every method with every option: the numbers are those of the CPU run."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from malora_dist.bench.strict.backend import register
+from malora_dist.bench.strict.device import StrictDevice
+from malora_dist.data.encode import Sample
+from malora_dist.data.loader import collate
+from malora_dist.engine.forward import BalanceSettings, balance_loss, cross_entropies, set_token_keys
+from malora_dist.functional.loss import batch_counts, target_weights
+from malora_dist.methods import METHODS, mixture_spec
+from malora_dist.nn.head import install_loss_head
+from malora_dist.nn.inject import adapter_parameters, inject_adapters
+from tests.conftest import LlamaFactory
+from tests.pairwise import pairwise
+
+BALANCE = BalanceSettings(0.01, "mean", "local")
+CASES = [
+    case
+    for case in pairwise(
+        {
+            "method": list(METHODS),
+            "computation": ["auto", "dense", "grouped"],
+            "dropout": [0.0, 0.3],
+            "fuse_siblings": [False, True],
+            "normalize_gates": [False, True],
+            "gradient_checkpointing": [False, True],
+            "loss_head": [False, True],
+        }
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[StrictDevice]:
+    register()
+    with StrictDevice() as device:
+        yield device
+
+
+def numbers(llama: LlamaFactory, case: dict[str, Any], device: str) -> dict[str, Tensor]:
+    """The loss, the balance loss and every gradient of one micro-batch, of a model adapted on the device."""
+    model = llama().to(device)
+    spec = mixture_spec(case["method"], num_experts=4, r=3, normalize_gates=case["normalize_gates"])
+    inject_adapters(
+        model,
+        spec,
+        lora_dropout=case["dropout"],
+        computation=case["computation"],
+        fuse_siblings=case["fuse_siblings"],
+        seed=3,
+    )
+    if case["loss_head"]:
+        assert install_loss_head(model)
+    if case["gradient_checkpointing"]:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    trained = {name: parameter for name, parameter in adapter_parameters(model) if parameter.requires_grad}
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(trained.items()):
+            if name.endswith(".B"):
+                drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+                parameter.copy_(0.1 * drawn)
+    draw = np.random.default_rng(0)
+    samples = [
+        Sample(i, i % 2, draw.integers(0, 61, size).astype(np.int32), size // 2) for i, size in enumerate((9, 1, 14))
+    ]
+    batch = collate(samples).to(torch.device(device))
+    model.train()
+    set_token_keys(model, batch, 3, 1)
+    ce_N = cross_entropies(model, batch)
+    aux, _ = balance_loss(model, batch, 2, BALANCE, 1)
+    counts = batch_counts(batch.tasks_and_targets, 2).to(device)
+    weights_N = target_weights(batch.target_sample, batch.task_ids, batch.target_counts, counts, "token")
+    loss = (ce_N * weights_N).sum()
+    (loss + BALANCE.coefficient * aux).backward()
+    gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+    assert set(gradients) == set(trained)
+    return {"loss": loss.detach().cpu(), "aux": aux.detach().cpu()} | {n: g.cpu() for n, g in gradients.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_a_model_gives_the_numbers_of_the_cpu(
+    strict: StrictDevice, tiny_llama: LlamaFactory, case: dict[str, Any]
+) -> None:
+    wanted, found = (numbers(tiny_llama, case, device) for device in ("cpu", "strict"))
+    assert set(found) == set(wanted)
+    # Not bit for bit: the CPU has an attention kernel of its own.
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

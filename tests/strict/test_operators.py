@@ -1,0 +1,88 @@
+"""Operators of torch.library on the device: one launch each, whatever their CPU form computes with."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from malora_dist.bench.strict.backend import register
+from malora_dist.bench.strict.device import StrictDevice
+
+
+@torch.library.custom_op("strict_test::halves", mutates_args=(), device_types="cpu")
+def halves(x_TI: Tensor, y_TI: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The two halves of x + y, by several operations."""
+    total_TI = x_TI * 1.0 if y_TI is None else x_TI + y_TI
+    low, high = total_TI.chunk(2, dim=1)
+    return low.contiguous(), high.contiguous()
+
+
+def _backward(ctx: object, grad_low: Tensor, grad_high: Tensor) -> tuple[Tensor, None]:
+    return torch.cat([grad_low, grad_high], dim=1), None
+
+
+halves.register_autograd(_backward)
+
+
+@torch.library.custom_op("strict_test::scale_", mutates_args=("x_TI", "rest"), device_types="cpu")
+def scale_(x_TI: Tensor, rest: list[Tensor], by_T: Tensor) -> None:
+    """Each row of x and of the rest times its factor, in place."""
+    for each in (x_TI, *rest):
+        each.copy_(each * by_T[:, None])
+
+
+@pytest.fixture
+def device() -> Iterator[StrictDevice]:
+    register()
+    with StrictDevice() as device:
+        yield device
+
+
+def test_an_operator_is_one_launch_and_may_have_several_outputs(device: StrictDevice) -> None:
+    x_TI = torch.arange(8.0).view(2, 4).to("strict").requires_grad_()
+    device.counts.reset()
+    low, high = halves(x_TI)
+    assert device.counts.launches == {"strict_test.halves.default": 1} and not device.counts.waits
+    assert {low.device.type, high.device.type} == {"strict"}
+    assert low.tolist() == [[0, 1], [4, 5]] and high.tolist() == [[2, 3], [6, 7]]
+    (low * 2 + high).sum().backward()
+    assert x_TI.grad is not None and x_TI.grad.tolist() == 2 * [[2, 2, 1, 1]]
+
+
+def test_an_operator_changes_its_arguments(device: StrictDevice) -> None:
+    x_TI, rest = torch.ones(2, 3, device="strict"), torch.ones(2, 1, device="strict")
+    version = x_TI._version
+    device.counts.reset()
+    scale_(x_TI[:, 1:], [rest], torch.arange(2.0, device="strict"))
+    assert device.counts.launches["strict_test.scale_.default"] == 1
+    assert not any(name.startswith("aten.copy_") for name in device.counts.launches)
+    assert x_TI.tolist() == [[1, 0, 0], [1, 1, 1]] and rest.tolist() == [[0], [1]]
+    assert x_TI._version > version
+
+
+@pytest.mark.parametrize("stranger", [torch.ones(2, 4), torch.ones(())])
+def test_an_operator_takes_no_host_tensor(device: StrictDevice, stranger: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="strict_test.halves.default: Expected all tensors to be on the same device"):
+        halves(torch.ones(2, 4, device="strict"), stranger)
+
+
+def test_an_operator_in_inference_mode(device: StrictDevice) -> None:
+    with torch.inference_mode():
+        low, _ = halves(torch.ones(2, 4, device="strict"))
+        assert low.device.type == "strict"
+        scale_(low, [], torch.zeros(2, device="strict"))
+        assert low.tolist() == 2 * [[0, 0]]
+
+
+def test_bitsandbytes_is_one_launch_an_operator(device: StrictDevice) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn(64, 64)
+    packed, state = quantize_4bit(weight.to("strict"), quant_type="nf4")
+    assert packed.device.type == state.absmax.device.type == "strict"
+    device.counts.reset()
+    found = dequantize_4bit(packed, state)
+    assert device.counts.launches["bitsandbytes.dequantize_4bit.default"] == 1
+    wanted = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
+    assert torch.equal(found.cpu(), wanted)
