@@ -22,7 +22,7 @@ summary=()
 failed=0
 
 install() { # what the machine lacks, beside what it has
-  [ ! -f "$site/.done" ] || return 0
+  [ -d .gpu-wheels ] && [ ! -f "$site/.done" ] || return 0
   $PYTHON -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
     .gpu-wheels/*.whl 2>"$LOGS/install.log" || { tail "$LOGS/install.log"; exit 1; }
   touch "$site/.done"
