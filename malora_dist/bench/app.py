@@ -111,6 +111,22 @@ def memory(
 
 
 @bench.command()
+def launches(
+    hidden: Annotated[int, typer.Option(min=16, help="Width of the model, a multiple of 16.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of the input.")] = 128,
+    dtype: Dtype = "bf16",
+    base: BaseKind = "full",
+    dropout: Annotated[str, typer.Option(help="On the adapters' input; a list is that many cases.")] = "0,0.05",
+    only: Annotated[str | None, typer.Option(help="Who takes part, of those of the table, and the base.")] = None,
+    as_json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """What a GPU would launch and wait for in a linear, in q, k and v, and in a block; counted on the CPU."""
+    given = {"hidden": hidden, "tokens": tokens, "dtype": dtype, "base": base, "dropout": dropout, "only": only}
+    _run("launches", "LaunchOptions", given, Output(as_json, markdown))
+
+
+@bench.command()
 def roofline(
     model: Annotated[str | None, typer.Option(help="config.json, folder or GGUF file. Default: LLaMA-2 7B.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 4096,

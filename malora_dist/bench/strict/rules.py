@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 OnDevice = Callable[[Any], bool]
 
@@ -74,7 +73,26 @@ PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.addbmm", 
 
 def tensors_of(*values: Any) -> list[Tensor]:
     """All tensors in nested arguments or results."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_of(*value)
+        elif isinstance(value, dict):
+            found += tensors_of(*value.values())
+    return found
+
+
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Nested arguments or results with every tensor replaced; PyTorch's own does this for any kind of tree, slowly."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list):
+        return [mapped(function, each) for each in value]
+    if isinstance(value, tuple):
+        return tuple(mapped(function, each) for each in value)
+    return {key: mapped(function, each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def check(
