@@ -136,7 +136,6 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
             data.evaluation[config.evaluation.split],
             world,
             batch_tokens=config.evaluation.batch_tokens,
-            share_prompt=config.model.attn_implementation == "sdpa",
             title=f"evaluating ({side})",
             use_adapter=side == "tuned",
         )
