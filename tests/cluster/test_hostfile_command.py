@@ -117,7 +117,8 @@ def test_the_launcher_runs_and_its_exit_code_is_ours(
     out, err = capfd.readouterr()
     assert out.startswith("started: --hostfile hosts --exclude 10.0.0.3 ") and "\nOMP_NUM_THREADS=3\nPATH=" in out
     assert "\nssh: -p 2222 -o BatchMode=yes -o ServerAliveInterval=15" in out
-    assert f"$ {launcher} --hostfile hosts" in err and "handed on to the hosts: OMP_NUM_THREADS, PATH" in err
+    assert "\nPYTORCH_ALLOC_CONF=expandable_segments:True\n" in out
+    assert f"$ {launcher} --hostfile hosts" in err and "OMP_NUM_THREADS, PATH, PYTORCH_ALLOC_CONF\n" in err
 
     script(tmp_path, monkeypatch, "torchrun", 'echo "started: $*"; exit 4')
     assert run("torchrun", recipe, "--nproc_per_node", "2", "--adapter.r", "6") == 4
