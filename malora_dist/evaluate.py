@@ -22,6 +22,7 @@ from malora_dist.config.matrix import suggest_world_sizes
 from malora_dist.data.build import build_data
 from malora_dist.engine.base import base_model
 from malora_dist.engine.build import build_engine
+from malora_dist.engine.device_check import check_device, check_memory
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
@@ -53,6 +54,8 @@ def _start(arguments: list[str]) -> None:
     start_logging(target.folder / "evaluate.log" if world.is_main else None)
     log = logging.getLogger(LOGGER)
     log.info("evaluating %s on %s %s", adapter.path, target.recipe, shlex.join(target.overrides))
+    for note in check_device(config, world, trains=False):
+        log.info("note: %s", note)
     position = Position(world.rank)
     with watched(position, config.parallel.timeout_seconds):
         result = evaluate_adapter(config, adapter, world, position)
@@ -110,8 +113,11 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     """
     folder = resolve_model(config.model.name_or_path, config.model.revision)
     data = build_data(config.data, load_tokenizer(folder))
+    fitting = _with_fitting_batch(config, world.size)
+    for note in check_memory(fitting, folder, world, None):
+        logging.getLogger(LOGGER).info("note: %s", note)
     position.enter("loading the base model")
-    settings = engine_config(_with_fitting_batch(config, world.size), world)
+    settings = engine_config(fitting, world)
     model = base_model(config, folder, world, settings)
     put_adapter(model, adapter, gathered)
     engine = build_engine(
@@ -130,7 +136,6 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
             data.evaluation[config.evaluation.split],
             world,
             batch_tokens=config.evaluation.batch_tokens,
-            share_prompt=config.model.attn_implementation == "sdpa",
             title=f"evaluating ({side})",
             use_adapter=side == "tuned",
         )

@@ -21,6 +21,7 @@ from malora_dist.engine.base import base_identity, base_model
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.checkpoints import RunCheckpoints
 from malora_dist.engine.deterministic import explained, use_deterministic_algorithms
+from malora_dist.engine.device_check import check_device, check_memory, first_lengths
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.loop import Actions, LoopSettings, LoopState, train_loop
 from malora_dist.engine.outputs import RunOutputs
@@ -85,17 +86,19 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     Raises Preempted on every process, with everything saved, if the run is to end early.
     """
     config, world = session.config, session.world
+    notes = check_device(config, world)
     with agreement.apart() as look:
         folder = resolve_model(config.model.name_or_path, config.model.revision)
         data = build_data(config.data, load_tokenizer(folder), look)
     baseline = on_main(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
     outputs = session.open()
-    outputs.notes(check_plan(config, world.size).notes)
+    outputs.notes([*check_plan(config, world.size).notes, *notes])
     outputs.data(data)
 
     base = base_identity(config, folder, world)
     loader = train_loader(config, data, world)
+    outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
     stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
     window = Window(stepper)
@@ -242,7 +245,6 @@ class _Measurement:
             self.data.evaluation["validation" if what == "validation" else self.config.evaluation.split],
             self.stepper.world,
             batch_tokens=self.config.evaluation.batch_tokens,
-            share_prompt=self.config.model.attn_implementation == "sdpa",
             title=f"evaluating ({what})",
             use_adapter=use_adapter,
             between=self.agreement.check,

@@ -91,11 +91,14 @@ class Session:
 
 
 class Ranks:
-    """Processes that have imported everything, of which every session is forked."""
+    """Processes that have imported everything, of which every session is forked.
 
-    def __init__(self, folder: Path) -> None:
+    worker: the module that serves them, `tests.preemption_workers` or one like it.
+    """
+
+    def __init__(self, folder: Path, worker: str = "tests.preemption_workers") -> None:
         self.folder = folder
-        command = [sys.executable, "-m", "tests.preemption_workers", "serve", str(folder)]
+        command = [sys.executable, "-m", worker, "serve", str(folder)]
         place = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.processes = [
             subprocess.Popen(

@@ -35,6 +35,8 @@ import malora_dist.train
 from malora_dist.engine.position import Position
 from malora_dist.engine.stop import Agreement
 
+Work = Callable[[str, dict[str, Any], list[str]], int]
+
 RANK = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 SHARD_BYTES = 20_000  # so that both ranks write
 HEARD = "heard.jsonl"
@@ -182,7 +184,7 @@ def leave(path: Path, text: str) -> None:
     partial_path.rename(path)
 
 
-def start(order: dict[str, Any]) -> int:
+def start(order: dict[str, Any], work: Work) -> int:
     """The id of the process of this rank in a session; its output goes to `<name>.<rank>.log`."""
     child = os.fork()
     if child == 0:
@@ -193,13 +195,13 @@ def start(order: dict[str, Any]) -> int:
         os.environ["MASTER_PORT"] = str(order["port"])
         code = 1
         try:
-            code = train(order["name"], order["plants"], order["arguments"])
+            code = work(order["name"], order["plants"], order["arguments"])
         finally:
             os._exit(code)
     return child
 
 
-def serve() -> None:
+def serve(work: Work = train) -> None:
     """Start what is ordered, report what has ended; end everything when there is no one left to order."""
     for module in EARLY:
         import_module(module)
@@ -214,7 +216,7 @@ def serve() -> None:
             *lines, waiting = (waiting + received).split(b"\n")
             for line in lines:
                 order = json.loads(line)
-                children[start(order)] = order["name"]
+                children[start(order, work)] = order["name"]
         for child in list(children):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:

@@ -23,6 +23,7 @@ from malora_dist.bench.variants import Selection, Variant, select
 from malora_dist.config import RunConfig, load_config
 from malora_dist.data.build import build_data
 from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.device_check import check_device, check_memory, first_lengths
 from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.progress import console, start_logging
@@ -97,6 +98,8 @@ def bench(options: Options, config: RunConfig, world: World) -> None:
     """Build every variant, let them take turns, and print and write what came out."""
     start_logging(None)
     selection = select(config, world.size, options.topics)
+    for note in check_device(config, world):
+        _say(world, f"note: {note}")
     position = Position(world.rank)
     with watched(position, config.parallel.timeout_seconds):
         result = _measure(options, config, world, selection, position)
@@ -118,6 +121,8 @@ def _measure(options: Options, config: RunConfig, world: World, selection: Selec
     folder = resolve_model(config.model.name_or_path, config.model.revision)
     data = build_data(config.data, load_tokenizer(folder))
     loader = train_loader(config, data, world)
+    for note in check_memory(selection.variants[0].of(config), folder, world, first_lengths(loader, data.train)):
+        _say(world, f"note: {note}")
     steps = options.warmup + options.steps
     # The recipe's own length, so that the learning rate is that of its first steps.
     length = max(steps, config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0))

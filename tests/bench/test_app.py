@@ -24,7 +24,9 @@ def test_help_needs_no_torch_and_names_everyone(verb: str) -> None:
     assert all(text in done.stdout for text in ("--repeats", "--json", ",".join(CONTESTANTS)))
 
 
-@pytest.mark.parametrize(("verb", "name"), [("layer", "LayerOptions"), ("step", "StepOptions")])
+@pytest.mark.parametrize(
+    ("verb", "name"), [("layer", "LayerOptions"), ("step", "StepOptions"), ("launches", "LaunchOptions")]
+)
 def test_the_command_has_the_options_of_its_module_and_their_defaults(verb: str, name: str) -> None:
     options = getattr(import_module(f"malora_dist.bench.local.{verb}"), name)
     (command,) = [one.callback for one in bench.registered_commands if one.callback.__name__ == verb]

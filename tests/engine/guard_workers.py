@@ -74,7 +74,8 @@ def batches(world: World, step: int) -> list[MicroBatch]:
     for micro, task in enumerate([[0, 1], [1, 2]][world.rank]):
         ids = draw.integers(0, TOKEN, 6 + 5 * micro + world.rank).astype(np.int32)
         ids[1] = TOKEN if task == 0 else ids[1]
-        found.append(collate([Sample(100 * step + 10 * world.rank + micro, task, ids, 3)]))
+        sample = Sample(100 * step + 10 * world.rank + micro, task, ids, 3)
+        found.append(collate([sample]).to(world.device))
     return found
 
 

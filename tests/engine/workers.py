@@ -118,8 +118,8 @@ def build_model(
     return model
 
 
-def new_stepper(world: World, folder: str, case: dict[str, Any]) -> "RecordingStepper":
-    """The case's model, adapters and engine, before the first step."""
+def new_stepper(world: World, folder: str, case: dict[str, Any], kind: type[Stepper] | None = None) -> Any:
+    """The case's model, adapters and engine, before the first step; a RecordingStepper, or of another kind."""
     accumulation, stage = case.get("accumulation", ACCUMULATION), case["zero_stage"]
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": len(LENGTHS) // accumulation // world.size,
@@ -146,7 +146,7 @@ def new_stepper(world: World, folder: str, case: dict[str, Any]) -> "RecordingSt
         total_steps=STEPS,
     )
     model = build_model(folder, case, world, config, groups)
-    return RecordingStepper(
+    return (kind or RecordingStepper)(
         build_engine(model, config, settings, zero_stage=stage, timeout_seconds=60, expert_groups=groups),
         world,
         task_names=["a", "b", "c"],

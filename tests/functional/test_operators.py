@@ -18,6 +18,8 @@ from tests.reference import routing_reference
 
 DEVICE = torch.device(kernel_device())
 KERNELS = triton_ready(DEVICE)
+# On a GPU `pytest -m gpu` runs them too.
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SALT, SCALING = 2**31 - 5, 1.5
 

@@ -93,7 +93,7 @@ class Pass:
 def run(options: LayerOptions, output: Output) -> Report:
     """Measure every case and put the report out. Raises ConfigError for options that cannot be."""
     output.check()
-    device = ready_device(options.device, options.threads)
+    device = ready_device(options.device, options.threads, options.dtype)
     contestants = taking_part(options.only, names_on_one_linear(options.dtype), device)
     reference(options.against, contestants)
     machine = describe(device)

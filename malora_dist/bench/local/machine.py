@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
+from malora_dist.engine.gpu import Gpu, architecture_problem, bfloat16_problem, why_no_gpu
 from malora_dist.errors import ConfigError
 
 PACKAGES = ("transformers", "peft", "bitsandbytes", "triton")
 
 
-def ready_device(name: str, threads: int | None = None) -> torch.device:
-    """The device by its name, and the number of threads set if given. Raises ConfigError if there is no such device."""
+def ready_device(name: str, threads: int | None = None, dtype: str | None = None) -> torch.device:
+    """The device by its name, and the number of threads set if given.
+
+    Raises ConfigError if there is no such device, or one that cannot compute, or not in `dtype`.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -23,6 +27,7 @@ def ready_device(name: str, threads: int | None = None) -> torch.device:
         raise ConfigError(f"--device {name!r} must be cpu, cuda or cuda:NUMBER")
     if device.type == "cuda":
         _check_gpu(name, device.index or 0)
+        _check_kind(Gpu.of(device), dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     return device
@@ -30,10 +35,19 @@ def ready_device(name: str, threads: int | None = None) -> torch.device:
 
 def _check_gpu(name: str, index: int) -> None:
     if not torch.cuda.is_available():
-        raise ConfigError(f"--device {name!r} must be cpu: torch {torch.__version__} sees no GPU here")
+        why = why_no_gpu() or f"torch {torch.__version__} sees no GPU here"
+        raise ConfigError(f"--device {name!r} must be cpu: {why}")
     count = torch.cuda.device_count()
     if index >= count:
         raise ConfigError(f"--device {name!r} must be one of {', '.join(f'cuda:{each}' for each in range(count))}")
+
+
+def _check_kind(gpu: Gpu, dtype: str | None) -> None:
+    problem = architecture_problem(gpu)
+    if problem is None and dtype == "bf16":
+        problem = bfloat16_problem(gpu, "--dtype bf16", "--dtype fp32")
+    if problem is not None:
+        raise ConfigError(problem)
 
 
 def describe(device: torch.device | str) -> dict[str, Any]:

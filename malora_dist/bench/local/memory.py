@@ -76,7 +76,7 @@ def run(options: MemoryOptions, output: Output) -> Report:
     bases = [one_of("--base", part.strip(), BASES) for part in options.base.split(",")]
     recompute = [one_of("--checkpointing", part.strip(), SWITCH) for part in options.checkpointing.split(",")]
     labelled_share(options.labels)
-    device = ready_device(options.device, options.threads)
+    device = ready_device(options.device, options.threads, options.dtype)
     names = [name for name in DEFAULT if name in default_names(options.dtype)]
     contestants = taking_part(options.only, names, device)
     machine = describe(device)

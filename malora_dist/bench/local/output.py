@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from malora_dist.atomic import write_json, write_text
-from malora_dist.bench.local.records import NOTES, Report
+from malora_dist.bench.local.records import Report
 from malora_dist.errors import ConfigError
 
 TABLE_WIDTH = 180
@@ -40,7 +40,7 @@ class Output:
         console.print(machine, markup=False, highlight=False, soft_wrap=True)
         for sheet in report.sheets():
             wide.print(sheet.for_terminal())
-        console.print("\n".join(NOTES), markup=False, highlight=False, soft_wrap=True)
+        console.print("\n".join(report.notes), markup=False, highlight=False, soft_wrap=True)
         if self.json is not None:
             write_json(self.json, report.as_dict())
         if self.markdown is not None:

@@ -44,11 +44,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole run of a benchmark: where, how to run it again, and what came out."""
+    """A whole run of a benchmark: where, how to run it again, what came out, and what its columns mean."""
 
     machine: dict[str, Any]
     command: str
     records: list[Record]
+    notes: tuple[str, ...] = NOTES
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -69,7 +70,7 @@ class Report:
         """The command, the machine and the tables."""
         machine = [f"- {name}: {value}" for name, value in self.machine.items()]
         tables = [sheet.as_markdown() for sheet in self.sheets()]
-        return "\n".join([f"    {self.command}", "", *machine, "", *tables, "\n\n".join(NOTES)]) + "\n"
+        return "\n".join([f"    {self.command}", "", *machine, "", *tables, "\n\n".join(self.notes)]) + "\n"
 
 
 def _sheet(case: str, records: list[Record]) -> Sheet:

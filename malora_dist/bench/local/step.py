@@ -85,7 +85,7 @@ def run(options: StepOptions, output: Output) -> Report:
     one_of("--base", options.base, BASES)
     one_of("--loss", options.loss, LOSSES)
     labelled_share(options.labels)
-    device = ready_device(options.device, options.threads)
+    device = ready_device(options.device, options.threads, options.dtype)
     names = default_names(options.dtype) if options.case == "step" else CASES[options.case].default
     contestants = taking_part(options.only, names, device)
     _check_against(options, contestants)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from malora_dist.bench.strict.rules import OnDevice, tensors_of
+from malora_dist.bench.strict.rules import OnDevice, mapped, tensors_of
 
 
 def check_collective(
@@ -32,14 +32,12 @@ def on_host_tensors(
 ) -> Any:
     """The collective on the host tensors; results that are arguments are the very arguments."""
     arguments = {id(host(tensor)): tensor for tensor in tensors_of(args, kwargs)}
-    result = func(*tree_map(host, args), **tree_map(host, kwargs))
+    result = func(*mapped(host, args), **mapped(host, kwargs))
 
-    def back(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
+    def back(leaf: Tensor) -> Tensor:
         return arguments[id(leaf)] if id(leaf) in arguments else wrap(leaf)
 
-    return tree_map(back, result)
+    return mapped(back, result)
 
 
 def _groups(args: Sequence[Any]) -> Iterator[Any]:

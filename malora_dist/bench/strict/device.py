@@ -20,11 +20,11 @@ Errors, as CUDA raises them:
 Counts are in `counts.Counts`. An operator of torch.library (`malora::`, `bitsandbytes::`) is one launch: a kernel of
 its own on CUDA, and here its CPU form on the host tensors, whose operations do not count.
 
-Not imitated: time; the kernels that run on CUDA (Triton's, and the attention CUDA would choose: here it is the plain
-one); streams, NCCL's transport and memory; autocast; `x.data = host tensor`, which CUDA takes; tensor subclasses, such
-as bitsandbytes' Params4bit. One operation is one launch, also if CUDA starts several for it (sort, large reductions),
-splits it (fused AdamW over many tensors), or none (no numbers at all). Random numbers are those of the host's
-generator, so a run here and a run on the CPU draw the same.
+Not imitated: time; backward in a thread of its own; the kernels of CUDA (Triton's, and the attention CUDA would choose:
+here it is the plain one); streams, NCCL's transport and memory; autocast; `x.data = host tensor`, which CUDA
+takes; tensor subclasses, such as bitsandbytes' Params4bit. One operation is one launch, also if CUDA starts several for
+it (sort, large reductions), splits it (fused AdamW over many tensors), or none (no numbers at all). Random numbers are
+those of the host's generator, so a run here and a run on the CPU draw the same.
 """
 
 from typing import Any, ClassVar
@@ -32,7 +32,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from malora_dist.bench.strict import rules
@@ -120,15 +119,19 @@ class StrictDevice(TorchDispatchMode):
         self.counts = Counts(watch)
         self.host_groups: list[Any] = []
         self.pinned = WeakIdKeyDictionary()
+        # Backward in the caller's thread: autograd's own for this device may abort the interpreter as it ends.
+        self._one_thread: list[Any] = []
 
     def __enter__(self) -> "StrictDevice":
         StrictDevice.active.append(self)
+        self._one_thread.append(torch.autograd.set_multithreading_enabled(False))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         StrictDevice.active.pop()
         super().__exit__(*error)
+        self._one_thread.pop().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
@@ -162,13 +165,9 @@ def _host(leaf: Any) -> Any:
     return leaf.host if isinstance(leaf, StrictTensor) else leaf
 
 
-def _wrap(leaf: Any) -> Any:
-    return StrictTensor(leaf) if isinstance(leaf, Tensor) else leaf
-
-
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation by CUDA's rules, on the host tensors behind its arguments."""
-    name = str(func)
+    name = rules.name_of(func)
     if name.startswith("c10d."):
         return _run_collective(func, name, args, kwargs)
     tensors = rules.tensors_of(args, kwargs)
@@ -182,7 +181,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("generator") is not None:
         found = kwargs["generator"].device.type
         raise RuntimeError(f"{name}: Expected a '{TYPE}' device type for generator but found '{found}'")
-    result = func(*tree_map(_host, args), **_host_settings(kwargs))
+    result = func(*rules.mapped(_host, args), **_host_settings(kwargs))
     _count(func, args, kwargs, [*tensors, *rules.tensors_of(result)])
     if name.startswith("aten._to_copy.") and wanted is not None and not to_device:
         return result
@@ -191,8 +190,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if name.startswith(rules.COPIES[1:]) and not on_device(args[0]):
         return args[0]
-    wrapped = tree_map(_wrap, result)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped) if ours else wrapped
+    wrapped = rules.mapped(StrictTensor, result)
+    aliases = ours and (func.is_view or func._schema.is_mutable)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped) if aliases else wrapped
 
 
 def _run_on_host(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -211,7 +211,7 @@ def _run_on_host(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any
 
 def _host_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments for the host's form of an operation."""
-    settings: dict[str, Any] = tree_map(_host, kwargs)
+    settings: dict[str, Any] = rules.mapped(_host, kwargs)
     if settings.get("device") is not None:
         settings["device"] = torch.device("cpu")
     if settings.get("pin_memory"):
@@ -220,7 +220,7 @@ def _host_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(func: Any, args: Any, kwargs: dict[str, Any], moved: list[Tensor]) -> None:
-    name = str(func)
+    name = rules.name_of(func)
     for _ in range(rules.host_indices(name, args, on_device)):
         note("waits", f"{name} (host index)")
     if not rules.launches(func):

@@ -1,0 +1,106 @@
+"""`malora bench launches`: what a GPU would launch and wait for, counted without one."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS, Stage, above
+from malora_dist.bench.local.machine import describe
+from malora_dist.bench.local.options import BASES, DTYPES, command_line, one_of
+from malora_dist.bench.local.output import Output, say
+from malora_dist.bench.local.peers.contestants import Contestant
+from malora_dist.bench.local.records import Record, Report
+from malora_dist.bench.strict.backend import register
+from malora_dist.bench.strict.device import StrictDevice
+from malora_dist.errors import ConfigError
+
+BASE = "base"
+NOTES = (
+    "launches: kernels and copies of a forward and backward, one for each operation of PyTorch or of torch.library; "
+    "views and allocations are free. above base: those that the adapters add. waits: how often the host stands still "
+    "until the device has done everything before. atomics: sums without a fixed order, whose bits may differ from run "
+    "to run. MiB moved: what every operation reads and writes, once each. Attention is the plain one, of several "
+    "operations; it is the base's. Nothing here is a time.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """The command line of `malora bench launches`."""
+
+    hidden: int = 512
+    tokens: int = 128
+    dtype: str = "bf16"
+    base: str = "full"
+    dropout: str = "0,0.05"
+    only: str | None = None
+
+
+def run(options: LaunchOptions, output: Output) -> Report:
+    """Count every case and put the report out. Raises ConfigError for options that cannot be."""
+    output.check()
+    one_of("--dtype", options.dtype, DTYPES)
+    one_of("--base", options.base, BASES)
+    if options.hidden % 16:
+        raise ConfigError(f"--hidden {options.hidden} must be a multiple of 16: the block has 4 heads, of even width")
+    dropouts, contestants = _dropouts(options.dropout), _taking_part(options)
+    register()
+    with StrictDevice() as device:
+        records = [record for case in CASES for record in count(case, options, contestants, dropouts, device)]
+    report = Report(describe("cpu"), command_line("launches", options), records, NOTES)
+    output.put(report)
+    return report
+
+
+def _dropouts(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= p < 1 for p in found):
+        raise ConfigError(f"--dropout {text!r} must be a list of numbers from 0 to below 1, such as 0,0.05")
+    return found
+
+
+def _taking_part(options: LaunchOptions) -> dict[str, Contestant]:
+    """The base, and those of --only or all that can be counted here."""
+    names = list(CONTESTANTS) if options.only is None else [name.strip() for name in options.only.split(",")]
+    unknown = [name for name in names if name not in CONTESTANTS]
+    if unknown:
+        raise ConfigError(f"--only {options.only!r}: {', '.join(unknown)} is not one of {', '.join(CONTESTANTS)}")
+    missing = None
+    if options.base == "nf4":
+        missing = "bitsandbytes' class of 4-bit weights is not imitated"
+    elif find_spec("peft") is None:
+        missing = "the package peft is not installed"
+    peft = [name for name in names if CONTESTANTS[name].maker == "peft"]
+    if peft and missing is not None:
+        say(f"{', '.join(peft)} left out: {missing}")
+        names = [name for name in names if name not in peft]
+    return {name: CONTESTANTS[name] for name in dict.fromkeys([BASE, *names])}
+
+
+def count(
+    case: str,
+    options: LaunchOptions,
+    contestants: Mapping[str, Contestant],
+    dropouts: list[float],
+    device: StrictDevice,
+) -> Iterator[Record]:
+    """Records of one case, at each dropout."""
+    dtype = getattr(torch, DTYPES[options.dtype])
+    stage = Stage.of(case, options.hidden, options.tokens, dtype, load_in_4bit=options.base == "nf4")
+    base = stage.counts(contestants[BASE], 0.0, device)
+    for dropout in dropouts:
+        title = (
+            f"{case}, width {options.hidden}, {options.tokens} tokens, {options.dtype}, {options.base} base, "
+            f"dropout {dropout:g}"
+        )
+        say(title)
+        for name, contestant in contestants.items():
+            found = base if name == BASE else stage.counts(contestant, dropout, device)
+            facts = {"launches": found["launches"], "above base": above(found, base)["launches"]}
+            facts |= {"waits": found["waits"], "atomics": found["atomics"]}
+            yield Record(name, title, facts={**facts, "MiB moved": found["nbytes"] / 2**20})

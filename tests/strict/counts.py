@@ -1,0 +1,117 @@
+"""The golden numbers: launches, waits and atomics of a linear, q k v, a block and a step, for each method.
+
+    python -m tests.strict.counts --write
+
+counts them anew and rewrites counts.json, after a change that is meant to change them: the diff shows what it does. A
+row of a linear also says what is above the frozen base's own; nothing else is.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS, Stage, above
+from malora_dist.bench.strict.backend import register
+from malora_dist.bench.strict.counts import KINDS
+from malora_dist.bench.strict.device import StrictDevice
+from malora_dist.engine.step import Stepper
+from malora_dist.parallel.groups import World
+from tests.distributed import run_distributed
+from tests.engine.workers import make_model, new_stepper, run_steps
+
+FILE = Path(__file__).with_name("counts.json")
+HIDDEN, TOKENS = 64, 16
+DROPOUTS = (0.0, 0.05)
+BASES = {"bf16": False, "nf4": True}
+# Those whose counts differ only where linears read one input have no row of a linear.
+ROWS = [name for name, contestant in CONTESTANTS.items() if contestant.maker != "peft"]
+STEPS: dict[str, dict[str, Any]] = {
+    "zero0": {"zero_stage": 0},
+    "zero0 nf4": {"zero_stage": 0, "load_in_4bit": True},
+    "zero3 nf4": {"zero_stage": 3, "load_in_4bit": True},
+    "zero3 nf4 siblings": {"zero_stage": 3, "load_in_4bit": True, "fuse_siblings": True},
+}
+Table = dict[str, dict[str, int]]
+
+
+def count_all() -> Table:
+    """Every row, as it is now."""
+    return dict(sorted({**dict(_layers()), **_steps()}.items()))
+
+
+def _layers() -> Iterator[tuple[str, dict[str, int]]]:
+    register()
+    with StrictDevice() as device:
+        for case, (base, load_in_4bit) in product(CASES, BASES.items()):
+            stage = Stage.of(case, HIDDEN, TOKENS, torch.bfloat16, load_in_4bit=load_in_4bit)
+            bare = _kinds(stage.counts(CONTESTANTS["base"], 0.0, device))
+            for name, dropout in product(ROWS, DROPOUTS):
+                if name == "base" and dropout or name == "malora_siblings" and case == "linear":
+                    continue
+                row = _kinds(stage.counts(CONTESTANTS[name], dropout, device))
+                more = {f"{kind} above base": n for kind, n in above(row, bare).items()} if case == "linear" else {}
+                yield f"{case}, {base}, {name}, dropout {dropout:g}", row | more
+
+
+def _kinds(totals: Mapping[str, int]) -> dict[str, int]:
+    return {kind: totals[kind] for kind in KINDS}
+
+
+def _steps() -> Table:
+    with TemporaryDirectory() as folder:
+        make_model(Path(folder))
+        (found,) = run_distributed(
+            "tests.strict.counts:count_steps", 1, timeout=900, device="strict", folder=folder, cases=STEPS
+        )
+    return {f"step, {name}": row for name, row in found.items()}
+
+
+def count_steps(world: World, folder: str, cases: dict[str, dict[str, Any]]) -> Table:
+    """The third step of each case, of one micro-batch: DeepSpeed learns the order of modules in the first two."""
+    device, table = StrictDevice.active[-1], Table()
+    for name, case in cases.items():
+        case = case | {"accumulation": 1}
+        stepper = new_stepper(world, folder, case, Stepper)
+        run_steps(stepper, case, [1, 2])
+        device.counts.reset()
+        run_steps(stepper, case, [3])
+        table[name] = _kinds(device.counts.totals())
+    return table
+
+
+def read() -> Table:
+    """The golden numbers."""
+    table: Table = json.loads(FILE.read_text())
+    return table
+
+
+def write(table: Table) -> None:
+    """One row a line, so that a diff names the rows that change."""
+    rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items()]
+    FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+def differences(found: Table, wanted: Table) -> list[str]:
+    """A line for each number that is not as in the golden table."""
+    lines = [f"{name}: {'not in the file' if name in found else 'not counted'}" for name in set(found) ^ set(wanted)]
+    for name in found.keys() & wanted.keys():
+        changed = [
+            f"{kind} {wanted[name].get(kind)} -> {number}"
+            for kind, number in found[name].items()
+            if wanted[name].get(kind) != number
+        ]
+        lines += [f"{name}: {', '.join(changed)}"] if changed else []
+    return sorted(lines)
+
+
+if __name__ == "__main__":
+    now = count_all()
+    print("\n".join(differences(now, read() if FILE.exists() else {})) or "as in the file")
+    if "--write" in sys.argv:
+        write(now)

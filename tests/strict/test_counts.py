@@ -1,0 +1,24 @@
+"""Launches, waits and atomics are what counts.json says, to the last one."""
+
+import pytest
+
+from tests.strict.counts import count_all, differences, read
+
+
+@pytest.mark.timeout(1000)
+def test_counts_are_the_golden_ones() -> None:
+    changed = differences(count_all(), read())
+    assert not changed, (
+        "\n".join(["other counts than tests/strict/counts.json:", *changed])
+        + "\nIf that is meant: python -m tests.strict.counts --write"
+    )
+
+
+def test_a_difference_names_row_and_numbers() -> None:
+    wanted = {"a": {"launches": 3, "waits": 1}, "b": {"launches": 1}}
+    assert differences({"a": {"launches": 2, "waits": 1}, "c": {"launches": 1}}, wanted) == [
+        "a: launches 3 -> 2",
+        "b: not counted",
+        "c: not in the file",
+    ]
+    assert differences(wanted, wanted) == []
