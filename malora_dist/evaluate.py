@@ -33,6 +33,7 @@ from malora_dist.errors import ConfigError
 from malora_dist.model import load_tokenizer
 from malora_dist.parallel.consistency import check_consistency, start_facts
 from malora_dist.parallel.groups import World
+from malora_dist.parallel.zero import gathered
 from malora_dist.report import print_results
 from malora_dist.source import resolve_model
 
@@ -118,7 +119,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     position.enter("loading the base model")
     settings = engine_config(fitting, world)
     model = base_model(config, folder, world, settings)
-    put_adapter(model, adapter)
+    put_adapter(model, adapter, gathered)
     engine = build_engine(
         model,
         settings,
@@ -135,7 +136,6 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
             data.evaluation[config.evaluation.split],
             world,
             batch_tokens=config.evaluation.batch_tokens,
-            share_prompt=config.model.attn_implementation == "sdpa",
             title=f"evaluating ({side})",
             use_adapter=side == "tuned",
         )

@@ -1,8 +1,8 @@
 """Accuracy by log-likelihood: the choice a model finds most probable, in sum or per character.
 
 Questions are packed into rows of about `batch_tokens` tokens, without padding. With `share_prompt` a question's prompt
-stands once in its row and every choice attends to it (a tree-shaped mask); otherwise, for attention kernels that take
-no mask, each choice carries its own copy of the prompt. Both give the same scores.
+stands once in its row and every choice attends to it (a tree-shaped mask); otherwise, for attention that takes no
+mask, each choice carries its own copy of the prompt. Both give the same scores.
 """
 
 import math
@@ -10,26 +10,38 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from malora_dist.data.encode import ChoiceItem
+from malora_dist.data.mixture import Indices
+from malora_dist.data.packed_row import PackedRow, cumulative_lengths
 
-# (input_ids (1,T), position_ids (1,T), attention_mask (1,1,T,T) bool or None, positions (N,)) -> logits (1,N,V)
-Forward = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+# A row -> (N,) cross-entropy of each of its targets.
+Forward = Callable[[PackedRow], Tensor]
+CPU_TOKENS, GPU_TOKENS, GPU_MASK_TOKENS = 1024, 16_384, 4096
 
 
-@dataclass(frozen=True)
-class Row:
-    """Questions packed into one sequence; the last three say which logits predict which choice's tokens."""
+@dataclass(frozen=True, eq=False)
+class Row(PackedRow):
+    """Questions packed into one row; on the host, which choice of which question a target belongs to."""
 
-    input_ids: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor | None
-    predict_from: Tensor
-    targets: Tensor
-    choice_of_target: Tensor
+    choice_of_target: Indices
     items: tuple[int, ...]
+
+
+def row_tokens(batch_tokens: int | str, device: torch.device | str, masked: bool) -> int:
+    """Tokens of a row, also for the setting `auto`.
+
+    On a CPU long rows cost more than they save, as attention with a mask computes all T^2 pairs; on a GPU they keep the
+    device busy, and a mask is what limits them.
+    """
+    if batch_tokens != "auto":
+        return int(batch_tokens)
+    if torch.device(device).type == "cpu":
+        return CPU_TOKENS
+    return GPU_MASK_TOKENS if masked else GPU_TOKENS
 
 
 def plan_rows(items: Sequence[ChoiceItem], batch_tokens: int, share_prompt: bool) -> list[tuple[int, ...]]:
@@ -51,64 +63,54 @@ def _tokens(item: ChoiceItem, share_prompt: bool) -> int:
     return prompts * len(item.prompt_ids) + sum(len(ids) - 1 for ids in item.choice_ids)
 
 
-def build_row(
-    items: Sequence[ChoiceItem], members: tuple[int, ...], share_prompt: bool, device: torch.device | str = "cpu"
-) -> Row:
+def build_row(items: Sequence[ChoiceItem], members: tuple[int, ...], share_prompt: bool) -> Row:
     """The packed row of `members`. A choice's last token is predicted, never fed."""
     ids: list[int] = []
     positions: list[int] = []
-    item_of: list[int] = []
+    sequence_of: list[int] = []
     branch_of: list[int] = []
-    predict_from: list[int] = []
+    target_index: list[int] = []
     targets: list[int] = []
     choice_of: list[int] = []
 
-    def feed(tokens: Sequence[int], start: int, item: int, branch: int) -> None:
+    def feed(tokens: Sequence[int], start: int, sequence: int, branch: int) -> None:
         ids.extend(tokens)
         positions.extend(range(start, start + len(tokens)))
-        item_of.extend([item] * len(tokens))
+        sequence_of.extend([sequence] * len(tokens))
         branch_of.extend([branch] * len(tokens))
 
     choice = 0
-    for member in members:
+    for place, member in enumerate(members):
         prompt = items[member].prompt_ids
         for number, answer in enumerate(items[member].choice_ids, start=1):
+            sequence = place if share_prompt else choice
             if number == 1 or not share_prompt:
-                feed(prompt, 0, member if share_prompt else choice, 0)
+                feed(prompt, 0, sequence, 0)
                 end_of_prompt = len(ids) - 1
-            predict_from += [end_of_prompt, *range(len(ids), len(ids) + len(answer) - 1)]
-            feed(answer[:-1], len(prompt), member if share_prompt else choice, number)
+            target_index += [end_of_prompt, *range(len(ids), len(ids) + len(answer) - 1)]
+            feed(answer[:-1], len(prompt), sequence, number)
             targets += answer
             choice_of += [choice] * len(answer)
             choice += 1
-    mask = _tree_mask(torch.tensor(item_of), torch.tensor(branch_of)).to(device) if share_prompt else None
+    lengths = np.bincount(sequence_of)
     return Row(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        attention_mask=mask,
-        predict_from=torch.tensor(predict_from, device=device),
-        targets=torch.tensor(targets, device=device),
-        choice_of_target=torch.tensor(choice_of, device=device),
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        target_index=torch.tensor(target_index),
+        targets=torch.tensor(targets),
+        token_sample=torch.tensor(sequence_of),
+        token_branch=torch.tensor(branch_of) if share_prompt else None,
+        cu_seq_lens=cumulative_lengths(lengths),
+        max_length=int(lengths.max()),
+        choice_of_target=np.asarray(choice_of),
         items=members,
     )
 
 
-def _tree_mask(item_T: Tensor, branch_T: Tensor) -> Tensor:
-    """(1, 1, T, T) bool: a token sees what stands before it in its own question's prompt and its own choice."""
-    T = len(item_T)
-    same_item = item_T[:, None] == item_T[None, :]
-    same_path = (branch_T[None, :] == 0) | (branch_T[:, None] == branch_T[None, :])
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    return (same_item & same_path & causal)[None, None]
-
-
-@torch.no_grad()
 def score_row(forward: Forward, row: Row, items: Sequence[ChoiceItem]) -> dict[int, list[float]]:
-    """Summed log-probability of every choice, by question."""
-    logits = forward(row.input_ids, row.position_ids, row.attention_mask, row.predict_from)
-    log_probs = logits[0].float().log_softmax(dim=-1).gather(1, row.targets[:, None])[:, 0].double()
-    choices = int(row.choice_of_target[-1]) + 1
-    sums = log_probs.new_zeros(choices).index_add(0, row.choice_of_target, log_probs).tolist()
+    """Summed log-probability of every choice, by question. The sums are made on the host, always in the same order."""
+    losses_N = forward(row).double().cpu().numpy()
+    sums = (-np.bincount(row.choice_of_target, losses_N)).tolist()
     scores, start = {}, 0
     for member in row.items:
         end = start + len(items[member].choice_ids)
@@ -138,7 +140,7 @@ def score_items(
     scores: dict[int, list[float]] = {}
     for number in range(rounds):
         mine = number * world_size + rank
-        row = build_row(items, rows[mine % len(rows)], share_prompt, device)
+        row = build_row(items, rows[mine % len(rows)], share_prompt).to(device)
         result = score_row(forward, row, items)
         if mine < len(rows):
             scores |= result

@@ -245,7 +245,6 @@ class _Measurement:
             self.data.evaluation["validation" if what == "validation" else self.config.evaluation.split],
             self.stepper.world,
             batch_tokens=self.config.evaluation.batch_tokens,
-            share_prompt=self.config.model.attn_implementation == "sdpa",
             title=f"evaluating ({what})",
             use_adapter=use_adapter,
             between=self.agreement.check,

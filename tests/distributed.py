@@ -107,12 +107,13 @@ def refuse_non_contiguous() -> None:
 
     c10d: Any = dist.distributed_c10d
     for name in COLLECTIVES:
-        checked = _contiguous_only(name, getattr(c10d, name))
+        checked = contiguous_only(name, getattr(c10d, name))
         setattr(c10d, name, checked)
         setattr(dist, name, checked)
 
 
-def _contiguous_only(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+def contiguous_only(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective, which raises ValueError for a tensor that is not contiguous."""
     from torch.utils._pytree import tree_leaves
 
     @wraps(collective)

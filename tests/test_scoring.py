@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.data.encode import ChoiceItem
+from malora_dist.data.packed_row import PackedRow
+from malora_dist.engine.forward import cross_entropies
 from malora_dist.methods import mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
-from malora_dist.scoring import Forward, build_row, plan_rows, score_items, summarise, task_result
+from malora_dist.scoring import Forward, build_row, plan_rows, row_tokens, score_items, summarise, task_result
 from tests.conftest import LlamaFactory
 
 # Tokens of the prompt, and of each choice: prompts of one token, single-token choices, one choice to five.
@@ -45,12 +47,9 @@ def model(tiny_llama: LlamaFactory) -> Any:
 
 
 def counting(model: Any, count: Counter[str]) -> Forward:
-    def forward(input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor:
+    def forward(row: PackedRow) -> Tensor:
         count["forwards"] += 1
-        logits: Tensor = model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False, logits_to_keep=keep
-        ).logits
-        return logits
+        return torch.no_grad()(cross_entropies)(model, row)
 
     return forward
 
@@ -117,11 +116,19 @@ def test_rows_hold_every_question_once_within_the_budget(
     for members in rows:
         row = build_row(items, members, share_prompt)
         assert row.input_ids.numel() <= batch_tokens or len(members) == 1
-        assert (row.attention_mask is None) == (not share_prompt)
+        assert (row.token_branch is None) == (not share_prompt)
+        lengths = torch.bincount(row.token_sample)
+        assert row.cu_seq_lens.diff().tolist() == lengths.tolist() and row.max_length == lengths.max()
     # Filled, not one question a row: together with the first question of the next, a row would be too long.
     for members, following in zip(rows, rows[1:], strict=False):
         assert build_row(items, (*members, following[0]), share_prompt).input_ids.numel() > batch_tokens
     assert plan_rows([], batch_tokens, share_prompt) == []
+
+
+def test_tokens_of_a_row_by_device() -> None:
+    found = [row_tokens("auto", device, masked) for device in ("cpu", "cuda") for masked in (True, False)]
+    assert found == [1024, 1024, 4096, 16_384]
+    assert row_tokens(7, "cuda", False) == 7
 
 
 def question(label: int, ids: tuple[tuple[int, ...], ...], lengths: tuple[int, ...]) -> ChoiceItem:

@@ -144,6 +144,7 @@ def alone(run: Path, folder: Path) -> Path:
     looks at the worst task.
     """
     plain = ["--parallel.zero_stage", "0", "--train.gradient_checkpointing", "false", "--output_dir", "runs/alone"]
+    plain += ["--train.deterministic", "true"]
     commands = [
         [PYTHON, "-m", "malora_dist.cli", "train", "recipe.yaml", "--num_gpus", "1", *ALONE, *plain],
         [PYTHON, "-m", "malora_dist.train", "recipe.yaml", *ALONE, *SHORT],

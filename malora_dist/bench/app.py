@@ -133,6 +133,7 @@ def roofline(
     length: Annotated[int, typer.Option(min=1, help="Tokens of a sample.")] = 1024,
     base: BaseKind = "full",
     dropout: Annotated[float, typer.Option(min=0, max=0.99, help="On the input of every adapter.")] = 0.0,
+    attention: Annotated[str, typer.Option(help="varlen: each sample alone. sdpa: whole rows, masked.")] = "varlen",
     flops: Annotated[str | None, typer.Option(help="bf16 rate of the device. Default: an H100's 989TFLOP/s.")] = None,
     bandwidth: Annotated[str | None, typer.Option(help="Rate of its memory. Default: an H100's 3.35TB/s.")] = None,
     as_json: Json = None,
@@ -141,15 +142,8 @@ def roofline(
     """Time that a step takes at least, by formula, from FLOPs and bytes of each kernel. Needs no torch and no GPU."""
     from malora_dist.bench.roofline_tables import RooflineOptions, run
 
-    given = {
-        "model": model,
-        "tokens": tokens,
-        "length": length,
-        "base": base,
-        "dropout": dropout,
-        "flops": flops,
-        "bandwidth": bandwidth,
-    }
+    given = {"model": model, "tokens": tokens, "length": length, "base": base, "dropout": dropout}
+    given |= {"attention": attention, "flops": flops, "bandwidth": bandwidth}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     run(RooflineOptions(**chosen), Output(as_json, markdown))
 

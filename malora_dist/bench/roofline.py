@@ -30,7 +30,8 @@ class Subject:
 class Roofline:
     """A model's step of `tokens` in samples of `length`, on a device.
 
-    nf4: linears are unpacked from 4 bits. dropout: the inputs of adapters are dropped.
+    nf4: linears are unpacked from 4 bits. dropout: the inputs of adapters are dropped. attention: `varlen` computes
+    each sample alone, `sdpa` the whole row under a mask where it holds several.
     """
 
     shape: ModelShape
@@ -39,6 +40,11 @@ class Roofline:
     device: Device
     nf4: bool = False
     dropout: bool = False
+    attention: str = "varlen"
+
+    @property
+    def masked(self) -> bool:
+        return self.attention == "sdpa" and self.length < self.tokens
 
     @property
     def adapted(self) -> tuple[Linear, ...]:
@@ -80,7 +86,8 @@ class Roofline:
     def step_kernels(self, subject: Subject) -> list[Kernel]:
         """The whole step; a kernel's count says in how many blocks it runs."""
         block = [kernel for linear in self.shape.linears for kernel in self.linear_kernels(subject, linear)]
-        block += _rest_of_block(self.shape, self.tokens, self.length)
+        block += [*_attention(self.shape, self.tokens, self.length, masked=self.masked)]
+        block += _rest_of_block(self.shape, self.tokens)
         layers = [replace(kernel, count=kernel.count * self.shape.num_layers) for kernel in block]
         return [*layers, *_head(self.shape, self.tokens)]
 
@@ -103,6 +110,7 @@ class Roofline:
             "model": self.shape.source,
             "tokens": self.tokens,
             "length": self.length,
+            "attention": self.attention,
             "base": "nf4" if self.nf4 else "full",
             "dropout": self.dropout,
             "device": asdict(self.device),
@@ -112,14 +120,20 @@ class Roofline:
         }
 
 
-def _rest_of_block(shape: ModelShape, tokens: int, length: int, itemsize: int = 2) -> Iterator[Kernel]:
-    """Causal attention that never writes its scores, and norms, rotary, residuals, SwiGLU and sums of gradients."""
+def _attention(shape: ModelShape, tokens: int, length: int, *, masked: bool, itemsize: int = 2) -> Iterator[Kernel]:
+    """Causal attention that never writes its scores. With a mask: over all pairs of the row, k and v for every head."""
     heads = shape.num_heads * shape.head_dim
-    q_k_v = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    attention = 4 * (tokens * length / 2) * heads
+    kv_heads = shape.num_heads if masked else shape.num_kv_heads
+    numbers = tokens * (heads + 2 * kv_heads * shape.head_dim + heads) + (tokens**2 if masked else 0)
+    pairs = tokens**2 if masked else tokens * length / 2
     # Backward computes the scores again: 5 products against forward's 2.
     for phase, share in (("forward", 1.0), ("dx", 2.5)):
-        yield Kernel(phase, "attention", share * attention, share * tokens * (q_k_v + heads) * itemsize)
+        yield Kernel(phase, "attention", share * 4 * pairs * heads, share * numbers * itemsize)
+
+
+def _rest_of_block(shape: ModelShape, tokens: int, itemsize: int = 2) -> Iterator[Kernel]:
+    """Norms, rotary, residuals, SwiGLU and sums of gradients."""
+    q_k_v = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     hidden, inner = shape.hidden_size, shape.intermediate_size
     forward = 2 * 2 * hidden + 2 * 3 * hidden + 2 * q_k_v + 3 * inner
     # Linears that share an input have their dx added up: three kernels a block.

@@ -39,6 +39,7 @@ class RooflineOptions:
     length: int = 1024
     base: str = "full"
     dropout: float = 0.0
+    attention: str = "varlen"
     flops: str = "989TFLOP/s"
     bandwidth: str = "3.35TB/s"
 
@@ -49,7 +50,8 @@ def run(options: RooflineOptions, output: Output) -> Roofline:
     device = Device(parse_flops("--flops", options.flops), parse_rate("--bandwidth", options.bandwidth))
     nf4 = one_of("--base", options.base, BASES) == "nf4"
     shape = find_shape(options.model or str(files("malora_dist") / LLAMA2_7B))
-    roofline = Roofline(shape, options.tokens, options.length, device, nf4, options.dropout > 0)
+    attention = one_of("--attention", options.attention, ("varlen", "sdpa"))
+    roofline = Roofline(shape, options.tokens, options.length, device, nf4, options.dropout > 0, attention)
     console = Console(width=max(Console().width, TABLE_WIDTH))
     for sheet in sheets(roofline):
         console.print(sheet.for_terminal())
@@ -87,7 +89,8 @@ def _step_sheet(roofline: Roofline) -> Sheet:
         phases = (f"{roofline.seconds(kernels, phase) * 1e3:.2f}" for phase in PHASES)
         work = (f"{sums['flops'] / 1e12:.1f}", f"{sums['nbytes'] / 2**30:.1f}")
         rows.append((name, *work, *phases, f"{total * 1e3:.2f}", f"{total / base - 1:.1%}", f"{total / lora:.3f}"))
-    heading = f"Step of {roofline.tokens} tokens, {roofline.shape.num_parameters / 1e9:.3g} B base"
+    attention = f"{roofline.attention} attention{' over whole masked rows' if roofline.masked else ''}"
+    heading = f"Step of {roofline.tokens} tokens, {roofline.shape.num_parameters / 1e9:.3g} B base, {attention}"
     return Sheet(heading, ("name", "TFLOP", "GiB", *PHASES, "ms", "over base", "ratio"), tuple(rows))
 
 

@@ -5,9 +5,11 @@ Whatever holds an adapter is read through `open_adapter`, one tensor at a time; 
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -173,13 +175,18 @@ def load_adapter(model: nn.Module, path: Path) -> AdapterInfo:
     return put_adapter(model, open_adapter(path))
 
 
-def put_adapter(model: nn.Module, tensors: AdapterTensors) -> AdapterInfo:
+def put_adapter(
+    model: nn.Module,
+    tensors: AdapterTensors,
+    whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+) -> AdapterInfo:
     """Inject the adapter's layers into a base model and fill them, one tensor at a time. Raises as `load_adapter`.
 
-    A model on which that fails is left without adapters.
+    `whole` is that of `inject_adapters`. A model on which this fails is left without adapters.
     """
     info = tensors.info
-    inject_adapters(model, info.spec, info.target_modules, lora_dropout=info.lora_dropout, init_weights=False)
+    options: dict[str, Any] = {"lora_dropout": info.lora_dropout, "init_weights": False, "whole": whole}
+    inject_adapters(model, info.spec, info.target_modules, **options)
     try:
         _fill(dict(adapter_parameters(model)), tensors)
     except BaseException:

@@ -162,5 +162,7 @@ def _notes(config: RunConfig, world_size: int, version: str | None) -> Iterator[
     if world_size > 1 and config.parallel.zero_stage < 3:
         bits = "4-bit" if config.model.load_in_4bit else config.model.dtype
         yield f"Every process holds the whole {bits} base model; parallel.zero_stage: 3 splits it."
+    if config.train.deterministic:
+        yield "train.deterministic takes slower forms of some operations on a GPU; without it the last bits may differ."
     if config.model.dtype == "float32" and config.model.load_in_4bit:
         yield "4-bit weights are unpacked to float32 in each layer; model.dtype: bfloat16 is faster on most machines."

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from malora_dist.data.encode import ChoiceItem, Sample
+from malora_dist.engine.forward import cross_entropies
 from malora_dist.engine.progress import Bar
 from malora_dist.nn.inject import mixture_layers
+from malora_dist.nn.packed_attention import takes_mask
 from malora_dist.parallel.groups import World, gather_lists
-from malora_dist.scoring import Forward, score_items, summarise, task_result
+from malora_dist.scoring import Forward, row_tokens, score_items, summarise, task_result
 
 
 def evaluate_tasks(
@@ -19,17 +22,19 @@ def evaluate_tasks(
     evaluation: Mapping[str, Sequence[ChoiceItem] | Sequence[Sample]],
     world: World,
     *,
-    batch_tokens: int,
-    share_prompt: bool,
+    batch_tokens: int | str,
     title: str,
+    share_prompt: bool | None = None,
     use_adapter: bool = True,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """One side of eval.json, the same on every process; tasks without rows are left out.
 
-    All tasks' questions are scored in one pass, so that rows are full and processes evenly loaded. `between` is called
-    after each forward, as often on every process; what it raises leaves the engine as it was.
+    All tasks' questions are scored in one pass, so that rows are full and processes evenly loaded. `batch_tokens` may
+    be `auto`. `share_prompt` None: if the engine's attention takes a mask. `between` is called after each forward, as
+    often on every process; what it raises leaves the engine as it was.
     """
+    share_prompt = takes_mask(engine.module) if share_prompt is None else share_prompt
     questions = {task: [as_question(row) for row in rows] for task, rows in evaluation.items() if rows}
     items = [item for rows in questions.values() for item in rows]
 
@@ -41,7 +46,7 @@ def evaluate_tasks(
         mine = score_items(
             forward_of(engine),
             items,
-            batch_tokens=batch_tokens,
+            batch_tokens=row_tokens(batch_tokens, world.device, takes_mask(engine.module)),
             share_prompt=share_prompt,
             rank=world.rank,
             world_size=world.size,
@@ -70,19 +75,7 @@ def _evaluating(engine: Any, use_adapter: bool) -> Iterator[None]:
 
 def forward_of(engine: Any) -> Forward:
     """The engine as the function that `scoring` calls."""
-
-    def forward(input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-        output = engine(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            use_cache=False,
-            logits_to_keep=positions,
-        )
-        logits: Tensor = output.logits
-        return logits
-
-    return torch.no_grad()(forward)
+    return torch.no_grad()(partial(cross_entropies, engine))
 
 
 def set_adapter(model: nn.Module, enabled: bool) -> None:

@@ -13,6 +13,7 @@ from malora_dist.functional.entrance import autocast, enter
 from malora_dist.functional.grouped import grouped_experts
 from malora_dist.functional.init import kaiming_uniform, shared_subspace_init
 from malora_dist.functional.routing import Routing, largest
+from malora_dist.functional.triton_ready import triton_ready
 from malora_dist.functional.weight_copies import WeightCopies
 from malora_dist.nn.dora import Magnitude
 from malora_dist.nn.entrance import Entrance
@@ -96,7 +97,6 @@ class MixtureLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.num_experts, self.top_k, self.r, self.shared_r = num_experts, top_k, r, shared_r
         self.routed, self.scaling, self.beta, self.computation = routed, scaling, beta, computation
-        self.triton = computation == "grouped_triton"
         self.entrance = Entrance(
             in_features,
             num_experts,
@@ -129,20 +129,29 @@ class MixtureLinear(nn.Module):
         return None if self.core_name is None else self.get_parameter(self.core_name)
 
     def set_experts(self, core: nn.Parameter | None, B: nn.Parameter) -> None:
-        """Hold these experts, all or a slice of them, and choose the cheaper form for their number."""
+        """Hold these experts, all or a slice of them."""
         if self.core_name is not None:
             setattr(self, self.core_name, core)
         self.B = B
         self.num_local_experts = len(B)
-        in_width = self.r if core is None else core.shape[2]
-        top_k = min(self.top_k, self.num_local_experts)
-        self.grouped = self.routed and (
-            self.computation in ("grouped", "grouped_triton")
-            or (
-                self.computation == "auto"
-                and prefer_grouped(self.num_local_experts, top_k, self.r, in_width, self.out_features)
-            )
-        )
+        self.expert_width = self.r if core is None else core.shape[2]
+
+    @property
+    def form(self) -> str:
+        """How the experts here are summed: `dense`, `grouped` or `grouped_triton`."""
+        device = self.B.device
+        if not self.routed or self.computation != "auto":
+            return self.computation if self.routed else "dense"
+        E, K = self.num_local_experts, min(self.top_k, self.num_local_experts)
+        if not prefer_grouped(E, K, self.r, self.expert_width, self.out_features, device.type):
+            return "dense"
+        # On a GPU the plain grouped form would make the host wait for the counts of every layer.
+        return "grouped" if device.type == "cpu" else "grouped_triton" if triton_ready(device) else "dense"
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the rows of chosen experts alone are multiplied."""
+        return self.form != "dense"
 
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter of every adapter tensor: gate, shared_A, P or A, B, magnitude; those the method has."""
@@ -228,7 +237,7 @@ class MixtureLinear(nn.Module):
 
     def _grouped(self, base_TO: Tensor | None, h: Tensor, routing: Routing) -> Tensor:
         factors = self.core, self.B, routing, self.scaling, self.weight_copies
-        return grouped_experts(base_TO, h, *factors, triton=self.triton)
+        return grouped_experts(base_TO, h, *factors, triton=self.form == "grouped_triton")
 
     def sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
         """(N, O): the sum over this module's experts for rows that come with one gate per local expert."""
@@ -242,5 +251,5 @@ class MixtureLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, top_k={self.top_k}, r={self.r}, shared_r={self.shared_r}, "
-            f"scaling={self.scaling}, grouped={self.grouped}"
+            f"scaling={self.scaling}, form={self.form}"
         )

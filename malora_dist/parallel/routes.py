@@ -37,32 +37,36 @@ class Routes:
     layers: tuple[Positions, ...]
 
 
-def owner_mask(expert_ids_TK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
-    """(W, T) bool: whether rank w owns an expert that token t goes to."""
-    owners_TK = expert_ids_TK // (num_experts // num_ranks)
-    mask_TW = torch.zeros(len(owners_TK), num_ranks, dtype=torch.bool, device=owners_TK.device)
-    return mask_TW.scatter_(1, owners_TK, True).T
+def owner_mask(expert_ids_LTK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
+    """(W, L, T) bool: whether rank w owns an expert that token t goes to in layer l."""
+    owners_LTK = expert_ids_LTK // (num_experts // num_ranks)
+    mask_LTW = torch.zeros(*owners_LTK.shape[:2], num_ranks, dtype=torch.bool, device=owners_LTK.device)
+    return mask_LTW.scatter_(2, owners_LTK, True).permute(2, 0, 1).contiguous()
 
 
-def positions(mask_WT: Tensor, num_rows: int, rows_per_token: int) -> Positions:
-    """Order of the true cells of `mask_WT`, of which there are `num_rows`."""
-    owner_N, token_N = torch.nonzero_static(mask_WT, size=num_rows).unbind(dim=1)
-    row_WT = (mask_WT.flatten().cumsum(0) - 1).view(mask_WT.shape)
-    slots_TW = row_WT.masked_fill(~mask_WT, num_rows).T.sort(dim=1).values
-    return Positions(owner_N, token_N, slots_TW[:, :rows_per_token])
+def positions(mask_LWT: Tensor, num_rows_L: Sequence[int], rows_per_token: int) -> tuple[Positions, ...]:
+    """For each of L layers the order of the true cells of `mask_LWT`, of which there are `num_rows_L`."""
+    _, owners, tokens = torch.nonzero_static(mask_LWT, size=sum(num_rows_L)).unbind(dim=1)
+    row_LWT = (mask_LWT.flatten(1).cumsum(dim=1) - 1).view(mask_LWT.shape)
+    none_L11 = mask_LWT.sum(dim=(1, 2), keepdim=True)
+    slots_LTW = torch.where(mask_LWT, row_LWT, none_L11).transpose(1, 2).sort(dim=2).values
+    of_layers = zip(
+        owners.split(list(num_rows_L)), tokens.split(list(num_rows_L)), slots_LTW[..., :rows_per_token], strict=True
+    )
+    return tuple(Positions(owner_N, token_N, slots_TQ) for owner_N, token_N, slots_TQ in of_layers)
 
 
 def make_routes(expert_ids_LTK: Sequence[Tensor], num_experts: int, group: dist.ProcessGroup) -> Routes:
     """Routes of L layers' tokens through `group`, with one exchange of counts, for which the host waits once."""
     W, L = dist.get_world_size(group), len(expert_ids_LTK)
-    masks = [owner_mask(ids_TK, num_experts, W) for ids_TK in expert_ids_LTK]
-    sent = torch.stack([mask_WT.sum(dim=1) for mask_WT in masks], dim=1)
+    mask_WLT = owner_mask(torch.stack(list(expert_ids_LTK)), num_experts, W)
+    sent = mask_WLT.sum(dim=2)
     received = torch.empty_like(sent)
     with named(group, "counts"):
         dist.all_to_all_single(received, sent, group=group)
     sent_WL, received_WL = torch.stack([sent, received]).tolist()
+    num_rows_L = [sum(counts) for counts in zip(*sent_WL, strict=True)]
     Q = min(expert_ids_LTK[0].shape[1], W)
-    layers = tuple(positions(mask, sum(row[layer] for row in sent_WL), Q) for layer, mask in enumerate(masks))
-    total = sum(map(sum, sent_WL))
-    stacked = layers[0] if L == 1 else positions(torch.cat(masks, dim=1), total, Q)
+    (stacked,) = positions(mask_WLT.flatten(1)[None], [sum(num_rows_L)], Q)
+    layers = (stacked,) if L == 1 else positions(mask_WLT.transpose(0, 1).contiguous(), num_rows_L, Q)
     return Routes(sent_WL, received_WL, stacked, layers)

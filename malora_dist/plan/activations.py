@@ -23,10 +23,10 @@ def activation_bytes(run: Run) -> int:
     L, s = run.shape.num_layers, run.itemsize
     final_norm = run.tokens * run.shape.hidden_size * FP32
     rotary = 2 * run.tokens * run.shape.head_dim * s
+    mask = _mask_bytes(run)
     if not run.checkpointing:
-        return L * block_bytes(run) + final_norm + rotary
+        return L * block_bytes(run) + mask + final_norm + rotary
     inputs = L * (run.tokens * run.shape.hidden_size * s + len(run.adapted) * _routing_bytes(run))
-    mask = run.tokens**2 if _has_mask(run) else 0
     return inputs + mask + block_bytes(run) + final_norm + rotary
 
 
@@ -49,24 +49,24 @@ def block_bytes(run: Run) -> int:
     return norms + _attention_bytes(run) + mlp + _input_bytes(run) + adapters
 
 
-def _has_mask(run: Run) -> bool:
-    """Whether attention gets a (T, T) mask that keeps packed samples apart; flash attention needs none."""
-    return run.micro_batch > 1 and run.attention != "flash_attention_2"
+def _mask_bytes(run: Run) -> int:
+    """The mask of all layers, in the base's dtype, in rows that are a multiple of 16 numbers apart."""
+    return run.tokens * -(-run.tokens // 16) * 16 * run.itemsize if run.masked else 0
 
 
 def _attention_bytes(run: Run) -> int:
-    """q, k, v and the output; with a mask k and v repeated for all heads, and the mask in the base's dtype.
+    """q, k, v and the output; with a mask k and v repeated for all heads.
 
     Eager attention keeps the (heads, T, T) probabilities too: in fp32, and in the base's dtype if that is another.
     """
     shape, T, s = run.shape, run.tokens, run.itemsize
-    repeats = _has_mask(run) or run.attention == "eager"
+    repeats = run.masked or run.attention == "eager"
     kv_heads = shape.num_heads if repeats else shape.num_kv_heads
     numbers = 2 * T * (shape.num_heads + kv_heads) * shape.head_dim
     if run.attention == "eager":
         return numbers * s + shape.num_heads * T * T * (FP32 + (s if s < FP32 else 0))
     log_sums = T * shape.num_heads * FP32
-    return numbers * s + log_sums + (T * T * s if _has_mask(run) else 0)
+    return numbers * s + log_sums
 
 
 def _input_bytes(run: Run) -> int:
@@ -142,9 +142,9 @@ def exchange_buffer_bytes(run: Run) -> int:
 
 
 def is_grouped(run: Run, linear: Linear) -> bool:
-    """Whether the layer multiplies the chosen experts only: the rule of `functional.cost.prefer_grouped`."""
+    """Whether the layer multiplies the chosen experts only, on a GPU: the rule of `functional.cost.prefer_grouped`."""
     spec, E = run.spec, run.num_local_experts
     if not spec.structure.routed or run.computation != "auto":
         return spec.structure.routed and run.computation != "dense"
     in_width = linear.in_features if spec.shared_r is None else spec.shared_r
-    return prefer_grouped(E, min(spec.top_k, E), spec.r, in_width, linear.out_features)
+    return prefer_grouped(E, min(spec.top_k, E), spec.r, in_width, linear.out_features, "cuda")

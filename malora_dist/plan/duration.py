@@ -59,9 +59,8 @@ def step_flops(run: Run) -> float:
 
 def _attention_flops(run: Run) -> float:
     """Scores and their product with v: over all pairs of a packed row if masked, else over causal pairs of samples."""
-    masked = run.micro_batch > 1 and run.attention != "flash_attention_2"
     causal_pairs = run.micro_batch * run.tokens_per_sample**2 / 2
-    pairs = run.tokens**2 if masked or run.attention == "eager" else causal_pairs
+    pairs = run.tokens**2 if run.masked or run.attention == "eager" else causal_pairs
     return 4 * pairs * run.shape.num_heads * run.shape.head_dim
 
 

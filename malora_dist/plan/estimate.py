@@ -70,6 +70,7 @@ class Estimate:
         """Plain values for JSON."""
         return {
             "settings": self.settings,
+            "attention": self.run.attention,
             "trainable_parameters": trainable_parameters(self.run),
             "bytes_per_rank": self.memory,
             "host_bytes_per_rank": self.host_memory,

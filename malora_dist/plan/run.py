@@ -8,6 +8,7 @@ from malora_dist.config import RunConfig
 from malora_dist.config.deepspeed import read_ds_config
 from malora_dist.config.matrix import check_plan
 from malora_dist.errors import ConfigError
+from malora_dist.functional.attention_choice import VARLEN, attention_on_cuda
 from malora_dist.methods import MixtureSpec
 from malora_dist.plan.shapes import Linear, ModelShape
 
@@ -66,6 +67,11 @@ class Run:
         return self.micro_batch * self.targets_per_sample
 
     @property
+    def masked(self) -> bool:
+        """Whether attention gets a (T, T) mask that keeps packed samples apart; varlen attention needs none."""
+        return self.micro_batch > 1 and self.attention not in VARLEN
+
+    @property
     def num_local_experts(self) -> int:
         return self.spec.num_experts // self.ep_size
 
@@ -86,13 +92,14 @@ def run_of(
 ) -> Run:
     """The run that a recipe describes on `world_size` processes; `zero` replaces what its DeepSpeed file says.
 
-    model.dtype `auto` is taken as bfloat16, which every GPU since 2020 multiplies.
+    model.dtype `auto` is taken as bfloat16, which every GPU since 2020 multiplies, and attention as it is there.
     Raises ConfigError or TopologyError for a plan that cannot run.
     """
     checked = check_plan(config, world_size)
     model, adapter = config.model, config.adapter
     tokens = lengths.tokens_per_sample or config.data.max_seq_length
     targets = lengths.targets_per_sample or tokens
+    itemsize = 4 if model.dtype == "float32" else 2
     if targets > tokens:
         raise ConfigError(f"--targets-per-sample={targets} must be at most --tokens-per-sample={tokens}")
     return Run(
@@ -106,11 +113,11 @@ def run_of(
         accumulation=checked.gradient_accumulation_steps,
         tokens_per_sample=tokens,
         targets_per_sample=targets,
-        itemsize=4 if model.dtype == "float32" else 2,
+        itemsize=itemsize,
         load_in_4bit=model.load_in_4bit,
         double_quant=model.bnb_4bit_use_double_quant,
         checkpointing=config.train.gradient_checkpointing,
-        attention=model.attn_implementation,
+        attention=attention_on_cuda(model.attn_implementation, itemsize, shape.head_dim),
         dropout=adapter.lora_dropout,
         computation=adapter.computation,
         zero=zero_settings(config) if zero is None else zero,

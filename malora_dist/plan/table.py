@@ -46,7 +46,7 @@ def heading(chosen: Estimate) -> str:
         f"{run.shape.num_parameters / 1e9:.3g} B base, {trainable_parameters(run):,} trained; "
         f"{hardware.nodes} x {hardware.gpus_per_node} GPUs of {hardware.hbm / GIB:.4g} GiB; ZeRO-{run.zero_stage}, "
         f"ep_size {run.ep_size}; {run.micro_batch} samples x {run.tokens_per_sample} tokens x {run.accumulation} "
-        "micro-batches a GPU and step"
+        f"micro-batches a GPU and step; {run.attention} attention{' over whole masked rows' if run.masked else ''}"
     )
 
 

@@ -168,6 +168,21 @@ def test_the_step_by_hand() -> None:
     assert moving.seconds(base) == pytest.approx(sum(kernel.count * kernel.nbytes for kernel in base) / 1e9)
 
 
+def test_a_mask_costs_all_pairs_of_a_row() -> None:
+    """By hand, of 3 layers of 64-wide heads: T^2 against T length / 2 pairs; T^2 of the mask and k and v of 4 heads."""
+    tokens, length = 64, 32
+    device = Device(flops=1e12, bandwidth=1e9)
+    varlen, sdpa, alone = (
+        [k for k in Roofline(SHAPE, tokens, n, device, attention=a).step_kernels(base) if k.part == "attention"]
+        for a, n in (("varlen", length), ("sdpa", length), ("sdpa", tokens))
+        for base in (Roofline(SHAPE, tokens, n, device).subjects()[0],)
+    )
+    assert [kernel.count for kernel in sdpa] == [3, 3]
+    assert sdpa[0].flops - varlen[0].flops == 4 * (tokens**2 - tokens * length / 2) * 64
+    assert sdpa[0].nbytes - varlen[0].nbytes == 2 * (tokens**2 + tokens * 2 * 2 * 16)
+    assert alone[0].flops == 4 * tokens**2 / 2 * 64 and alone[0].nbytes == varlen[0].nbytes
+
+
 def test_a_4_bit_base_is_unpacked_twice() -> None:
     sizes = Sizes(T, 64, 128)
     added = [kernel for kernel in base_kernels(sizes, nf4=True) if kernel.part == "unpack"]

@@ -5,7 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from malora_dist.checkpoint.adapter import CONFIG, WEIGHTS, AdapterInfo, load_adapter, read_adapter_info, save_adapter
+from malora_dist.checkpoint.adapter import (
+    CONFIG,
+    WEIGHTS,
+    AdapterInfo,
+    load_adapter,
+    open_adapter,
+    put_adapter,
+    read_adapter_info,
+    save_adapter,
+)
 from malora_dist.errors import CheckpointError
 from malora_dist.methods import METHODS, mixture_spec
-from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters
+from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters, mixture_layers
 from malora_dist.nn.mixture import MixtureLinear
 from tests.conftest import LlamaFactory
 from tests.distributed import ROOT
@@ -71,14 +81,23 @@ def test_nothing_is_initialised_and_everything_is_filled(
     model = adapted(tiny_llama(), info)
     saved(tmp_path, model, info)
     monkeypatch.setattr(MixtureLinear, "reset_parameters", lambda *_: pytest.fail("initial values of what is loaded"))
+    loaded, gathered = tiny_llama(), list[nn.Module]()
+
+    @contextmanager
+    def whole(module: nn.Module) -> Iterator[None]:
+        gathered.append(module)
+        yield
+
     torch.use_deterministic_algorithms(True)  # memory that nobody has written holds NaN
     try:
         assert torch.empty(1).isnan()
-        load_adapter(loaded := tiny_llama(), tmp_path)
+        put_adapter(loaded, open_adapter(tmp_path), whole)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), model.buffers(), strict=True))
+    measured = {layer.base_layer for _, layer in mixture_layers(loaded) if layer.dora is not None}
+    assert set(gathered) == measured and bool(measured) == (method == "dora")
 
 
 def test_stock_lora_opens_in_peft(tiny_llama: LlamaFactory, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from malora_dist.data.encode import ChoiceItem, Sample
+from malora_dist.data.packed_row import PackedRow
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.nn.inject import adapter_parameters, mixture_layers
@@ -79,11 +81,9 @@ def evaluate_cases(world: World, folder: str) -> dict[str, dict[str, Any]]:
 def expected(model: Any, sizes: dict[str, int]) -> dict[str, Any]:
     """The same numbers from a model in this process, one question a row."""
 
-    def forward(input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor:
-        logits: Tensor = model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep
-        ).logits
-        return logits
+    def forward(row: PackedRow) -> Tensor:
+        output = model(row.input_ids, position_ids=row.position_ids, use_cache=False, logits_to_keep=row.target_index)
+        return F.cross_entropy(output.logits[0], row.targets, reduction="none").detach()
 
     results = {}
     for task, rows in questions(sizes).items():

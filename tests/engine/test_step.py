@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from malora_dist.engine.step import sum_by_group
 from tests.distributed import run_distributed
 from tests.engine.one_process import reference_run
 from tests.engine.workers import STEPS, make_model, step_samples
@@ -109,6 +110,18 @@ def _is_partitioned(result: dict[str, Any], case: dict[str, Any], world_size: in
     assert (len(parts) == len(result["whole"])) == (case["zero_stage"] == 3)
     for parameter, part in parts.items():
         assert part == -(-result["whole"][parameter] // world_size), parameter
+
+
+@pytest.mark.parametrize("N", [0, 1, 37])
+def test_sums_by_group_equal_a_loop(N: int) -> None:
+    values = torch.randn(N, generator=torch.Generator().manual_seed(N))
+    groups = (torch.arange(N) * 7) % 3  # of four groups, which leaves one without a value
+    if N:
+        values[0] = torch.inf
+    wanted = [sum(float(v) for v, g in zip(values, groups, strict=True) if g == group) for group in range(4)]
+    torch.testing.assert_close(sum_by_group(values, groups, 4), torch.tensor(wanted, dtype=torch.float64))
+    # Tensors of the meta device hold no numbers: an operation for which the host would have to wait raises.
+    assert sum_by_group(values.to("meta"), groups.to("meta"), 4).dtype == torch.float64
 
 
 def test_mean_of_means_is_another_number(references: dict[str, dict[str, Any]]) -> None:

@@ -1,12 +1,9 @@
 """NF4 blobs against bitsandbytes bit for bit, and against the naive twin."""
 
-from typing import Any
-
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from malora_dist.functional.nf4 import dequantize_nf4, nf4_bytes, pack_nf4, quantize_nf4, tables
 from tests.reference import NF4_CODES, nf4_reference
@@ -135,31 +132,6 @@ def test_equals_the_twin(shape: tuple[int, int], double_quant: bool) -> None:
     weight = _weight(shape)
     ours = dequantize_nf4(quantize_nf4(weight, double_quant), shape, torch.float32, double_quant)
     torch.testing.assert_close(ours.double(), nf4_reference(weight, double_quant=double_quant), rtol=1e-5, atol=1e-9)
-
-
-class _Operations(TorchDispatchMode):
-    """The operations that would each start a kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.names.append(str(func).rpartition(".")[0])
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("offset", [0, 3])
-def test_unpacking_starts_few_kernels(offset: int) -> None:
-    clone = ["aten.clone"] if offset else []
-    scales = ["bitsandbytes.dequantize_blockwise", "aten.add_"]
-    for double_quant, wanted in ((False, []), (True, scales)):
-        blob = quantize_nf4(_weight((64, 64)), double_quant)
-        blob = torch.cat([blob.new_zeros(offset), blob])[offset:]
-        with _Operations() as operations:
-            dequantize_nf4(blob, (64, 64), torch.bfloat16, double_quant)
-        assert operations.names == [*clone, *wanted, "bitsandbytes.dequantize_4bit"]
 
 
 def test_a_dtype_without_a_kernel_is_refused() -> None:

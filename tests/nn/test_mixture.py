@@ -237,3 +237,13 @@ def test_the_base_gives_no_gradient_that_nobody_wants_and_may_have_hooks() -> No
     y = layer(x)
     y.sum().backward()
     assert seen[-1] == "backward" and torch.equal(y, plain)
+
+
+def test_auto_makes_no_host_wait_for_a_gpu() -> None:
+    """Many experts are grouped on a CPU; elsewhere only by kernels that leave their counts on the device."""
+    sizes = {"in_features": 64, "out_features": 512, "num_experts": 64, "top_k": 2, "r": 32, "shared_r": 32}
+    layer = MixtureLinear(torch.nn.Linear(64, 512), **sizes, routed=True, scaling=1.0)
+    assert layer.form == "grouped"
+    assert layer.to("meta").form == "dense"
+    layer.computation = "grouped"
+    assert layer.form == "grouped"

@@ -18,6 +18,7 @@ from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.model import load_base_model
 from malora_dist.nn.head import install_loss_head
 from malora_dist.nn.inject import inject_adapters
+from malora_dist.nn.packed_attention import MASKED, TORCH_VARLEN, attention_arguments
 from malora_dist.plan.activations import (
     INDEX,
     activation_bytes,
@@ -31,6 +32,7 @@ from malora_dist.plan.run import Run, run_of
 from malora_dist.plan.shapes import Linear, find_shape
 from malora_dist.summary import adapter_spec
 from tests.config.recipes import recipe
+from tests.nn.varlen_kernel import kernel_on_cpu
 from tests.plan.conftest import RealRuns
 from tests.plan.workers import saved_bytes
 
@@ -51,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fp32-dropout-double-quant": {"model": {"bnb_4bit_use_double_quant": True}, "adapter": {"lora_dropout": 0.1}},
     "bf16-one-sample": {"model": {"dtype": "bfloat16"}, "train": {"per_device_train_batch_size": 1}},
     "fp32-eager": {"model": {"attn_implementation": "eager"}},
+    "bf16-sdpa": {"model": {"attn_implementation": "sdpa", "dtype": "bfloat16"}},
     "bf16-eager": {"model": {"attn_implementation": "eager", "dtype": "bfloat16"}},
     "bf16-plain-base": {"model": {"load_in_4bit": False, "dtype": "bfloat16"}},
     "fp32-molora": {"adapter": {"method": "molora"}},
@@ -102,12 +105,13 @@ def planned(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool =
 def built(folder: Path, name: str, layers: int, checkpointing: bool) -> tuple[Any, MicroBatch]:
     """The case's model with adapters, and a micro-batch."""
     config = case_config(folder, name, layers, checkpointing)
+    attention = planned(folder, name, layers, checkpointing).attention
     model = load_base_model(
         Path(config.model.name_or_path),
         dtype=getattr(torch, config.model.dtype),
         load_in_4bit=config.model.load_in_4bit,
         double_quant=config.model.bnb_4bit_use_double_quant,
-        attn_implementation=config.model.attn_implementation,
+        attn_implementation={"sdpa": MASKED, "varlen": TORCH_VARLEN, "eager": "eager"}[attention],
     )
     assert install_loss_head(model)
     if checkpointing:
@@ -131,10 +135,12 @@ def built(folder: Path, name: str, layers: int, checkpointing: bool) -> tuple[An
 def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool = False, loss: bool = True) -> int:
     """Bytes that one process saves in a forward, with the loss or up to the head's input."""
     model, batch = built(folder, name, layers, checkpointing)
-    if not loss:
+    with kernel_on_cpu():
+        if loss:
+            return saved_bytes(model, lambda: cross_entropies(model, batch))
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        inputs |= attention_arguments(model, batch.cu_seq_lens, batch.max_length, batch.token_sample)
         return saved_bytes(model, lambda: model.model(**inputs).last_hidden_state)
-    return saved_bytes(model, lambda: cross_entropies(model, batch))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -151,7 +157,9 @@ def test_a_block_alone(folder: Path, name: str) -> None:
     assert block_bytes(planned(folder, name)) == pytest.approx(block, rel=tolerance)
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16-dropout", "bf16-one-sample", "fp32-molora", "bf16-lora-dropout"])
+@pytest.mark.parametrize(
+    "name", ["fp32", "bf16-sdpa", "bf16-dropout", "bf16-one-sample", "fp32-molora", "bf16-lora-dropout"]
+)
 def test_with_recomputation_within_15_percent(folder: Path, name: str) -> None:
     """What forward keeps of all blocks; the block that is computed again comes on top."""
     run = planned(folder, name, checkpointing=True)
@@ -172,7 +180,7 @@ def test_the_loss_keeps_what_is_planned(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_weight_copies_are_those_of_a_micro_batch(folder: Path, name: str) -> None:
     model, batch = built(folder, name, LAYERS, checkpointing=False)
-    with kept_weight_copies(model):
+    with kept_weight_copies(model), kernel_on_cpu():
         cross_entropies(model, batch).sum().backward()
         kept = [module.weight_copies for module in model.modules() if hasattr(module, "weight_copies")]
         found = sum(tensor.nbytes for copies in kept for tensor in copies.tensors.values())
@@ -199,9 +207,9 @@ def test_on_two_processes_within_15_percent(runs_of_2: RealRuns, name: str) -> N
 
 def test_the_form_is_the_layers_choice(llama_run: Run) -> None:
     forms = set()
-    for num_experts, top_k, r, width in [(8, 2, 12, 4096), (64, 2, 16, 4096), (8, 1, 64, 512), (32, 4, 8, 1024)]:
+    for num_experts, top_k, r, width in [(8, 2, 12, 4096), (64, 2, 32, 4096), (8, 1, 64, 512), (32, 4, 8, 1024)]:
         spec = replace(llama_run.spec, num_experts=num_experts, top_k=top_k, r=r)
         run, linear = replace(llama_run, spec=spec), Linear("q_proj", width, width)
-        assert is_grouped(run, linear) == prefer_grouped(num_experts, top_k, r, 32, width)
+        assert is_grouped(run, linear) == prefer_grouped(num_experts, top_k, r, 32, width, "cuda")
         forms.add(is_grouped(run, linear))
     assert forms == {True, False}

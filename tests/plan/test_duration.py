@@ -15,7 +15,7 @@ def test_operations_of_llama2_7b(llama_run: Run) -> None:
     """4 T times the base's 6.6e9 products, 6 T times the adapters', attention and head: about 4 T x 6.9e9."""
     run, T = llama_run, llama_run.tokens
     base, adapters = 6_476_005_376, 158_859_264
-    attention = 3 * 32 * 4 * T**2 * 4096
+    attention = 3 * 32 * 4 * (run.micro_batch * run.tokens_per_sample**2 / 2) * 4096
     wanted = 4 * T * base + 6 * T * adapters + attention + 4 * T * 32000 * 4096
     assert step_flops(run) == pytest.approx(run.accumulation * wanted, rel=1e-9)
     again = replace(run, checkpointing=True)
@@ -25,8 +25,9 @@ def test_operations_of_llama2_7b(llama_run: Run) -> None:
 
 def test_one_sample_needs_no_mask(llama_run: Run) -> None:
     """Four samples packed in one masked row cost 4 x 4 of one sample's scores, and 2 x that without causality."""
-    one = replace(llama_run, micro_batch=1, accumulation=1)
+    one = replace(llama_run, micro_batch=1, accumulation=1, attention="sdpa")
     packed = replace(one, micro_batch=4)
+    assert step_flops(replace(packed, attention="varlen")) == pytest.approx(4 * step_flops(one), rel=1e-9)
     attention = 3 * 32 * 4 * one.tokens**2 / 2 * 4096
     assert step_flops(packed) - 4 * step_flops(one) == pytest.approx((2 * 16 - 4) * attention, rel=1e-9)
 

@@ -3,7 +3,7 @@
     python -m tests.strict.counts --write
 
 counts them anew and rewrites counts.json, after a change that is meant to change them: the diff shows what it does. A
-row of a linear also says what is above the frozen base's own; nothing else is.
+row of a linear also says what is above the frozen base's own; `block of a step` is what a block more costs a step.
 """
 
 import json
@@ -65,24 +65,36 @@ def _kinds(totals: Mapping[str, int]) -> dict[str, int]:
 
 def _steps() -> Table:
     with TemporaryDirectory() as folder:
-        make_model(Path(folder))
+        folders = [str(_model(Path(folder, f"{blocks}"), blocks)) for blocks in (1, 2)]
         (found,) = run_distributed(
-            "tests.strict.counts:count_steps", 1, timeout=900, device="strict", folder=folder, cases=STEPS
+            "tests.strict.counts:count_steps", 1, timeout=900, device="strict", folders=folders, cases=STEPS
         )
-    return {f"step, {name}": row for name, row in found.items()}
+    one, two = found
+    blocks = {f"block of a step, {name}": above(row, one[name]) for name, row in two.items()}
+    return {f"step, {name}": row for name, row in two.items()} | blocks
 
 
-def count_steps(world: World, folder: str, cases: dict[str, dict[str, Any]]) -> Table:
-    """The third step of each case, of one micro-batch: DeepSpeed learns the order of modules in the first two."""
-    device, table = StrictDevice.active[-1], Table()
-    for name, case in cases.items():
-        case = case | {"accumulation": 1}
-        stepper = new_stepper(world, folder, case, Stepper)
-        run_steps(stepper, case, [1, 2])
-        device.counts.reset()
-        run_steps(stepper, case, [3])
-        table[name] = _kinds(device.counts.totals())
-    return table
+def _model(folder: Path, blocks: int) -> Path:
+    """The tiny model of two blocks, or its first alone."""
+    make_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}))
+    return folder
+
+
+def count_steps(world: World, folders: list[str], cases: dict[str, dict[str, Any]]) -> list[Table]:
+    """Of each model, a step of every case."""
+    return [{name: _count_step(world, folder, case) for name, case in cases.items()} for folder in folders]
+
+
+def _count_step(world: World, folder: str, case: dict[str, Any]) -> dict[str, int]:
+    """The third step, of one micro-batch: DeepSpeed learns the order of modules in the first two."""
+    device, case = StrictDevice.active[-1], case | {"accumulation": 1}
+    stepper = new_stepper(world, folder, case, Stepper)
+    run_steps(stepper, case, [1, 2])
+    device.counts.reset()
+    run_steps(stepper, case, [3])
+    return _kinds(device.counts.totals())
 
 
 def read() -> Table:

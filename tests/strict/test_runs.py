@@ -14,6 +14,8 @@ from malora_dist.prepare import main as prepare
 from tests.e2e import RECIPE, make_folder
 from tests.preemption import Ranks, Session
 
+pytestmark = pytest.mark.timeout(1000)
+
 TRAIN = {"max_steps": 3, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
 STEPS_OF_THE_FIRST = 2
 
@@ -39,21 +41,19 @@ def runs(folder: Path) -> Iterator[dict[str, Path]]:
         assert prepare(["recipe.yaml"]) == 0
     ranks = Ranks(folder, "tests.strict.session_workers")
     try:
-        names = {device: ["--output_dir", f"runs/{device}"] for device in ("cpu", "strict")}
-        end(start(ranks, "cpu", "whole", names["cpu"]))
-        end(
-            start(ranks, "strict", "first", [*names["strict"], "--train.stop_after_steps", str(STEPS_OF_THE_FIRST)]), 75
-        )
-        end(start(ranks, "strict", "second", names["strict"]))
-        arguments = ["--adapter", "runs/strict/adapter", "--recipe"]
-        end(start(ranks, "strict", "evaluated", arguments, module="malora_dist.evaluate"))
+        end(train(ranks, "cpu", "whole"))
+        end(train(ranks, "strict", "first", "--train.stop_after_steps", str(STEPS_OF_THE_FIRST)), 75)
+        end(train(ranks, "strict", "second"))
+        evaluate = ["--adapter", "runs/strict/adapter", "--recipe", "recipe.yaml"]
+        end(ranks.start("evaluated", [], module="malora_dist.evaluate", device="strict", arguments=evaluate))
         yield {device: folder / "runs" / device for device in ("cpu", "strict")}
     finally:
         ranks.stop()
 
 
-def start(ranks: Ranks, device: str, name: str, arguments: list[str], module: str = "malora_dist.train") -> Session:
-    return ranks.start(name, arguments, module=module, device=device)
+def train(ranks: Ranks, device: str, name: str, *settings: str) -> Session:
+    arguments = ["recipe.yaml", "--output_dir", f"runs/{device}", *settings]
+    return ranks.start(name, [], module="malora_dist.train", device=device, arguments=arguments)
 
 
 def end(session: Session, code: int = 0) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import run_distributed
+from tests.distributed import contiguous_only, run_distributed
 from tests.engine.one_process import reference_run
 from tests.engine.workers import make_model
 from tests.strict.workers import STEPS
@@ -45,6 +45,22 @@ def test_steps_give_the_numbers_of_the_cpu(folder: Path, ranks: list[dict[str, A
         for key, values in results["steps"][name].items():
             found, expected = torch.tensor(values), torch.tensor(wanted[key][:STEPS])
             torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_groups_take_what_nccl_and_gloo_take(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        said = results["refused"]
+        assert "must be contiguous" in said["transposed"]
+        assert "device type cpu (NCCL)" in said["host"]
+        assert "device type strict (gloo, for host tensors)" in said["device over hosts"]
+        assert said["right"] == said["host over hosts"] == "sum 12.0"
+
+
+def test_collectives_of_the_cpu_tests_refuse_what_nccl_refuses() -> None:
+    checked = contiguous_only("all_reduce", lambda tensor: "sent")
+    assert checked(torch.ones(3, 2)) == "sent"
+    with pytest.raises(ValueError, match="all_reduce: Tensors must be contiguous"):
+        checked(torch.ones(3, 2).T)
 
 
 @pytest.mark.parametrize("name", list(FAULTS))

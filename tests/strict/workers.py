@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from malora_dist.engine.step import Stepper
 from malora_dist.parallel.groups import World
 from tests.engine.guard_workers import failing_steps
@@ -11,13 +14,38 @@ STEPS = 2
 
 
 def find_out(world: World, folder: str, cases: dict[str, Any], faults: dict[str, Any]) -> dict[str, Any]:
-    """Losses, balance losses and gradient norms of the first steps of each case, and what each fault leads to."""
-    return {"steps": {name: first_steps(world, folder, case) for name, case in cases.items()}} | {
-        "faults": failing_steps(world, folder, faults)
+    """The first steps of each case, what each fault leads to, and what collectives refuse."""
+    return {
+        "refused": refused(world),
+        "steps": {name: first_steps(world, folder, case) for name, case in cases.items()},
+        "faults": failing_steps(world, folder, faults),
     }
 
 
+def refused(world: World) -> dict[str, str]:
+    """What the groups themselves say to a tensor, without the checks of `tests.distributed` before them."""
+    device, host = torch.ones(3, 2, device=world.device), torch.ones(3, 2)
+    default: Any = dist.distributed_c10d._get_default_group()
+    tried = {
+        "transposed": (default, device.T),
+        "host": (default, host),
+        "device over hosts": (world.control, device),
+        "right": (default, device),
+        "host over hosts": (world.control, host),
+    }
+    return {name: _said(group, tensor) for name, (group, tensor) in tried.items()}
+
+
+def _said(group: Any, tensor: torch.Tensor) -> str:
+    try:
+        group.allreduce([tensor]).wait()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return f"sum {float(tensor.sum())}"
+
+
 def first_steps(world: World, folder: str, case: dict[str, Any]) -> dict[str, list[float]]:
+    """Losses, balance losses and gradient norms."""
     stepper = new_stepper(world, folder, case, Stepper)
     assert {parameter.device for parameter in stepper.trained} == {world.device} or case["zero_stage"] == 3
     results = run_steps(stepper, case, range(1, STEPS + 1))

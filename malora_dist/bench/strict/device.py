@@ -167,7 +167,7 @@ def _host(leaf: Any) -> Any:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation by CUDA's rules, on the host tensors behind its arguments."""
-    name = str(func)
+    name = rules.name_of(func)
     if name.startswith("c10d."):
         return _run_collective(func, name, args, kwargs)
     tensors = rules.tensors_of(args, kwargs)
@@ -220,7 +220,7 @@ def _host_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(func: Any, args: Any, kwargs: dict[str, Any], moved: list[Tensor]) -> None:
-    name = str(func)
+    name = rules.name_of(func)
     for _ in range(rules.host_indices(name, args, on_device)):
         note("waits", f"{name} (host index)")
     if not rules.launches(func):

@@ -4,6 +4,7 @@ Arguments are asked through `on_device`, which says of a tensor whether it is on
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,6 +72,17 @@ ATOMICS = (
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.addbmm", "aten.mv", "aten.dot")
 
 
+@cache
+def name_of(func: Any) -> str:
+    """As `aten.add.Tensor`."""
+    return str(func)
+
+
+@cache
+def _tagged(func: Any, tag: torch.Tag) -> bool:
+    return tag in func.tags
+
+
 def tensors_of(*values: Any) -> list[Tensor]:
     """All tensors in nested arguments or results."""
     found: list[Tensor] = []
@@ -102,7 +114,7 @@ def check(
 
     tensors: all of the arguments.
     """
-    name = str(func)
+    name = name_of(func)
     strangers = [tensor for tensor in tensors if not on_device(tensor)]
     if strangers and not name.startswith(COPIES):
         strangers = _not_allowed(strangers, func, name, args, kwargs, on_device)
@@ -127,8 +139,8 @@ def _not_allowed(
     target = args[0] if args and isinstance(args[0], Tensor) else None
     if host_indices(name, args, on_device):
         strangers = [t for t in strangers if all(t is not index for index in args[1])]
-    written = target if torch.Tag.inplace in func.tags else kwargs.get("out")
-    takes_numbers = torch.Tag.pointwise in func.tags or name.startswith(TAKES_NUMBERS)
+    written = target if _tagged(func, torch.Tag.inplace) else kwargs.get("out")
+    takes_numbers = _tagged(func, torch.Tag.pointwise) or name.startswith(TAKES_NUMBERS)
     if takes_numbers and all(tensor is not written for tensor in strangers):
         strangers = [tensor for tensor in strangers if tensor.dim() > 0]
     return strangers
@@ -141,15 +153,16 @@ def host_indices(name: str, args: Sequence[Any], on_device: OnDevice) -> int:
     return sum(index is not None and not on_device(index) for index in args[1])
 
 
+@cache
 def launches(func: Any) -> bool:
     """Whether the operation starts a kernel or a copy."""
-    return not func.is_view and not str(func).startswith(LAUNCHES_NOTHING)
+    return not func.is_view and not name_of(func).startswith(LAUNCHES_NOTHING)
 
 
 def waits(func: Any, args: Sequence[Any], kwargs: dict[str, Any], on_device: OnDevice) -> bool:
     """Whether the host waits until the device has done everything before."""
-    name = str(func)
-    if name.startswith(WAITS) or torch.Tag.data_dependent_output in func.tags:
+    name = name_of(func)
+    if name.startswith(WAITS) or _tagged(func, torch.Tag.data_dependent_output):
         return True
     if name.startswith(COPIES):
         source, target = _ends_of_copy(name, args, kwargs, on_device)
@@ -161,7 +174,7 @@ def waits(func: Any, args: Sequence[Any], kwargs: dict[str, Any], on_device: OnD
         return bool(masks) and not fills
     if name.startswith("aten.repeat_interleave"):
         return kwargs.get("output_size") is None
-    return torch.Tag.dynamic_output_shape in func.tags
+    return _tagged(func, torch.Tag.dynamic_output_shape)
 
 
 def _ends_of_copy(name: str, args: Sequence[Any], kwargs: dict[str, Any], on_device: OnDevice) -> tuple[bool, bool]:
@@ -172,6 +185,7 @@ def _ends_of_copy(name: str, args: Sequence[Any], kwargs: dict[str, Any], on_dev
     return source, source if wanted is None else torch.device(wanted).type != "cpu"
 
 
+@cache
 def adds_without_order(func: Any) -> bool:
     """Whether numbers are added up by atomics, so that bits may differ from run to run."""
-    return str(func).startswith(ATOMICS)
+    return name_of(func).startswith(ATOMICS)

@@ -35,7 +35,7 @@ def test_all_train_their_method_on_one_base(
         theirs = load_in_4bit and contestant.maker == "peft"
         assert flops_above_base({name: adapted}, 5) == ({} if theirs else {name: adapted.flops(5)})
         if contestant.computation == "grouped_triton":
-            assert adapted.form == "grouped" and all(layer.triton for layer in adapted.routers)
+            assert adapted.form == "grouped" and all(layer.form == "grouped_triton" for layer in adapted.routers)
         else:
             torch.testing.assert_close(model(IDS).logits, expected, rtol=0.03, atol=0.03, msg=name)
     assert not any(p.requires_grad for p in base.ours.parameters())
