@@ -45,7 +45,7 @@ stage() { # name seconds command...
   timeout -k 5 "$limit" "$@" >"$LOGS/$name.log" 2>&1
   case $? in 0) verdict=PASS ;; 124 | 137) verdict="FAIL (over $limit s)" ;; *) verdict=FAIL ;; esac
   echo "== $name: $verdict in $((SECONDS - start)) s"
-  grep '^|' "$LOGS/$name.log" | cut -c1-200
+  grep '^|' "$LOGS/$name.log" | cut -c1-320
   if [ "$verdict" != PASS ]; then
     grep -v '^|' "$LOGS/$name.log" | tail -15 | cut -c1-240
     failed=1

@@ -1,7 +1,7 @@
 """Stage layer: a step of every method on the device against the CPU, the same bits twice, kernels and waits.
 
-The comparisons in fp32 are tests (`pytest -m gpu`); here they are repeated in brief, in both precisions, with counts
-that can be set beside those of tests/strict/counts.json.
+The comparisons in fp32 are tests, too (`pytest -m gpu`). Counts of linears and a block stand beside those that
+tests/strict/counts.json has for a device without kernels of its own: there an operation is one launch.
 """
 
 import sys
@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.launches import beside_golden
 from benchmarks.gpu.measure import DEVICE, GPU, kernels, waits
 from benchmarks.gpu.verdicts import Verdicts
 from tests.gpu.steps import CASES, KERNEL_CASES, Case, Step, layer_count, masks, worst_difference
@@ -56,6 +57,9 @@ def main() -> int:
         for case in [*CASES, *(KERNEL_CASES if GPU else [])]:
             name = f"{case.name} {str(dtype).removeprefix('torch.')}"
             verdicts.attempt(name, partial(compare, case, dtype))
+    verdicts.say("kernels and waits here, and in brackets those counted without a GPU")
+    for name, said in beside_golden():
+        verdicts.say(f"{name}: {said}")
     return verdicts.exit_code()
 
 

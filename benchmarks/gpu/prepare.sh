@@ -40,7 +40,8 @@ make_wheels() {
   rm -rf $wheels
   mkdir -p $wheels
   download "$(pinned transformers)" "$(pinned datasets)" "$(pinned gguf)" "$(pinned pydantic)" "$(pinned bitsandbytes)" \
-    "$(pinned pytest)" pluggy iniconfig hjson annotated-types typing-inspection "dill<0.4.2" "multiprocess<0.70.20"
+    "$(pinned pytest)" "$(pinned pytest-timeout)" pluggy iniconfig hjson annotated-types typing-inspection \
+    "dill<0.4.2" "multiprocess<0.70.20"
   download "$(core_of_pydantic)"
   local drop=() file
   for file in $($python -m zipfile -l $wheels/bitsandbytes-*.whl | awk '{print $1}' | grep -E '(cuda|rocm|xpu).*\.so$'); do

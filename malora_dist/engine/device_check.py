@@ -109,8 +109,7 @@ def memory_notes(
         shape = find_shape(str(folder))
     except ConfigError:
         return []
-    name = str(dtype).removeprefix("torch.")
-    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": name})})
+    config = _as_it_runs(config, dtype, trains=lengths is not None)
     spec, hardware = adapter_spec(config), Hardware(nodes=1, gpus_per_node=world_size, hbm=gpu.total)
     memory, _ = bytes_per_rank(run_of(config, spec, shape, world_size, lengths=lengths or Lengths(1, 1)))
     needed = memory["total"] if lengths is not None else sum(memory[kind] for kind in HELD)
@@ -121,3 +120,10 @@ def memory_notes(
             advice = " ".join(Report(config, spec, shape, hardware, lengths).advice[:2])
         raise ConfigError(f"{sentence} {show_bytes(gpu.total)}. {advice}")
     return [f"{sentence} {show_bytes(gpu.free)} free now"] if needed > gpu.free else []
+
+
+def _as_it_runs(config: RunConfig, dtype: torch.dtype, *, trains: bool) -> RunConfig:
+    """The recipe with the precision that `auto` stands for here; evaluation does not spread experts."""
+    model = config.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    parallel = config.parallel if trains else config.parallel.model_copy(update={"ep_size": 1})
+    return config.model_copy(update={"model": model, "parallel": parallel})

@@ -8,7 +8,7 @@ from malora_dist.config import RunConfig, load_config
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
 from malora_dist.engine.device_check import first_lengths, gpu_problems, memory_notes, uses_triton
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, TopologyError
 from malora_dist.plan import Lengths
 from tests.distributed import run_distributed
 from tests.engine.device_workers import GPUS, MODEL, RECIPE
@@ -58,6 +58,14 @@ def test_evaluation_needs_no_more_than_weights(config: RunConfig) -> None:
     assert memory_notes(large, MODEL, 4, BF16, gpu, None) == []
     with pytest.raises(ConfigError, match="Take more GPUs and parallel.zero_stage=3, or model.load_in_4bit=true"):
         memory_notes(large, MODEL, 4, BF16, replace(gpu, total=1 << 28), None)
+
+
+def test_evaluation_spreads_no_experts(config: RunConfig) -> None:
+    """A recipe for expert groups of four is evaluated on one process."""
+    spread = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": 4})})
+    with pytest.raises(TopologyError):
+        memory_notes(spread, MODEL, 1, BF16, H100, SHORT)
+    assert memory_notes(spread, MODEL, 1, BF16, H100, None) == []
 
 
 def test_a_base_in_float32_is_counted_so(config: RunConfig) -> None:

@@ -1,0 +1,58 @@
+"""Kernels and waits of linears and a block on the GPU, beside what tests/strict/counts.json counts without one."""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.gpu.measure import DEVICE, kernels, waits
+from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS
+from malora_dist.bench.local.peers.build import Adapted, Base, build
+from malora_dist.functional.dropout import token_keys
+from malora_dist.nn.inject import mixture_layers
+
+GOLDEN = Path("tests/strict/counts.json")
+# Those of the golden numbers.
+HIDDEN, TOKENS, DTYPE = 64, 16, torch.bfloat16
+BASES = {"bf16": False, "nf4": True}
+NAMES = ("base", "lora", "malora", "malora_grouped", "malora_siblings")
+
+
+def beside_golden() -> Iterator[tuple[str, str]]:
+    """Case and base, and for each contestant what was counted here and, in brackets, without a GPU."""
+    golden = json.loads(GOLDEN.read_text())
+    for case, (kind, load_in_4bit) in product(CASES, BASES.items()):
+        base, said = base_of(case, load_in_4bit), []
+        for name in NAMES:
+            row = golden.get(f"{case}, {kind}, {name}, dropout {0 if name == 'base' else 0.05:g}")
+            if row is not None:
+                step = one_pass(build(CONTESTANTS[name], base, dropout=0.0 if name == "base" else 0.05))
+                found = kernels(step).number, waits(step)
+                said.append(f"{name} {found[0]} ({row['launches']}), waits {found[1]} ({row['waits']})")
+        yield f"{case} {kind}", "; ".join(said)
+
+
+def base_of(case: str, load_in_4bit: bool) -> Base:
+    module, targets = CASES[case]
+    torch.manual_seed(0)
+    model: nn.Module = module(HIDDEN).to(DTYPE).to(DEVICE)
+    return Base.of(model, targets, load_in_4bit=load_in_4bit, peft=False)
+
+
+def one_pass(adapted: Adapted) -> Callable[[], None]:
+    """Forward and backward; dropout's keys are made once, as training makes them once for all layers."""
+    x = torch.randn(1, TOKENS, HIDDEN, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    tokens = torch.arange(TOKENS, device=DEVICE)
+    keys = token_keys(0, 1, torch.zeros_like(tokens), tokens)
+
+    def run() -> None:
+        for _, layer in mixture_layers(adapted.model):
+            layer.token_keys = keys
+        for parameter in [x, *adapted.trained]:
+            parameter.grad = None
+        adapted.model(x).sum().backward()
+
+    return run
