@@ -195,7 +195,8 @@ def base_of_a_run(world: World, folder: Path, *cache_dirs: Path) -> dict[str, An
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
             pairs = zip(model.parameters(), wanted.parameters(), strict=True)
             same = all(same_bits(a.data, b.data) for a, b in pairs)
-        found[f"{stage} {cache_dir.name}"] = {"same bits": same, "said": said.lines.pop()}
+        where = next(line for line in reversed(said.lines) if line.startswith("base model: "))
+        found[f"{stage} {cache_dir.name}"] = {"same bits": same, "said": where}
     log.removeHandler(said)
     return found
 
