@@ -44,7 +44,8 @@ def info_of(method: str) -> AdapterInfo:
 
 def adapted(base: Any, info: AdapterInfo) -> Any:
     """The base with an adapter of which no tensor is zero."""
-    inject_adapters(base, info.spec, info.target_modules, lora_dropout=info.lora_dropout, seed=5)
+    options: dict[str, Any] = {"lora_dropout": info.lora_dropout, "seed": 5, "fuse_siblings": False}
+    inject_adapters(base, info.spec, info.target_modules, **options)
     for name, parameter in adapter_parameters(base):
         if name.endswith(".B"):
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))

@@ -12,6 +12,7 @@ from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.checkpoint.adapter import AdapterInfo, load_adapter, save_adapter
 from malora_dist.data.encode import ChoiceItem
+from malora_dist.engine.evaluation import forward_of
 from malora_dist.methods import mixture_spec
 from malora_dist.model import load_base_model
 from malora_dist.nn.inject import adapter_state_dict, inject_adapters, mixture_layers, remove_adapters
@@ -60,14 +61,8 @@ def answers(folder: Path, base: dict[str, Any], device: str) -> dict[str, Tensor
     load_adapter(model, folder / "adapter")
     ids = torch.tensor([[3, 60, 17, 0, 5]], device=device)
 
-    def forward(input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor:
-        logits: Tensor = model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False, logits_to_keep=keep
-        ).logits
-        return logits
-
     items = [ChoiceItem(0, (5, 7, 9), ((1, 2), (3,)), (1, 1), 0), ChoiceItem(0, (8,), ((4, 4), (6, 1, 2)), (1, 1), 1)]
-    scores = score_items(forward, items, batch_tokens=64, device=device)
+    scores = score_items(forward_of(model), items, batch_tokens=64, device=device)
     found = {
         "weights": torch.cat([values.flatten().double() for values in bare]),
         "logits": model(input_ids=ids, use_cache=False).logits.float(),
