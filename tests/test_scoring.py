@@ -13,8 +13,10 @@ from malora_dist.data.packed_row import PackedRow
 from malora_dist.engine.forward import cross_entropies
 from malora_dist.methods import mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
+from malora_dist.nn.packed_attention import TORCH_VARLEN, register_attention, takes_mask
 from malora_dist.scoring import Forward, build_row, plan_rows, row_tokens, score_items, summarise, task_result
 from tests.conftest import LlamaFactory
+from tests.nn.varlen_kernel import kernel_on_cpu
 
 # Tokens of the prompt, and of each choice: prompts of one token, single-token choices, one choice to five.
 SHAPES = [
@@ -84,6 +86,15 @@ def test_packed_scores_equal_one_sequence_at_a_time(
     assert_same(found, naive_scores(model, items))
     expected = {1: len(items), 4096: 1}.get(batch_tokens)
     assert count["forwards"] == expected if expected else 1 < count["forwards"] < len(items)
+
+
+def test_scores_by_varlen_attention(model: Any, items: list[ChoiceItem]) -> None:
+    wanted = naive_scores(model, items)
+    register_attention()
+    model.set_attn_implementation(TORCH_VARLEN)
+    assert not takes_mask(model)
+    with kernel_on_cpu():
+        assert_same(score_items(counting(model, Counter()), items, batch_tokens=40, share_prompt=False), wanted)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5, 11])

@@ -107,7 +107,7 @@ class Stepper:
         return StepResult(
             loss=totals.loss,
             aux_loss=totals.aux_loss,
-            norm=torch.as_tensor(norm),
+            norm=torch.as_tensor(norm, dtype=torch.float64),
             learning_rate=learning_rate,
             tokens=int(totals.tokens),
             task_loss_sums=totals.task_loss_sums,

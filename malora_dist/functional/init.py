@@ -24,13 +24,14 @@ def shared_subspace_init(K_EDI: Tensor, r: int, beta: float) -> tuple[Tensor, Te
     singular vectors, the common basis. So P_0 S_A = K_0[:r], and every P_t S_A has the variance of K_t for any beta.
 
     K_t K_t^T = U_t S_t^2 U_t^T is D x D, and V_0 = S_0^-1 U_0^T K_0: no other expert's V_t is computed. In fp64, where
-    the squares of singular values lose nothing that fp32 could hold.
+    the squares of singular values lose nothing that fp32 could hold. Singular values descend; the largest number of
+    each column of U_t is positive, so that no library and no CPU chooses the signs.
     """
     K = K_EDI.double()
     with _one_thread():
-        squares_ED, U_EDD = torch.linalg.eigh(K @ K.mT)
-        # Descending, as singular values are.
-        S_ED, U_EDD = squares_ED.flip(-1).clamp(min=torch.finfo(K.dtype).tiny).sqrt(), U_EDD.flip(-1)
+        squares_ED, U_EDD = (part.flip(-1) for part in torch.linalg.eigh(K @ K.mT))
+        S_ED = squares_ED.clamp(min=torch.finfo(K.dtype).tiny).sqrt()
+        U_EDD = U_EDD * U_EDD.gather(1, U_EDD.abs().argmax(dim=1, keepdim=True)).sign()
         V_DI = (U_EDD[0] / S_ED[0]).mT @ K[0]
     P_ERD = (U_EDD * S_ED[:, None, :])[:, :r] / beta
     return (beta * V_DI).to(K_EDI.dtype), P_ERD.to(K_EDI.dtype)

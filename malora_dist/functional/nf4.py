@@ -141,5 +141,6 @@ def dequantize_nf4(blob: Tensor, shape: tuple[int, int], dtype: torch.dtype, dou
 
 def _floats(part: Tensor) -> Tensor:
     """Bytes as fp32 numbers; copied if they begin where such numbers must not, as in a slice that ZeRO-3 gathered."""
-    aligned = part.storage_offset() % torch.float32.itemsize == 0
+    # Addresses are not known while torch.compile traces.
+    aligned = not torch.compiler.is_compiling() and part.storage_offset() % torch.float32.itemsize == 0
     return (part if aligned else part.clone()).view(torch.float32)

@@ -117,9 +117,10 @@ def test_the_launcher_runs_and_its_exit_code_is_ours(
     out, err = capfd.readouterr()
     assert out.startswith("started: --hostfile hosts --exclude 10.0.0.3 ") and "\nOMP_NUM_THREADS=3\nPATH=" in out
     assert "\nssh: -p 2222 -o BatchMode=yes -o ServerAliveInterval=15" in out
+    assert "\nPYTORCH_ALLOC_CONF=expandable_segments:True\n" in out
     assert f"$ {launcher} --hostfile hosts" in err
     # Tests are kept on the CPU by the first of them, and so are the other hosts.
-    assert "handed on to the hosts: DS_ACCELERATOR, OMP_NUM_THREADS, PATH" in err
+    assert "handed on to the hosts: DS_ACCELERATOR, OMP_NUM_THREADS, PATH, PYTORCH_ALLOC_CONF\n" in err
 
     script(tmp_path, monkeypatch, "torchrun", 'echo "started: $*"; exit 4')
     assert run("torchrun", recipe, "--nproc_per_node", "2", "--adapter.r", "6") == 4

@@ -13,6 +13,7 @@ from malora_dist.engine.forward import BalanceSettings
 from malora_dist.engine.step import Stepper
 from malora_dist.errors import TrainingError
 from malora_dist.nn.inject import mixture_layers
+from malora_dist.parallel.expert_groups import create_expert_groups
 from malora_dist.parallel.groups import World
 from malora_dist.parallel.zero import gathered_adapter_state
 from tests.engine.workers import build_model
@@ -52,8 +53,9 @@ def new_stepper(world: World, folder: str, case: dict[str, Any], *, total_steps:
         warmup_steps=2,
         total_steps=total_steps,
     )
-    model = build_model(folder, case, world, settings)
-    engine = build_engine(model, settings, schedule, zero_stage=stage, timeout_seconds=60)
+    groups = create_expert_groups(case.get("ep_size", 1), 60)
+    model = build_model(folder, case, world, settings, groups)
+    engine = build_engine(model, settings, schedule, zero_stage=stage, timeout_seconds=60, expert_groups=groups)
     balance = BalanceSettings(0.01, "mean", "global")
     return Stepper(
         engine,

@@ -21,8 +21,13 @@ CASES: dict[str, dict[str, Any]] = {
     for stage in (0, 3)
 }
 # Only the first of two micro-batches is broken; the second is whole.
-CASES |= {f"first backward zero{stage}": {"fault": "first backward", "zero_stage": stage} for stage in (0, 1, 2)}
-CASES["first backward zero3"] = {"fault": "first backward", "zero_stage": 3, "offload": True}
+FIRST_BACKWARD: dict[str, dict[str, Any]] = {
+    "first backward zero0": {"zero_stage": 0},
+    "first backward zero1": {"zero_stage": 1},
+    "first backward zero2 ep2": {"zero_stage": 2, "ep_size": 2},
+    "first backward zero3 offload": {"zero_stage": 3, "offload": True},
+}
+CASES |= {name: {**case, "fault": "first backward"} for name, case in FIRST_BACKWARD.items()}
 FIRST, V_PROJ, GATE_PROJ = (
     f"model.layers.{name}" for name in ("0.self_attn.q_proj", "1.self_attn.v_proj", "1.mlp.gate_proj")
 )
@@ -55,11 +60,11 @@ def test_every_rank_names_step_task_and_layer(ranks: list[dict[str, Any]], stage
         }
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_whole_micro_batch_after_a_broken_one_hides_nothing(ranks: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("case", FIRST_BACKWARD)
+def test_a_whole_micro_batch_after_a_broken_one_hides_nothing(ranks: list[dict[str, Any]], case: str) -> None:
     for results, tasks in zip(ranks, ("a, b", "b, c"), strict=True):
         message = f"a gradient is not finite at step 3, first in layer {GATE_PROJ}; tasks here: {tasks}"
-        assert results[f"first backward zero{stage}"]["error"] == message
+        assert results[case]["error"] == message
 
 
 class _Operations(TorchDispatchMode):

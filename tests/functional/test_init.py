@@ -28,7 +28,9 @@ def test_shared_subspace_is_eqs_8_to_10(beta: float) -> None:
     expected_A, expected_P = init_reference(K_EDI, r, beta)
     close = {"rtol": 1e-10, "atol": 1e-12}
     torch.testing.assert_close(P[0] @ shared_A, K_EDI[0, :r], **close)
-    # The signs of singular vectors are free.
+    whole_P = shared_subspace_init(K_EDI, d, beta)[1]
+    assert torch.equal(whole_P.amax(dim=1), whole_P.abs().amax(dim=1))
+    # The twin's signs of singular vectors are those of a library.
     torch.testing.assert_close(shared_A.abs(), expected_A.abs(), **close)
     torch.testing.assert_close(P.abs(), expected_P.abs(), **close)
     K_gram = K_EDI[:, :r] @ K_EDI[:, :r].transpose(1, 2)

@@ -54,6 +54,11 @@ def test_equals_linear4bit_of_bitsandbytes(double_quant: bool) -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_compiles_without_a_graph_break() -> None:
+    layer, x = _layer(), _normal(5, I, seed=2)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
 def test_keeps_nothing_for_backward() -> None:
     saved: list[Tensor] = []
 

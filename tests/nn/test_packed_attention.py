@@ -1,12 +1,15 @@
 """Packed rows through varlen kernels and through masks: outputs and gradients of each sample alone."""
 
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 from malora_dist.data.encode import Sample
@@ -17,6 +20,7 @@ from malora_dist.nn.packed_attention import (
     MASKED,
     TORCH_VARLEN,
     attention_arguments,
+    flash_attn_varlen,
     packed_mask,
     register_attention,
     takes_mask,
@@ -88,19 +92,82 @@ def test_a_packed_row_is_its_samples_alone(name: str, lengths: tuple[int, ...], 
             torch.testing.assert_close(found, wanted, **CLOSE, msg=lambda text, a=attention: f"{a}: {text}")
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 50])
-@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (4, 1)])
-def test_the_kernel_is_called_for_what_the_twin_computes(heads: tuple[int, int], window: int | None) -> None:
-    lengths, (H, G), D = [5, 1, 9], heads, 4
+class FlashAttn(ModuleType):
+    """The package's function, by the arguments that it documents."""
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        deterministic: bool = False,
+    ) -> Tensor:
+        assert causal and cu_seqlens_k is cu_seqlens_q and max_seqlen_k == max_seqlen_q and dropout_p == softcap == 0
+        left, right = window_size
+        assert right == 0 and softmax_scale is not None
+        window = None if left < 0 else left + 1
+        return packed_attention_reference(q, k, v, cu_seqlens_q.diff().tolist(), softmax_scale, window)
+
+
+HEADS = [(3, 3), (6, 2), (4, 1)]
+
+
+def row_of(heads: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
+    """q, k and v of samples of 5, 1 and 9 tokens, and where they begin."""
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(15, n, D, generator=draw, requires_grad=True) for n in (H, G, G))
-    starts = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
-    found = torch_varlen(q, k, v, starts, 9, 0.3, window)
-    wanted = packed_attention_reference(q, k, v, lengths, 0.3, window)
-    direction = torch.randn(found.shape, generator=draw)
+    states = [torch.randn(15, n, 4, generator=draw, requires_grad=True) for n in (heads[0], heads[1], heads[1])]
+    return states, torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("kernel_name", ["torch", "flash_attn"])
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("heads", HEADS)
+def test_the_kernel_is_called_for_what_the_twin_computes(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], window: int | None, kernel_name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", FlashAttn("flash_attn"))
+    states, starts = row_of(heads)
+    found = {"torch": torch_varlen, "flash_attn": flash_attn_varlen}[kernel_name](*states, starts, 9, 0.3, window)
+    wanted = packed_attention_reference(*states, [5, 1, 9], 0.3, window)
+    direction = torch.linspace(-1, 1, found.numel()).view_as(found)
     torch.testing.assert_close(found, wanted, **CLOSE)
-    for got, want in zip(gradients(found, [q, k, v], direction), gradients(wanted, [q, k, v], direction), strict=True):
+    for got, want in zip(gradients(found, states, direction), gradients(wanted, states, direction), strict=True):
         torch.testing.assert_close(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_the_signature_of_older_versions(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]) -> None:
+    """Of 2.10: no window, no scale, as many heads of k as of q; what it cannot do is refused."""
+    newer = varlen.varlen_attn
+
+    def older(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+        is_causal: bool = False, return_aux: None = None,
+    ) -> Tensor:  # fmt: skip
+        assert is_causal
+        options = {"window_size": (-1, 0), "scale": query.shape[-1] ** -0.5}
+        found = newer(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+        assert isinstance(found, Tensor)
+        return found
+
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    states, starts = row_of(heads)
+    wanted = packed_attention_reference(*states, [5, 1, 9], 0.5)
+    torch.testing.assert_close(torch_varlen(*states, starts, 9, 0.5, 9), wanted, **CLOSE)
+    with pytest.raises(ConfigError, match="no sliding window"):
+        torch_varlen(*states, starts, 9, 0.5, 8)
+    with pytest.raises(ConfigError, match="no scale"):
+        torch_varlen(*states, starts, 9, 0.3, None)
 
 
 def test_a_mask_is_what_a_token_sees() -> None:

@@ -29,8 +29,9 @@ def _place(name: str) -> Positions:
     ids_TK = torch.rand(T, E, generator=generator).argsort(dim=1)[:, :K]
     if name == "first-slot-only":  # both experts of each token on one rank, not the same for all
         ids_TK = torch.tensor([0, 4])[torch.arange(T) % 2][:, None] + torch.arange(K)
-    mask_WT = owner_mask(ids_TK, E, W)
-    return positions(mask_WT, int(mask_WT.sum()), min(K, W))
+    mask_WLT = owner_mask(ids_TK[None], E, W)
+    (place,) = positions(mask_WLT.transpose(0, 1), [int(mask_WLT.sum())], min(K, W))
+    return place
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:

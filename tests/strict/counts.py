@@ -35,7 +35,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "zero0": {"zero_stage": 0},
     "zero0 nf4": {"zero_stage": 0, "load_in_4bit": True},
     "zero3 nf4": {"zero_stage": 3, "load_in_4bit": True},
-    "zero3 nf4 siblings": {"zero_stage": 3, "load_in_4bit": True, "fuse_siblings": True},
+    "zero3 nf4 apart": {"zero_stage": 3, "load_in_4bit": True, "fuse_siblings": False},
 }
 Table = dict[str, dict[str, int]]
 

@@ -13,6 +13,7 @@ from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.bench.local.peers.contestants import LORA, MALORA, MOLORA, Contestant
 from malora_dist.bench.strict.device import TYPE, StrictDevice
 from malora_dist.functional.dropout import token_keys
+from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.nn.inject import DEFAULT_TARGETS, mixture_layers
 
 Counted = dict[str, int]
@@ -116,7 +117,8 @@ class Stage:
             layer.token_keys = keys_T
         for parameter in adapted.trained:
             parameter.grad = None
-        adapted.model(x_BTI).sum().backward()
+        with kept_weight_copies(adapted.model):
+            adapted.model(x_BTI).sum().backward()
 
 
 def _keys(tokens: int) -> Tensor:

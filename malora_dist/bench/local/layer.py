@@ -25,6 +25,7 @@ from malora_dist.bench.local.peers.contestants import Contestant
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.local.timing import interleave, records_of, reference
+from malora_dist.functional.weight_copies import kept_weight_copies
 
 TARGET = "linear"
 
@@ -85,8 +86,9 @@ class Pass:
         self.x_TI.grad = None
         for parameter in self.adapted.trained:
             parameter.grad = None
-        y_TO: Tensor = self.layer(self.x_TI)
-        y_TO.backward(self.grad_TO)
+        with kept_weight_copies(self.layer):
+            y_TO: Tensor = self.layer(self.x_TI)
+            y_TO.backward(self.grad_TO)
         return y_TO.detach()
 
 

@@ -8,6 +8,7 @@ from malora_dist.bench.local.peers.build import Adapted
 from malora_dist.bench.local.peers.dispatched import DispatchedLinear
 from malora_dist.functional.balance import expert_statistics, load_balancing_loss
 from malora_dist.functional.routing import Routing
+from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.nn.mixture import MixtureLinear
 
@@ -41,8 +42,9 @@ class Trainee:
         """Gradients of one step, and its cross-entropy, detached."""
         self.steps += 1
         self._set_keys()
-        loss = self.loss(self.adapted.model, self.batch)
-        (loss + self.balance_loss()).backward()
+        with kept_weight_copies(self.adapted.model):
+            loss = self.loss(self.adapted.model, self.batch)
+            (loss + self.balance_loss()).backward()
         return loss.detach()
 
     def _set_keys(self) -> None:
