@@ -43,12 +43,13 @@ def base_of(case: str, load_in_4bit: bool) -> Base:
 
 
 def one_pass(adapted: Adapted) -> Callable[[], None]:
-    """Forward and backward; dropout's keys are made once, as training makes them once for all layers."""
+    """Forward and backward; dropout's keys are made once for all layers, as training does, and are copied here."""
     x = torch.randn(1, TOKENS, HIDDEN, dtype=DTYPE, device=DEVICE, requires_grad=True)
-    tokens = torch.arange(TOKENS, device=DEVICE)
-    keys = token_keys(0, 1, torch.zeros_like(tokens), tokens)
+    tokens = torch.arange(TOKENS)
+    host_keys = token_keys(0, 1, torch.zeros_like(tokens), tokens)
 
     def run() -> None:
+        keys = host_keys.to(DEVICE, non_blocking=True)
         for _, layer in mixture_layers(adapted.model):
             layer.token_keys = keys
         for parameter in [x, *adapted.trained]:
