@@ -1,7 +1,6 @@
 """Whole runs on two processes with a GPU each: stopped, resumed and evaluated, with the numbers of the CPU's run."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +33,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> Iterator[dict[str, Path]]:
+def runs(folder: Path) -> dict[str, Path]:
     """The CPU's run, whole, and the device's in two sessions, then evaluated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setenv("MALORA_CACHE", str(folder / "prepared"))
         assert prepare(["recipe.yaml"]) == 0
-    ranks = Ranks(folder, "tests.strict.session_workers")
-    try:
-        end(train(ranks, "cpu", "whole"))
-        end(train(ranks, "strict", "first", "--train.stop_after_steps", str(STEPS_OF_THE_FIRST)), 75)
-        end(train(ranks, "strict", "second"))
-        evaluate = ["--adapter", "runs/strict/adapter", "--recipe", "recipe.yaml"]
-        end(ranks.start("evaluated", [], module="malora_dist.evaluate", device="strict", arguments=evaluate))
-        yield {device: folder / "runs" / device for device in ("cpu", "strict")}
-    finally:
-        ranks.stop()
+        ranks = Ranks(folder, "tests.strict.session_workers")
+        try:
+            end(train(ranks, "cpu", "whole"))
+            end(train(ranks, "strict", "first", "--train.stop_after_steps", str(STEPS_OF_THE_FIRST)), 75)
+            end(train(ranks, "strict", "second"))
+            evaluate = ["--adapter", "runs/strict/adapter", "--recipe", "recipe.yaml"]
+            end(ranks.start("evaluated", [], module="malora_dist.evaluate", device="strict", words=evaluate))
+        finally:
+            ranks.stop()
+    return {device: folder / "runs" / device for device in ("cpu", "strict")}
 
 
 def train(ranks: Ranks, device: str, name: str, *settings: str) -> Session:
-    arguments = ["recipe.yaml", "--output_dir", f"runs/{device}", *settings]
-    return ranks.start(name, [], module="malora_dist.train", device=device, arguments=arguments)
+    words = ["recipe.yaml", "--output_dir", f"runs/{device}", *settings]
+    return ranks.start(name, [], module="malora_dist.train", device=device, words=words)
 
 
 def end(session: Session, code: int = 0) -> None:

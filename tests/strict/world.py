@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import deepspeed
+import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import set_accelerator
@@ -124,6 +125,8 @@ def _become_nccl(device: StrictDevice) -> None:
 
 def start_processes(timeout_seconds: float) -> World:
     """As `malora_dist.parallel.groups.start_processes` with a GPU."""
+    # Otherwise DeepSpeed compiles an operator for inference on CPUs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False)
     control = dist.new_group(backend="gloo")
     groups.set_timeouts(timeout_seconds)

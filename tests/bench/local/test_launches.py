@@ -6,22 +6,24 @@ from typing import Any
 
 import pytest
 
-from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS
+from malora_dist.bench.local.launch_cases import CASES
 from malora_dist.bench.local.launches import LaunchOptions, run
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.records import Report
 from malora_dist.errors import ConfigError
 
+ONLY = "peft_lora,peft_dora,malora,malora_siblings"
+
 
 def test_everyone_is_counted_in_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = run(LaunchOptions(hidden=64, tokens=8), Output(tmp_path / "l.json", tmp_path / "l.md"))
+    report = run(LaunchOptions(hidden=64, tokens=8, only=ONLY), Output(tmp_path / "l.json", tmp_path / "l.md"))
     assert Report.from_dict(json.loads((tmp_path / "l.json").read_text())).records == report.records
     assert "| peft_lora |" in (tmp_path / "l.md").read_text() and "above base" in capsys.readouterr().out
     cases = list(dict.fromkeys(record.case for record in report.records))
     assert len(cases) == 2 * len(CASES)
     for case in cases:
         found = {record.name: record.facts for record in report.records if record.case == case}
-        assert list(found) == list(CONTESTANTS)
+        assert list(found) == ["base", *ONLY.split(",")]
         for name, facts in found.items():
             assert facts["launches"] == found["base"]["launches"] + facts["above base"]
             assert (facts["above base"] > 0 and facts["MiB moved"] > found["base"]["MiB moved"]) == (name != "base")
