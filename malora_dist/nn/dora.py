@@ -24,8 +24,8 @@ class Magnitude(nn.Module):
 
     def __init__(self, out_features: int) -> None:
         super().__init__()
-        self.magnitude = nn.Parameter(torch.empty(out_features))
-        self.register_buffer("base_squares", torch.empty(out_features), persistent=False)
+        self.magnitude = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+        self.register_buffer("base_squares", torch.empty(out_features, dtype=torch.float32), persistent=False)
 
     @torch.no_grad()
     def measure(self, base_layer: Any) -> None:

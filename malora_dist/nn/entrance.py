@@ -34,9 +34,11 @@ class Entrance(nn.Module):
     ) -> None:
         super().__init__()
         self.top_k, self.normalize_gates, self.dropout, self.input_salt = top_k, normalize_gates, dropout, input_salt
-        gate = nn.Parameter(torch.empty(num_experts, in_features)) if routed else None
+        gate = nn.Parameter(torch.empty(num_experts, in_features, dtype=torch.float32)) if routed else None
         self.register_parameter("gate", gate)
-        shared_A = None if shared_r is None else nn.Parameter(torch.empty(shared_r, in_features))
+        shared_A = None
+        if shared_r is not None:
+            shared_A = nn.Parameter(torch.empty(shared_r, in_features, dtype=torch.float32))
         self.register_parameter("shared_A", shared_A)
 
     def forward(self, x_TI: Tensor, keys_T: Tensor | None = None) -> tuple[Tensor, Tensor | None, Routing | None]:

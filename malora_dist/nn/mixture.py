@@ -111,8 +111,11 @@ class MixtureLinear(nn.Module):
         self.dora = Magnitude(out_features) if magnitude else None
         self.core_name = "A" if shared_r is None else "P" if core else None
         width = in_features if shared_r is None else shared_r
-        B = nn.Parameter(torch.empty(num_experts, out_features, r))
-        self.set_experts(None if self.core_name is None else nn.Parameter(torch.empty(num_experts, r, width)), B)
+        B = nn.Parameter(torch.empty(num_experts, out_features, r, dtype=torch.float32))
+        down = None
+        if self.core_name is not None:
+            down = nn.Parameter(torch.empty(num_experts, r, width, dtype=torch.float32))
+        self.set_experts(down, B)
         self.adapter_enabled = True
         self.dispatcher: Dispatcher | None = None
         self.siblings: EntersTogether | None = None

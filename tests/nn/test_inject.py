@@ -46,6 +46,22 @@ def test_adapted_model_starts_as_its_base_bit_for_bit(
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_adapters_are_fp32_under_every_default_dtype(tiny_llama: LlamaFactory, method: str) -> None:
+    """As where a model is built in the dtype of its checkpoint; the same values, too."""
+    plain, other = tiny_llama(torch.bfloat16), tiny_llama(torch.bfloat16)
+    spec = mixture_spec(method, num_experts=4, r=3)
+    inject_adapters(plain, spec)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        inject_adapters(other, spec)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = dict(adapter_parameters(plain))
+    for name, parameter in adapter_parameters(other):
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_report_and_trainable_parameters(tiny_llama: LlamaFactory, method: str) -> None:
     model, spec = tiny_llama(), mixture_spec(method, num_experts=4, r=3)
     before = dict(model.named_parameters())
