@@ -14,7 +14,7 @@ from malora_dist.nn.inject import adapter_parameters
 from malora_dist.parallel.below_zero3 import is_slice
 from malora_dist.parallel.groups import fail_together
 from malora_dist.parallel.optimizer_state import MOMENTS, OptimizerState
-from malora_dist.parallel.zero import join_experts
+from malora_dist.parallel.zero import gather_experts
 
 # kind ("adapter" or "optimizer"), name in that kind, first and last element -> the elements
 ReadElements = Callable[[str, str, int, int], Tensor]
@@ -65,12 +65,12 @@ def snapshot(
     end.
     """
     for whole in tensors:
-        kept, gathered = keep(whole.name), state.gather(whole.parameter)
-        if kept or is_slice(whole.parameter):
-            joined = [join_experts(whole.parameter, tensor) for tensor in gathered]
+        gathered = [gather_experts(whole.parameter, tensor) for tensor in state.gather(whole.parameter)]
+        if keep(whole.name):
             kinds = [("adapter", whole.name), *(("optimizer", f"{key}.{whole.name}") for key in MOMENTS)]
-            if kept:
-                yield from ((*kind, tensor.float()) for kind, tensor in zip(kinds, joined, strict=False))
+            # One copy for all of them, as each makes the host wait.
+            copies = torch.stack(gathered).to("cpu", torch.float32)
+            yield from ((*kind, tensor) for kind, tensor in zip(kinds, copies, strict=False))
 
 
 def restore(tensors: list[Whole], state: OptimizerState, step: int, read: ReadElements) -> None:

@@ -161,13 +161,18 @@ def gathered_adapter_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def join_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     """A copy on the CPU of a tensor shaped like `parameter`, all owners' slices together if that is one of experts."""
+    return gather_experts(parameter, tensor).to("cpu", copy=True)
+
+
+def gather_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """All owners' slices together, where they are, if `parameter` is one of experts; otherwise the tensor itself."""
     name = getattr(parameter, "group_name", None)
     if name is None:
-        return tensor.to("cpu", copy=True)
+        return tensor
     from deepspeed.utils import groups
 
     group = groups._get_expert_parallel_group(name)
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group=group)
-    return torch.cat([part.to("cpu") for part in parts])
+    return torch.cat(parts)
