@@ -30,11 +30,14 @@ def find_out(world: World) -> list[str]:
     mine = GPUS[world.rank]
     device_check.Gpu = lambda: None  # type: ignore[assignment, misc]
     device_check.Gpu.of = lambda _: mine  # type: ignore[method-assign]
+    device_check.missing_for_triton = lambda _: "a C compiler"  # type: ignore[assignment]
     world = replace(world, device=torch.device("cuda", world.rank))
     whole = ["--model.load_in_4bit", "false", "--parallel.zero_stage", "0"]
     config = load_config(RECIPE, ["--model.dtype", "bfloat16", *whole])
+    exact = load_config(RECIPE, ["--model.dtype", "float32"])
     return [
         _said(lambda: check_device(config, world)),
+        _said(lambda: check_device(exact, world)),
         _said(lambda: check_memory(config, MODEL, world, Lengths(256, 128))),
         _said(lambda: check_memory(config, MODEL, replace(world, device=torch.device("cpu")), Lengths(256, 128))),
     ]
