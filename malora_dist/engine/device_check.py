@@ -22,6 +22,8 @@ from malora_dist.summary import adapter_spec
 
 # What evaluation needs of a plan for training.
 HELD = ("base_4bit", "base_other", "adapters", "gathered", "dequantised")
+# By how much the plan may be too high: what is refused could not have run.
+PLAN_ERROR = 0.15
 
 
 def check_device(config: RunConfig, world: World, *, trains: bool = True) -> list[str]:
@@ -101,7 +103,7 @@ def check_memory(config: RunConfig, folder: Path, world: World, lengths: Lengths
 def memory_notes(
     config: RunConfig, folder: Path, world_size: int, dtype: torch.dtype, gpu: Gpu, lengths: Lengths | None
 ) -> list[str]:
-    """Return a note if less is free on the GPU than the plan needs. Raises ConfigError if the GPU has less at all.
+    """Return a note if less is free on the GPU than the plan needs. Raises ConfigError if the whole GPU is smaller.
 
     Nothing is said of a model whose layout the plan does not know.
     """
@@ -114,7 +116,7 @@ def memory_notes(
     memory, _ = bytes_per_rank(run_of(config, spec, shape, world_size, lengths=lengths or Lengths(1, 1)))
     needed = memory["total"] if lengths is not None else sum(memory[kind] for kind in HELD)
     sentence = f"by `malora plan` a process needs {show_bytes(needed)} of GPU memory, and {gpu.name} has"
-    if needed > gpu.total:
+    if needed > (1 + PLAN_ERROR) * gpu.total:
         advice = "Take more GPUs and parallel.zero_stage=3, or model.load_in_4bit=true."
         if lengths is not None:
             advice = " ".join(Report(config, spec, shape, hardware, lengths).advice[:2])

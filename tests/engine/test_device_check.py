@@ -48,6 +48,12 @@ def test_memory_by_the_plan(config: RunConfig) -> None:
     assert "\n" not in said and "most are reduce_bucket" in said
     (note,) = memory_notes(config, MODEL, 4, BF16, replace(H100, free=1 << 30), SHORT)
     assert note.endswith("of GPU memory, and NVIDIA H100 80GB HBM3 has 1 GiB free now")
+    # What the plan may be too high by is no reason to refuse a run.
+    needed = float(note.split("needs ")[1].split(" GiB")[0]) * 2**30
+    tight, tighter = (replace(H100, total=int(needed / part), free=0) for part in (1.1, 1.2))
+    assert len(memory_notes(config, MODEL, 4, BF16, tight, SHORT)) == 1
+    with pytest.raises(ConfigError):
+        memory_notes(config, MODEL, 4, BF16, tighter, SHORT)
 
 
 def test_evaluation_needs_no_more_than_weights(config: RunConfig) -> None:
