@@ -32,6 +32,32 @@ def scale_(x_TI: Tensor, rest: list[Tensor], by_T: Tensor) -> None:
         each.copy_(each * by_T[:, None])
 
 
+LIBRARY = torch.library.Library("strict_plain", "DEF")
+LIBRARY.define("add_rows_(Tensor(a!) x, Tensor[] rows, float by) -> Tensor(a!)")
+
+
+def _add_rows(x_TI: Tensor, rows: list[Tensor], by: float) -> Tensor:
+    for row in rows:
+        x_TI.add_(row * by)
+    return x_TI
+
+
+LIBRARY.impl("add_rows_", _add_rows, "CPU")
+
+
+class AddRows(torch.autograd.Function):
+    """x + 2 * the rows, by an operator without a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: object, x_TI: Tensor, row_I: Tensor) -> Tensor:
+        total: Tensor = torch.ops.strict_plain.add_rows_(x_TI.clone(), [row_I, row_I], 1.0)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0].sum(dim=0) * 2
+
+
 @pytest.fixture
 def device() -> Iterator[StrictDevice]:
     register()
@@ -59,6 +85,16 @@ def test_an_operator_changes_its_arguments(device: StrictDevice) -> None:
     assert not any(name.startswith("aten.copy_") for name in device.counts.launches)
     assert x_TI.tolist() == [[1, 0, 0], [1, 1, 1]] and rest.tolist() == [[0], [1]]
     assert x_TI._version > version
+
+
+def test_an_operator_of_a_library_returns_the_argument_it_changed(device: StrictDevice) -> None:
+    x_TI, row_I = torch.ones(2, 3, device="strict"), torch.ones(3, device="strict", requires_grad=True)
+    changed = torch.ops.strict_plain.add_rows_(x_TI, [row_I.detach()], 4.0)
+    assert changed is x_TI and x_TI.tolist() == 2 * [3 * [5]]
+    device.counts.reset()
+    AddRows.apply(x_TI, row_I).sum().backward()
+    assert device.counts.launches["strict_plain.add_rows_.default"] == 1
+    assert row_I.grad is not None and row_I.grad.tolist() == 3 * [4]
 
 
 @pytest.mark.parametrize("stranger", [torch.ones(2, 4), torch.ones(())])
