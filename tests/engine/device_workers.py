@@ -38,7 +38,7 @@ def find_out(world: World) -> list[str]:
     return [
         _said(lambda: check_device(config, world)),
         _said(lambda: check_device(exact, world)),
-        _said(lambda: check_memory(config, MODEL, world, Lengths(256, 128))),
+        _said(lambda: check_memory(config, MODEL, world, Lengths(1024, 512))),
         _said(lambda: check_memory(config, MODEL, replace(world, device=torch.device("cpu")), Lengths(256, 128))),
     ]
 
