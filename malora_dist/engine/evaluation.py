@@ -11,6 +11,7 @@ from torch import nn
 from malora_dist.data.encode import ChoiceItem, Sample
 from malora_dist.engine.forward import cross_entropies
 from malora_dist.engine.progress import Bar
+from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.nn.packed_attention import takes_mask
 from malora_dist.parallel.groups import World, gather_lists
@@ -67,7 +68,8 @@ def _evaluating(engine: Any, use_adapter: bool) -> Iterator[None]:
     engine.eval()
     set_adapter(engine.module, use_adapter)
     try:
-        yield
+        with kept_weight_copies(engine.module):
+            yield
     finally:
         set_adapter(engine.module, True)
         engine.train(training)
