@@ -106,7 +106,7 @@ def build_model(
     inject_adapters(
         model,
         spec,
-        lora_dropout=0.1,
+        lora_dropout=case.get("dropout", 0.1),
         computation=computation,
         fuse_siblings=world is not None and case.get("fuse_siblings", True),
         seed=SEED,

@@ -21,6 +21,7 @@ from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.counts import KINDS
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.engine.step import Stepper
+from malora_dist.methods import METHODS
 from malora_dist.parallel.groups import World
 from tests.distributed import run_distributed
 from tests.engine.workers import make_model, new_stepper, run_steps
@@ -31,12 +32,16 @@ DROPOUTS = (0.0, 0.05)
 BASES = {"bf16": False, "nf4": True}
 # Those whose counts differ only where linears read one input have no row of a linear.
 ROWS = [name for name, contestant in CONTESTANTS.items() if contestant.maker != "peft"]
-STEPS: dict[str, dict[str, Any]] = {
-    "zero0": {"zero_stage": 0},
-    "zero0 nf4": {"zero_stage": 0, "load_in_4bit": True},
-    "zero3 nf4": {"zero_stage": 3, "load_in_4bit": True},
-    "zero3 nf4 apart": {"zero_stage": 3, "load_in_4bit": True, "fuse_siblings": False},
+# ZeRO stage and base of the steps that are counted, in bf16.
+PLANS: dict[str, dict[str, Any]] = {
+    "zero0, bf16": {"zero_stage": 0},
+    "zero3, nf4": {"zero_stage": 3, "load_in_4bit": True},
 }
+STEPS: dict[str, dict[str, Any]] = {
+    f"{plan}, {method}, dropout {dropout:g}": {**settings, "method": method, "dropout": dropout, "dtype": "bfloat16"}
+    for (plan, settings), method, dropout in product(PLANS.items(), METHODS, DROPOUTS)
+}
+STEPS["zero3, nf4, malora apart, dropout 0.05"] = {**STEPS["zero3, nf4, malora, dropout 0.05"], "fuse_siblings": False}
 Table = dict[str, dict[str, int]]
 
 
