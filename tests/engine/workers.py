@@ -127,6 +127,8 @@ def new_stepper(world: World, folder: str, case: dict[str, Any], kind: type[Step
         "gradient_clipping": MAX_NORM,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        # As `engine.setup.engine_config`: it would wait for the device.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
     }
     if stage == 3 and not case.get("default_persistence"):
