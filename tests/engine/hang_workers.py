@@ -19,7 +19,7 @@ import malora_dist.train
 from malora_dist.data.loader import MicroBatch, TrainLoader
 from malora_dist.engine import process
 from malora_dist.engine.position import Position
-from malora_dist.nn.entrance import Entrance
+from malora_dist.nn.siblings import SiblingEntrance
 
 LONGEST = 90
 GATE, UP = (f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up"))
@@ -37,7 +37,8 @@ def break_the_router() -> None:
     def broken(*_: Any) -> None:
         raise ValueError("only this router fails")
 
-    Entrance.forward = broken  # type: ignore[assignment]
+    # gate_proj and up_proj are fused.
+    SiblingEntrance.forward = broken  # type: ignore[assignment]
 
 
 def fill_the_disk() -> None:
