@@ -5,6 +5,7 @@ import torch
 
 from malora_dist.bench.local.peers.build import Base, build, flops_above_base
 from malora_dist.bench.local.peers.contestants import CONTESTANTS
+from malora_dist.errors import ConfigError
 from malora_dist.methods import count_parameters
 from malora_dist.nn.inject import DEFAULT_TARGETS
 from malora_dist.nn.nf4_linear import NF4Linear
@@ -14,16 +15,17 @@ IDS = torch.arange(12).view(2, 6)
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_all_train_their_method_on_one_base(
-    tiny_llama: LlamaFactory, load_in_4bit: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The kernels themselves are tested in their own process, which starts with the interpreter.
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_all_train_their_method_on_one_base(tiny_llama: LlamaFactory, load_in_4bit: bool) -> None:
     base = Base.of(tiny_llama(torch.bfloat16), DEFAULT_TARGETS, load_in_4bit=load_in_4bit, peft=True)
     frozen = {p.data_ptr() for part in (base.ours, base.theirs) for p in part.parameters()}
     assert len(base.sizes) == 12 and base.dtype == torch.bfloat16
     expected = base.ours(IDS).logits
     for name, contestant in CONTESTANTS.items():
+        if contestant.computation == "grouped_triton":
+            # The kernels are tested where they run: on a GPU, or in a process that starts with Triton's interpreter.
+            with pytest.raises(ConfigError, match="grouped_triton needs a CUDA device"):
+                build(contestant, base)
+            continue
         adapted = build(contestant, base, dropout=0.05)
         spec, model = adapted.spec, adapted.model
         count = 0 if spec is None else sum(count_parameters(spec, *size) for size in base.sizes)
@@ -34,10 +36,7 @@ def test_all_train_their_method_on_one_base(
         assert model.training
         theirs = load_in_4bit and contestant.maker == "peft"
         assert flops_above_base({name: adapted}, 5) == ({} if theirs else {name: adapted.flops(5)})
-        if contestant.computation == "grouped_triton":
-            assert adapted.form == "grouped" and all(layer.form == "grouped_triton" for layer in adapted.routers)
-        else:
-            torch.testing.assert_close(model(IDS).logits, expected, rtol=0.03, atol=0.03, msg=name)
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=0.03, atol=0.03, msg=name)
     assert not any(p.requires_grad for p in base.ours.parameters())
 
 
