@@ -21,7 +21,7 @@ from malora_dist.plan.units import show_bytes
 from malora_dist.summary import adapter_spec
 
 # What evaluation needs of a plan for training.
-HELD = ("base_4bit", "base_other", "adapters", "gathered", "dequantised")
+HELD = ("base_4bit", "base_other", "adapters", "weight_copies", "gathered", "dequantised")
 # By how much the plan may be too high: what is refused could not have run.
 PLAN_ERROR = 0.15
 

@@ -4,10 +4,9 @@ s is the bytes of a number of the base's dtype. A tensor that several operations
 count; copies of them in another dtype or layout do.
 """
 
-from malora_dist.functional.cost import prefer_grouped
 from malora_dist.functional.loss_chunks import chunk_rows
 from malora_dist.plan.parameters import FP32
-from malora_dist.plan.run import Run
+from malora_dist.plan.run import Run, is_grouped
 from malora_dist.plan.shapes import Linear
 from malora_dist.traffic import rows_per_token
 
@@ -139,12 +138,3 @@ def exchange_buffer_bytes(run: Run) -> int:
         for linear in run.adapted
     ]
     return 2 * rows * max(widths)
-
-
-def is_grouped(run: Run, linear: Linear) -> bool:
-    """Whether the layer multiplies the chosen experts only, on a GPU: the rule of `functional.cost.prefer_grouped`."""
-    spec, E = run.spec, run.num_local_experts
-    if not spec.structure.routed or run.computation != "auto":
-        return spec.structure.routed and run.computation != "dense"
-    in_width = linear.in_features if spec.shared_r is None else spec.shared_r
-    return prefer_grouped(E, min(spec.top_k, E), spec.r, in_width, linear.out_features, "cuda")

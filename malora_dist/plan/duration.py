@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from malora_dist.plan.activations import expected_rows, is_grouped
-from malora_dist.plan.run import Run
+from malora_dist.plan.activations import expected_rows
+from malora_dist.plan.run import Run, is_grouped
 from malora_dist.plan.shapes import Linear
 from malora_dist.plan.steps import KINDS, Flow, flows
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from malora_dist.methods import count_parameters, factor_shapes
-from malora_dist.plan.run import Run
+from malora_dist.plan.run import Run, is_grouped
 from malora_dist.plan.shapes import Linear
 
 FP32 = 4
@@ -68,13 +68,13 @@ def weight_copy_bytes(run: Run) -> int:
     """Bytes of the trained weights rounded to the base's dtype, which are whole on every rank during a step.
 
     They are kept where the base has another dtype than fp32 (`functional.weight_copies`). DoRA rounds its weights
-    inside of the graph, and the kernels of grouped_triton theirs tile by tile.
+    inside of the graph, and the kernels of grouped_triton, which `auto` takes beyond the break-even, tile by tile.
     """
     if run.itemsize == FP32 or run.spec.structure.magnitude:
         return 0
-    in_tiles = EXPERT_FACTORS if run.computation == "grouped_triton" and run.spec.structure.routed else ()
     per_block = 0
     for linear in run.adapted:
+        in_tiles = EXPERT_FACTORS if run.computation != "grouped" and is_grouped(run, linear) else ()
         for factor, shape in factor_shapes(run.spec, linear.in_features, linear.out_features).items():
             if factor not in in_tiles:
                 per_block += math.prod(shape) // (run.ep_size if factor in EXPERT_FACTORS else 1)

@@ -9,6 +9,7 @@ from malora_dist.config.deepspeed import read_ds_config
 from malora_dist.config.matrix import check_plan
 from malora_dist.errors import ConfigError
 from malora_dist.functional.attention_choice import VARLEN, attention_on_cuda
+from malora_dist.functional.cost import prefer_grouped
 from malora_dist.methods import MixtureSpec
 from malora_dist.plan.shapes import Linear, ModelShape
 
@@ -162,3 +163,12 @@ def _adapted(shape: ModelShape, targets: tuple[str, ...]) -> tuple[Linear, ...]:
 
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def is_grouped(run: Run, linear: Linear) -> bool:
+    """Return whether a layer multiplies the chosen experts only, on a GPU: the rule of `nn.mixture.MixtureLinear.form`."""
+    spec, E = run.spec, run.num_local_experts
+    if not spec.structure.routed or run.computation != "auto":
+        return spec.structure.routed and run.computation != "dense"
+    in_width = linear.in_features if spec.shared_r is None else spec.shared_r
+    return prefer_grouped(E, min(spec.top_k, E), spec.r, in_width, linear.out_features, "cuda")
