@@ -166,7 +166,7 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def is_grouped(run: Run, linear: Linear) -> bool:
-    """Return whether a layer multiplies the chosen experts only, on a GPU: the rule of `nn.mixture.MixtureLinear.form`."""
+    """Return whether a layer multiplies the chosen experts only, on a GPU: the rule of `MixtureLinear.form`."""
     spec, E = run.spec, run.num_local_experts
     if not spec.structure.routed or run.computation != "auto":
         return spec.structure.routed and run.computation != "dense"

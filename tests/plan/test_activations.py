@@ -23,12 +23,11 @@ from malora_dist.plan.activations import (
     INDEX,
     activation_bytes,
     block_bytes,
-    is_grouped,
     logit_bytes,
     saved_logit_bytes,
 )
 from malora_dist.plan.parameters import weight_copy_bytes
-from malora_dist.plan.run import Run, run_of
+from malora_dist.plan.run import Run, is_grouped, run_of
 from malora_dist.plan.shapes import Linear, find_shape
 from malora_dist.summary import adapter_spec
 from tests.config.recipes import recipe
