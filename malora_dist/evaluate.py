@@ -20,7 +20,8 @@ from malora_dist.checkpoint.adapter import AdapterTensors, open_adapter, put_ada
 from malora_dist.config import RunConfig, config_text, load_config
 from malora_dist.config.matrix import suggest_world_sizes
 from malora_dist.data.build import build_data
-from malora_dist.engine.base import base_model
+from malora_dist.engine.attention import attention_for
+from malora_dist.engine.base import base_dtype, base_model
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.device_check import check_device, check_memory
 from malora_dist.engine.evaluation import evaluate_tasks
@@ -30,7 +31,7 @@ from malora_dist.engine.progress import LOGGER, console, start_logging
 from malora_dist.engine.run_folder import evaluation_file
 from malora_dist.engine.setup import engine_config
 from malora_dist.errors import ConfigError
-from malora_dist.model import load_tokenizer
+from malora_dist.model import load_tokenizer, read_model_config
 from malora_dist.parallel.consistency import check_consistency, start_facts
 from malora_dist.parallel.groups import World
 from malora_dist.parallel.zero import gathered
@@ -112,6 +113,8 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     Experts are not spread (`parallel.ep_size` is of no effect), so that any number of processes will do.
     """
     folder = resolve_model(config.model.name_or_path, config.model.revision)
+    attention = config.model.attn_implementation
+    attention_for(attention, read_model_config(folder), base_dtype(config, world), world.device)
     data = build_data(config.data, load_tokenizer(folder))
     fitting = _with_fitting_batch(config, world.size)
     for note in check_memory(fitting, folder, world, None):

@@ -17,7 +17,8 @@ from malora_dist.config import RunConfig, config_text, load_config, split_argume
 from malora_dist.config.matrix import check_plan
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.loader import TrainLoader
-from malora_dist.engine.base import base_identity, base_model
+from malora_dist.engine.attention import attention_for
+from malora_dist.engine.base import base_dtype, base_identity, base_model
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.checkpoints import RunCheckpoints
 from malora_dist.engine.deterministic import explained, use_deterministic_algorithms
@@ -41,7 +42,7 @@ from malora_dist.engine.step import Stepper
 from malora_dist.engine.stop import Agreement, Preempted, deadline_of
 from malora_dist.engine.window import Window
 from malora_dist.errors import ConfigError, NonFiniteError
-from malora_dist.model import load_tokenizer
+from malora_dist.model import load_tokenizer, read_model_config
 from malora_dist.parallel.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
 from malora_dist.parallel.expert_groups import create_expert_groups
 from malora_dist.parallel.groups import on_main, start_processes
@@ -86,9 +87,10 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     Raises Preempted on every process, with everything saved, if the run is to end early.
     """
     config, world = session.config, session.world
-    notes = check_device(config, world)
+    notes, dtype = check_device(config, world), base_dtype(config, world)
     with agreement.apart() as look:
         folder = resolve_model(config.model.name_or_path, config.model.revision)
+        attention_for(config.model.attn_implementation, read_model_config(folder), dtype, world.device)
         data = build_data(config.data, load_tokenizer(folder), look)
     baseline = on_main(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.

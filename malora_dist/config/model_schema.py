@@ -135,8 +135,9 @@ class AdapterConfig(Section):
     normalize_gates: bool = Field(False, description="Scale a token's chosen gates to sum to 1.")
     computation: Literal["auto", "dense", "grouped", "grouped_triton"] = Field(
         "auto",
-        description="All experts with masked gates, or rows grouped by expert; auto: the cheaper. Same result. "
-        "grouped_triton: grouped by kernels for CUDA that no benchmark has chosen yet.",
+        description="All experts with masked gates, or rows grouped by expert, with the same result. grouped_triton: "
+        "grouped by Triton kernels, not yet run on a GPU. auto: the cheaper by counting; on a GPU never grouped, which "
+        "makes the host wait.",
     )
     fuse_siblings: bool = Field(
         True, description="One product for S_A and routers of linears that read one tensor (q, k, v; gate, up)."

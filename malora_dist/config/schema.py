@@ -33,6 +33,13 @@ def _tracker_names(value: Any) -> Any:
     return [] if value == "none" else split_commas(value)
 
 
+def _tokens(value: Any) -> Any:
+    given = str(value)
+    if given != "auto" and not (given.isdigit() and int(given) >= 1):
+        raise PydanticCustomError("tokens", "must be a whole number of at least 1, or auto")
+    return value
+
+
 def _shell_lines(value: Any) -> Any:
     return value.splitlines() if isinstance(value, str) else value
 
@@ -216,7 +223,7 @@ class EvaluationConfig(Section):
     base: bool = Field(True, description="Evaluate the untouched base model too.")
     tuned: bool = Field(True, description="Evaluate the trained model.")
     split: Literal["test", "validation"] = Field("test", description="Rows to evaluate on.")
-    batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    batch_tokens: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_tokens)] = Field(
         "auto",
         description="Tokens of one forward pass. auto: 1024 on a CPU, 16384 on a GPU, 4096 there if attention takes a "
         "mask.",

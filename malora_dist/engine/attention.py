@@ -14,7 +14,7 @@ FIRST_CAPABILITY = (8, 0)
 
 
 def attention_for(requested: str, config: Any, dtype: torch.dtype, device: torch.device) -> str:
-    """`choose_attention` on this machine."""
+    """Return what `choose_attention` gives on this machine."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return choose_attention(requested, config, dtype.itemsize, capability, find_spec("flash_attn") is not None)
 
@@ -22,7 +22,7 @@ def attention_for(requested: str, config: Any, dtype: torch.dtype, device: torch
 def choose_attention(
     requested: str, config: Any, itemsize: int, capability: tuple[int, int] | None, flash_attn: bool
 ) -> str:
-    """The name by which transformers knows the attention of a model with this configuration.
+    """Return the name under which transformers knows the attention of a model with this configuration.
 
     capability: of the CUDA device, None without one. flash_attn: whether that package is installed. Raises ConfigError
     for what cannot be, before any weight is read.
@@ -61,9 +61,10 @@ def _machine_obstacle(
 ) -> str | None:
     """Why the kernels of varlen attention cannot run here, as the end of a sentence."""
     if capability is None:
-        return "needs a CUDA GPU"
+        return "needs a CUDA GPU; choose auto or sdpa"
     if capability < FIRST_CAPABILITY:
-        return f"needs a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
+        found = ".".join(map(str, capability))
+        return f"needs a GPU of compute capability 8.0 or higher, this one has {found}; choose auto or sdpa"
     if itemsize != 2:
         return "needs model.dtype=bfloat16"
     if requested == "flash_attention_2" and not flash_attn:

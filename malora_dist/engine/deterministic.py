@@ -34,6 +34,7 @@ def explained() -> Iterator[None]:
         if not found:
             raise
         raise TrainingError(
-            f"train.deterministic=true: {operation.split()[-1]} has no deterministic form on this device; choose "
-            "another model.attn_implementation or adapter.computation if it is theirs, or train.deterministic: false"
+            f"train.deterministic=true: {operation.split()[-1]} has no deterministic form on this device; set "
+            "train.deterministic: false, or, if attention or the experts use it, another model.attn_implementation or "
+            "adapter.computation"
         ) from error

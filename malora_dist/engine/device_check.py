@@ -71,7 +71,7 @@ def _notes(config: RunConfig, device: torch.device) -> Iterator[str]:
     if device.type == "cpu" and (why := why_no_gpu()) is not None:
         yield why
     if device.type == "cuda" and not uses_triton(config) and (missing := missing_for_triton(device)) is not None:
-        yield f"plain PyTorch operations take the place of fused kernels, for Triton needs {missing}"
+        yield f"fused Triton kernels are off, plain PyTorch operations are used: Triton needs {missing}"
 
 
 def first_lengths(loader: TrainLoader, samples: Sequence[Sample]) -> Lengths:
@@ -86,7 +86,7 @@ def check_memory(config: RunConfig, folder: Path, world: World, lengths: Lengths
     """Compare the memory that `malora plan` counts with that of every process's GPU; a note for the log, or none.
 
     Every process calls; `folder` holds the base's config.json. Without `lengths` nothing is trained. Raises ConfigError
-    on all if a GPU is smaller than what it would have to hold.
+    on all if the plan exceeds a whole GPU by more than `PLAN_ERROR`.
     """
     if world.device.type != "cuda":
         return []
@@ -103,7 +103,8 @@ def check_memory(config: RunConfig, folder: Path, world: World, lengths: Lengths
 def memory_notes(
     config: RunConfig, folder: Path, world_size: int, dtype: torch.dtype, gpu: Gpu, lengths: Lengths | None
 ) -> list[str]:
-    """Return a note if less is free on the GPU than the plan needs. Raises ConfigError if the whole GPU is smaller.
+    """Return a note if less is free on the GPU than the plan needs. Raises ConfigError if the plan
+    exceeds the whole GPU by more than `PLAN_ERROR`.
 
     Nothing is said of a model whose layout the plan does not know.
     """
@@ -121,6 +122,8 @@ def memory_notes(
         if lengths is not None:
             advice = " ".join(Report(config, spec, shape, hardware, lengths).advice[:2])
         raise ConfigError(f"{sentence} {show_bytes(gpu.total)}. {advice}")
+    if needed > gpu.total:
+        return [f"{sentence} {show_bytes(gpu.total)}: the run may not fit"]
     return [f"{sentence} {show_bytes(gpu.free)} free now"] if needed > gpu.free else []
 
 

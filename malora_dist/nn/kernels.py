@@ -12,4 +12,4 @@ def require_triton(device: torch.device) -> None:
     """Raise ConfigError where the Triton kernels cannot run on `device`, with what is missing."""
     missing = missing_for_triton(device)
     if missing is not None:
-        raise ConfigError(f"{SETTING} needs {missing}; or choose another computation")
+        raise ConfigError(f"{SETTING} needs {missing}; choose adapter.computation=auto")

@@ -18,7 +18,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_the_error_names_the_setting_what_is_missing_and_a_way_out() -> None:
     require_triton(torch.device("cpu"))
-    wanted = "adapter.computation=grouped_triton needs a CUDA device, not 'meta'; or choose another computation"
+    wanted = "adapter.computation=grouped_triton needs a CUDA device, not 'meta'; choose adapter.computation=auto"
     with pytest.raises(ConfigError) as error:
         require_triton(torch.device("meta"))
     assert str(error.value) == wanted
