@@ -1,6 +1,7 @@
 # make demo    train and evaluate the demo, real model and real tasks, on this machine; again, it goes on from the last
-#              checkpoint; ARGS=--new-run starts another run. One process for each GPU, two on a machine without;
-#              NUM_PROCESSES=N for another number, DS_ACCELERATOR=cpu for the CPU of a machine with GPUs
+#              checkpoint; ARGS=--new-run starts another run. One process for each GPU, at most the two that can
+#              share its batch, and two on a machine without; NUM_PROCESSES=N for another number,
+#              DS_ACCELERATOR=cpu for the CPU of a machine with GPUs
 # make demo-ep the demo's first steps with experts on every process and spread over two, side by side
 # make test    the whole test suite, on the CPU
 # make test-gpu  the tests that need a GPU

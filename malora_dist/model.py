@@ -92,7 +92,7 @@ def build_empty_model(folder: Path, *, dtype: torch.dtype, attn_implementation: 
 
 
 def read_model_config(folder: Path) -> "PreTrainedConfig":
-    """A folder's config.json, without what a frozen base does not have. Raises ConfigError without one."""
+    """Read a folder's config.json, without what a frozen base does not have. Raises ConfigError without one."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():

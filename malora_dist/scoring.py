@@ -32,7 +32,7 @@ class Row(PackedRow):
 
 
 def row_tokens(batch_tokens: int | str, device: torch.device | str, masked: bool) -> int:
-    """Tokens of a row, also for the setting `auto`.
+    """Return the tokens of a row, also for the setting `auto`.
 
     On a CPU long rows cost more than they save, as attention with a mask computes all T^2 pairs; on a GPU they keep the
     device busy, and a mask is what limits them.
@@ -108,7 +108,7 @@ def build_row(items: Sequence[ChoiceItem], members: tuple[int, ...], share_promp
 
 
 def score_row(forward: Forward, row: Row, items: Sequence[ChoiceItem]) -> dict[int, list[float]]:
-    """Summed log-probability of every choice, by question. The sums are made on the host, always in the same order."""
+    """Sum log-probabilities of every choice, by question. The sums are made on the host, always in the same order."""
     losses_N = forward(row).double().cpu().numpy()
     sums = (-np.bincount(row.choice_of_target, losses_N)).tolist()
     scores, start = {}, 0

@@ -121,7 +121,7 @@ def launches(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """What a GPU would launch and wait for in a linear, in q, k and v, and in a block; counted on the CPU."""
+    """Count, on the CPU, what a GPU would launch and wait for in a linear, in q, k and v, and in a block."""
     given = {"hidden": hidden, "tokens": tokens, "dtype": dtype, "base": base, "dropout": dropout, "only": only}
     _run("launches", "LaunchOptions", given, Output(as_json, markdown))
 

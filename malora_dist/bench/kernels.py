@@ -195,7 +195,7 @@ def _router(sizes: Sizes, num_experts: int, form: Form) -> Iterator[Kernel]:
 
 
 def _dropout(sizes: Sizes, form: Form) -> Iterator[Kernel]:
-    """The dropped input, forward and for the weights' gradient, and the mask on its own gradient; of siblings a share.
+    """Yield the dropped input, forward and for the gradient of weights, the mask on its gradient; of siblings a share.
 
     A stored mask has a byte a number, and keeps the dropped input for backward.
     """

@@ -121,7 +121,7 @@ class Roofline:
 
 
 def _attention(shape: ModelShape, tokens: int, length: int, *, masked: bool, itemsize: int = 2) -> Iterator[Kernel]:
-    """Causal attention that never writes its scores. With a mask: over all pairs of the row, k and v for every head."""
+    """Yield causal attention without stored scores. With a mask: over all pairs of the row, k and v for every head."""
     heads = shape.num_heads * shape.head_dim
     kv_heads = shape.num_heads if masked else shape.num_kv_heads
     numbers = tokens * (heads + 2 * kv_heads * shape.head_dim + heads) + (tokens**2 if masked else 0)
@@ -132,7 +132,7 @@ def _attention(shape: ModelShape, tokens: int, length: int, *, masked: bool, ite
 
 
 def _rest_of_block(shape: ModelShape, tokens: int, itemsize: int = 2) -> Iterator[Kernel]:
-    """Norms, rotary, residuals, SwiGLU and sums of gradients."""
+    """Yield norms, rotary, residuals, SwiGLU and sums of gradients."""
     q_k_v = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     hidden, inner = shape.hidden_size, shape.intermediate_size
     forward = 2 * 2 * hidden + 2 * 3 * hidden + 2 * q_k_v + 3 * inner

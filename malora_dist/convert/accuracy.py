@@ -21,7 +21,7 @@ class Gap:
 
 
 def measure(model: Any, rows: Sequence[ChoiceItem] | Sequence[Sample], batch_tokens: int | str) -> dict[str, float]:
-    """The record of the model as it is now; `batch_tokens` may be `auto`."""
+    """Return the record of the model as it is now; `batch_tokens` may be `auto`."""
     items = [as_question(row) for row in rows]
     device, masked = next(model.parameters()).device, takes_mask(model)
     scores = score_items(

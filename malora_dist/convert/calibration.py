@@ -47,7 +47,7 @@ def calibration_samples(data: PreparedData, task_id: int, count: int) -> list[Sa
 def collect(
     model: nn.Module, samples: Sequence[Sample], downs: Mapping[str, Tensor] | None = None
 ) -> dict[str, LayerStatistics]:
-    """Statistics, on the CPU, of every routed layer over all tokens of the samples, which run packed, without dropout.
+    """Collect, on the CPU, statistics of each routed layer over all tokens of the samples, run packed, without dropout.
 
     `downs` are S (D, I) by layer; without them only gates are summed.
     """

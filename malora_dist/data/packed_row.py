@@ -26,12 +26,12 @@ class PackedRow:
     max_length: int  # tokens of the longest sequence
 
     def to(self, device: torch.device | str) -> Self:
-        """The same row with all tensors on a device; the host does not wait for the copies."""
+        """Return the same row with all tensors on a device; the host does not wait for the copies."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {n: to_device(v, device) for n, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
 def cumulative_lengths(lengths: Sequence[int] | Indices) -> Tensor:
-    """(S+1,) int32: where each of S sequences of a row begins, and where the last one ends."""
+    """Return where each of S sequences of a row begins, and where the last one ends, (S+1,) int32."""
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

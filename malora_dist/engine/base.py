@@ -111,7 +111,7 @@ def base_identity(config: RunConfig, folder: Path, world: World) -> dict[str, st
 
 
 def base_quantizer(config: RunConfig) -> str | None:
-    """The definition by which weights of the base become 4-bit codes, None if they do not."""
+    """Return the definition by which weights of the base become 4-bit codes, None if they do not."""
     return QUANTIZER if config.model.load_in_4bit else None
 
 

@@ -73,7 +73,7 @@ class GradientGuard:
         self.norms_P = torch.zeros_like(self.norms_P)
 
     def culprit(self, norms_P: Sequence[float]) -> str | None:
-        """The layer nearest the loss among those with a norm that is not finite, where backward met it first."""
+        """Return the layer nearest the loss among those with a norm that is not finite, where backward met it first."""
         bad = [layer for layer, norm in zip(self.layers, norms_P, strict=True) if not math.isfinite(norm)]
         return bad[-1] if bad else None
 

@@ -97,7 +97,7 @@ def _newest_in(path: Path) -> Path:
 
 
 def _compare_with_checkpoint(config: RunConfig, before: Manifest, where: str) -> tuple[str, ...]:
-    """Notes on what is different. Raises ConfigError for another recipe, CheckpointError for other 4-bit codes."""
+    """Note what is different. Raises ConfigError for another recipe, CheckpointError for other 4-bit codes."""
     notes = _compare(config, before.config, where)
     name, found, wanted = checkpoint_name(before.step), before.state.get("quantizer"), base_quantizer(config)
     if wanted is None or found == wanted:

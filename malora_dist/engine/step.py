@@ -41,7 +41,7 @@ class StepResult:
 
     @property
     def grad_norm(self) -> float:
-        """`norm` on the host: waits for the device."""
+        """Return `norm` on the host: waits for the device."""
         return float(self.norm)
 
 
@@ -150,7 +150,7 @@ class Stepper:
     def _check(
         self, number: int, batches: Sequence[MicroBatch], sums: "_Sums", step_counts: "_StepCounts"
     ) -> "_Totals":
-        """The step's sums over all processes, read by the host at once; raises if one of them is not finite."""
+        """Read the step's sums over all processes on the host at once; raises if one of them is not finite."""
         summed = sum_over_processes(torch.cat([sums.vector(), self.guard.norms_P]))
         supervised, tokens = step_counts.supervised[:-1], step_counts.tokens.reshape(1)
         G = len(self.task_names)
@@ -223,7 +223,7 @@ class _Sums:
 
 
 def sum_by_group(value_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
-    """(num_groups,) fp64: the sum of each group's values, in one order; `index_add` on CUDA has a new one each time.
+    """Sum each group's values in fp64 in one order, (num_groups,); `index_add` on CUDA has a new one each time.
 
     For few groups: it reads every value once for each.
     """

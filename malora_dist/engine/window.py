@@ -57,7 +57,7 @@ class Window:
         return record
 
     def _measured(self) -> tuple[float, list[float], list[float]]:
-        """Most memory any process took; bytes all exchanged, and gradient norm, of each step. One wait of the host."""
+        """Return the most memory any process took; bytes all exchanged, and gradient norm, of each step. Waits once."""
         device, n = self.stepper.world.device, len(self.results)
         peak = max_over_processes(torch.tensor([peak_memory_gib(device)], dtype=torch.float64, device=device))
         sent = torch.tensor([r.exchange_bytes for r in self.results], dtype=torch.float64, device=device)
@@ -106,13 +106,13 @@ class Window:
 
 
 def _numbers(result: StepResult) -> dict[str, Any]:
-    """The fields of a result that are numbers of the host, and the same on every process."""
+    """Return the fields of a result that are numbers of the host, and the same on every process."""
     other = ("expert_counts_GLE", "exchange_bytes", "norm")
     return {name: value for name, value in vars(result).items() if name not in other}
 
 
 def _result(row: Mapping[str, Any], is_main: bool) -> StepResult:
-    """The step of a row of `state_dict`."""
+    """Return the step of a row of `state_dict`."""
     numbers = {name: value for name, value in row.items() if name not in ("grad_norm", "exchange_bytes")}
     norm = torch.tensor(row["grad_norm"], dtype=torch.float64)
     sent = row["exchange_bytes"] * is_main

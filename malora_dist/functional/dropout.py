@@ -37,12 +37,12 @@ def keep_mask(keys_T: Tensor, salt: int, num_features: int, p: float) -> Tensor:
 
 
 def keep_limit(p: float) -> int:
-    """Numbers of 15 bits below this limit are kept."""
+    """Return the limit below which numbers of 15 bits are kept."""
     return min(round((1 - p) * 2**15), 2**15 - 1)
 
 
 def _keep_bits(keys_T: Tensor, salt: int, num_features: int, p: float) -> Tensor:
-    """The mask as int16: all bits set where a number is kept, none where it is dropped."""
+    """Return the mask as int16: all bits set where a number is kept, none where it is dropped."""
     # One 32-bit number decides over two neighbouring features: drawing them is most of the cost.
     columns = _mix(torch.arange((num_features + 1) // 2, dtype=torch.int32, device=keys_T.device))
     bits = _mix((keys_T + salt)[:, None] + columns).view(torch.int16)[:, :num_features]

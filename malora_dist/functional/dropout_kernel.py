@@ -11,7 +11,7 @@ BLOCK_T, BLOCK_I = 16, 256
 
 @triton.jit
 def mix(bits: tl.tensor) -> tl.tensor:
-    """The mixing of `functional.dropout`, on uint32."""
+    """Mix bits as `functional.dropout` does, on uint32."""
     bits ^= bits >> 16
     bits *= 0x7FEB352D
     bits ^= bits >> 15
@@ -35,7 +35,7 @@ def drop_rows(
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ) -> None:
-    """out (T, I) = x where its mask keeps it, else 0; with ADD that is added to out. Grid: blocks of T, of I."""
+    """Write x where its mask keeps it, else 0, to out (T, I); with ADD add it there. Grid: blocks of T, of I."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = (rows < T)[:, None] & (columns < I)[None, :]

@@ -102,7 +102,7 @@ class _Enter(torch.autograd.Function):
 def _dropped_gradients(
     ctx: Any, x_TI: Tensor, keys_T: Tensor, weights: Sequence[Tensor], grad_h_TW: Tensor, grad_TI: Tensor
 ) -> list[Tensor]:
-    """The gradients of the downs, which read the dropped x; that of x is added to `grad_TI`."""
+    """Return the gradients of the downs, which read the dropped x; add that of x to `grad_TI`."""
     downs, alpha, grads = slice(ctx.num_downs), 1 / (1 - ctx.p), []
     if ctx.needs_input_grad[0]:
         part_TI = scaled_product(grad_h_TW, _rows(weights, downs, x_TI.dtype, ctx.copies), alpha)
@@ -114,7 +114,7 @@ def _dropped_gradients(
 
 
 def _rows(weights: Sequence[Tensor], part: slice, dtype: torch.dtype, copies: WeightCopies | None) -> Tensor:
-    """(N, I) in `dtype`, all rows of a part of the weights. Kept are those of all, where their dtype is another."""
+    """Return all rows (N, I) of a part of weights in `dtype`. Kept are those of all where their dtype is another."""
     if copies is None or weights[0].dtype == dtype:
         return _stack(weights[part], dtype)
     rows_NI = copies.get("rows", dtype, lambda: _stack(weights, dtype))
@@ -130,6 +130,6 @@ def _stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _unstack(grad_NI: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of each weight, a view of that of all their rows."""
+    """Return the gradient of each weight, a view of that of all their rows."""
     parts = grad_NI.to(weights[0].dtype).split([weight.numel() // weight.shape[-1] for weight in weights])
     return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]

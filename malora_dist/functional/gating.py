@@ -7,7 +7,7 @@ from malora_dist.functional.operators import operator
 
 
 def _weights(gates_TE: Tensor, R: int, scaling: float, dtype: torch.dtype) -> Tensor:
-    """s * g, (T, E*R)."""
+    """Return s * g, (T, E*R)."""
     return (gates_TE * scaling).to(dtype).repeat_interleave(R, dim=1, output_size=gates_TE.shape[1] * R)
 
 

@@ -18,7 +18,7 @@ BLOCK_N = 256
 def tile(
     T: tl.tensor, E: tl.tensor, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Tokens (t, 1, 1) and experts (1, e, 1) of this program's tile, columns (1, e, r) of z, and which cells exist."""
+    """Return tokens (t, 1, 1) and experts (1, e, 1) of this program, columns (1, e, r) of z, and which cells exist."""
     t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None, None]
     e = (tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E))[None, :, None]
     r = tl.arange(0, BLOCK_R)[None, None, :]
@@ -29,7 +29,7 @@ def tile(
 def gates_of(
     gates_ptr: tl.tensor, t: tl.tensor, e: tl.tensor, T: tl.tensor, E: tl.tensor, scaling: tl.tensor
 ) -> tl.tensor:
-    """(t, e, 1): scaling * gate."""
+    """Return scaling * gate, (t, e, 1)."""
     return tl.load(gates_ptr + t * E + e, mask=(t < T) & (e < E), other=0.0) * scaling
 
 
@@ -48,7 +48,7 @@ def gate_rows(
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """out = z * gate * scaling. Grid: blocks of T, blocks of E."""
+    """Write out = z * gate * scaling. Grid: blocks of T, blocks of E."""
     t, e, n, mask = tile(T, E, R, BLOCK_T, BLOCK_E, BLOCK_R)
     weights = gates_of(gates_ptr, t, e, T, E, scaling).to(out_ptr.dtype.element_ty)
     z = tl.load(z_ptr + t * z_stride + n, mask=mask, other=0.0)
@@ -73,7 +73,7 @@ def gate_rows_backward(
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """out = z * gate * scaling, grad_gates = scaling <grad, z> by expert, grad *= gate * scaling. Grid as above."""
+    """Write out = z * gate * scaling, grad_gates = scaling <grad, z> of experts, grad *= gate * scaling. Same grid."""
     t, e, n, mask = tile(T, E, R, BLOCK_T, BLOCK_E, BLOCK_R)
     weights = gates_of(gates_ptr, t, e, T, E, scaling).to(out_ptr.dtype.element_ty).to(COMPUTE)
     z = tl.load(z_ptr + t * z_stride + n, mask=mask, other=0.0).to(COMPUTE)
@@ -87,7 +87,7 @@ def gate_rows_backward(
 
 
 def launch_forward(z_TN: Tensor, gates_TE: Tensor, scaling: float) -> Tensor:
-    """(T, E*R): z * gate * scaling."""
+    """Return z * gate * scaling, (T, E*R)."""
     out_TN = z_TN.new_empty(z_TN.shape)
     if out_TN.numel() > 0:
         z_TN, gates_TE = _rows(z_TN), gates_TE.contiguous()
@@ -97,7 +97,7 @@ def launch_forward(z_TN: Tensor, gates_TE: Tensor, scaling: float) -> Tensor:
 
 
 def launch_backward(grad_TN: Tensor, z_TN: Tensor, gates_TE: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """The product (T, E*R) again and the gradient of the gates (T, E); `grad_TN` becomes that of z."""
+    """Return the product (T, E*R) again and the gradient of the gates (T, E); turn `grad_TN` into that of z."""
     assert grad_TN.is_contiguous()
     out_TN, grad_gates_TE = z_TN.new_empty(z_TN.shape), gates_TE.new_empty(gates_TE.shape)
     if out_TN.numel() > 0:
@@ -113,7 +113,7 @@ def _rows(z_TN: Tensor) -> Tensor:
 
 
 def _arguments(z_TN: Tensor, gates_TE: Tensor) -> tuple[dict[str, Any], tuple[int, int]]:
-    """What both kernels take behind their tensors and the scaling, and their grid."""
+    """Return what both kernels take behind their tensors and the scaling, and their grid."""
     T, E = gates_TE.shape
     R = z_TN.shape[1] // E
     block_r = triton.next_power_of_2(R)

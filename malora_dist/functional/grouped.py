@@ -134,7 +134,7 @@ class _TritonExperts(torch.autograd.Function):
 def _expert_weights(
     core_ERD: Tensor | None, B_EOR: Tensor, dtype: torch.dtype, copies: WeightCopies | None
 ) -> tuple[Tensor | None, Tensor]:
-    """The core (E, R, D) if there is one, and B (E, R, O), in the dtype of the products."""
+    """Return the core (E, R, D) if there is one, and B (E, R, O), in the dtype of the products."""
     E, O, R = B_EOR.shape  # noqa: E741
     core = None if core_ERD is None else expert_rows(core_ERD, dtype, copies, "core").view(E, R, -1)
     return core, expert_rows(B_EOR, dtype, copies, "B", transpose=True).view(E, R, O)

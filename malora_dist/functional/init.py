@@ -39,7 +39,7 @@ def shared_subspace_init(K_EDI: Tensor, r: int, beta: float) -> tuple[Tensor, Te
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """How BLAS adds up depends on the number of threads, and processes may have different ones."""
+    """Use one thread: how BLAS adds up depends on their number, and processes may have different ones."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

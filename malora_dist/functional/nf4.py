@@ -45,7 +45,7 @@ class Tables(NamedTuple):
 
 @cache
 def tables(device: torch.device) -> Tables:
-    """The fp32 tables on a device, made at the first call for it."""
+    """Return the fp32 tables on a device, made at the first call for it."""
     # Neither inference mode nor a default device of the first caller may show in what later ones get.
     with torch.inference_mode(False), torch.device("cpu"):
         values, scale_values = torch.tensor(CODES, dtype=torch.float32), bnb.create_dynamic_map()
@@ -58,7 +58,7 @@ def _middles(values: Tensor) -> Tensor:
 
 
 def _sections(numel: int, double_quant: bool) -> list[int]:
-    """Bytes of codes, and of scales: fp32, or 8-bit codes and then their scales and offset in fp32."""
+    """Count bytes of codes, and of scales: fp32, or 8-bit codes and then their scales and offset in fp32."""
     blocks = math.ceil(numel / BLOCK)
     scales = [blocks, 4 * math.ceil(blocks / SCALE_BLOCK) + 4] if double_quant else [4 * blocks]
     return [math.ceil(numel / 2), *scales]
@@ -71,7 +71,7 @@ def nf4_bytes(numel: int, double_quant: bool = False) -> int:
 
 @torch.no_grad()
 def quantize_nf4(weight_OI: Tensor, double_quant: bool = False) -> Tensor:
-    """uint8 blob of a weight matrix of any float dtype, on its device; the same bytes on every device.
+    """Return the uint8 blob of a weight matrix of any float dtype, on its device; the same bytes on every device.
 
     A block's scale is its largest magnitude, and a weight's code the one whose value is nearest to weight * (1 / scale)
     in fp32, the lower one of two. Scales are quantised like weights, less their mean, with the 8-bit code.
@@ -91,7 +91,7 @@ def quantize_nf4(weight_OI: Tensor, double_quant: bool = False) -> Tensor:
 
 
 def _nearest(values: Tensor, block: int, middles: Tensor) -> tuple[Tensor, Tensor]:
-    """A code for every value, and for zeros that fill the last block; and the largest magnitude of each block."""
+    """Return a code for each value, and for zeros that fill the last block; and the largest magnitude of each block."""
     missing = -len(values) % block
     rows = (F.pad(values, (0, missing)) if missing else values).view(-1, block)
     absmax = rows.abs().amax(dim=1)
@@ -102,7 +102,7 @@ def _nearest(values: Tensor, block: int, middles: Tensor) -> tuple[Tensor, Tenso
 
 
 def _mean(values: Tensor) -> Tensor:
-    """The mean (1,) of fp32 numbers, added up in fp64 and in an order that no device and no thread count chooses."""
+    """Return the mean (1,) of fp32 numbers, added in fp64, in an order that no device and no thread count chooses."""
     total = F.pad(values.double(), (0, (1 << (len(values) - 1).bit_length()) - len(values)))
     while len(total) > 1:
         half = len(total) // 2
@@ -120,7 +120,7 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 def dequantize_nf4(blob: Tensor, shape: tuple[int, int], dtype: torch.dtype, double_quant: bool = False) -> Tensor:
-    """The weight matrix (O, I) that a blob stands for, in fp32, bf16 or fp16, rounded as bitsandbytes' Linear4bit does.
+    """Return the weight (O, I) that a blob stands for, in fp32, bf16 or fp16, rounded as bitsandbytes' Linear4bit does.
 
     One kernel, or three with double quantisation, and one more where the blob's fp32 numbers are not aligned.
     """
@@ -140,7 +140,7 @@ def dequantize_nf4(blob: Tensor, shape: tuple[int, int], dtype: torch.dtype, dou
 
 
 def _floats(part: Tensor) -> Tensor:
-    """Bytes as fp32 numbers; copied if they begin where such numbers must not, as in a slice that ZeRO-3 gathered."""
+    """View bytes as fp32 numbers, or copy them if they are not aligned, as in a slice that ZeRO-3 gathered."""
     # Addresses are not known while torch.compile traces.
     aligned = not torch.compiler.is_compiling() and part.storage_offset() % torch.float32.itemsize == 0
     return (part if aligned else part.clone()).view(torch.float32)

@@ -36,7 +36,7 @@ def route(x_TI: Tensor, gate_EI: Tensor, top_k: int, normalize: bool = False) ->
 
 
 def choose(logits_TE: Tensor, top_k: int, normalize: bool = False) -> Routing:
-    """The same from the router's logits; a dimension before T is that of several routers."""
+    """Choose from the router's logits; a dimension before T is that of several routers."""
     return Routing(*_Choose.apply(logits_TE, top_k, normalize))
 
 

@@ -28,7 +28,7 @@ def choose_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ) -> None:
-    """Probabilities, the K largest, and their gates, of N = L * T rows: those of L routers. Grid: blocks of N."""
+    """Write probabilities, the K largest, and their gates, of N = L * T rows: those of L routers. Grid: blocks of N."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     experts = tl.arange(0, BLOCK_E)
     there = (rows < N)[:, None] & (experts < E)[None, :]
@@ -74,7 +74,7 @@ def choose_rows_backward(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ) -> None:
-    """The gradient of the logits, with the strides given. Grid: blocks of N."""
+    """Write the gradient of the logits, with the strides given. Grid: blocks of N."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     experts = tl.arange(0, BLOCK_E)
     there = (rows < N)[:, None] & (experts < E)[None, :]
@@ -99,7 +99,7 @@ def choose_rows_backward(
 
 
 def launch_forward(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates (..., T, E), ids (..., T, K) and probabilities of logits (..., T, E) of any strides but in E."""
+    """Return gates (..., T, E), ids (..., T, K) and probabilities of logits (..., T, E) of any strides but in E."""
     shape = logits_TE.shape
     gates_TE, probs_TE = (logits_TE.new_empty(shape) for _ in range(2))
     ids_TK = logits_TE.new_empty((*shape[:-1], top_k), dtype=torch.int64)
@@ -129,7 +129,7 @@ def launch_backward(
 
 
 def _launch(logits_TE: Tensor) -> tuple[tuple[int, ...], dict[str, int], tuple[int]]:
-    """N, T and strides of routers and tokens; E and the tile; the grid."""
+    """Return N, T and strides of routers and tokens; E and the tile; the grid."""
     T, E = logits_TE.shape[-2:]
     N = logits_TE.numel() // E
     router_stride = logits_TE.stride(0) if logits_TE.dim() == 3 else 0

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def scaled_product(left_MK: Tensor, right_KN: Tensor, alpha: float) -> Tensor:
-    """(M, N): alpha * left @ right, rounded once."""
+    """Compute alpha * left @ right, (M, N), rounded once."""
     if alpha == 1:
         return left_MK @ right_KN
     # With beta = 0 nothing of the first argument is read.

@@ -80,7 +80,7 @@ def count_gpus(environment: Mapping[str, str]) -> int:
 
 
 def visible_gpus() -> int:
-    """Number of GPUs a run may use, at least 1: without any, one process runs on the CPU."""
+    """Return the number of GPUs a run may use, at least 1: without any, one process runs on the CPU."""
     return max(1, count_gpus(os.environ))
 
 
@@ -91,7 +91,7 @@ def launcher_path(name: str = "deepspeed") -> str:
 
 
 def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for the launcher: this Python's scripts (ninja, deepspeed) come first on PATH; the allocator."""
+    """Return the launcher's environment: this Python's scripts (ninja, deepspeed) come first on PATH; the allocator."""
     scripts = str(Path(sys.executable).parent)
     own = {**environment, **allocator_variables(environment)}
     return {**own, "PATH": os.pathsep.join([scripts, environment.get("PATH", os.defpath)])}

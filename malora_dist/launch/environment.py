@@ -11,7 +11,7 @@ OLDER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def allocator_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """PYTORCH_ALLOC_CONF for processes with a GPU; empty if it, or the older PYTORCH_CUDA_ALLOC_CONF, is set.
+    """Return PYTORCH_ALLOC_CONF for processes with a GPU; nothing if it, or the older PYTORCH_CUDA_ALLOC_CONF, is set.
 
     Every micro-batch has another number of tokens. With segments that grow, memory freed in one size serves the next.
     """

@@ -141,7 +141,7 @@ class MixtureLinear(nn.Module):
 
     @property
     def form(self) -> str:
-        """How the experts here are summed: `dense`, `grouped` or `grouped_triton`."""
+        """Say how the experts here are summed: `dense`, `grouped` or `grouped_triton`."""
         device = self.B.device
         if not self.routed or self.computation != "auto":
             return self.computation if self.routed else "dense"
@@ -153,7 +153,7 @@ class MixtureLinear(nn.Module):
 
     @property
     def grouped(self) -> bool:
-        """Whether the rows of chosen experts alone are multiplied."""
+        """Return whether the rows of chosen experts alone are multiplied."""
         return self.form != "dense"
 
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -49,7 +49,7 @@ def varlen_attention(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a transformers model's layer: q (1,H,T,D), k and v (1,G,T,D) -> (1,T,H,D).
+    """Compute the attention of a transformers model's layer: q (1,H,T,D), k and v (1,G,T,D) -> (1,T,H,D).
 
     Raises ConfigError if the model asks for what these kernels do not compute, or hands no lengths on.
     """
@@ -72,7 +72,7 @@ def varlen_attention(
 def torch_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scale: float, window: int | None
 ) -> Tensor:
-    """PyTorch's kernel. Its signature changed: 2.10 says `is_causal`, later versions say it as a window."""
+    """Call PyTorch's kernel. Its signature changed: 2.10 says `is_causal`, later versions say it as a window."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -96,7 +96,7 @@ def torch_varlen(
 def flash_attn_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scale: float, window: int | None
 ) -> Tensor:
-    """The kernel of the package flash_attn."""
+    """Call the kernel of the package flash_attn."""
     from flash_attn import flash_attn_varlen_func
 
     result: Tensor = flash_attn_varlen_func(
@@ -116,12 +116,12 @@ def flash_attn_varlen(
 
 
 def _window(window: int | None) -> tuple[int, int]:
-    """How many tokens a token sees before and after itself; a window of transformers counts the token too."""
+    """Count the tokens that a token sees before and after itself; a window of transformers counts the token too."""
     return (-1 if window is None else window - 1, 0)
 
 
 def one_mask_fits(config: Any, model_class: Any) -> bool:
-    """Whether a (1,1,T,T) mask can replace all masks that a model would make: no layer has a window or chunks."""
+    """Return whether a (1,1,T,T) mask can replace all masks of the model: no layer has a window or chunks."""
     config = config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -130,7 +130,7 @@ def one_mask_fits(config: Any, model_class: Any) -> bool:
 
 
 def takes_mask(model: Any) -> bool:
-    """Whether the model, as it is loaded, attends by whatever mask it is given."""
+    """Return whether the model, as it is loaded, attends by whatever mask it is given."""
     return _is_masked(model) and one_mask_fits(model.config, type(model))
 
 
@@ -145,7 +145,7 @@ def attention_arguments(
     token_sample: Tensor,
     token_branch: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What the model's forward is to be told of a packed row; without waiting for the device.
+    """Return what the model's forward is to be told of a packed row; without waiting for the device.
 
     `token_branch` makes a tree of each sample: its tokens of branch 0, then branches that see 0 and themselves. Only
     where `takes_mask`.
@@ -161,7 +161,7 @@ def attention_arguments(
 
 
 def packed_mask(token_sample_T: Tensor, token_branch_T: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(1, 1, T, T), to be added to scores: 0 where a token sees another, else -inf.
+    """Return what is added to scores, (1, 1, T, T): 0 where a token sees another, else -inf.
 
     Kernels that convert or copy masks would do it in every layer: so it has the dtype of the scores, and rows that
     begin at multiples of 16 numbers.

@@ -78,7 +78,7 @@ def start_processes(timeout_seconds: float) -> World:
 
 
 def _takes_a_gpu() -> bool:
-    """Whether this process computes on a GPU; where DS_ACCELERATOR=cpu refuses them it does not see any from now on."""
+    """Return whether this process computes on a GPU; where DS_ACCELERATOR=cpu refuses them, hide them from now on."""
     if refuses_gpus(os.environ):
         # The deepspeed launcher has named devices all the same, and libraries would take them.
         os.environ.update(dict.fromkeys(VISIBLE_DEVICES, ""))

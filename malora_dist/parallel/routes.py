@@ -38,14 +38,14 @@ class Routes:
 
 
 def owner_mask(expert_ids_LTK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
-    """(W, L, T) bool: whether rank w owns an expert that token t goes to in layer l."""
+    """Return whether rank w owns an expert that token t goes to in layer l, (W, L, T) bool."""
     owners_LTK = expert_ids_LTK // (num_experts // num_ranks)
     mask_LTW = torch.zeros(*owners_LTK.shape[:2], num_ranks, dtype=torch.bool, device=owners_LTK.device)
     return mask_LTW.scatter_(2, owners_LTK, True).permute(2, 0, 1).contiguous()
 
 
 def positions(mask_LWT: Tensor, num_rows_L: Sequence[int], rows_per_token: int) -> tuple[Positions, ...]:
-    """For each of L layers the order of the true cells of `mask_LWT`, of which there are `num_rows_L`."""
+    """Return for each of L layers the order of the true cells of `mask_LWT`, of which there are `num_rows_L`."""
     _, owners, tokens = torch.nonzero_static(mask_LWT, size=sum(num_rows_L)).unbind(dim=1)
     row_LWT = (mask_LWT.flatten(1).cumsum(dim=1) - 1).view(mask_LWT.shape)
     none_L11 = mask_LWT.sum(dim=(1, 2), keepdim=True)
@@ -57,7 +57,7 @@ def positions(mask_LWT: Tensor, num_rows_L: Sequence[int], rows_per_token: int) 
 
 
 def make_routes(expert_ids_LTK: Sequence[Tensor], num_experts: int, group: dist.ProcessGroup) -> Routes:
-    """Routes of L layers' tokens through `group`, with one exchange of counts, for which the host waits once."""
+    """Route L layers' tokens through `group`, with one exchange of counts, for which the host waits once."""
     W, L = dist.get_world_size(group), len(expert_ids_LTK)
     mask_WLT = owner_mask(torch.stack(list(expert_ids_LTK)), num_experts, W)
     sent = mask_WLT.sum(dim=2)

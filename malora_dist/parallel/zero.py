@@ -165,7 +165,7 @@ def join_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
 
 
 def gather_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """All owners' slices together, where they are, if `parameter` is one of experts; otherwise the tensor itself."""
+    """Return all owners' slices together, where they are, if `parameter` is one of experts; else the tensor itself."""
     name = getattr(parameter, "group_name", None)
     if name is None:
         return tensor

@@ -49,12 +49,12 @@ def block_bytes(run: Run) -> int:
 
 
 def _mask_bytes(run: Run) -> int:
-    """The mask of all layers, in the base's dtype, in rows that are a multiple of 16 numbers apart."""
+    """Count the mask of all layers, in the base's dtype, in rows that are a multiple of 16 numbers apart."""
     return run.tokens * -(-run.tokens // 16) * 16 * run.itemsize if run.masked else 0
 
 
 def _attention_bytes(run: Run) -> int:
-    """q, k, v and the output; with a mask k and v repeated for all heads.
+    """Count q, k, v and the output; with a mask k and v repeated for all heads.
 
     Eager attention keeps the (heads, T, T) probabilities too: in fp32, and in the base's dtype if that is another.
     """

@@ -65,7 +65,7 @@ def _adapter_tensors(run: Run, linear: Linear) -> Iterator[Stored]:
 
 
 def weight_copy_bytes(run: Run) -> int:
-    """Bytes of the trained weights rounded to the base's dtype, which are whole on every rank during a step.
+    """Count bytes of the trained weights rounded to the base's dtype, which are whole on every rank during a step.
 
     They are kept where the base has another dtype than fp32 (`functional.weight_copies`). DoRA rounds its weights
     inside of the graph, and the kernels of grouped_triton, which `auto` takes beyond the break-even, tile by tile.

@@ -69,7 +69,7 @@ class Run:
 
     @property
     def masked(self) -> bool:
-        """Whether attention gets a (T, T) mask that keeps packed samples apart; varlen attention needs none."""
+        """Return whether attention gets a (T, T) mask that keeps packed samples apart; varlen attention needs none."""
         return self.micro_batch > 1 and self.attention not in VARLEN
 
     @property

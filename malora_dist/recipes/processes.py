@@ -31,7 +31,7 @@ def demo_processes(gpus: int, legal: Sequence[int], *, spread: bool) -> tuple[di
 
 
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
-    """Command line. Returns the exit status."""
+    """Run the command line. Returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     if list(given) not in ([], ["--spread"]):
         print("usage: python -m malora_dist.recipes.processes [--spread]", file=sys.stderr)

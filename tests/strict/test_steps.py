@@ -16,7 +16,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero1 ep2": {"zero_stage": 1, "accumulation": 1, "ep_size": 2, "load_in_4bit": True, "computation": "grouped"},
     "zero2 offload": {"zero_stage": 2, "accumulation": 1, "offload": True, "method": "hydralora"},
     "zero3": {"zero_stage": 3, "accumulation": 1, "load_in_4bit": True, "double_quant": True, "method": "dora"},
-    "zero3 ep2": {"zero_stage": 3, "ep_size": 2, "fuse_siblings": True, "gradient_checkpointing": True},
+    "zero3 ep2": {"zero_stage": 3, "ep_size": 2, "gradient_checkpointing": True},
     "zero3 offload ep2": {"zero_stage": 3, "accumulation": 1, "offload": True, "ep_size": 2, "load_in_4bit": True},
 }
 FAULTS = {"weight": {"fault": "weight", "zero_stage": 3}, "backward": {"fault": "backward", "zero_stage": 1}}

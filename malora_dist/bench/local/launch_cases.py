@@ -94,7 +94,7 @@ class Stage:
 
     @classmethod
     def of(cls, case: str, hidden: int, tokens: int, dtype: torch.dtype, *, load_in_4bit: bool) -> "Stage":
-        """Random weights and numbers; inside of a StrictDevice."""
+        """Draw random weights and numbers; inside of a StrictDevice."""
         module, targets = CASES[case]
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -102,7 +102,7 @@ class Stage:
         return cls(Base.of(model.to(TYPE), targets, load_in_4bit=load_in_4bit, peft=False), x_BTI)
 
     def counts(self, contestant: Contestant, dropout: float, device: StrictDevice) -> Counted:
-        """launches, waits, atomics and nbytes of a forward and backward, after one that fills what is kept."""
+        """Count launches, waits, atomics and nbytes of a forward and backward, after one that fills what is kept."""
         adapted = build(contestant, self.base, dropout=dropout)
         self._pass(adapted)
         device.counts.reset()
@@ -127,5 +127,5 @@ def _keys(tokens: int) -> Tensor:
 
 
 def above(found: Mapping[str, int], base: Mapping[str, int]) -> Counted:
-    """What a contestant adds to the base's counts."""
+    """Return what a contestant adds to the base's counts."""
     return {kind: number - base[kind] for kind, number in found.items()}

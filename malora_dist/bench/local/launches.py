@@ -65,7 +65,7 @@ def _dropouts(text: str) -> list[float]:
 
 
 def _taking_part(options: LaunchOptions) -> dict[str, Contestant]:
-    """The base, and those of --only or all that can be counted here."""
+    """Return the base, and those of --only or all that can be counted here."""
     names = list(CONTESTANTS) if options.only is None else [name.strip() for name in options.only.split(",")]
     unknown = [name for name in names if name not in CONTESTANTS]
     if unknown:
@@ -89,7 +89,7 @@ def count(
     dropouts: list[float],
     device: StrictDevice,
 ) -> Iterator[Record]:
-    """Records of one case, at each dropout."""
+    """Yield the records of one case, at each dropout."""
     dtype = getattr(torch, DTYPES[options.dtype])
     stage = Stage.of(case, options.hidden, options.tokens, dtype, load_in_4bit=options.base == "nf4")
     base = stage.counts(contestants[BASE], 0.0, device)

@@ -15,7 +15,7 @@ PACKAGES = ("transformers", "peft", "bitsandbytes", "triton")
 
 
 def ready_device(name: str, threads: int | None = None, dtype: str | None = None) -> torch.device:
-    """The device by its name, and the number of threads set if given.
+    """Return the device by its name, and set the number of threads if given.
 
     Raises ConfigError if there is no such device, or one that cannot compute, or not in `dtype`.
     """

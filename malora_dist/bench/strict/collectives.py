@@ -13,7 +13,7 @@ from malora_dist.bench.strict.rules import OnDevice, mapped, tensors_of
 def check_collective(
     name: str, args: Sequence[Any], kwargs: dict[str, Any], host_groups: Sequence[Any], on_device: OnDevice
 ) -> bool:
-    """Whether the group is one for host tensors, as gloo's beside NCCL's.
+    """Return whether the group is one for host tensors, as gloo's beside NCCL's.
 
     Raises RuntimeError for tensors of the other place, and ValueError for a tensor that is not contiguous.
     """
@@ -30,7 +30,7 @@ def check_collective(
 def on_host_tensors(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any], host: Callable[[Any], Any], wrap: Callable[[Tensor], Tensor]
 ) -> Any:
-    """The collective on the host tensors; results that are arguments are the very arguments."""
+    """Run the collective on the host tensors; results that are arguments are the very arguments."""
     arguments = {id(host(tensor)): tensor for tensor in tensors_of(args, kwargs)}
     result = func(*mapped(host, args), **mapped(host, kwargs))
 

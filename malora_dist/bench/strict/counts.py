@@ -38,11 +38,11 @@ class Counts:
             counter.clear()
 
     def totals(self) -> dict[str, int]:
-        """The sum of each kind."""
+        """Return the sum of each kind."""
         return {kind: sum(getattr(self, kind).values()) for kind in (*KINDS, "nbytes")}
 
     def report(self, most: int = 12) -> str:
-        """The counts as text, the most frequent first."""
+        """Return the counts as text, the most frequent first."""
         lines = []
         for kind in KINDS:
             counter: Counter[str] = getattr(self, kind)

@@ -148,7 +148,7 @@ def note(kind: str, name: str, number: int = 1) -> None:
 
 
 def copy_between(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    """A copy that no mode has seen, such as that of torch.tensor(numbers, device=...)."""
+    """Copy where no mode has seen it, such as in torch.tensor(numbers, device=...)."""
     note("launches", "aten._copy_from")
     if on_device(source) != on_device(target) and not non_blocking:
         note("waits", "aten._copy_from")
@@ -157,7 +157,7 @@ def copy_between(source: Tensor, target: Tensor, non_blocking: bool = False) -> 
 
 
 def on_device(leaf: Any) -> bool:
-    """Whether it is a tensor of the device."""
+    """Return whether it is a tensor of the device."""
     return isinstance(leaf, StrictTensor)
 
 
@@ -166,7 +166,7 @@ def _host(leaf: Any) -> Any:
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The operation by CUDA's rules, on the host tensors behind its arguments."""
+    """Run the operation by CUDA's rules, on the host tensors behind its arguments."""
     name = rules.name_of(func)
     if name.startswith("c10d."):
         return _run_collective(func, name, args, kwargs)
@@ -196,7 +196,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _run_on_host(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The operation of host tensors alone; pinned memory is memory that says so."""
+    """Run the operation of host tensors alone; pinned memory is memory that says so."""
     if not StrictDevice.active:
         return func(*args, **kwargs)
     pinned = StrictDevice.active[-1].pinned
@@ -210,7 +210,7 @@ def _run_on_host(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any
 
 
 def _host_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for the host's form of an operation."""
+    """Return the keyword arguments for the host's form of an operation."""
     settings: dict[str, Any] = rules.mapped(_host, kwargs)
     if settings.get("device") is not None:
         settings["device"] = torch.device("cpu")

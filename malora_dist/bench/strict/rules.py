@@ -74,7 +74,7 @@ PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.addbmm", 
 
 @cache
 def name_of(func: Any) -> str:
-    """As `aten.add.Tensor`."""
+    """Return the name, as `aten.add.Tensor`."""
     return str(func)
 
 
@@ -84,7 +84,7 @@ def _tagged(func: Any, tag: torch.Tag) -> bool:
 
 
 def tensors_of(*values: Any) -> list[Tensor]:
-    """All tensors in nested arguments or results."""
+    """Return all tensors in nested arguments or results."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -97,7 +97,7 @@ def tensors_of(*values: Any) -> list[Tensor]:
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Nested arguments or results with every tensor replaced; PyTorch's own does this for any kind of tree, slowly."""
+    """Replace every tensor in nested arguments or results; PyTorch's own does this for any kind of tree, slowly."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, list):
@@ -135,7 +135,7 @@ def _not_allowed(
     kwargs: dict[str, Any],
     on_device: OnDevice,
 ) -> list[Tensor]:
-    """Those of the host tensors that stand where CUDA takes none."""
+    """Return those of the host tensors that stand where CUDA takes none."""
     target = args[0] if args and isinstance(args[0], Tensor) else None
     if host_indices(name, args, on_device):
         strangers = [t for t in strangers if all(t is not index for index in args[1])]
@@ -147,7 +147,7 @@ def _not_allowed(
 
 
 def host_indices(name: str, args: Sequence[Any], on_device: OnDevice) -> int:
-    """The number of host tensors that index a tensor of the device: each is copied there first, which waits."""
+    """Count the host tensors that index a tensor of the device: each is copied there first, which waits."""
     if not name.startswith(INDEXING) or not on_device(args[0]):
         return 0
     return sum(index is not None and not on_device(index) for index in args[1])
@@ -155,12 +155,12 @@ def host_indices(name: str, args: Sequence[Any], on_device: OnDevice) -> int:
 
 @cache
 def launches(func: Any) -> bool:
-    """Whether the operation starts a kernel or a copy."""
+    """Return whether the operation starts a kernel or a copy."""
     return not func.is_view and not name_of(func).startswith(LAUNCHES_NOTHING)
 
 
 def waits(func: Any, args: Sequence[Any], kwargs: dict[str, Any], on_device: OnDevice) -> bool:
-    """Whether the host waits until the device has done everything before."""
+    """Return whether the host waits until the device has done everything before."""
     name = name_of(func)
     if name.startswith(WAITS) or _tagged(func, torch.Tag.data_dependent_output):
         return True
@@ -178,7 +178,7 @@ def waits(func: Any, args: Sequence[Any], kwargs: dict[str, Any], on_device: OnD
 
 
 def _ends_of_copy(name: str, args: Sequence[Any], kwargs: dict[str, Any], on_device: OnDevice) -> tuple[bool, bool]:
-    """Whether source and target are on the device."""
+    """Return whether source and target are on the device."""
     if not name.startswith("aten._to_copy."):
         return on_device(args[1]), on_device(args[0])
     source, wanted = on_device(args[0]), kwargs.get("device")
@@ -187,5 +187,5 @@ def _ends_of_copy(name: str, args: Sequence[Any], kwargs: dict[str, Any], on_dev
 
 @cache
 def adds_without_order(func: Any) -> bool:
-    """Whether numbers are added up by atomics, so that bits may differ from run to run."""
+    """Return whether numbers are added up by atomics, so that bits may differ from run to run."""
     return name_of(func).startswith(ATOMICS)
