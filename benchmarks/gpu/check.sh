@@ -10,7 +10,9 @@
 #
 # PYTHON  another python3              SITE         where .gpu-wheels are installed, once
 # OUT     where results are put        WORKERS      arguments of pytest, such as -n 8
-#                                      STAGE_LIMIT  seconds for each stage, instead of its own limit
+# LOGS    where stages write           STAGE_LIMIT  seconds for each stage, instead of its own limit
+# PARTS   where halves of the demo's model are kept, once they were beside the repository
+# WORK    where malora_train and malora_demo, the folders of runs, are made anew; the rest of it is left alone
 set -u
 export OUT=${OUT:-$PWD/.gpu/out} LOGS=${LOGS:-/tmp/malora_logs} PARTS=${PARTS:-/tmp/malora_parts}
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -35,15 +37,19 @@ keep_parts() { # of the demo's model, which may come here one by one
 }
 
 stage() { # name seconds command...
-  local name=$1 limit=${STAGE_LIMIT:-$2} start=$SECONDS verdict left=$((began + ${LIMIT:-390} - SECONDS))
+  local name=$1 own=${STAGE_LIMIT:-$2} start=$SECONDS verdict left=$((began + ${LIMIT:-390} - SECONDS)) limit
   shift 2
   if [ "$left" -lt 10 ]; then
     summary+=("$name not begun") failed=1
     return
   fi
-  [ "$left" -ge "$limit" ] || limit=$left
+  limit=$((left < own ? left : own))
   timeout -k 5 "$limit" "$@" >"$LOGS/$name.log" 2>&1
-  case $? in 0) verdict=PASS ;; 124 | 137) verdict="FAIL (over $limit s)" ;; *) verdict=FAIL ;; esac
+  case $? in
+    0) verdict=PASS ;;
+    124 | 137) if ((limit < own)); then verdict="CUT (LIMIT left $limit s of $own)"; else verdict="FAIL (over $limit s)"; fi ;;
+    *) verdict=FAIL ;;
+  esac
   echo "== $name: $verdict in $((SECONDS - start)) s"
   grep '^|' "$LOGS/$name.log" | cut -c1-320
   if [ "$verdict" != PASS ]; then
@@ -66,7 +72,7 @@ run() {
     core) for each in env tests layer nf4 train; do run $each; done ;;
     speed) for each in attention bench model; do run $each; done ;;
     tests) tests ;;
-    env) stage env 40 $PYTHON -m benchmarks.gpu.env ;;
+    env) stage env 60 $PYTHON -m benchmarks.gpu.env ;;
     layer) stage layer 90 $PYTHON -m benchmarks.gpu.layer ;;
     nf4) stage nf4 40 $PYTHON -m benchmarks.gpu.nf4 ;;
     train) stage train 170 $PYTHON -m benchmarks.gpu.train ;;

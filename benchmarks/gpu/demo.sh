@@ -5,7 +5,7 @@ if [ ! -f "$PARTS/a" ] || [ ! -f "$PARTS/b" ]; then
   echo "| no model: bring .gpu-a and .gpu-b here, together or one after the other"
   exit 1
 fi
-folder=${WORK:-/tmp/malora_demo}
+folder=${WORK:-/tmp}/malora_demo
 rm -rf "$folder" && mkdir -p "$folder/demo"
 cat "$PARTS/a" "$PARTS/b" >"$folder/demo/SmolLM2-135M-Instruct.Q4_1.gguf"
 cp -r .gpu/demo/tasks "$folder/demo/"

@@ -2,26 +2,65 @@
 
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from configparser import ConfigParser
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from benchmarks.gpu.measure import DEVICE, GPU
 from benchmarks.gpu.verdicts import Verdicts
 from malora_dist.engine.gpu import Gpu, architecture_problem
 from malora_dist.functional.triton_ready import missing_for_triton
 
-PACKAGES = ("triton", "transformers", "deepspeed", "bitsandbytes", "peft", "datasets", "pydantic", "pytest")
+# Beside what setup.cfg says the package needs: for `malora bench` and the tests. Triton has a verdict of its own.
+FOR_CHECKS = ("peft", "pytest", "pytest-timeout")
+
+
+def needed() -> list[Requirement]:
+    """What the package and its checks need, and what that needs in turn, as the first that asks for it does.
+
+    Builds of torch differ in what they need, and it is imported already.
+    """
+    config = ConfigParser()
+    config.read("setup.cfg")
+    lines = config["options"]["install_requires"].strip().splitlines()
+    asked = [Requirement(line) for line in (*lines, *FOR_CHECKS)]
+    found: dict[str, Requirement] = {}
+    for each in asked:  # it grows meanwhile
+        name = canonicalize_name(each.name)
+        if name in found or not (each.marker is None or each.marker.evaluate({"extra": ""})):
+            continue
+        found[name] = each
+        if name != "torch" and installed(each) is not None:
+            asked += map(Requirement, requires(each.name) or [])
+    return list(found.values())
+
+
+def installed(package: Requirement) -> str | None:
+    try:
+        return version(package.name)
+    except PackageNotFoundError:
+        return None
 
 
 def packages() -> str:
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} MISSING")
-    return ", ".join(found)
+    """Say how many packages were found and which are older or newer than asked for. Missing ones are an error."""
+    found = {each: installed(each) for each in needed()}
+    missing = [each.name for each, number in found.items() if number is None]
+    assert not missing, f"missing: {' '.join(missing)}"
+    other = [
+        f"{each.name} {number} is not {each.specifier}"
+        for each, number in found.items()
+        if not each.specifier.contains(str(number), prereleases=True)
+    ]
+    return f"{len(found)} found; {'; '.join(other) or 'of versions that fit'}"
+
+
+def main_versions() -> str:
+    names = ("triton", "transformers", "deepspeed", "bitsandbytes", "peft", "datasets", "pydantic", "pytest")
+    return ", ".join(f"{name} {installed(Requirement(name))}" for name in names)
 
 
 def bitsandbytes() -> str:
@@ -63,8 +102,8 @@ def main() -> int:
     verdicts = Verdicts()
     name = torch.cuda.get_device_name(0) if GPU else "no GPU"
     verdicts.say(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {name}, nvcc {shutil.which('nvcc')}")
-    verdicts.say(packages())
-    for check in (bitsandbytes, deepspeed, product, triton):
+    verdicts.say(main_versions())
+    for check in (packages, bitsandbytes, deepspeed, product, triton):
         verdicts.attempt(check.__name__, check)
     return verdicts.exit_code()
 

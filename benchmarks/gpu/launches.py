@@ -1,8 +1,7 @@
 """Kernels and waits of linears and a block on the GPU, beside what tests/strict/counts.json counts without one."""
 
 import json
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from benchmarks.gpu.measure import DEVICE, kernels, waits
 from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS
 from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.functional.dropout import token_keys
+from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.nn.inject import mixture_layers
 
 GOLDEN = Path("tests/strict/counts.json")
@@ -21,18 +21,18 @@ BASES = {"bf16": False, "nf4": True}
 NAMES = ("base", "lora", "malora", "malora_grouped", "malora_siblings")
 
 
-def beside_golden() -> Iterator[tuple[str, str]]:
-    """Case and base, and for each contestant what was counted here and, in brackets, without a GPU."""
+def beside_golden(case: str, kind: str) -> str:
+    """Say for each contestant on a case and base what was counted here and, in brackets, without a GPU."""
     golden = json.loads(GOLDEN.read_text())
-    for case, (kind, load_in_4bit) in product(CASES, BASES.items()):
-        base, said = base_of(case, load_in_4bit), []
-        for name in NAMES:
-            row = golden.get(f"{case}, {kind}, {name}, dropout {0 if name == 'base' else 0.05:g}")
-            if row is not None:
-                step = one_pass(build(CONTESTANTS[name], base, dropout=0.0 if name == "base" else 0.05))
-                found = kernels(step).number, waits(step)
-                said.append(f"{name} {found[0]} ({row['launches']}), waits {found[1]} ({row['waits']})")
-        yield f"{case} {kind}", "; ".join(said)
+    base, said = base_of(case, BASES[kind]), []
+    for name in NAMES:
+        row = golden.get(f"{case}, {kind}, {name}, dropout {0 if name == 'base' else 0.05:g}")
+        if row is not None:
+            step = one_pass(build(CONTESTANTS[name], base, dropout=0.0 if name == "base" else 0.05))
+            found = kernels(step).number, waits(step)
+            said.append(f"{name} {found[0]} ({row['launches']}), waits {found[1]} ({row['waits']})")
+    assert said, f"{GOLDEN} has no row of {case}, {kind}"
+    return "; ".join(said)
 
 
 def base_of(case: str, load_in_4bit: bool) -> Base:
@@ -43,7 +43,7 @@ def base_of(case: str, load_in_4bit: bool) -> Base:
 
 
 def one_pass(adapted: Adapted) -> Callable[[], None]:
-    """Forward and backward; dropout's keys are made once for all layers, as training does, and are copied here."""
+    """Forward and backward as training does them: layers share dropout's keys, and keep their copies of weights."""
     x = torch.randn(1, TOKENS, HIDDEN, dtype=DTYPE, device=DEVICE, requires_grad=True)
     tokens = torch.arange(TOKENS)
     host_keys = token_keys(0, 1, torch.zeros_like(tokens), tokens)
@@ -54,6 +54,7 @@ def one_pass(adapted: Adapted) -> Callable[[], None]:
             layer.token_keys = keys
         for parameter in [x, *adapted.trained]:
             parameter.grad = None
-        adapted.model(x).sum().backward()
+        with kept_weight_copies(adapted.model):
+            adapted.model(x).sum().backward()
 
     return run

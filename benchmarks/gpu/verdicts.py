@@ -36,5 +36,5 @@ class Verdicts:
 
 
 def log_folder() -> Path:
-    """Return the folder whose files come back from the machine."""
+    """Return the folder of the logs."""
     return Path(os.environ.get("LOGS", "."))

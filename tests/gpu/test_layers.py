@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from malora_dist.nn.inject import adapter_parameters
-from tests.gpu.steps import CASES, KERNEL_CASES, Case, Step, worst_difference
+from tests.gpu.steps import CASES, KERNEL_CASES, Case, Step, gradient_bound, worst_difference
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -26,13 +26,12 @@ def test_a_step_is_the_cpus(case: Case) -> None:
             assert torch.equal(started[name].cpu(), parameter), f"{name} starts from other values"
     torch.testing.assert_close(here().cpu(), there(), rtol=1e-5, atol=1e-6)
     worst, name = worst_difference(here.gradients(), there.gradients())
-    assert worst < 2e-4, f"gradient of {name}: {worst:.1e}"
+    assert worst < gradient_bound(case, torch.float32), f"gradient of {name}: {worst:.1e}"
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[-2]], ids=lambda case: case.name)
 def test_bfloat16_is_near(case: Case) -> None:
-    """A token's experts may be others where two are about as likely."""
     here, there = Step(GPU, torch.bfloat16, case), Step(CPU, torch.bfloat16, case)
     torch.testing.assert_close(here().float().cpu(), there().float(), rtol=2e-2, atol=2e-2)
     worst, name = worst_difference(here.gradients(), there.gradients())
-    assert worst < 0.6, f"gradient of {name}: {worst:.1e}"
+    assert worst < gradient_bound(case, torch.bfloat16), f"gradient of {name}: {worst:.1e}"
