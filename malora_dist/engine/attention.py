@@ -1,22 +1,35 @@
 """The attention of a run: what model.attn_implementation means for a model, a precision and a device."""
 
-from importlib.util import find_spec
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from malora_dist.errors import ConfigError
-from malora_dist.functional.attention_choice import MAX_VARLEN_HEAD_DIM, VARLEN, attention_on_cuda
-from malora_dist.nn.packed_attention import FLASH_VARLEN, MASKED, TORCH_VARLEN, one_mask_fits
+from malora_dist.functional.attention_choice import VARLEN, attention_on_cuda, fits_varlen
+from malora_dist.nn.packed_attention import FLASH_VARLEN, FULL, MASKED, TORCH_VARLEN, one_mask_fits
 
 KEY = "model.attn_implementation"
 FIRST_CAPABILITY = (8, 0)
+# Layers that varlen kernels compute; others carry a state along the row, from one sample to the next.
+VARLEN_LAYERS = {FULL, "sliding_attention"}
+# Models that hand the lengths of samples to no attention.
+WITHOUT_LENGTHS = ("nemotron",)
 
 
 def attention_for(requested: str, config: Any, dtype: torch.dtype, device: torch.device) -> str:
     """Return what `choose_attention` gives on this machine."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return choose_attention(requested, config, dtype.itemsize, capability, find_spec("flash_attn") is not None)
+    return choose_attention(requested, config, dtype.itemsize, capability, _has_flash_attn())
+
+
+def _has_flash_attn() -> bool:
+    """Return whether the package flash_attn can be used; one that was built for another torch cannot."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception:
+        return False
+    return True
 
 
 def choose_attention(
@@ -29,20 +42,16 @@ def choose_attention(
     """
     model_class = _model_class(config)
     for_machine = _machine_obstacle(requested, itemsize, capability, flash_attn)
-    for_model = _model_obstacle(config, model_class)
-    if requested == "auto":
-        wanted = attention_on_cuda(requested, itemsize, _head_dim(config))
-        if wanted == "varlen" and not for_machine and not for_model:
-            return FLASH_VARLEN if flash_attn else TORCH_VARLEN
-        return _masked(config, model_class)
     if requested in VARLEN and for_machine:
         raise ConfigError(f"{KEY}={requested} {for_machine}")
-    if requested == "flash_attention_2":
-        return requested if for_model else FLASH_VARLEN
-    if requested == "varlen":
-        if for_model:
+    if requested in ("auto", *VARLEN) and not for_machine:
+        for_model = _model_obstacle(config, model_class)
+        if requested == "varlen" and for_model:
             raise ConfigError(f"{KEY}=varlen: {for_model}; choose sdpa or eager")
-        return TORCH_VARLEN
+        if not for_model:
+            return TORCH_VARLEN if requested == "varlen" or not flash_attn else FLASH_VARLEN
+        if requested == "flash_attention_2":
+            return requested
     found = "eager" if requested == "eager" else _masked(config, model_class)
     if requested == "sdpa" and found == "eager":
         raise ConfigError(f"{KEY}=sdpa: {model_class.__name__} does not compute with it; choose eager")
@@ -53,7 +62,8 @@ def _masked(config: Any, model_class: Any) -> str:
     """SDPA with the mask of `nn.packed_attention`; with transformers' masks where layers need several; or eager."""
     if not getattr(model_class, "_supports_sdpa", True):
         return "eager"
-    return MASKED if one_mask_fits(config, model_class) else "sdpa"
+    replaceable = getattr(model_class, "_supports_attention_backend", False)
+    return MASKED if replaceable and one_mask_fits(config) else "sdpa"
 
 
 def _machine_obstacle(
@@ -73,21 +83,34 @@ def _machine_obstacle(
 
 
 def _model_obstacle(config: Any, model_class: Any) -> str | None:
-    """Why a model's attention is not what varlen kernels compute. Models without SDPA have sinks or capped scores."""
+    """Return why a model's attention is not what varlen kernels compute, or None.
+
+    Models without SDPA have sinks or capped scores.
+    """
     flags = ("_supports_attention_backend", "_supports_flash_attn", "_supports_sdpa")
+    text, kind = config.get_text_config(), config.model_type
     if not all(getattr(model_class, flag, False) for flag in flags):
-        return f"the attention of {config.model_type} cannot be replaced"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"{config.model_type} caps its attention scores"
-    if _head_dim(config) > MAX_VARLEN_HEAD_DIM:
-        return f"heads of {_head_dim(config)} numbers are above {MAX_VARLEN_HEAD_DIM}"
-    if getattr(config, "v_head_dim", None) is not None:
-        return f"values of {config.model_type} have heads of a width of their own"
+        return f"the attention of {kind} cannot be replaced"
+    if kind in WITHOUT_LENGTHS:
+        return f"{kind} hands no lengths of samples to its attention"
+    if not set(getattr(text, "layer_types", None) or [FULL]) <= VARLEN_LAYERS:
+        return f"{kind} has layers that are no attention"
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return f"{kind} caps its attention scores"
+    if getattr(text, "v_head_dim", None) is not None:
+        return f"values of {kind} have heads of a width of their own"
+    width = _head_dim(text)
+    if width is None or not fits_varlen(width):
+        return f"heads of {width or 'several widths'} numbers are not a multiple of 8 up to 256"
     return None
 
 
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def _head_dim(config: Any) -> int | None:
+    """Return the width of a head, None where it is not one number."""
+    # Configurations of several parts or widths raise errors of their own.
+    with suppress(Exception):
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return None
 
 
 def _model_class(config: Any) -> Any:

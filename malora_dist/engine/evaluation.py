@@ -13,7 +13,7 @@ from malora_dist.engine.forward import cross_entropies
 from malora_dist.engine.progress import Bar
 from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.nn.inject import mixture_layers
-from malora_dist.nn.packed_attention import takes_mask
+from malora_dist.nn.packed_attention import is_masked, takes_mask
 from malora_dist.parallel.groups import World, gather_lists
 from malora_dist.scoring import Forward, row_tokens, score_items, summarise, task_result
 
@@ -47,7 +47,7 @@ def evaluate_tasks(
         mine = score_items(
             forward_of(engine),
             items,
-            batch_tokens=row_tokens(batch_tokens, world.device, takes_mask(engine.module)),
+            batch_tokens=row_tokens(batch_tokens, world.device, is_masked(engine.module)),
             share_prompt=share_prompt,
             rank=world.rank,
             world_size=world.size,

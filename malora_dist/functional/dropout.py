@@ -69,6 +69,10 @@ def _drop_kernel(x_TI: Tensor, keys_T: Tensor, salt: int, p: float) -> Tensor:
 def _add_dropped_kernel(total_TI: Tensor, x_TI: Tensor, keys_T: Tensor, salt: int, p: float) -> None:
     from malora_dist.functional.dropout_kernel import launch
 
+    if total_TI.stride(1) != 1:
+        # The gradient of a transposed x is transposed, too.
+        _add_dropped(total_TI, x_TI, keys_T, salt, p)
+        return
     launch(x_TI, total_TI, keys_T, salt, keep_limit(p), add=True)
 
 

@@ -32,12 +32,17 @@ def _gate_backward(grad_TN: Tensor, z_TN: Tensor, gates_TE: Tensor, scaling: flo
 def _gate_kernel(z_TN: Tensor, gates_TE: Tensor, scaling: float) -> Tensor:
     from malora_dist.functional.gating_kernels import launch_forward
 
+    if gates_TE.dtype == torch.float64:
+        # Kernels get Python's numbers in fp32.
+        return _gate(z_TN, gates_TE, scaling)
     return launch_forward(z_TN, gates_TE, scaling)
 
 
 def _gate_backward_kernel(grad_TN: Tensor, z_TN: Tensor, gates_TE: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     from malora_dist.functional.gating_kernels import launch_backward
 
+    if gates_TE.dtype == torch.float64:
+        return _gate_backward(grad_TN, z_TN, gates_TE, scaling)
     return launch_backward(grad_TN, z_TN, gates_TE, scaling)
 
 

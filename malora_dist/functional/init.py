@@ -27,6 +27,7 @@ def shared_subspace_init(K_EDI: Tensor, r: int, beta: float) -> tuple[Tensor, Te
     the squares of singular values lose nothing that fp32 could hold. Singular values descend; the largest number of
     each column of U_t is positive, so that no library and no CPU chooses the signs.
     """
+    assert K_EDI.shape[1] <= K_EDI.shape[2], "no more than I rows can be orthogonal"
     K = K_EDI.double()
     with _one_thread():
         squares_ED, U_EDD = (part.flip(-1) for part in torch.linalg.eigh(K @ K.mT))

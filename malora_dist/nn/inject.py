@@ -48,7 +48,7 @@ def inject_adapters(
     *,
     lora_dropout: float = 0.0,
     computation: str = "auto",
-    fuse_siblings: bool = True,
+    fuse_siblings: bool = False,
     seed: int = 0,
     init_weights: bool = True,
     place: Callable[[MixtureLinear], None] | None = None,

@@ -191,7 +191,7 @@ class MixtureLinear(nn.Module):
             return base
         x_TI, add_experts = self._start(x) if self.dispatcher is None else self.dispatcher.start(self, x)
         base_TO = self.base_layer(x_TI)
-        if self.base_layer._backward_hooks:
+        if self.base_layer._backward_hooks or self.base_layer._backward_pre_hooks:
             # Such hooks hand out a view, which must not be added to in place.
             base_TO = base_TO.clone()
         return add_experts(base_TO).view(*x.shape[:-1], self.out_features)
@@ -240,7 +240,9 @@ class MixtureLinear(nn.Module):
 
     def _grouped(self, base_TO: Tensor | None, h: Tensor, routing: Routing) -> Tensor:
         factors = self.core, self.B, routing, self.scaling, self.weight_copies
-        return grouped_experts(base_TO, h, *factors, triton=self.form == "grouped_triton")
+        # The kernels have no fp64.
+        triton = self.form == "grouped_triton" and h.dtype != torch.float64
+        return grouped_experts(base_TO, h, *factors, triton=triton)
 
     def sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
         """(N, O): the sum over this module's experts for rows that come with one gate per local expert."""

@@ -8,7 +8,7 @@ all layers. For both transformers makes no mask of its own, so the host waits fo
 import inspect
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from malora_dist.errors import ConfigError
 MASKED = "malora_sdpa"
 TORCH_VARLEN = "malora_varlen"
 FLASH_VARLEN = "malora_varlen_fa2"
+FULL = "full_attention"
 OTHER = "choose model.attn_implementation=sdpa or eager"
 
 # (q (T,H,D), k (T,G,D), v (T,G,D), cumulative lengths (S+1,), longest, scale, window or None) -> (T,H,D), causal
@@ -75,7 +76,7 @@ def torch_varlen(
     """Call PyTorch's kernel. Its signature changed: 2.10 says `is_causal`, later versions say it as a window."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
+    known = _parameters(varlen_attn)
     options: dict[str, Any] = {"window_size": _window(window)} if "window_size" in known else {"is_causal": True}
     if "window_size" not in known and window is not None and longest > window:
         raise ConfigError(f"varlen attention of torch {torch.__version__} has no sliding window: {OTHER}")
@@ -91,6 +92,11 @@ def torch_varlen(
     result = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, **options)
     assert isinstance(result, Tensor)
     return result
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def flash_attn_varlen(
@@ -120,21 +126,21 @@ def _window(window: int | None) -> tuple[int, int]:
     return (-1 if window is None else window - 1, 0)
 
 
-def one_mask_fits(config: Any, model_class: Any) -> bool:
-    """Return whether a (1,1,T,T) mask can replace all masks of the model: no layer has a window or chunks."""
+def one_mask_fits(config: Any) -> bool:
+    """Return whether a (1,1,T,T) mask can replace all masks that a model would make: no layer has a window or chunks."""
     config = config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    layers = set(getattr(config, "layer_types", None) or [FULL])
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    replaceable = getattr(model_class, "_supports_attention_backend", False)
-    return replaceable and layers == {"full_attention"} and limits == [None, None]
+    return layers == {FULL} and limits == [None, None]
 
 
 def takes_mask(model: Any) -> bool:
     """Return whether the model, as it is loaded, attends by whatever mask it is given."""
-    return _is_masked(model) and one_mask_fits(model.config, type(model))
+    return is_masked(model) and one_mask_fits(model.config)
 
 
-def _is_masked(model: Any) -> bool:
+def is_masked(model: Any) -> bool:
+    """Return whether the model's attention works on (T, T) masks, be they given or its own."""
     return model.config._attn_implementation in (MASKED, "sdpa", "eager")
 
 
@@ -154,7 +160,7 @@ def attention_arguments(
         dtype = model.get_input_embeddings().weight.dtype
         return {"attention_mask": packed_mask(token_sample, token_branch, dtype)}
     assert token_branch is None
-    if _is_masked(model):
+    if is_masked(model):
         return {"attention_mask": None}
     lengths = {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
     return {"attention_mask": None, **lengths, "max_length_q": max_length, "max_length_k": max_length}

@@ -18,7 +18,7 @@ from malora_dist import __version__
 from malora_dist.errors import ConfigError, TopologyError
 from malora_dist.parallel.groups import World
 
-PACKAGES = ("torch", "deepspeed", "transformers")
+PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "triton", "flash_attn")
 RECIPE = "the recipe with its settings"
 # Of nodes, ranks or values in a message.
 SHOWN = 8
