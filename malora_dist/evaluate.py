@@ -25,6 +25,7 @@ from malora_dist.engine.base import base_dtype, base_model
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.device_check import check_device, check_memory
 from malora_dist.engine.evaluation import evaluate_tasks
+from malora_dist.engine.packing import check_packing
 from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.progress import LOGGER, console, start_logging
@@ -132,6 +133,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     )
     position.follow(engine.module)
     position.enter("evaluation")
+    check_packing(engine, world)
     sides = {"base": config.evaluation.base, "tuned": config.evaluation.tuned}
     return {
         side: evaluate_tasks(

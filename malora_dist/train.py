@@ -26,6 +26,7 @@ from malora_dist.engine.device_check import check_device, check_memory, first_le
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.loop import Actions, LoopSettings, LoopState, train_loop
 from malora_dist.engine.outputs import RunOutputs
+from malora_dist.engine.packing import check_packing
 from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.resume import check_base, check_data, open_checkpoint
@@ -103,6 +104,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
     stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
+    check_packing(stepper.engine, world)
     window = Window(stepper)
     checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
     agreement.background = checkpoints.saver

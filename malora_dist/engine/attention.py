@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from malora_dist.errors import ConfigError
-from malora_dist.functional.attention_choice import VARLEN, attention_on_cuda, fits_varlen
+from malora_dist.functional.attention_choice import VARLEN, fits_varlen
 from malora_dist.nn.packed_attention import FLASH_VARLEN, FULL, MASKED, TORCH_VARLEN, one_mask_fits
 
 KEY = "model.attn_implementation"

@@ -43,7 +43,7 @@ def evaluate_tasks(
         bar.update(done, total)
         between()
 
-    with _evaluating(engine, use_adapter), Bar(title, 1, world.is_main) as bar:
+    with evaluating(engine, use_adapter), Bar(title, 1, world.is_main) as bar:
         mine = score_items(
             forward_of(engine),
             items,
@@ -63,7 +63,8 @@ def evaluate_tasks(
 
 
 @contextmanager
-def _evaluating(engine: Any, use_adapter: bool) -> Iterator[None]:
+def evaluating(engine: Any, use_adapter: bool) -> Iterator[None]:
+    """Put the engine in evaluation mode, with or without its adapters, for as long as the block lasts."""
     training = engine.module.training
     engine.eval()
     set_adapter(engine.module, use_adapter)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from malora_dist.engine.progress import peak_memory_gib
 from malora_dist.engine.step import Stepper, StepResult
+from malora_dist.functional.transfer import to_device
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.parallel.groups import max_over_processes, sum_over_processes
 
@@ -59,8 +60,8 @@ class Window:
     def _measured(self) -> tuple[float, list[float], list[float]]:
         """Return the most memory any process took; bytes all exchanged, and gradient norm, of each step. Waits once."""
         device, n = self.stepper.world.device, len(self.results)
-        peak = max_over_processes(torch.tensor([peak_memory_gib(device)], dtype=torch.float64, device=device))
-        sent = torch.tensor([r.exchange_bytes for r in self.results], dtype=torch.float64, device=device)
+        peak = max_over_processes(to_device(torch.tensor([peak_memory_gib(device)], dtype=torch.float64), device))
+        sent = to_device(torch.tensor([r.exchange_bytes for r in self.results], dtype=torch.float64), device)
         norms = [r.norm.to(device, torch.float64, non_blocking=True) for r in self.results]
         highest, *values = torch.cat([peak, sum_over_processes(sent), *(norm.reshape(1) for norm in norms)]).tolist()
         return highest, values[:n], values[n:]

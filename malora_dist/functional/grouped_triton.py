@@ -1,4 +1,4 @@
-"""The grouped form of the mixture as Triton kernels for CUDA. Never measured on a GPU, and off by default.
+"""The grouped form of the mixture as Triton kernels for CUDA. Never measured on a GPU.
 
 No host synchronisation: sorting and the bounds of experts stay on the device, and grids are sized by bounds. No
 atomics: the same inputs give the same bits. Sums are in fp32; products run in the dtype of h: bf16, fp16 or fp32.

@@ -16,7 +16,7 @@ MIN_CAPABILITY = (8, 0)
 def triton_ready(device: torch.device) -> bool:
     """Return whether Triton kernels can run on tensors of `device`.
 
-    Never inside `torch.compile`, whose own compiler fuses the plain PyTorch form.
+    False while `torch.compile` traces, so that what is traced does not depend on the machine.
     """
     return not torch.compiler.is_compiling() and missing_for_triton(device) is None
 

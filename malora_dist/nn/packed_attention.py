@@ -20,6 +20,8 @@ MASKED = "malora_sdpa"
 TORCH_VARLEN = "malora_varlen"
 FLASH_VARLEN = "malora_varlen_fa2"
 FULL = "full_attention"
+# Models that fail where they are given a mask of four dimensions.
+OWN_MASKS = ("bloom",)
 OTHER = "choose model.attn_implementation=sdpa or eager"
 
 # (q (T,H,D), k (T,G,D), v (T,G,D), cumulative lengths (S+1,), longest, scale, window or None) -> (T,H,D), causal
@@ -127,7 +129,7 @@ def _window(window: int | None) -> tuple[int, int]:
 
 
 def one_mask_fits(config: Any) -> bool:
-    """Return whether a (1,1,T,T) mask can replace all masks that a model would make: no layer has a window or chunks."""
+    """Return whether a (1,1,T,T) mask can stand for all that a model would make: no layer has a window or chunks."""
     config = config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or [FULL])
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -136,7 +138,7 @@ def one_mask_fits(config: Any) -> bool:
 
 def takes_mask(model: Any) -> bool:
     """Return whether the model, as it is loaded, attends by whatever mask it is given."""
-    return is_masked(model) and one_mask_fits(model.config)
+    return is_masked(model) and one_mask_fits(model.config) and model.config.model_type not in OWN_MASKS
 
 
 def is_masked(model: Any) -> bool:
