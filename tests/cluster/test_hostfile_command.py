@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from malora_dist.cli import main
+from malora_dist.launch.pdsh import FAMILIES
 
 BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from malora_dist.cli import main; main(sys.argv[1:])"
 HOSTS = "10.0.0.1 slots=2\n10.0.0.2 slots=2\n10.0.0.3 slots=4\n"
@@ -109,6 +111,9 @@ def test_the_launcher_runs_and_its_exit_code_is_ours(
     """A script stands in for the launcher, and for pdsh."""
     says = 'echo "started: $*"; cat "$DS_ENV_FILE"; echo "ssh: $PDSH_SSH_ARGS_APPEND"; exit 75'
     launcher = script(tmp_path, monkeypatch, "pdsh", says)
+    for name in [name for name in os.environ if name.startswith(FAMILIES) and name != "DS_ACCELERATOR"]:
+        # What libraries have set in this process, as an earlier test used them.
+        monkeypatch.delenv(name)
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 2222")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
