@@ -1,16 +1,11 @@
-"""Runs a function on several real processes over gloo, each its own interpreter, and hands back what they return.
+"""Runs a function on several real processes over gloo and hands back what they return.
 
 The function is named as "module:function", takes the World and keyword arguments, and returns plain JSON values. Every
 collective refuses tensors that are not contiguous, as NCCL does and gloo does not.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -20,7 +15,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT, start_ranks, wait
+
+__all__ = ["ROOT", "run_distributed"]
 COLLECTIVE_TIMEOUT = 60
 COLLECTIVES = (
     "all_gather",
@@ -42,53 +39,28 @@ COLLECTIVES = (
 )
 
 
-def run_distributed(
-    function: str, world_size: int, *, timeout: float = 280, device: str = "cpu", **arguments: Any
-) -> list[Any]:
+def run_distributed(function: str, world_size: int, *, device: str = "cpu", **arguments: Any) -> list[Any]:
     """Results of all ranks, in their order. Raises AssertionError with every rank's output if one fails.
 
     device: cpu, or strict, where each process believes to have a GPU (`tests.strict.world`).
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = str(_free_port())
-        processes = []
-        for rank in range(world_size):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, "-m", "tests.distributed", device, function, folder, json.dumps(arguments)]
-            with Path(folder, f"{rank}.log").open("w") as log:
-                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-        codes = [_wait(process, timeout) for process in processes]
-        logs = "\n".join(f"--- rank {rank}\n{Path(folder, f'{rank}.log').read_text()}" for rank in range(world_size))
-        assert codes == [0] * world_size, f"exit codes {codes}\n{logs}"
+        logs = [Path(folder, f"{rank}.log") for rank in range(world_size)]
+        codes = wait(start_ranks("tests.distributed:work", [device, function, folder, arguments], logs))
+        said = "\n".join(f"--- rank {rank}\n{log.read_text()}" for rank, log in enumerate(logs))
+        assert codes == [0] * world_size, f"exit codes {codes}\n{said}"
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _wait(process: subprocess.Popen[bytes], timeout: float) -> int | str:
-    try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return "timed out"
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-def _work(device: str, name: str, folder: str, arguments: str) -> None:
+def work(device: str, name: str, folder: str, arguments: dict[str, Any]) -> None:
+    """Be one rank: call the function and leave what it returns in the folder."""
     refuse_non_contiguous()
     with _become(device):
         from malora_dist.parallel.groups import start_processes, wait_for_all
 
         module, _, function = name.partition(":")
         world = start_processes(COLLECTIVE_TIMEOUT)
-        result = getattr(import_module(module), function)(world, **json.loads(arguments))
+        result = getattr(import_module(module), function)(world, **arguments)
         Path(folder, f"{world.rank}.json").write_text(json.dumps(result))
         wait_for_all()
 
@@ -124,16 +96,3 @@ def contiguous_only(name: str, collective: Callable[..., Any]) -> Callable[..., 
         return collective(*arguments, **settings)
 
     return checked
-
-
-if __name__ == "__main__":
-    try:
-        _work(*sys.argv[1:])
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Interpreter shutdown can abort gloo's threads after everything is done.
-    os._exit(code)

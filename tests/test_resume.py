@@ -52,7 +52,7 @@ def whole(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for world in (1, 2, 4):
         arguments = {"folder": str(folder / "model"), "output": str(folder / "out"), "cases": of_world(world)}
-        found |= run_distributed("tests.resume_workers:save_all", world, timeout=600, **arguments)[0]
+        found |= run_distributed("tests.resume_workers:save_all", world, **arguments)[0]
     return found
 
 
@@ -64,7 +64,6 @@ def resumed(folder: Path, whole: dict[str, Any]) -> dict[str, Any]:
         found |= run_distributed(
             "tests.resume_workers:go_on_from_all",
             world,
-            timeout=1200,
             folder=str(folder / "model"),
             output=str(folder / "out"),
             cases=of_world(world),

@@ -81,7 +81,6 @@ def test_equals_one_process(folder: Path, world_size: int) -> None:
     ranks = run_distributed(
         "tests.engine.workers:train_cases",
         world_size,
-        timeout=1100,
         folder=str(folder / "model"),
         output=str(output),
         cases=cases,

@@ -71,9 +71,7 @@ def _kinds(totals: Mapping[str, int]) -> dict[str, int]:
 def _steps() -> Table:
     with TemporaryDirectory() as folder:
         folders = [str(_model(Path(folder, f"{blocks}"), blocks)) for blocks in (1, 2)]
-        (found,) = run_distributed(
-            "tests.strict.counts:count_steps", 1, timeout=900, device="strict", folders=folders, cases=STEPS
-        )
+        (found,) = run_distributed("tests.strict.counts:count_steps", 1, device="strict", folders=folders, cases=STEPS)
     one, two = found
     blocks = {f"block of a step, {name}": above(row, one[name]) for name, row in two.items()}
     return {f"step, {name}": row for name, row in two.items()} | blocks

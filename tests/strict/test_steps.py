@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     work = {"folder": str(folder), "cases": CASES, "faults": FAULTS}
-    return run_distributed("tests.strict.workers:find_out", 2, timeout=900, device="strict", **work)
+    return run_distributed("tests.strict.workers:find_out", 2, device="strict", **work)
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -1,0 +1,19 @@
+"""What processes of tests need: `tests.processes` imports it once, and every process that it starts has it."""
+
+import datasets  # noqa: F401
+import deepspeed  # noqa: F401
+import matplotlib.figure
+import matplotlib.patches
+import matplotlib.ticker  # noqa: F401
+import peft  # noqa: F401
+import torch.distributed.tensor  # noqa: F401
+import transformers.generation
+import transformers.models.auto.modeling_auto
+import transformers.models.auto.tokenization_auto
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import malora_dist.cli
+import malora_dist.convert
+import malora_dist.evaluate
+import malora_dist.prepare
+import malora_dist.train  # noqa: F401
