@@ -3,9 +3,12 @@
 #              share its batch, and two on a machine without; NUM_PROCESSES=N for another number,
 #              DS_ACCELERATOR=cpu for the CPU of a machine with GPUs
 # make demo-ep the demo's first steps with experts on every process and spread over two, side by side
-# make test    the whole test suite, on the CPU
+# make test    the whole test suite, on the CPU; TEST_WORKERS=N processes of pytest instead of one more than the CPUs
+# make test-fast  the tests that start no process
 # make test-gpu  the tests that need a GPU
-# make check   lint, format, types, layering
+# make soak    the tests that stop and kill runs, with many more moments
+# make coverage  the lines and branches that the whole suite runs
+# make check   lint, format, types
 # make setup   the environment all of them need, in .venv
 
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3,$(shell \
@@ -23,7 +26,11 @@ ARGS ?=
 # Settings for the shell: the number of processes, and where they run.
 processes = $(if $(NUM_PROCESSES),NUM_PROCESSES=$(NUM_PROCESSES),$$($(BIN)/python -m malora_dist.recipes.processes $(1)))
 
-.PHONY: setup demo demo-ep test test-gpu check
+# The real Slurm's worker mostly waits.
+TEST_WORKERS ?= $(shell expr $$(nproc) + 1)
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: setup demo demo-ep test test-fast test-gpu soak coverage check
 
 setup: $(READY)
 
@@ -47,13 +54,23 @@ demo-ep: setup
 		--num_gpus $$NUM_PROCESSES --variants ep --steps 20 --warmup 2 --model.dtype float32
 
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST) -n $(TEST_WORKERS)
+
+test-fast: setup
+	$(PYTEST) -n $(TEST_WORKERS) -m unit
 
 test-gpu: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu
+
+soak: setup
+	$(PYTEST) --soak -o slow_seconds=0 tests/test_preemption.py
+
+coverage: setup
+	COVERAGE_PROCESS_START="$(CURDIR)/setup.cfg" $(BIN)/coverage erase
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(TEST_WORKERS)
+	$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layering.py

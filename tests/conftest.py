@@ -10,10 +10,11 @@ from tests.devices import hide_gpus
 
 LlamaFactory = Callable[..., Any]
 
+pytest_plugins = ["tests.tiers", "tests.limits"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from all tests but those of `pytest -m gpu`, before any of their modules is imported."""
-    config.addinivalue_line("markers", "gpu: needs a GPU; run by `pytest -m gpu` alone")
     if config.option.markexpr != "gpu":
         hide_gpus()
 

@@ -1,0 +1,90 @@
+"""Sorts tests into tiers, by what they start: unit, distributed, e2e, slurm, gpu.
+
+A test without a mark is a unit test, and fails if it starts a process. Under pytest-xdist the tests of one module stay
+on one worker, those of the real Slurm together, and the tiers that take longest begin first.
+"""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import wraps
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+TIERS = {
+    "slurm": "needs the real two-node Slurm of tests/slurm",
+    "e2e": "starts commands and launchers as users do, or whole runs",
+    "distributed": "starts several processes that work together",
+    "unit": "starts no process; every test without another of these marks",
+    "gpu": "needs a GPU; run by `pytest -m gpu` alone",
+}
+STARTS = pytest.StashKey[list[str]]()
+
+
+def tier_of(item: pytest.Item) -> str:
+    """Return the tier of a test: the first that it is marked with."""
+    return next((tier for tier in TIERS if item.get_closest_marker(tier)), "unit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marks, and note every process that this one starts."""
+    for tier, meaning in TIERS.items():
+        config.addinivalue_line("markers", f"{tier}: {meaning}")
+    starts = config.stash[STARTS] = []
+    subprocess.Popen.__init__ = _noted(subprocess.Popen.__init__, starts)  # type: ignore[method-assign]
+    BaseProcess.start = _noted(BaseProcess.start, starts)  # type: ignore[method-assign]
+
+
+def _noted(start: Callable[..., None], starts: list[str]) -> Callable[..., None]:
+    @wraps(start)
+    def noted(process: Any, *arguments: Any, **settings: Any) -> None:
+        starts.append(str(arguments[0] if arguments else settings.get("args", process)))
+        start(process, *arguments, **settings)
+
+    return noted
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark unit tests; on a worker put modules of the tiers that take longest first."""
+    for item in items:
+        if tier_of(item) == "unit":
+            item.add_marker("unit")
+    if hasattr(config, "workerinput"):
+        order = list(TIERS)
+        first: dict[str, int] = {}
+        for item in items:
+            module = item.nodeid.partition("::")[0]
+            first[module] = min(first.get(module, len(order)), order.index(tier_of(item)))
+        items.sort(key=lambda item: first[item.nodeid.partition("::")[0]])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    item.config.stash[STARTS].clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[pytest.TestReport]:
+    """Fail a unit test that has started a process."""
+    report: pytest.TestReport = yield  # type: ignore[misc]
+    starts = item.config.stash[STARTS]
+    if report.when == "call" and report.passed and tier_of(item) == "unit" and starts:
+        report.outcome = "failed"
+        report.longrepr = f"a unit test starts no process, mark it distributed or e2e; this one started {starts}"
+    return report
+
+
+class ByModule(LoadScopeScheduling):
+    """Gives each module to one worker, and the modules of tests/slurm, which share a cluster, to the same."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return "tests/slurm" if module.startswith("tests/slurm/") else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByModule:
+    return ByModule(config, log)
