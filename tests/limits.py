@@ -8,13 +8,14 @@ SECONDS = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addini("slow_seconds", "a test that takes longer needs the mark `slow`; 0: any may", type="string", default="0")
+    parser.addini(
+        "slow_seconds", "a test that takes longer needs the mark `slow`; 0: any may", type="string", default="0"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow(why): may take longer than `slow_seconds`, for this reason")
-    for_config = config.getini("slow_seconds")
-    config.stash[SECONDS] = float(for_config)
+    config.stash[SECONDS] = float(config.getini("slow_seconds"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -22,6 +22,7 @@ TIERS = {
     "gpu": "needs a GPU; run by `pytest -m gpu` alone",
 }
 STARTS = pytest.StashKey[list[str]]()
+UNDO = pytest.StashKey[pytest.MonkeyPatch]()
 
 
 def tier_of(item: pytest.Item) -> str:
@@ -34,8 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
     for tier, meaning in TIERS.items():
         config.addinivalue_line("markers", f"{tier}: {meaning}")
     starts = config.stash[STARTS] = []
-    subprocess.Popen.__init__ = _noted(subprocess.Popen.__init__, starts)  # type: ignore[method-assign]
-    BaseProcess.start = _noted(BaseProcess.start, starts)  # type: ignore[method-assign]
+    patch = config.stash[UNDO] = pytest.MonkeyPatch()
+    patch.setattr(subprocess.Popen, "__init__", _noted(subprocess.Popen.__init__, starts))
+    patch.setattr(BaseProcess, "start", _noted(BaseProcess.start, starts))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[UNDO].undo()
 
 
 def _noted(start: Callable[..., None], starts: list[str]) -> Callable[..., None]:
