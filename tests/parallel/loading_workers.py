@@ -12,7 +12,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora_dist.config import load_config
 from malora_dist.engine.base import base_model
@@ -25,6 +24,7 @@ from malora_dist.weights.base_tensor import Weights
 from malora_dist.weights.checkpoint import CheckpointWeights
 from malora_dist.weights.prepared import PreparedWeights, prepared_folder, write_prepared
 from tests.distributed import run_distributed
+from tests.models import save_tiny_llama
 from tests.parallel.workers import CONFIG, DTYPES, highest_memory, make_large_model, same_bits, values
 
 DEMO = Path(__file__).parents[2] / "malora_dist" / "recipes" / "demo.yaml"
@@ -58,14 +58,9 @@ def results(world_size: int) -> list[dict[str, Any]]:
 
 def make_odd_model(folder: Path) -> None:
     """A Llama with biases, tied embeddings and sizes that divide badly, in two files."""
-    sizes = {"vocab_size": 61, "hidden_size": 34, "intermediate_size": 51, "num_hidden_layers": 2, "head_dim": 18}
+    sizes = {"vocab_size": 61, "hidden_size": 34, "intermediate_size": 51, "head_dim": 18}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(folder, max_shard_size="40KB")
+    save_tiny_llama(folder, **sizes, **heads, max_shard_size="40KB")
 
 
 def prepare(model: Path, **case: Any) -> Path:

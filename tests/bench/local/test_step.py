@@ -11,9 +11,9 @@ from malora_dist.bench.local.options import default_names
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.step import StepOptions, run
-from malora_dist.cli import main
 from malora_dist.errors import ConfigError
-from tests.conftest import LlamaFactory
+from tests.commands import malora
+from tests.models import save_tiny_llama
 
 SMALL: dict[str, Any] = {"batch": 2, "length": 12, "dtype": "fp32", "repeats": 1, "warmup": 0}
 
@@ -23,16 +23,14 @@ def names_here(dtype: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(tiny_llama: LlamaFactory, tmp_path: Path) -> str:
-    tiny_llama().save_pretrained(tmp_path / "model")
+def folder(tmp_path: Path) -> str:
+    save_tiny_llama(tmp_path / "model")
     return str(tmp_path / "model")
 
 
 def test_everyone_starts_from_one_loss_on_the_same_tokens(folder: str, tmp_path: Path) -> None:
     words = [f"--{name}={value}" for name, value in SMALL.items()]
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "step", "--model", folder, *words, "--json", str(tmp_path / "a.json")])
-    assert stop.value.code == 0
+    assert malora("bench", "step", "--model", folder, *words, "--json", str(tmp_path / "a.json")) == 0
     report = json.loads((tmp_path / "a.json").read_text())
     records = {record["name"]: record for record in report["records"]}
     assert list(records) == [*names_here("fp32"), "gemm"]

@@ -9,13 +9,13 @@ from malora_dist.errors import ConfigError
 from malora_dist.methods import count_parameters
 from malora_dist.nn.inject import DEFAULT_TARGETS
 from malora_dist.nn.nf4_linear import NF4Linear
-from tests.conftest import LlamaFactory
+from tests.models import tiny_llama
 
 IDS = torch.arange(12).view(2, 6)
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_all_train_their_method_on_one_base(tiny_llama: LlamaFactory, load_in_4bit: bool) -> None:
+def test_all_train_their_method_on_one_base(load_in_4bit: bool) -> None:
     base = Base.of(tiny_llama(torch.bfloat16), DEFAULT_TARGETS, load_in_4bit=load_in_4bit, peft=True)
     frozen = {p.data_ptr() for part in (base.ours, base.theirs) for p in part.parameters()}
     assert len(base.sizes) == 12 and base.dtype == torch.bfloat16
@@ -40,7 +40,7 @@ def test_all_train_their_method_on_one_base(tiny_llama: LlamaFactory, load_in_4b
     assert not any(p.requires_grad for p in base.ours.parameters())
 
 
-def test_forms_and_layers(tiny_llama: LlamaFactory) -> None:
+def test_forms_and_layers() -> None:
     from peft.tuners.lora.bnb import Linear4bit
 
     base = Base.of(tiny_llama(), DEFAULT_TARGETS, load_in_4bit=True, peft=True)
