@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.distributed import ROOT
+
 PACKAGE = ROOT / "malora_dist"
 FLOORS = {
     8: ["cli", "recipes"],
