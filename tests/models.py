@@ -20,6 +20,8 @@ SIZES: dict[str, Any] = {
 }
 # transformers draws matrices with a deviation of 0.02, with which attention is even and all answers are equally likely.
 SCALE = 4.0
+# It starts norms at 1 and biases at 0, where a lost one would not show.
+NOISE = 0.1
 
 
 def tiny_config(**changes: Any) -> "LlamaConfig":
@@ -29,17 +31,22 @@ def tiny_config(**changes: Any) -> "LlamaConfig":
     return LlamaConfig(**SIZES | changes)
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, *, scale: float = SCALE, **changes: Any) -> Any:
-    """Return a random Llama; changes go to its configuration. Same weights for the same configuration."""
+def tiny_llama(
+    dtype: torch.dtype = torch.float32, *, scale: float = SCALE, noise: float = NOISE, **changes: Any
+) -> Any:
+    """Return a random Llama, the same for the same arguments; changes go to its configuration.
+
+    scale: of its matrices. noise: of its norms and biases.
+    """
     from transformers import LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(tiny_config(**changes))
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:  # transformers starts norms at 1 and biases at 0, where a lost one would not show
+        if parameter.dim() == 1:
             generator = torch.Generator().manual_seed(sum(name.encode()))
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += noise * torch.randn(parameter.shape, generator=generator)
         else:
             parameter.data *= scale
     return model.to(dtype).eval()

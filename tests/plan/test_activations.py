@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora_dist.config import config_from_dict
 from malora_dist.data.encode import Sample
@@ -31,6 +30,7 @@ from malora_dist.plan.run import Run, is_grouped, run_of
 from malora_dist.plan.shapes import Linear, find_shape
 from malora_dist.summary import adapter_spec
 from tests.config.recipes import recipe
+from tests.models import save_tiny_llama
 from tests.nn.varlen_kernel import kernel_on_cpu
 from tests.plan.conftest import RealRuns
 from tests.plan.workers import saved_bytes
@@ -76,8 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("activations")
     for layers in (LAYERS, LAYERS - 1):
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers)).save_pretrained(path / str(layers))
+        save_tiny_llama(path / str(layers), **SIZES, num_hidden_layers=layers)
     return path
 
 
