@@ -15,8 +15,6 @@ from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
 from malora_dist.model import load_base_model, load_tokenizer
 from malora_dist.nn.nf4_linear import NF4Linear
 from tests.models import byte_tokenizer, save_tiny_llama
-from tests.parallel.loading_workers import CASES
-from tests.parallel.loading_workers import results as loading_results
 
 IDS = torch.tensor([[3, 60, 17, 0, 5, 5, 41, 8, 9, 33]])
 LLAMA3_ROPE = {
@@ -193,21 +191,3 @@ def test_generation_settings_do_not_reach_training(tmp_path: Path) -> None:
     folder = _save(tmp_path)
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True
     assert load_base_model(folder).config.use_cache is False
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("case", list(CASES))
-def test_a_model_read_in_parts_is_the_model(world_size: int, case: str) -> None:
-    """Bit for bit, and in its logits; each process read and kept its own part alone."""
-    for found in loading_results(world_size):
-        assert len(found["models"][case]) == 5 and all(found["models"][case].values()), found["models"][case]
-
-
-def test_each_of_two_processes_reads_and_holds_half_of_a_prepared_base() -> None:
-    """Of 35 MiB in 4 bits, and of the 120 MiB of the checkpoint nothing; the kernel counts the same bytes."""
-    for found in loading_results(2):
-        large = found["large"]
-        assert 34 * 2**20 < large["whole"] < 36 * 2**20
-        assert 0.5 * large["whole"] - 2**16 < large["read"] < 0.5 * large["whole"] + 2**16
-        assert large["read"] <= large["kernel"] < large["read"] + 2**16
-        assert large["part"] - 2**22 < large["growth"] < large["part"] + 0.5 * large["whole"], large

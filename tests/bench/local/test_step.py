@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from malora_dist.bench.local.equal_work import check_losses, check_outputs
 from malora_dist.bench.local.options import default_names
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.here import taking_part
@@ -113,3 +114,19 @@ def test_mistakes_are_found_before_a_model_is_loaded(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match=named):
         run(StepOptions(**{"model": "./nowhere", "only": "base,malora", **SMALL, **wrong}), Output())
+
+
+def test_outputs() -> None:
+    y = torch.tensor([3.0, -4.0])
+    # Of the shapes one broadcasts and one does not.
+    check_outputs({"base": y, "same": y + 1e-5}, torch.float32)
+    for wrong in (y + 1e-2, y[:1], torch.ones(3), y * float("nan")):
+        with pytest.raises(RuntimeError, match="other does other work than base"):
+            check_outputs({"base": y, "other": wrong}, torch.float32)
+
+
+def test_losses() -> None:
+    check_losses({"base": 2.0, "same": 2.0 + 1e-5}, torch.float32)
+    for wrong in (2.1, float("nan")):
+        with pytest.raises(RuntimeError, match="other does other work than base"):
+            check_losses({"base": 2.0, "other": wrong}, torch.float32)
