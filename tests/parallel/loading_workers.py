@@ -23,11 +23,11 @@ from malora_dist.parallel.zero import check_partitioning, partition_at_once, par
 from malora_dist.weights.base_tensor import Weights
 from malora_dist.weights.checkpoint import CheckpointWeights
 from malora_dist.weights.prepared import PreparedWeights, prepared_folder, write_prepared
+from tests.config.recipes import RECIPES
 from tests.distributed import run_distributed
 from tests.models import save_tiny_llama
 from tests.parallel.workers import CONFIG, DTYPES, highest_memory, make_large_model, same_bits, values
 
-DEMO = Path(__file__).parents[2] / "malora_dist" / "recipes" / "demo.yaml"
 IDS = torch.tensor([[3, 60, 17, 0, 5, 5, 41, 8, 9, 33]])
 NODE_TIMEOUT = 41
 # Numbers of elements that two and four processes cannot share equally, and fewer elements than processes.
@@ -185,7 +185,7 @@ def base_of_a_run(world: World, folder: Path, *cache_dirs: Path) -> dict[str, An
         os.environ["MALORA_CACHE"] = str(cache_dir)
         options = {"model.name_or_path": folder, "model.dtype": "bfloat16", "parallel.zero_stage": stage}
         options["train.per_device_train_batch_size"] = 1
-        config = load_config(DEMO, [f"{key}={value}" for key, value in options.items()])
+        config = load_config(RECIPES / "demo.yaml", [f"{key}={value}" for key, value in options.items()])
         model = base_model(config, folder, world, engine_config(config, world))
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
             pairs = zip(model.parameters(), wanted.parameters(), strict=True)

@@ -8,7 +8,7 @@ import pytest
 
 from malora_dist.plan.table import KINDS
 from tests.commands import malora, malora_without_torch
-from tests.plan.conftest import RECIPES
+from tests.config.recipes import RECIPES
 
 RECIPE, MODEL = str(RECIPES / "llama2-7b-inter.yaml"), str(RECIPES / "models" / "llama2-7b.json")
 run = partial(malora, "plan")

@@ -92,7 +92,7 @@ def measure(folder: str, world_size: int) -> list[dict[str, Any]]:
     names = names_at(world_size)
     for name in names:
         write_case(folder, name)
-    return run_distributed("tests.plan.workers:run_cases", world_size, folder=folder, names=names)
+    return run_distributed("tests.plan.real_runs_workers:run_cases", world_size, folder=folder, names=names)
 
 
 def names_at(world_size: int) -> list[str]:
