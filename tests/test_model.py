@@ -14,9 +14,7 @@ from malora_dist.errors import ConfigError
 from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
 from malora_dist.model import load_base_model, load_tokenizer
 from malora_dist.nn.nf4_linear import NF4Linear
-from tests.conftest import LlamaFactory
-from tests.parallel.loading_workers import CASES
-from tests.parallel.loading_workers import results as loading_results
+from tests.models import byte_tokenizer, save_tiny_llama
 
 IDS = torch.tensor([[3, 60, 17, 0, 5, 5, 41, 8, 9, 33]])
 LLAMA3_ROPE = {
@@ -37,11 +35,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def _save(build: LlamaFactory, folder: Path, kind: str = "untied") -> Path:
-    config = dict(KINDS[kind])
-    shard_size = config.pop("max_shard_size", "1GB")
-    build(**config).save_pretrained(folder, max_shard_size=shard_size)
-    assert (folder / "model.safetensors.index.json").exists() == (shard_size != "1GB")
+def _save(folder: Path, kind: str = "untied") -> Path:
+    save_tiny_llama(folder, **KINDS[kind])
+    assert (folder / "model.safetensors.index.json").exists() == ("max_shard_size" in KINDS[kind])
     return folder
 
 
@@ -58,10 +54,8 @@ def _logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_plain_load_equals_from_pretrained(
-    tiny_llama: LlamaFactory, tmp_path: Path, kind: str, dtype: torch.dtype
-) -> None:
-    folder = _save(tiny_llama, tmp_path, kind)
+def test_plain_load_equals_from_pretrained(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    folder = _save(tmp_path, kind)
     ours, theirs = load_base_model(folder, dtype=dtype, load_in_4bit=False), _from_pretrained(folder, dtype)
     assert torch.equal(_logits(ours), _logits(theirs))
     expected, state = theirs.state_dict(), ours.state_dict()
@@ -73,8 +67,8 @@ def test_plain_load_equals_from_pretrained(
 
 
 @pytest.mark.parametrize("kind", ["untied", "llama3-rope"])
-def test_rotary_frequencies_are_rebuilt(tiny_llama: LlamaFactory, tmp_path: Path, kind: str) -> None:
-    folder = _save(tiny_llama, tmp_path, kind)
+def test_rotary_frequencies_are_rebuilt(tmp_path: Path, kind: str) -> None:
+    folder = _save(tmp_path, kind)
     ours = dict(load_base_model(folder, dtype=torch.bfloat16).named_buffers())
     theirs = dict(_from_pretrained(folder, torch.bfloat16).named_buffers())
     assert ours.keys() == theirs.keys() and "model.rotary_emb.inv_freq" in ours
@@ -96,9 +90,9 @@ def _quantised_reference(folder: Path, dtype: torch.dtype, double_quant: bool) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["untied", "tied-sharded", "biases"])
 def test_4bit_load_equals_an_ordinary_load_then_quantised(
-    tiny_llama: LlamaFactory, tmp_path: Path, kind: str, dtype: torch.dtype, double_quant: bool
+    tmp_path: Path, kind: str, dtype: torch.dtype, double_quant: bool
 ) -> None:
-    folder = _save(tiny_llama, tmp_path, kind)
+    folder = _save(tmp_path, kind)
     ours = load_base_model(folder, dtype=dtype, double_quant=double_quant)
     quantised = {name for name, module in ours.named_modules() if isinstance(module, NF4Linear)}
     theirs = _quantised_reference(folder, dtype, double_quant)
@@ -111,11 +105,9 @@ def test_4bit_load_equals_an_ordinary_load_then_quantised(
 
 
 @pytest.mark.parametrize(("kind", "load_in_4bit"), [("untied", True), ("tied", False), ("biases", True)])
-def test_placement_gives_every_parameter_once_and_in_order(
-    tiny_llama: LlamaFactory, tmp_path: Path, kind: str, load_in_4bit: bool
-) -> None:
+def test_placement_gives_every_parameter_once_and_in_order(tmp_path: Path, kind: str, load_in_4bit: bool) -> None:
     """What the reader places is all that another process needs, which has only the config."""
-    whole = _save(tiny_llama, tmp_path / "whole", kind)
+    whole = _save(tmp_path / "whole", kind)
     config_only = tmp_path / "config"
     config_only.mkdir()
     shutil.copy(whole / "config.json", config_only)
@@ -149,8 +141,8 @@ def _rewrite(folder: Path, change: Any) -> None:
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
-def test_a_missing_weight_is_named(tiny_llama: LlamaFactory, tmp_path: Path, name: str, load_in_4bit: bool) -> None:
-    folder = _save(tiny_llama, tmp_path)
+def test_a_missing_weight_is_named(tmp_path: Path, name: str, load_in_4bit: bool) -> None:
+    folder = _save(tmp_path)
     _rewrite(folder, lambda tensors: tensors.pop(name))
     with pytest.raises(ConfigError) as caught:
         load_base_model(folder, load_in_4bit=load_in_4bit)
@@ -158,16 +150,16 @@ def test_a_missing_weight_is_named(tiny_llama: LlamaFactory, tmp_path: Path, nam
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_a_weight_of_another_shape_is_named(tiny_llama: LlamaFactory, tmp_path: Path, load_in_4bit: bool) -> None:
-    folder = _save(tiny_llama, tmp_path)
+def test_a_weight_of_another_shape_is_named(tmp_path: Path, load_in_4bit: bool) -> None:
+    folder = _save(tmp_path)
     name = "model.layers.0.mlp.down_proj.weight"
     _rewrite(folder, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
     with pytest.raises(ConfigError, match=rf"{name} has shape \(80, 48\), the config says \(48, 80\)"):
         load_base_model(folder, load_in_4bit=load_in_4bit)
 
 
-def test_a_folder_without_weights_is_named(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
-    folder = _save(tiny_llama, tmp_path)
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    folder = _save(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError) as caught:
         load_base_model(folder)
@@ -175,48 +167,27 @@ def test_a_folder_without_weights_is_named(tiny_llama: LlamaFactory, tmp_path: P
 
 
 def test_a_tokenizer_must_name_its_end(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "yes": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "whole")
-    assert load_tokenizer(tmp_path / "whole").eos_token_id == 1
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "endless")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "whole")
+    assert load_tokenizer(tmp_path / "whole").eos_token_id == 2
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
     with pytest.raises(ConfigError) as caught:
         load_tokenizer(tmp_path / "endless")
     assert "eos_token" in str(caught.value) and str(tmp_path / "endless") in str(caught.value)
 
 
-def test_the_bases_own_dropout_is_off(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
+def test_the_bases_own_dropout_is_off(tmp_path: Path) -> None:
     """Its masks would depend on how samples are dealt to processes."""
-    tiny_llama(attention_dropout=0.5).save_pretrained(tmp_path)
+    save_tiny_llama(tmp_path, attention_dropout=0.5)
     model = load_base_model(tmp_path, dtype=torch.float32, load_in_4bit=False).train()
     assert model.config.attention_dropout == 0.0
     ids = torch.arange(12)[None]
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-def test_generation_settings_do_not_reach_training(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
+def test_generation_settings_do_not_reach_training(tmp_path: Path) -> None:
     """A cache would make transformers ignore how samples are packed into a row."""
-    folder = _save(tiny_llama, tmp_path)
+    folder = _save(tmp_path)
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True
     assert load_base_model(folder).config.use_cache is False
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("case", list(CASES))
-def test_a_model_read_in_parts_is_the_model(world_size: int, case: str) -> None:
-    """Bit for bit, and in its logits; each process read and kept its own part alone."""
-    for found in loading_results(world_size):
-        assert len(found["models"][case]) == 5 and all(found["models"][case].values()), found["models"][case]
-
-
-def test_each_of_two_processes_reads_and_holds_half_of_a_prepared_base() -> None:
-    """Of 35 MiB in 4 bits, and of the 120 MiB of the checkpoint nothing; the kernel counts the same bytes."""
-    for found in loading_results(2):
-        large = found["large"]
-        assert 34 * 2**20 < large["whole"] < 36 * 2**20
-        assert 0.5 * large["whole"] - 2**16 < large["read"] < 0.5 * large["whole"] + 2**16
-        assert large["read"] <= large["kernel"] < large["read"] + 2**16
-        assert large["part"] - 2**22 < large["growth"] < large["part"] + 0.5 * large["whole"], large

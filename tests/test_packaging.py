@@ -11,8 +11,8 @@ import yaml
 from malora_dist.config import load_config
 from malora_dist.config.matrix import check_plan, suggest_world_sizes
 from malora_dist.launch.files import cluster_files
+from tests.distributed import ROOT
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = ("ds_configs", "launchers", "slurm")
 STUB = '#!/usr/bin/env bash\nprintf "%s" "$(basename "$0")"; printf " [%s]" "$@"; echo\n'
 

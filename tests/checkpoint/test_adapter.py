@@ -29,8 +29,8 @@ from malora_dist.errors import CheckpointError
 from malora_dist.methods import METHODS, mixture_spec
 from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters, mixture_layers
 from malora_dist.nn.mixture import MixtureLinear
-from tests.conftest import LlamaFactory
 from tests.distributed import ROOT
+from tests.models import tiny_llama
 
 IDS = torch.arange(40)[None] % 61
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -59,7 +59,7 @@ def saved(folder: Path, model: Any, info: AdapterInfo) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_round_trip_onto_a_new_base(tiny_llama: LlamaFactory, tmp_path: Path, method: str) -> None:
+def test_round_trip_onto_a_new_base(tmp_path: Path, method: str) -> None:
     info = info_of(method)
     model = adapted(tiny_llama(), info)
     state = saved(tmp_path / "new" / "adapter", model, info)
@@ -76,7 +76,7 @@ def test_round_trip_onto_a_new_base(tiny_llama: LlamaFactory, tmp_path: Path, me
 
 @pytest.mark.parametrize("method", ["malora", "dora"])
 def test_nothing_is_initialised_and_everything_is_filled(
-    tiny_llama: LlamaFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     info = info_of(method)
     model = adapted(tiny_llama(), info)
@@ -101,7 +101,7 @@ def test_nothing_is_initialised_and_everything_is_filled(
     assert set(gathered) == measured and bool(measured) == (method == "dora")
 
 
-def test_stock_lora_opens_in_peft(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
+def test_stock_lora_opens_in_peft(tmp_path: Path) -> None:
     from peft import PeftModel
 
     info = info_of("lora")
@@ -158,7 +158,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_refused_by_name(tiny_llama: LlamaFactory, tmp_path: Path, damage: str) -> None:
+def test_damage_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     info, folder = info_of("malora"), tmp_path / "adapter"
     saved(folder, adapted(tiny_llama(), info), info)
     hurt, words = DAMAGES[damage]
@@ -168,7 +168,7 @@ def test_damage_is_refused_by_name(tiny_llama: LlamaFactory, tmp_path: Path, dam
     assert all(word in str(caught.value) for word in [str(folder), *words]), caught.value
 
 
-def test_adapter_of_another_base_is_refused(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
+def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     info = info_of("malora")
     saved(tmp_path, adapted(tiny_llama(), info), info)
     other = tiny_llama(intermediate_size=96)

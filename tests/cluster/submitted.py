@@ -1,13 +1,14 @@
 """Runs as they lie there once submitted, and the command that is called on them."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from malora_dist.cli import main
 from malora_dist.launch.jobs import SLURM_FOLDER, Job, append_job
+from tests.commands import malora
+
+launch = partial(malora, "launch")
 
 
 def submitted(run: Path, *jobs: Job) -> Path:
@@ -20,9 +21,3 @@ def submitted(run: Path, *jobs: Job) -> Path:
 def job(number: str, run: Path, stage: str = "train", **more: Any) -> Job:
     log = run.resolve() / SLURM_FOLDER / f"{stage}_{number}.out"
     return replace(Job(number, stage, "2026-11-25T08:30:00+0000", str(log), f"{stage}.sbatch"), **more)
-
-
-def main_of(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(["launch", *arguments])
-    return int(stop.value.code or 0)

@@ -17,7 +17,7 @@ from malora_dist.cluster.follow_command import Tail
 from malora_dist.launch.jobs import SLURM_FOLDER
 from malora_dist.launch.restarts import begin
 from malora_dist.outcome import FAILED, FINISHED, PREEMPTED, clear_outcome, write_outcome
-from tests.cluster.submitted import job, main_of, submitted
+from tests.cluster.submitted import job, launch, submitted
 from tests.launch.run_folders import begun, steps
 from tests.launch.slurm_clients import NO_CONTROLLER, Clients, make_clients
 
@@ -61,7 +61,7 @@ def followed(run: Path, capsys: pytest.CaptureFixture[str], events: Callable[[Wr
 
     thread = threading.Thread(target=happen)
     thread.start()
-    code = main_of("follow", str(run))
+    code = launch("follow", str(run))
     over.set()
     thread.join()
     if failed:
@@ -110,7 +110,7 @@ def test_a_job_from_its_queue_over_a_requeue_to_its_end(clients: Clients, capsys
 def test_a_job_that_ends_otherwise(clients: Clients, capsys: pytest.CaptureFixture[str], state: str) -> None:
     run = submitted(begun(Path("a")), job("1", Path("a")))
     clients.say("squeue", f"1|{state}\n")
-    assert main_of("follow", "a") == 1
+    assert launch("follow", "a") == 1
     assert f"-- job 1: {state.split('|')[0].lower().replace('_', ' ')}" in capsys.readouterr().out
     assert not (run / "slurm" / "train_1.out").exists()
 
@@ -152,7 +152,7 @@ def test_a_job_that_slurm_has_forgotten(clients: Clients, outcome: str | None, c
     run = submitted(begun(Path("a")), job("1", Path("a")))
     if outcome:
         write_outcome(run, outcome, 0, reason="", step=1, checkpoint=None)
-    assert main_of("follow", "a") == code
+    assert launch("follow", "a") == code
 
 
 def test_a_run_without_jobs_by_its_own_log(clients: Clients, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,9 +176,9 @@ def test_a_task_of_an_array(clients: Clients, capsys: pytest.CaptureFixture[str]
     begun(run / "seed-2")
     (run / SLURM_FOLDER / "train_7_2.out").write_text("its log\n")
     clients.say("squeue", "7_2|COMPLETED|None\n")
-    assert main_of("follow", "a/seed-2") == 0
+    assert launch("follow", "a/seed-2") == 0
     assert "its log\n" in capsys.readouterr().out
-    assert main_of("follow", "a") == 2
+    assert launch("follow", "a") == 2
     assert "a holds the runs of an array: seed-1, seed-2; follow one of them" in capsys.readouterr().err
 
 

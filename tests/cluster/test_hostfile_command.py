@@ -1,21 +1,13 @@
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from malora_dist.cli import main
 from malora_dist.launch.pdsh import FAMILIES
+from tests.cluster.submitted import launch
+from tests.commands import malora, malora_without_torch
 
-BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from malora_dist.cli import main; main(sys.argv[1:])"
 HOSTS = "10.0.0.1 slots=2\n10.0.0.2 slots=2\n10.0.0.3 slots=4\n"
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(["launch", *arguments])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture
@@ -24,8 +16,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "DS_ENV_FILE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit):
-        main(["init", "r.yaml", "--model", "my/model"])
+    assert malora("init", "r.yaml", "--model", "my/model") == 0
     (tmp_path / "hosts").write_text(HOSTS)
     return "r.yaml"
 
@@ -60,7 +51,7 @@ def test_a_dry_run_prints_the_command(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], command: str
 ) -> None:
     (tmp_path / "here").write_text("127.0.0.1 slots=4\n")
-    assert run("deepspeed", recipe, *options, "--dry-run", "--train.global_batch_size", "16", "--adapter.r=6") == 0
+    assert launch("deepspeed", recipe, *options, "--dry-run", "--train.global_batch_size", "16", "--adapter.r=6") == 0
     words = " ".join(capsys.readouterr().out.split())
     assert words.partition(" ")[2].endswith(
         f"deepspeed {command} --module malora_dist.train r.yaml --train.global_batch_size 16 --adapter.r=6"
@@ -92,7 +83,7 @@ def test_a_dry_run_prints_the_command(
 def test_refusals_before_anything_starts(
     recipe: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert run(*arguments) == 2
+    assert launch(*arguments) == 2
     captured = capsys.readouterr()
     assert message in " ".join(captured.err.split()) and captured.out == ""
 
@@ -101,7 +92,7 @@ def test_pdsh_is_missed_before_anything_starts(
     recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    assert run("deepspeed", recipe, "--hostfile", "hosts", "--exclude", "10.0.0.3") == 2
+    assert launch("deepspeed", recipe, "--hostfile", "hosts", "--exclude", "10.0.0.3") == 2
     assert "pdsh is not installed here" in capsys.readouterr().err
 
 
@@ -118,7 +109,7 @@ def test_the_launcher_runs_and_its_exit_code_is_ours(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     options = ["--hostfile", "hosts", "--exclude", "10.0.0.3", "--no-ssh-check"]
-    assert run("deepspeed", recipe, *options, "--adapter.r", "6") == 75
+    assert launch("deepspeed", recipe, *options, "--adapter.r", "6") == 75
     out, err = capfd.readouterr()
     assert out.startswith("started: --hostfile hosts --exclude 10.0.0.3 ") and "\nOMP_NUM_THREADS=3\nPATH=" in out
     assert "\nssh: -p 2222 -o BatchMode=yes -o ServerAliveInterval=15" in out
@@ -128,14 +119,12 @@ def test_the_launcher_runs_and_its_exit_code_is_ours(
     assert "handed on to the hosts: DS_ACCELERATOR, OMP_NUM_THREADS, PATH, PYTORCH_ALLOC_CONF\n" in err
 
     script(tmp_path, monkeypatch, "torchrun", 'echo "started: $*"; exit 4')
-    assert run("torchrun", recipe, "--nproc_per_node", "2", "--adapter.r", "6") == 4
+    assert launch("torchrun", recipe, "--nproc_per_node", "2", "--adapter.r", "6") == 4
     out, _ = capfd.readouterr()
     assert out == "started: --standalone --nproc_per_node 2 -m malora_dist.train r.yaml --adapter.r 6\n"
 
 
-def test_a_hostfile_needs_no_torch(recipe: str, tmp_path: Path) -> None:
+def test_a_hostfile_needs_no_torch(recipe: str) -> None:
     arguments = ["launch", "deepspeed", recipe, "--hostfile", "hosts", "--include", "10.0.0.3", "--dry-run"]
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCK_TORCH, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    done = malora_without_torch(*arguments)
     assert done.returncode == 0, done.stderr

@@ -3,16 +3,16 @@
 import json
 import os
 import shlex
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from malora_dist.cli import main
 from malora_dist.config import load_config
 from malora_dist.outcome import FINISHED, write_outcome
+from tests.commands import malora, malora_without_torch
 
 # Shows how it was called, and remembers what it was given.
 SBATCH = """#!/usr/bin/env bash
@@ -23,13 +23,8 @@ env | grep ^SLURM_ > "submitted/$count.env"
 [ "$count" = "$REFUSE" ] && { echo "sbatch: error: Invalid partition name specified" >&2; exit 1; }
 echo "$((100 + count / 3));cluster"
 """
+run = partial(malora, "launch", "slurm")
 SCANCEL = '#!/usr/bin/env bash\necho "$*" >> cancelled\n'
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(["launch", "slurm", *arguments])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture
@@ -213,12 +208,11 @@ def test_a_finished_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_without_slurm_and_without_torch(folder: Path) -> None:
-    code = "import sys; sys.modules['torch'] = None; from malora_dist.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "launch", "slurm", RECIPE, *SMALL]
-    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+    command = ["launch", "slurm", RECIPE, *SMALL]
+    assert malora_without_torch(*command).returncode == 0
     (folder / "bin/sbatch").unlink()
     python = str(Path(sys.executable).parent)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": python})
+    done = malora_without_torch(*command, PATH=python)
     assert done.returncode == 2 and "cannot run sbatch" in done.stderr and "login node" in done.stderr
 
 

@@ -9,7 +9,7 @@ import pytest
 from malora_dist.launch.jobs import JOBS_FILE, SLURM_FOLDER
 from malora_dist.launch.restarts import begin
 from malora_dist.outcome import FAILED, FINISHED, write_outcome
-from tests.cluster.submitted import job, main_of, submitted
+from tests.cluster.submitted import job, launch, submitted
 from tests.launch.run_folders import begun, steps
 from tests.launch.slurm_clients import NO_CONTROLLER, Clients, make_clients
 
@@ -23,7 +23,7 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clients:
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    main_of("status", *arguments)
+    launch("status", *arguments)
     return capsys.readouterr().out
 
 
@@ -140,5 +140,5 @@ def test_damage_is_named(clients: Clients, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_what_is_no_folder(clients: Clients, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main_of("status", "missing") == 2
+    assert launch("status", "missing") == 2
     assert "RUN_DIR=missing is not a folder" in capsys.readouterr().err

@@ -1,6 +1,11 @@
-"""A small valid recipe for the tests of this folder."""
+"""A small valid recipe, and the folder of those that ship with the package."""
 
+from pathlib import Path
 from typing import Any
+
+import malora_dist.recipes
+
+RECIPES = Path(malora_dist.recipes.__file__).parent
 
 
 def recipe(**sections: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from malora_dist.config.deepspeed import deepspeed_config
 from malora_dist.config.deepspeed_keys import OFFLOAD_KEYS, REFUSED_ZERO_KEYS, ZERO_KEYS
 from malora_dist.errors import ConfigError, TopologyError
 from tests.config.recipes import recipe
-
-ROOT = Path(__file__).parents[2]
+from tests.distributed import ROOT
 
 
 def config(folder: Path, given: Any, *overrides: str) -> RunConfig:

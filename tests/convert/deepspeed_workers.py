@@ -7,12 +7,9 @@ import deepspeed
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora_dist.parallel.groups import World
-
-SIZES = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+from tests.models import tiny_llama
 
 
 def save_all(world: World, folder: str, cases: dict[str, dict[str, Any]]) -> None:
@@ -25,7 +22,7 @@ def _save(world: World, target: Path, case: dict[str, Any]) -> None:
     torch.manual_seed(0)
     settings = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.1}
     config = LoraConfig(**settings | case.get("peft", {}))
-    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)), config)
+    model = get_peft_model(tiny_llama(), config).train()
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],

@@ -1,12 +1,10 @@
 """Two processes of which one has a GPU that cannot do what the recipe asks; neither GPU is there."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import malora_dist.recipes
 from malora_dist.config import load_config
 from malora_dist.engine import device_check
 from malora_dist.engine.device_check import check_device, check_memory
@@ -14,8 +12,8 @@ from malora_dist.engine.gpu import Gpu
 from malora_dist.errors import MaloraError
 from malora_dist.parallel.groups import World
 from malora_dist.plan import Lengths
+from tests.config.recipes import RECIPES
 
-RECIPES = Path(malora_dist.recipes.__file__).parent
 RECIPE = RECIPES / "llama2-7b-inter.yaml"
 MODEL = RECIPES / "models" / "llama2-7b.json"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")

@@ -9,7 +9,6 @@ from transformers import (
     BioGptConfig,
     BloomConfig,
     FalconConfig,
-    LlamaConfig,
     MistralConfig,
     Qwen2Config,
 )
@@ -17,14 +16,14 @@ from transformers import (
 from malora_dist.engine.attention import choose_attention
 from malora_dist.engine.packing import TOLERANCE, packing_difference
 from malora_dist.nn.packed_attention import register_attention
+from tests.models import SIZES, tiny_config
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 BASES: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, intermediate_size=64),
-    "a window of 4": MistralConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, sliding_window=4),
-    "biases": Qwen2Config(**SIZES, intermediate_size=64, num_key_value_heads=2),
+    "llama": tiny_config(),
+    "a window of 4": MistralConfig(**SIZES, sliding_window=4),
+    "biases": Qwen2Config(**SIZES),
     "its own attention": FalconConfig(**SIZES),
-    "learned positions": BioGptConfig(**SIZES, intermediate_size=64),
+    "learned positions": BioGptConfig(**SIZES),
 }
 
 

@@ -8,8 +8,9 @@ from malora_dist.config import load_config
 from malora_dist.engine.setup import engine_config, optimizer_settings
 from malora_dist.parallel.groups import World
 from malora_dist.source import native_dtype
+from tests.config.recipes import RECIPES
 
-RECIPE = Path(__file__).parents[2] / "malora_dist" / "recipes" / "demo.yaml"
+RECIPE = RECIPES / "demo.yaml"
 
 
 def test_warm_up_is_rounded_up_to_whole_steps() -> None:

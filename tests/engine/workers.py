@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
@@ -30,6 +30,7 @@ from malora_dist.parallel.below_zero3 import link_optimizer_state
 from malora_dist.parallel.expert_groups import ExpertGroups, create_expert_groups
 from malora_dist.parallel.groups import World, group_timeouts, replicate
 from malora_dist.parallel.zero import gathered, gathered_adapter_state, join_experts, partition_at_once, resident_bytes
+from tests.models import tiny_config
 
 STEPS, ACCUMULATION = 5, 2
 LEARNING_RATE, MAX_NORM, COEFFICIENT, SEED = 1e-3, 0.1, 0.01, 7
@@ -43,16 +44,8 @@ LENGTHS = [(9, 0), (5, 0), (7, 60), (4, 1), (6, 1), (11, 0), (3, 30), (8, 2)]
 def make_model(folder: Path) -> None:
     """A tiny Llama with random weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64}
+    model = LlamaForCausalLM(tiny_config(**sizes, tie_word_embeddings=True))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else None
     model.save_pretrained(folder)

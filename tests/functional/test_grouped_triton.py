@@ -21,10 +21,10 @@ from malora_dist.functional.grouped_triton import BLOCK_T, grouped_backward, gro
 from malora_dist.functional.routing import route
 from tests.cases import CASES, DROPOUT_P, AdapterCase, make_inputs, output_gradient
 from tests.devices import kernel_device, kernel_mark
+from tests.distributed import ROOT
 from tests.functional import test_operators
 from tests.reference import adapter_reference, gradients
 
-ROOT = Path(__file__).parents[2]
 DEVICE = kernel_device()
 runs_kernels = kernel_mark()
 SCALING = 1.5

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from malora_dist.functional.linear_cross_entropy import linear_cross_entropy
+from malora_dist.functional.loss_chunks import chunk_rows
 from tests.reference import linear_cross_entropy_reference
 
 # (N, H, V, chunk): nothing to learn, one row, odd sizes, an exact division, a chunk above N, chunks of one row.
@@ -130,3 +131,11 @@ def test_what_it_cannot_do_is_refused() -> None:
         linear_cross_entropy(hidden.half(), weight.half(), bias.half(), targets, 2)
     with pytest.raises(ValueError, match="4 targets for 3 rows"):
         linear_cross_entropy(hidden, weight, bias, torch.zeros(4, dtype=torch.long), 2)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "cpu", "cuda"), [(32_000, 524, 2097), (49_152, 341, 1365), (128_256, 130, 523), (10**9, 1, 1)]
+)
+def test_rows(vocab_size: int, cpu: int, cuda: int) -> None:
+    """Of a chunk, as documented for the vocabularies of real models, and never none."""
+    assert (chunk_rows(vocab_size, "cpu"), chunk_rows(vocab_size, "cuda")) == (cpu, cuda)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from malora_dist.errors import ConfigError
 from malora_dist.functional.triton_ready import missing_for_c, missing_for_triton, triton_ready
+from malora_dist.nn.kernels import require_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -82,3 +84,12 @@ def test_a_compiled_graph_takes_the_plain_form() -> None:
     x = torch.zeros(3)
     assert torch.equal(chosen(x), x + 1)
     assert torch.equal(torch.compile(chosen, fullgraph=True, backend="eager")(x), x - 1)
+
+
+def test_the_error_names_the_setting_what_is_missing_and_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    require_triton(torch.device("cpu"))
+    wanted = "adapter.computation=grouped_triton needs a CUDA device, not 'meta'; choose adapter.computation=auto"
+    with pytest.raises(ConfigError) as error:
+        require_triton(torch.device("meta"))
+    assert str(error.value) == wanted

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from malora_dist.functional.weight_copies import WeightCopies, kept_weight_copies
 from malora_dist.methods import METHODS, mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
-from tests.conftest import LlamaFactory
+from tests.models import tiny_llama
 
 IDS = torch.arange(24)[None] % 61
 
@@ -33,7 +33,7 @@ class RoundedNumbers(TorchDispatchMode):
         return result
 
 
-def _model(tiny_llama: LlamaFactory, method: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> nn.Module:
+def _model(method: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> nn.Module:
     model = tiny_llama(dtype)
     numbers = {} if method in ("lora", "dora") else {"num_experts": 4}
     inject_adapters(model, mixture_spec(method, r=3, **numbers), lora_dropout=0.1, **options)
@@ -57,8 +57,8 @@ def _two_passes(model: nn.Module) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 @pytest.mark.parametrize("options", [{}, {"computation": "grouped"}, {"fuse_siblings": False}])
 @pytest.mark.parametrize("method", METHODS)
-def test_kept_copies_change_no_bit(tiny_llama: LlamaFactory, method: str, options: dict[str, Any]) -> None:
-    model = _model(tiny_llama, method, **options)
+def test_kept_copies_change_no_bit(method: str, options: dict[str, Any]) -> None:
+    model = _model(method, **options)
     plain_losses, plain = _two_passes(model)
     with kept_weight_copies(model):
         losses, gradients = _two_passes(model)
@@ -66,8 +66,8 @@ def test_kept_copies_change_no_bit(tiny_llama: LlamaFactory, method: str, option
     assert all(torch.equal(gradient, plain[name]) for name, gradient in gradients.items())
 
 
-def test_each_weight_is_rounded_once(tiny_llama: LlamaFactory) -> None:
-    model = _model(tiny_llama, "malora")
+def test_each_weight_is_rounded_once() -> None:
+    model = _model("malora")
     weights = [parameter for _, parameter in adapter_parameters(model)]
     counts = []
     for block in (kept_weight_copies(model), nullcontext()):
@@ -79,9 +79,9 @@ def test_each_weight_is_rounded_once(tiny_llama: LlamaFactory) -> None:
     assert counts[0] == alone and counts[1] >= 4 * alone
 
 
-def test_new_weights_show_in_the_next_block(tiny_llama: LlamaFactory) -> None:
+def test_new_weights_show_in_the_next_block() -> None:
     """Written to behind PyTorch's back, as ZeRO does: no version of the parameter changes."""
-    model = _model(tiny_llama, "malora")
+    model = _model("malora")
     seen = []
     for _ in range(2):
         with kept_weight_copies(model):
@@ -95,8 +95,8 @@ def test_new_weights_show_in_the_next_block(tiny_llama: LlamaFactory) -> None:
     assert torch.equal(kept, model(input_ids=IDS).logits)
 
 
-def test_nothing_is_left_behind_even_by_an_error(tiny_llama: LlamaFactory) -> None:
-    model = _model(tiny_llama, "malora")
+def test_nothing_is_left_behind_even_by_an_error() -> None:
+    model = _model("malora")
     with pytest.raises(ZeroDivisionError), kept_weight_copies(model):
         _two_passes(model)
         assert any(isinstance(each, WeightCopies) for each in _copies(model))
@@ -104,9 +104,9 @@ def test_nothing_is_left_behind_even_by_an_error(tiny_llama: LlamaFactory) -> No
     assert set(_copies(model)) == {None}
 
 
-def test_weights_of_the_bases_dtype_are_not_kept(tiny_llama: LlamaFactory) -> None:
+def test_weights_of_the_bases_dtype_are_not_kept() -> None:
     """A view of a weight would hold what ZeRO-3 has gathered."""
-    model = _model(tiny_llama, "malora", torch.float32)
+    model = _model("malora", torch.float32)
     with kept_weight_copies(model):
         _two_passes(model)
         assert all(copies is not None and not copies.tensors for copies in _copies(model))

@@ -7,43 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.devices import HIDDEN
 from tests.e2e import RECIPE, ROOT, make_tasks
+from tests.models import byte_tokenizer, save_tiny_llama
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-}
+SMALL = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-
-
-def make_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer of single bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {text: number for number, text in enumerate([*alphabet, "<eos>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
 def make_run_folder(folder: Path, sizes: Mapping[str, int], changes: Mapping[str, Mapping[str, Any]]) -> Path:
     """A random Llama, three tasks, and the recipe of the end-to-end tests with `changes` in its sections."""
-    make_byte_tokenizer(folder / "model")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(**sizes, tie_word_embeddings=True, initializer_range=sizes["hidden_size"] ** -0.5)
-    )
-    model.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    spread = sizes["hidden_size"] ** -0.5
+    save_tiny_llama(folder / "model", **sizes, scale=1, noise=0, initializer_range=spread, tie_word_embeddings=True)
     make_tasks(folder / "data")
     recipe = {name: {**section, **changes.get(name, {})} for name, section in RECIPE.items() if name != "output_dir"}
     recipe["data"] |= {"max_seq_length": 192}

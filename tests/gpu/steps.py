@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
@@ -17,8 +17,9 @@ from malora_dist.functional.dropout import keep_mask, token_keys
 from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.methods import METHODS, mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters, mixture_layers
+from tests.models import tiny_config
 
-SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 128}
+SIZES = {"hidden_size": 96, "intermediate_size": 160, "vocab_size": 128}
 HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1}
 BALANCE = BalanceSettings(0.01, "mean", "local")
 SAMPLES = (23, 1, 40)
@@ -50,7 +51,7 @@ KERNEL_CASES = [Case("malora", {**DROPOUT, "computation": "grouped_triton"})]
 def adapted_model(device: torch.device, dtype: torch.dtype, case: Case) -> nn.Module:
     """A Llama with an adapter whose B is not 0; base and B are drawn on the CPU, the rest as a run draws it."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, use_cache=False)).to(dtype).to(device)
+    model = LlamaForCausalLM(tiny_config(**SIZES, **HEADS, use_cache=False)).to(dtype).to(device)
     numbers = {"num_experts": 8} if METHODS[case.method].routed else {}
     inject_adapters(model, mixture_spec(case.method, r=6, **numbers), seed=1, **case.options)
     for number, (name, parameter) in enumerate(adapter_parameters(model)):

@@ -5,6 +5,7 @@ from deepspeed.launcher import runner
 
 from malora_dist.errors import ConfigError
 from malora_dist.launch.hostfile import addresses, choose_hosts, read_hostfile, slots_per_host
+from malora_dist.launch.reach import check_reachable, is_this_machine
 
 HOSTS = {"10.0.0.1": 2, "10.0.0.2": 2, "10.0.0.3": 3}
 GOOD = "# hosts\n\n10.0.0.1 slots=2\n  10.0.0.2\tslots=2   # the second\n10.0.0.3   slots=3\r\n"
@@ -107,3 +108,16 @@ def test_every_host_runs_the_same_number_of_processes() -> None:
 def test_addresses() -> None:
     assert addresses("me@10.0.0.1") == {"10.0.0.1"} and "127.0.0.1" in addresses("localhost")
     assert addresses("no-such-host.invalid") == set() and addresses("a" * 80) == set()
+
+
+def test_this_machine() -> None:
+    assert is_this_machine("localhost") and is_this_machine("me@127.0.0.1")
+    # An address for documents, and a name that nobody has.
+    assert not is_this_machine("192.0.2.1") and not is_this_machine("no-such-host.invalid")
+
+
+def test_ssh_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says of hosts is in tests/slurm."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="cannot start ssh: No such file"):
+        check_reachable(["192.0.2.1"], tmp_path)

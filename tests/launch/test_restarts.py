@@ -8,12 +8,7 @@ import pytest
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.launch.restarts import Restarts, begin, end, job_name, newest_step, read_restarts
 from malora_dist.outcome import FAILED, FINISHED, PREEMPTED, write_outcome
-
-
-def checkpoint(run: Path, step: int) -> None:
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+from tests.launch.run_folders import checkpoint
 
 
 def ended(run: Path, outcome: str, code: int = 1, reason: str = "lost") -> None:

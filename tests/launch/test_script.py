@@ -3,7 +3,6 @@
 import shlex
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,8 @@ from malora_dist.launch.script import (
     shipped_scripts,
     train_script,
 )
+from tests.distributed import ROOT
 
-ROOT = Path(__file__).parents[2]
 WORDS = ("my recipe's.yaml", "--output_dir", 'runs/a "b" $c', "--adapter.target_modules=[q_proj, v_proj]")
 
 

@@ -14,7 +14,7 @@ from malora_dist.nn.dora import Magnitude
 from malora_dist.nn.inject import adapter_parameters, inject_adapters, mixture_layers
 from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.nf4_linear import NF4Linear
-from tests.conftest import LlamaFactory
+from tests.models import tiny_llama
 
 IDS = torch.arange(30)[None] % 61
 TARGETS = ["q_proj", "down_proj"]
@@ -41,9 +41,7 @@ def _theirs(peft_model: Any) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_equals_peft_in_logits_and_gradients(
-    tiny_llama: LlamaFactory, method: str, use_rslora: bool, dropout: float
-) -> None:
+def test_equals_peft_in_logits_and_gradients(method: str, use_rslora: bool, dropout: float) -> None:
     """In float64, in training, with our dropout masks in the place of PEFT's."""
     ours = tiny_llama(torch.float64, attention_bias=True)
     peft_model = _peft(tiny_llama(torch.float64, attention_bias=True), dropout, use_rslora=use_rslora,

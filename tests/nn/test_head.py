@@ -11,7 +11,6 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     Qwen2Config,
@@ -25,17 +24,7 @@ from malora_dist.nn import head as head_module
 from malora_dist.nn.head import LossHead, install_loss_head, loss_head
 from malora_dist.nn.inject import DEFAULT_TARGETS, adapter_parameters, count_base_parameters, inject_adapters
 from malora_dist.nn.mixture import MixtureLinear
-from tests.conftest import LlamaFactory
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
+from tests.models import SIZES, tiny_config, tiny_llama
 
 
 def batch() -> MicroBatch:
@@ -66,7 +55,7 @@ def losses_and_gradients(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_losses_and_gradients_of_whole_logits(
-    tiny_llama: LlamaFactory, monkeypatch: pytest.MonkeyPatch, tied: bool, chunk: int, checkpointing: bool
+    monkeypatch: pytest.MonkeyPatch, tied: bool, chunk: int, checkpointing: bool
 ) -> None:
     monkeypatch.setattr(head_module, "chunk_rows", lambda vocab_size, device: chunk)
     model = adapted(tiny_llama(tie_word_embeddings=tied))
@@ -81,7 +70,7 @@ def test_losses_and_gradients_of_whole_logits(
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_in_bf16(tiny_llama: LlamaFactory) -> None:
+def test_in_bf16() -> None:
     """The losses are those of whole logits, which are bf16 in both cases."""
     model = adapted(tiny_llama(torch.bfloat16))
     plain = losses_and_gradients(model)
@@ -93,7 +82,7 @@ def test_in_bf16(tiny_llama: LlamaFactory) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_model_keeps_its_parameters(tiny_llama: LlamaFactory, tied: bool) -> None:
+def test_the_model_keeps_its_parameters(tied: bool) -> None:
     model = tiny_llama(tie_word_embeddings=tied)
     before, count = dict(model.named_parameters(remove_duplicate=False)), count_base_parameters(model)
     names = list(model.state_dict())
@@ -105,7 +94,7 @@ def test_the_model_keeps_its_parameters(tiny_llama: LlamaFactory, tied: bool) ->
     assert isinstance(model.get_output_embeddings(), LossHead) and not model.lm_head.training
 
 
-def test_a_plain_head_but_for_losses(tiny_llama: LlamaFactory) -> None:
+def test_a_plain_head_but_for_losses() -> None:
     """Also after a forward that failed."""
     model, ids = tiny_llama().requires_grad_(False), torch.arange(7)[None]
     wanted = model(input_ids=ids).logits
@@ -118,7 +107,7 @@ def test_a_plain_head_but_for_losses(tiny_llama: LlamaFactory) -> None:
     torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=0, atol=0)
 
 
-def test_a_hook_that_fails_leaves_no_losses(tiny_llama: LlamaFactory) -> None:
+def test_a_hook_that_fails_leaves_no_losses() -> None:
     model, ids = tiny_llama().requires_grad_(False), torch.arange(7)[None]
     wanted = model(input_ids=ids).logits
     assert install_loss_head(model)
@@ -133,7 +122,7 @@ def test_a_hook_that_fails_leaves_no_losses(tiny_llama: LlamaFactory) -> None:
     torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=0, atol=0)
 
 
-def test_nothing_to_learn(tiny_llama: LlamaFactory) -> None:
+def test_nothing_to_learn() -> None:
     """A micro-batch of prompts alone: no losses, and gradients that are zero, not missing."""
     model = adapted(tiny_llama())
     assert install_loss_head(model)
@@ -145,7 +134,7 @@ def test_nothing_to_learn(tiny_llama: LlamaFactory) -> None:
     assert all(p.grad is not None and not p.grad.any() for n, p in adapter_parameters(model) if n.endswith(".B"))
 
 
-def test_hooks_see_nothing_to_go_back_through(tiny_llama: LlamaFactory) -> None:
+def test_hooks_see_nothing_to_go_back_through() -> None:
     """ZeRO-3 would gather the weight for the backward of any output that has one."""
     model = adapted(tiny_llama())
     assert install_loss_head(model)
@@ -158,8 +147,8 @@ def test_hooks_see_nothing_to_go_back_through(tiny_llama: LlamaFactory) -> None:
 @pytest.mark.parametrize(
     ("config", "plain"),
     [
-        (Gemma2Config(**SIZES, head_dim=8), False),
-        (Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=None), True),
+        (Gemma2Config(**SIZES, head_dim=12), False),
+        (Gemma2Config(**SIZES, head_dim=12, final_logit_softcapping=None), True),
         (CohereConfig(**SIZES), False),
         (GraniteConfig(**SIZES, logits_scaling=8.0), False),
         (Qwen2Config(**SIZES), True),
@@ -188,11 +177,11 @@ class Halved(LlamaForCausalLM):
 
 
 def test_a_change_in_place_is_a_change() -> None:
-    assert install_loss_head(LlamaForCausalLM(LlamaConfig(**SIZES)))
-    assert not install_loss_head(Halved(LlamaConfig(**SIZES)))
+    assert install_loss_head(tiny_llama())
+    assert not install_loss_head(Halved(tiny_config()))
 
 
-def test_a_head_that_learns_gives_logits(tiny_llama: LlamaFactory) -> None:
+def test_a_head_that_learns_gives_logits() -> None:
     """Adapted, or not frozen: its weight's gradient is not among what the losses give."""
     whole = tiny_llama()
     assert install_loss_head(whole)

@@ -24,7 +24,7 @@ from malora_dist.nn.inject import (
 )
 from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.nf4_linear import NF4Linear
-from tests.conftest import LlamaFactory
+from tests.models import tiny_llama
 
 MALORA = mixture_spec("malora", num_experts=4, r=3, shared_r=6)
 SIZES = {"q_proj": (48, 48), "k_proj": (48, 24), "v_proj": (48, 24), "gate_proj": (48, 80), "up_proj": (48, 80),
@@ -34,9 +34,7 @@ IDS = torch.arange(40)[None] % 61
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
-def test_adapted_model_starts_as_its_base_bit_for_bit(
-    tiny_llama: LlamaFactory, method: str, dtype: torch.dtype
-) -> None:
+def test_adapted_model_starts_as_its_base_bit_for_bit(method: str, dtype: torch.dtype) -> None:
     model = tiny_llama(dtype)
     base = model(IDS[:, :8]).logits
     inject_adapters(model, mixture_spec(method, num_experts=4, r=3), lora_dropout=0.1)
@@ -46,7 +44,7 @@ def test_adapted_model_starts_as_its_base_bit_for_bit(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_adapters_are_fp32_under_every_default_dtype(tiny_llama: LlamaFactory, method: str) -> None:
+def test_adapters_are_fp32_under_every_default_dtype(method: str) -> None:
     """As where a model is built in the dtype of its checkpoint; the same values, too."""
     plain, other = tiny_llama(torch.bfloat16), tiny_llama(torch.bfloat16)
     spec = mixture_spec(method, num_experts=4, r=3)
@@ -62,7 +60,7 @@ def test_adapters_are_fp32_under_every_default_dtype(tiny_llama: LlamaFactory, m
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_report_and_trainable_parameters(tiny_llama: LlamaFactory, method: str) -> None:
+def test_report_and_trainable_parameters(method: str) -> None:
     model, spec = tiny_llama(), mixture_spec(method, num_experts=4, r=3)
     before = dict(model.named_parameters())
     base_parameters = sum(p.numel() for p in before.values())
@@ -82,7 +80,7 @@ def test_report_and_trainable_parameters(tiny_llama: LlamaFactory, method: str) 
     assert report.quantized_parameters == 0
 
 
-def test_report_counts_the_weights_a_blob_stands_for(tiny_llama: LlamaFactory) -> None:
+def test_report_counts_the_weights_a_blob_stands_for() -> None:
     model = tiny_llama(attention_bias=True)
     expected = count_base_parameters(model)
     attention = model.model.layers[0].self_attn
@@ -98,7 +96,7 @@ def test_report_counts_the_weights_a_blob_stands_for(tiny_llama: LlamaFactory) -
     assert isinstance(attention.o_proj, NF4Linear)
 
 
-def test_values_depend_on_seed_and_name_alone(tiny_llama: LlamaFactory) -> None:
+def test_values_depend_on_seed_and_name_alone() -> None:
     """Not on the order of targets, on what else is adapted, or on the state of a process's generator."""
 
     def state(targets: Any, seed: int) -> dict[str, Tensor]:
@@ -124,7 +122,7 @@ def test_seed_of_a_name_is_the_same_in_every_process() -> None:
     assert 0 <= layer_seed(0, "x") < 2**31
 
 
-def test_state_dict_names_every_factor(tiny_llama: LlamaFactory) -> None:
+def test_state_dict_names_every_factor() -> None:
     model = tiny_llama()
     inject_adapters(model, MALORA)
     state = adapter_state_dict(model)
@@ -139,7 +137,7 @@ def test_state_dict_names_every_factor(tiny_llama: LlamaFactory) -> None:
     assert not any(tensor.requires_grad for tensor in state.values())
 
 
-def test_layers_that_read_the_same_tensor_drop_the_same_numbers(tiny_llama: LlamaFactory) -> None:
+def test_layers_that_read_the_same_tensor_drop_the_same_numbers() -> None:
     model = tiny_llama()
     inject_adapters(model, MALORA, [*DEFAULT_TARGETS, "o_proj"], seed=3)
     salts = {name.removeprefix("model.layers."): layer.entrance.input_salt for name, layer in mixture_layers(model)}
@@ -151,7 +149,7 @@ def test_layers_that_read_the_same_tensor_drop_the_same_numbers(tiny_llama: Llam
     assert all(0 <= salt < 2**31 for salt in salts.values())  # a mask's integers have 32 bits
 
 
-def test_a_suffix_with_dots_picks_modules(tiny_llama: LlamaFactory) -> None:
+def test_a_suffix_with_dots_picks_modules() -> None:
     model = tiny_llama()
     inject_adapters(model, MALORA, ["layers.1.mlp.up_proj", "self_attn.o_proj"])
     assert [name for name, _ in mixture_layers(model)] == [
@@ -171,9 +169,7 @@ def test_a_suffix_with_dots_picks_modules(tiny_llama: LlamaFactory) -> None:
         ("embed_tokens", ["'embed_tokens'", "Embedding"]),
     ],
 )
-def test_a_wrong_target_is_named_and_nothing_is_changed(
-    tiny_llama: LlamaFactory, target: str, named: list[str]
-) -> None:
+def test_a_wrong_target_is_named_and_nothing_is_changed(target: str, named: list[str]) -> None:
     model = tiny_llama()
     with pytest.raises(ConfigError) as caught:
         inject_adapters(model, MALORA, ["q_proj", target])
@@ -195,7 +191,7 @@ def test_fused_experts_are_refused_by_name(family: str) -> None:
         inject_adapters(model, MALORA, ["q_proj"])
 
 
-def test_a_shared_rank_above_the_inputs_is_named(tiny_llama: LlamaFactory) -> None:
+def test_a_shared_rank_above_the_inputs_is_named() -> None:
     """S_A has orthogonal rows, of which there are no more than inputs: 48 for all targets but down_proj's 80."""
     model = tiny_llama()
     inject_adapters(model, mixture_spec("malora", r=3, shared_r=80), ["down_proj"])
@@ -203,7 +199,7 @@ def test_a_shared_rank_above_the_inputs_is_named(tiny_llama: LlamaFactory) -> No
         inject_adapters(tiny_llama(), mixture_spec("malora", r=3, shared_r=49), ["q_proj"])
 
 
-def test_injecting_twice_is_refused(tiny_llama: LlamaFactory) -> None:
+def test_injecting_twice_is_refused() -> None:
     model = tiny_llama()
     inject_adapters(model, MALORA, ["q_proj"])
     with pytest.raises(ConfigError, match="q_proj.*MixtureLinear"):
@@ -228,9 +224,7 @@ def _losses_and_gradients(model: nn.Module, aux_weight: float) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("computation", ["dense", "grouped"])
-def test_checkpointing_changes_no_gradient_and_counts_the_balance_loss_once(
-    tiny_llama: LlamaFactory, computation: str
-) -> None:
+def test_checkpointing_changes_no_gradient_and_counts_the_balance_loss_once(computation: str) -> None:
     model = tiny_llama().double()
     inject_adapters(model, MALORA, lora_dropout=0.2, computation=computation)
     for number, (_, layer) in enumerate(mixture_layers(model)):
@@ -262,9 +256,7 @@ def test_checkpointing_changes_no_gradient_and_counts_the_balance_loss_once(
         pytest.param(["q_proj", "self_attn.q_proj"], "both match model.layers.0.self_attn.q_proj", id="overlapping"),
     ],
 )
-def test_impossible_targets_leave_the_model_as_it_was(
-    tiny_llama: LlamaFactory, targets: list[str], message: str
-) -> None:
+def test_impossible_targets_leave_the_model_as_it_was(targets: list[str], message: str) -> None:
     model = tiny_llama()
     with pytest.raises(ConfigError, match=message):
         inject_adapters(model, mixture_spec("malora", r=2, shared_r=4), targets)

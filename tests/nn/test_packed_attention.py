@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
@@ -27,25 +27,17 @@ from malora_dist.nn.packed_attention import (
     torch_varlen,
     varlen_attention,
 )
+from tests.models import SIZES, tiny_config
 from tests.nn.varlen_kernel import kernel_on_cpu
 from tests.reference import gradients, packed_attention_reference
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
+LAYERS = ["full_attention", "sliding_attention"]
 CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES),
+    "llama": tiny_config(),
     "window": MistralConfig(**SIZES, sliding_window=3),
     "one-windowed-layer": Qwen3Config(
-        **SIZES, use_sliding_window=True, sliding_window=4, layer_types=["full_attention", "sliding_attention"]
+        **SIZES, head_dim=12, use_sliding_window=True, sliding_window=4, layer_types=LAYERS
     ),
 }
 

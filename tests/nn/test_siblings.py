@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora_dist.convert.gates import constant_gates
 from malora_dist.functional.dropout import token_keys
@@ -14,14 +13,13 @@ from malora_dist.methods import mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters, mixture_layers, remove_adapters
 from malora_dist.nn.shared_input import SharedInput
 from malora_dist.nn.siblings import SiblingEntrance
+from tests.models import tiny_llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def _model(method: str, fuse: bool, dtype: torch.dtype = torch.float64, **switches: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=31, num_hidden_layers=2, **sizes)).to(dtype).train()
+    model = tiny_llama(dtype).train()
     spec = mixture_spec(method, num_experts=4, r=3, normalize_gates=switches.pop("normalize_gates", False))
     inject_adapters(model, spec, TARGETS, fuse_siblings=fuse, **switches)
     for _, parameter in adapter_parameters(model):
@@ -111,7 +109,7 @@ def test_a_copy_of_the_model_enters_by_itself() -> None:
 
 def test_what_was_made_without_a_graph_is_not_taken_into_one() -> None:
     model = _model("malora", True)
-    attention, x = model.model.layers[0].self_attn, torch.randn(1, 5, 24, dtype=torch.float64)
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 5, 48, dtype=torch.float64)
     with torch.no_grad():
         attention.q_proj(x)
     attention.k_proj(x).sum().backward()

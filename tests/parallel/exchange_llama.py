@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora_dist.methods import mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
@@ -13,6 +12,7 @@ from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.parallel.apply import connect_experts, keep_owned_experts
 from malora_dist.parallel.expert_groups import ExpertGroups
 from malora_dist.parallel.groups import World
+from tests.models import tiny_llama
 from tests.parallel.exchange_runs import recorded_messages
 
 NUM_EXPERTS = 4
@@ -47,14 +47,10 @@ def compare_llamas(world: World, groups: ExpertGroups) -> dict[str, Any]:
 
 def _build(groups: ExpertGroups | None, share: bool = True) -> Any:
     """The same float64 model every time, with B not 0 and this process's experts, if there are groups."""
-    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model = tiny_llama()
     for name, norm in [(n, m) for n, m in model.named_modules() if n.endswith("norm")]:
         # That of transformers computes in fp32 whatever it is given.
         model.set_submodule(name, nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon))
-    for parameter in model.parameters():
-        parameter.data *= 4 if parameter.dim() > 1 else 1
     generator = torch.Generator().manual_seed(1)
 
     def place(layer: MixtureLinear) -> None:
@@ -78,7 +74,7 @@ def _forward_and_backward(model: Any, ids: Tensor) -> tuple[Tensor, dict[str, Te
 def _messages_of_attention(model: Any) -> int:
     """Messages of the forward of q, k and v."""
     attention = model.model.layers[0].self_attn
-    x = torch.randn(1, 4, 24, dtype=torch.float64)
+    x = torch.randn(1, 4, 48, dtype=torch.float64)
     with recorded_messages() as messages, torch.no_grad():
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
             linear(x)
@@ -89,7 +85,7 @@ def _messages_of_attention(model: Any) -> int:
 def _inputs_of_their_own(model: Any) -> Tensor:
     """What k and v say to another tensor than q, or to the same one with other numbers in it."""
     attention = model.model.layers[0].self_attn
-    x = torch.randn(1, 4, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(1, 4, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     outputs = [attention.q_proj(x), attention.k_proj(x + 1), attention.v_proj(x + 2), attention.q_proj(x)]
     outputs += [attention.k_proj(x.mul_(3)), attention.v_proj(x)]
     return torch.cat(outputs, dim=-1)

@@ -12,7 +12,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora_dist.config import load_config
 from malora_dist.engine.base import base_model
@@ -24,10 +23,11 @@ from malora_dist.parallel.zero import check_partitioning, partition_at_once, par
 from malora_dist.weights.base_tensor import Weights
 from malora_dist.weights.checkpoint import CheckpointWeights
 from malora_dist.weights.prepared import PreparedWeights, prepared_folder, write_prepared
+from tests.config.recipes import RECIPES
 from tests.distributed import run_distributed
+from tests.models import save_tiny_llama
 from tests.parallel.workers import CONFIG, DTYPES, highest_memory, make_large_model, same_bits, values
 
-DEMO = Path(__file__).parents[2] / "malora_dist" / "recipes" / "demo.yaml"
 IDS = torch.tensor([[3, 60, 17, 0, 5, 5, 41, 8, 9, 33]])
 NODE_TIMEOUT = 41
 # Numbers of elements that two and four processes cannot share equally, and fewer elements than processes.
@@ -58,14 +58,9 @@ def results(world_size: int) -> list[dict[str, Any]]:
 
 def make_odd_model(folder: Path) -> None:
     """A Llama with biases, tied embeddings and sizes that divide badly, in two files."""
-    sizes = {"vocab_size": 61, "hidden_size": 34, "intermediate_size": 51, "num_hidden_layers": 2, "head_dim": 18}
+    sizes = {"vocab_size": 61, "hidden_size": 34, "intermediate_size": 51, "head_dim": 18}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(folder, max_shard_size="40KB")
+    save_tiny_llama(folder, **sizes, **heads, max_shard_size="40KB")
 
 
 def prepare(model: Path, **case: Any) -> Path:
@@ -190,7 +185,7 @@ def base_of_a_run(world: World, folder: Path, *cache_dirs: Path) -> dict[str, An
         os.environ["MALORA_CACHE"] = str(cache_dir)
         options = {"model.name_or_path": folder, "model.dtype": "bfloat16", "parallel.zero_stage": stage}
         options["train.per_device_train_batch_size"] = 1
-        config = load_config(DEMO, [f"{key}={value}" for key, value in options.items()])
+        config = load_config(RECIPES / "demo.yaml", [f"{key}={value}" for key, value in options.items()])
         model = base_model(config, folder, world, engine_config(config, world))
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
             pairs = zip(model.parameters(), wanted.parameters(), strict=True)

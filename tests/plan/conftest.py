@@ -1,18 +1,14 @@
-"""LLaMA-2 7B on the recipe that ships with the package, and real runs of small models, once for all tests."""
+"""LLaMA-2 7B on the recipe that ships with the package."""
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
-import malora_dist.recipes
 from malora_dist.config import AdapterConfig, RunConfig, load_config
 from malora_dist.plan.run import Run, run_of
 from malora_dist.plan.shapes import ModelShape, find_shape
 from malora_dist.summary import adapter_spec
-from tests.plan.workers import measure, planned
-
-RECIPES = Path(malora_dist.recipes.__file__).parent
+from tests.config.recipes import RECIPES
 
 
 @pytest.fixture
@@ -37,34 +33,3 @@ def llama_shape() -> ModelShape:
 def llama_run(llama_config: RunConfig, llama_shape: ModelShape) -> Run:
     """On one process, without recomputation."""
     return replace(run_of(llama_config, adapter_spec(llama_config), llama_shape, 1), checkpointing=False)
-
-
-@dataclass
-class RealRuns:
-    """What every rank of `world_size` processes measured, and the plans of the same cases."""
-
-    folder: str
-    world_size: int
-
-    def __post_init__(self) -> None:
-        self.ranks = measure(self.folder, self.world_size)
-
-    def plan(self, name: str) -> Run:
-        return planned(self.folder, name, self.world_size)
-
-
-@pytest.fixture(scope="session")
-def runs_of_2(tmp_path_factory: pytest.TempPathFactory) -> RealRuns:
-    return RealRuns(str(tmp_path_factory.mktemp("two")), 2)
-
-
-@pytest.fixture(scope="session")
-def runs_of_4(tmp_path_factory: pytest.TempPathFactory) -> RealRuns:
-    return RealRuns(str(tmp_path_factory.mktemp("four")), 4)
-
-
-@pytest.fixture
-def real_runs(request: pytest.FixtureRequest) -> RealRuns:
-    """The runs of the number of processes that the test is parametrised with."""
-    runs: RealRuns = request.getfixturevalue(f"runs_of_{request.param}")
-    return runs

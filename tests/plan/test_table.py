@@ -1,30 +1,22 @@
 """The command: tables for people, one JSON object for programs, without torch."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from typing import Any
 
 import pytest
 
-from malora_dist.cli import main
 from malora_dist.plan.table import KINDS
-from tests.plan.conftest import RECIPES
+from tests.commands import malora, malora_without_torch
+from tests.config.recipes import RECIPES
 
 RECIPE, MODEL = str(RECIPES / "llama2-7b-inter.yaml"), str(RECIPES / "models" / "llama2-7b.json")
-BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from malora_dist.cli import main; main(sys.argv[1:])"
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(["plan", *arguments])
-    return int(stop.value.code or 0)
+run = partial(malora, "plan")
 
 
 def plan(*arguments: str) -> dict[str, Any]:
     """The JSON of the command, run where torch cannot be imported."""
-    command = [sys.executable, "-c", BLOCK_TORCH, "plan", RECIPE, "--model", MODEL, "--json", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = malora_without_torch("plan", RECIPE, "--model", MODEL, "--json", *arguments)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result

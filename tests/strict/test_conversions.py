@@ -1,6 +1,5 @@
 """`malora convert --verify --device` with the base on the device: the same adapters as on the CPU."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.convert.job import convert
 from malora_dist.convert.kinds import Options
@@ -28,13 +26,6 @@ CONVERSIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("strict"))
-
-
-@pytest.fixture
-def strict() -> Iterator[StrictDevice]:
-    register()
-    with StrictDevice() as device:
-        yield device
 
 
 @pytest.mark.parametrize("kind", list(CONVERSIONS))

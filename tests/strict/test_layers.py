@@ -1,6 +1,5 @@
 """Adapted models on the device, of every method with every option: the numbers are those of the CPU run."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
@@ -17,7 +15,7 @@ from malora_dist.functional.loss import batch_counts, target_weights
 from malora_dist.methods import METHODS, mixture_spec
 from malora_dist.nn.head import install_loss_head
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
-from tests.conftest import LlamaFactory
+from tests.models import tiny_llama
 from tests.pairwise import pairwise
 
 BALANCE = BalanceSettings(0.01, "mean", "local")
@@ -37,16 +35,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def strict() -> Iterator[StrictDevice]:
-    register()
-    with StrictDevice() as device:
-        yield device
-
-
-def numbers(llama: LlamaFactory, case: dict[str, Any], device: str) -> dict[str, Tensor]:
+def numbers(case: dict[str, Any], device: str) -> dict[str, Tensor]:
     """The loss, the balance loss and every gradient of one micro-batch, of a model adapted on the device."""
-    model = llama().to(device)
+    model = tiny_llama().to(device)
     spec = mixture_spec(case["method"], num_experts=4, r=3, normalize_gates=case["normalize_gates"])
     inject_adapters(
         model,
@@ -85,10 +76,8 @@ def numbers(llama: LlamaFactory, case: dict[str, Any], device: str) -> dict[str,
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
-def test_a_model_gives_the_numbers_of_the_cpu(
-    strict: StrictDevice, tiny_llama: LlamaFactory, case: dict[str, Any]
-) -> None:
-    wanted, found = (numbers(tiny_llama, case, device) for device in ("cpu", "strict"))
+def test_a_model_gives_the_numbers_of_the_cpu(strict: StrictDevice, case: dict[str, Any]) -> None:
+    wanted, found = (numbers(case, device) for device in ("cpu", "strict"))
     assert set(found) == set(wanted)
     # Not bit for bit: the CPU has an attention kernel of its own.
     for name, value in wanted.items():

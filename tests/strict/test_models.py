@@ -1,6 +1,5 @@
 """A base of every kind read onto the device, an adapter put on it, asked in every way: the answers of the CPU."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.checkpoint.adapter import AdapterInfo, load_adapter, save_adapter
 from malora_dist.data.encode import ChoiceItem
@@ -17,7 +15,7 @@ from malora_dist.methods import mixture_spec
 from malora_dist.model import load_base_model
 from malora_dist.nn.inject import adapter_state_dict, inject_adapters, mixture_layers, remove_adapters
 from malora_dist.scoring import score_items
-from tests.conftest import LlamaFactory
+from tests.models import tiny_llama
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 BASES: dict[str, dict[str, Any]] = {
@@ -29,14 +27,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def strict() -> Iterator[StrictDevice]:
-    register()
-    with StrictDevice() as device:
-        yield device
-
-
-@pytest.fixture
-def folder(tiny_llama: LlamaFactory, tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A model folder, and the folder of an adapter that matters in `adapter`."""
     model = tiny_llama()
     model.save_pretrained(tmp_path / "model")

@@ -1,24 +1,14 @@
 """The 4-bit base and the initial values on the device: the bytes of the CPU, few launches, and no wait."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
 from malora_dist.methods import mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
 from malora_dist.nn.nf4_linear import NF4Linear
-
-
-@pytest.fixture
-def strict() -> Iterator[StrictDevice]:
-    register()
-    with StrictDevice() as device:
-        yield device
 
 
 def _weight(dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -1,12 +1,9 @@
 """Operators of torch.library on the device: one launch each, whatever their CPU form computes with."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.device import StrictDevice
 
 
@@ -58,52 +55,45 @@ class AddRows(torch.autograd.Function):
         return grads[0], grads[0].sum(dim=0) * 2
 
 
-@pytest.fixture
-def device() -> Iterator[StrictDevice]:
-    register()
-    with StrictDevice() as device:
-        yield device
-
-
-def test_an_operator_is_one_launch_and_may_have_several_outputs(device: StrictDevice) -> None:
+def test_an_operator_is_one_launch_and_may_have_several_outputs(strict: StrictDevice) -> None:
     x_TI = torch.arange(8.0).view(2, 4).to("strict").requires_grad_()
-    device.counts.reset()
+    strict.counts.reset()
     low, high = halves(x_TI)
-    assert device.counts.launches == {"strict_test.halves.default": 1} and not device.counts.waits
+    assert strict.counts.launches == {"strict_test.halves.default": 1} and not strict.counts.waits
     assert {low.device.type, high.device.type} == {"strict"}
     assert low.tolist() == [[0, 1], [4, 5]] and high.tolist() == [[2, 3], [6, 7]]
     (low * 2 + high).sum().backward()
     assert x_TI.grad is not None and x_TI.grad.tolist() == 2 * [[2, 2, 1, 1]]
 
 
-def test_an_operator_changes_its_arguments(device: StrictDevice) -> None:
+def test_an_operator_changes_its_arguments(strict: StrictDevice) -> None:
     x_TI, rest = torch.ones(2, 3, device="strict"), torch.ones(2, 1, device="strict")
     version = x_TI._version
-    device.counts.reset()
+    strict.counts.reset()
     scale_(x_TI[:, 1:], [rest], torch.arange(2.0, device="strict"))
-    assert device.counts.launches["strict_test.scale_.default"] == 1
-    assert not any(name.startswith("aten.copy_") for name in device.counts.launches)
+    assert strict.counts.launches["strict_test.scale_.default"] == 1
+    assert not any(name.startswith("aten.copy_") for name in strict.counts.launches)
     assert x_TI.tolist() == [[1, 0, 0], [1, 1, 1]] and rest.tolist() == [[0], [1]]
     assert x_TI._version > version
 
 
-def test_an_operator_of_a_library_returns_the_argument_it_changed(device: StrictDevice) -> None:
+def test_an_operator_of_a_library_returns_the_argument_it_changed(strict: StrictDevice) -> None:
     x_TI, row_I = torch.ones(2, 3, device="strict"), torch.ones(3, device="strict", requires_grad=True)
     changed = torch.ops.strict_plain.add_rows_(x_TI, [row_I.detach()], 4.0)
     assert changed is x_TI and x_TI.tolist() == 2 * [3 * [5]]
-    device.counts.reset()
+    strict.counts.reset()
     AddRows.apply(x_TI, row_I).sum().backward()
-    assert device.counts.launches["strict_plain.add_rows_.default"] == 1
+    assert strict.counts.launches["strict_plain.add_rows_.default"] == 1
     assert row_I.grad is not None and row_I.grad.tolist() == 3 * [4]
 
 
 @pytest.mark.parametrize("stranger", [torch.ones(2, 4), torch.ones(())])
-def test_an_operator_takes_no_host_tensor(device: StrictDevice, stranger: Tensor) -> None:
+def test_an_operator_takes_no_host_tensor(strict: StrictDevice, stranger: Tensor) -> None:
     with pytest.raises(RuntimeError, match="strict_test.halves.default: Expected all tensors to be on the same device"):
         halves(torch.ones(2, 4, device="strict"), stranger)
 
 
-def test_an_operator_in_inference_mode(device: StrictDevice) -> None:
+def test_an_operator_in_inference_mode(strict: StrictDevice) -> None:
     with torch.inference_mode():
         low, _ = halves(torch.ones(2, 4, device="strict"))
         assert low.device.type == "strict"
@@ -111,14 +101,14 @@ def test_an_operator_in_inference_mode(device: StrictDevice) -> None:
         assert low.tolist() == 2 * [[0, 0]]
 
 
-def test_bitsandbytes_is_one_launch_an_operator(device: StrictDevice) -> None:
+def test_bitsandbytes_is_one_launch_an_operator(strict: StrictDevice) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.randn(64, 64)
     packed, state = quantize_4bit(weight.to("strict"), quant_type="nf4")
     assert packed.device.type == state.absmax.device.type == "strict"
-    device.counts.reset()
+    strict.counts.reset()
     found = dequantize_4bit(packed, state)
-    assert device.counts.launches["bitsandbytes.dequantize_4bit.default"] == 1
+    assert strict.counts.launches["bitsandbytes.dequantize_4bit.default"] == 1
     wanted = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
     assert torch.equal(found.cpu(), wanted)

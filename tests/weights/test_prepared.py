@@ -14,7 +14,7 @@ from malora_dist.model import base_tensors, build_empty_model, load_base_model
 from malora_dist.weights.base_tensor import BaseTensor
 from malora_dist.weights.checkpoint import CheckpointWeights
 from malora_dist.weights.prepared import PreparedWeights, prepared_folder, write_prepared
-from tests.conftest import LlamaFactory
+from tests.models import save_tiny_llama
 
 BF16 = {"dtype": torch.bfloat16, "double_quant": False}
 
@@ -25,8 +25,8 @@ def _tensors(model: Path, double_quant: bool = False) -> list[BaseTensor]:
 
 
 @pytest.fixture
-def model(tiny_llama: LlamaFactory, tmp_path: Path) -> Path:
-    tiny_llama(attention_bias=True, tie_word_embeddings=True).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+def model(tmp_path: Path) -> Path:
+    save_tiny_llama(tmp_path / "model", attention_bias=True, tie_word_embeddings=True, max_shard_size="20KB")
     return tmp_path / "model"
 
 

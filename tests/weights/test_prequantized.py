@@ -13,15 +13,15 @@ from malora_dist.errors import ConfigError
 from malora_dist.functional.nf4 import nf4_bytes, pack_nf4
 from malora_dist.model import load_base_model
 from malora_dist.nn.nf4_linear import NF4Linear
-from tests.conftest import LlamaFactory
+from tests.models import save_tiny_llama, tiny_config
 
 IDS = torch.tensor([[3, 60, 17, 0, 5, 5, 41, 8, 9, 33]])
 
 
-def _quantise(build: LlamaFactory, folder: Path, **settings: Any) -> Path:
+def _quantise(folder: Path, **settings: Any) -> Path:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    build().save_pretrained(folder / "plain")
+    save_tiny_llama(folder / "plain")
     options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16, **settings}
     config = BitsAndBytesConfig(**options)
     model = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=torch.bfloat16, quantization_config=config)
@@ -36,10 +36,10 @@ def _as_bitsandbytes(weight: torch.Tensor, double_quant: bool) -> torch.Tensor:
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_stored_nf4_model_is_taken_over_bit_by_bit(
-    tiny_llama: LlamaFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, double_quant: bool, storage: torch.dtype
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, double_quant: bool, storage: torch.dtype
 ) -> None:
     settings = {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_quant_storage": storage}
-    stored = _quantise(tiny_llama, tmp_path, **settings)
+    stored = _quantise(tmp_path, **settings)
     ours = load_base_model(stored, double_quant=double_quant)
     monkeypatch.setattr("malora_dist.weights.checkpoint.quantize_nf4", _as_bitsandbytes)
     from_plain = load_base_model(tmp_path / "plain", double_quant=double_quant)
@@ -51,9 +51,9 @@ def test_a_stored_nf4_model_is_taken_over_bit_by_bit(
     assert not hasattr(ours.config, "quantization_config")
 
 
-def test_a_stored_blob_is_not_recomputed(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
+def test_a_stored_blob_is_not_recomputed(tmp_path: Path) -> None:
     """A code changed in the file is a code changed in the model."""
-    stored = _quantise(tiny_llama, tmp_path)
+    stored = _quantise(tmp_path)
     tensors = load_file(stored / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name][5] ^= 255
@@ -63,8 +63,8 @@ def test_a_stored_blob_is_not_recomputed(tiny_llama: LlamaFactory, tmp_path: Pat
     assert ours.numel() == nf4_bytes(48 * 80) and (ours != other).nonzero().tolist() == [[5]]
 
 
-def test_modules_that_were_skipped_are_quantised_now(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
-    stored = _quantise(tiny_llama, tmp_path, llm_int8_skip_modules=["lm_head", "up_proj"])
+def test_modules_that_were_skipped_are_quantised_now(tmp_path: Path) -> None:
+    stored = _quantise(tmp_path, llm_int8_skip_modules=["lm_head", "up_proj"])
     assert load_file(stored / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
     pairs = zip(load_base_model(stored).parameters(), load_base_model(tmp_path / "plain").parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -91,9 +91,9 @@ def test_modules_that_were_skipped_are_quantised_now(tiny_llama: LlamaFactory, t
     ],
 )
 def test_what_is_not_read_is_refused_before_any_weight(
-    tiny_llama: LlamaFactory, tmp_path: Path, stored: dict[str, Any], wanted: dict[str, Any], message: str
+    tmp_path: Path, stored: dict[str, Any], wanted: dict[str, Any], message: str
 ) -> None:
-    tiny_llama().config.save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
     with pytest.raises(ConfigError, match=message):
@@ -110,10 +110,8 @@ def test_what_is_not_read_is_refused_before_any_weight(
         ("nested_quant_map", lambda t: t.flip(0), "the 8-bit code of scales"),
     ],
 )
-def test_a_stored_weight_with_other_settings_is_named(
-    tiny_llama: LlamaFactory, tmp_path: Path, part: str, change: Any, rule: str
-) -> None:
-    stored = _quantise(tiny_llama, tmp_path, bnb_4bit_use_double_quant=True)
+def test_a_stored_weight_with_other_settings_is_named(tmp_path: Path, part: str, change: Any, rule: str) -> None:
+    stored = _quantise(tmp_path, bnb_4bit_use_double_quant=True)
     tensors = load_file(stored / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[f"{name}.{part}"] = change(tensors[f"{name}.{part}"]).contiguous()

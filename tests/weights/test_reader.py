@@ -8,11 +8,11 @@ import torch
 
 from malora_dist.errors import ConfigError
 from malora_dist.weights.reader import TensorReader
-from tests.conftest import LlamaFactory
+from tests.models import save_tiny_llama, tiny_llama
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
-def test_each_tensor_is_found_in_its_file(tiny_llama: LlamaFactory, tmp_path: Path, shard_size: str) -> None:
+def test_each_tensor_is_found_in_its_file(tmp_path: Path, shard_size: str) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "20KB")
@@ -28,9 +28,9 @@ def test_each_tensor_is_found_in_its_file(tiny_llama: LlamaFactory, tmp_path: Pa
     assert all(part in str(caught.value) for part in ("model.gone.weight or gone.too", str(tmp_path)))
 
 
-def test_only_the_bytes_asked_for_leave_the_disk(tiny_llama: LlamaFactory, tmp_path: Path) -> None:
+def test_only_the_bytes_asked_for_leave_the_disk(tmp_path: Path) -> None:
     """The kernel's own count of bytes read, and the reader's."""
-    tiny_llama(dtype=torch.bfloat16, vocab_size=500_000).save_pretrained(tmp_path)
+    save_tiny_llama(tmp_path, dtype=torch.bfloat16, vocab_size=500_000)
 
     def bytes_of_process() -> int:
         return int(Path("/proc/self/io").read_text().split()[1])

@@ -12,8 +12,8 @@ from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.build import Base, build
 from malora_dist.bench.local.peers.contestants import CONTESTANTS
 from malora_dist.bench.local.peers.here import taking_part
-from malora_dist.cli import main
 from malora_dist.errors import ConfigError
+from tests.commands import malora
 
 
 def names_here(dtype: str) -> list[str]:
@@ -23,9 +23,7 @@ def names_here(dtype: str) -> list[str]:
 def test_everyone_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]
     command = ["bench", "layer", "--size", "64,64x96", "--tokens", "16,24", "--repeats", "2", "--warmup", "0"]
-    with pytest.raises(SystemExit) as stop:
-        main([*command, *files])
-    assert stop.value.code == 0
+    assert malora(*command, *files) == 0
     report = json.loads((tmp_path / "a.json").read_text())
     assert report["command"] == "malora bench layer --size 64,64x96 --tokens 16,24 --repeats 2 --warmup 0"
     names, records = [*names_here("fp32"), "gemm"], report["records"]
@@ -39,7 +37,7 @@ def test_everyone_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "layer 64 -> 96, T 24, fp32" in capsys.readouterr().out
     assert (tmp_path / "a.md").read_text().count("### layer") == 4
     with pytest.raises(ConfigError, match="exists, and is not overwritten"):
-        main([*command, *files, "--traceback"])
+        malora(*command, *files, "--traceback")
 
 
 def test_four_bits_and_dropout() -> None:

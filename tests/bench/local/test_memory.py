@@ -11,6 +11,7 @@ from malora_dist.bench.local.peers.contestants import CONTESTANTS
 from malora_dist.bench.local.records import Record
 from malora_dist.bench.local.step import Stage
 from malora_dist.errors import ConfigError
+from tests.models import save_tiny_llama
 
 SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
 ONLY = "base,peft_lora_equal,peft_lora_fp32_equal,malora"
@@ -18,13 +19,8 @@ ONLY = "base,peft_lora_equal,peft_lora_fp32_equal,malora"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     path = tmp_path_factory.mktemp("memory")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**SIZES, **heads, tie_word_embeddings=True)).save_pretrained(path)
+    save_tiny_llama(path, **SIZES, tie_word_embeddings=True)
     return str(path)
 
 

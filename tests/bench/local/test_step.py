@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from malora_dist.bench.local.equal_work import check_losses, check_outputs
 from malora_dist.bench.local.options import default_names
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.step import StepOptions, run
-from malora_dist.cli import main
 from malora_dist.errors import ConfigError
-from tests.conftest import LlamaFactory
+from tests.commands import malora
+from tests.models import save_tiny_llama
 
 SMALL: dict[str, Any] = {"batch": 2, "length": 12, "dtype": "fp32", "repeats": 1, "warmup": 0}
 
@@ -23,16 +24,14 @@ def names_here(dtype: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(tiny_llama: LlamaFactory, tmp_path: Path) -> str:
-    tiny_llama().save_pretrained(tmp_path / "model")
+def folder(tmp_path: Path) -> str:
+    save_tiny_llama(tmp_path / "model")
     return str(tmp_path / "model")
 
 
 def test_everyone_starts_from_one_loss_on_the_same_tokens(folder: str, tmp_path: Path) -> None:
     words = [f"--{name}={value}" for name, value in SMALL.items()]
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "step", "--model", folder, *words, "--json", str(tmp_path / "a.json")])
-    assert stop.value.code == 0
+    assert malora("bench", "step", "--model", folder, *words, "--json", str(tmp_path / "a.json")) == 0
     report = json.loads((tmp_path / "a.json").read_text())
     records = {record["name"]: record for record in report["records"]}
     assert list(records) == [*names_here("fp32"), "gemm"]
@@ -115,3 +114,19 @@ def test_mistakes_are_found_before_a_model_is_loaded(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match=named):
         run(StepOptions(**{"model": "./nowhere", "only": "base,malora", **SMALL, **wrong}), Output())
+
+
+def test_outputs() -> None:
+    y = torch.tensor([3.0, -4.0])
+    # Of the shapes one broadcasts and one does not.
+    check_outputs({"base": y, "same": y + 1e-5}, torch.float32)
+    for wrong in (y + 1e-2, y[:1], torch.ones(3), y * float("nan")):
+        with pytest.raises(RuntimeError, match="other does other work than base"):
+            check_outputs({"base": y, "other": wrong}, torch.float32)
+
+
+def test_losses() -> None:
+    check_losses({"base": 2.0, "same": 2.0 + 1e-5}, torch.float32)
+    for wrong in (2.1, float("nan")):
+        with pytest.raises(RuntimeError, match="other does other work than base"):
+            check_losses({"base": 2.0, "other": wrong}, torch.float32)

@@ -8,14 +8,14 @@ from malora_dist.bench.local.peers.build import Base, build
 from malora_dist.bench.local.peers.contestants import CONTESTANTS
 from malora_dist.bench.local.trainee import BALANCE_COEFFICIENT, Trainee
 from malora_dist.nn.inject import DEFAULT_TARGETS, mixture_layers
-from tests.conftest import LlamaFactory
+from tests.models import tiny_llama
 from tests.reference import balance_reference
 
 BATCH = Batch.of(2, 10, 61, 1.0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["base", "peft_lora", "malora", "molora_looped"])
-def test_a_step_trains_what_it_should(name: str, tiny_llama: LlamaFactory) -> None:
+def test_a_step_trains_what_it_should(name: str) -> None:
     base = Base.of(tiny_llama(), DEFAULT_TARGETS, load_in_4bit=False, peft=True)
     before = [p.clone() for p in base.ours.parameters()]
     trainee = Trainee(build(CONTESTANTS[name], base), BATCH)
@@ -30,7 +30,7 @@ def test_a_step_trains_what_it_should(name: str, tiny_llama: LlamaFactory) -> No
 
 
 @pytest.mark.parametrize("name", ["malora", "molora_looped"])
-def test_balance_loss_is_the_mean_over_routers(name: str, tiny_llama: LlamaFactory) -> None:
+def test_balance_loss_is_the_mean_over_routers(name: str) -> None:
     base = Base.of(tiny_llama(), DEFAULT_TARGETS, load_in_4bit=False, peft=False)
     trainee = Trainee(build(CONTESTANTS[name], base), BATCH)
     trainee.adapted.model(input_ids=BATCH.ids)
@@ -39,7 +39,7 @@ def test_balance_loss_is_the_mean_over_routers(name: str, tiny_llama: LlamaFacto
     torch.testing.assert_close(trainee.balance_loss(), BALANCE_COEFFICIENT * expected)
 
 
-def test_keys_are_new_in_each_step(tiny_llama: LlamaFactory) -> None:
+def test_keys_are_new_in_each_step() -> None:
     base = Base.of(tiny_llama(), DEFAULT_TARGETS, load_in_4bit=False, peft=False)
     trainee = Trainee(build(CONTESTANTS["malora"], base, dropout=0.5), BATCH, dropout=True)
     seen = []

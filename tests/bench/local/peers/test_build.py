@@ -4,18 +4,19 @@ import pytest
 import torch
 
 from malora_dist.bench.local.peers.build import Base, build, flops_above_base
-from malora_dist.bench.local.peers.contestants import CONTESTANTS
+from malora_dist.bench.local.peers.contestants import CONTESTANTS, chosen
 from malora_dist.errors import ConfigError
-from malora_dist.methods import count_parameters
+from malora_dist.methods import count_parameters, mixture_spec
 from malora_dist.nn.inject import DEFAULT_TARGETS
 from malora_dist.nn.nf4_linear import NF4Linear
-from tests.conftest import LlamaFactory
+from tests.models import tiny_llama
 
 IDS = torch.arange(12).view(2, 6)
+SMOLLM2 = [(576, 576), (576, 192), (576, 192), (576, 1536), (576, 1536), (1536, 576)] * 30
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_all_train_their_method_on_one_base(tiny_llama: LlamaFactory, load_in_4bit: bool) -> None:
+def test_all_train_their_method_on_one_base(load_in_4bit: bool) -> None:
     base = Base.of(tiny_llama(torch.bfloat16), DEFAULT_TARGETS, load_in_4bit=load_in_4bit, peft=True)
     frozen = {p.data_ptr() for part in (base.ours, base.theirs) for p in part.parameters()}
     assert len(base.sizes) == 12 and base.dtype == torch.bfloat16
@@ -40,7 +41,7 @@ def test_all_train_their_method_on_one_base(tiny_llama: LlamaFactory, load_in_4b
     assert not any(p.requires_grad for p in base.ours.parameters())
 
 
-def test_forms_and_layers(tiny_llama: LlamaFactory) -> None:
+def test_forms_and_layers() -> None:
     from peft.tuners.lora.bnb import Linear4bit
 
     base = Base.of(tiny_llama(), DEFAULT_TARGETS, load_in_4bit=True, peft=True)
@@ -55,3 +56,20 @@ def test_forms_and_layers(tiny_llama: LlamaFactory) -> None:
     kinds = {name: [type(m) for m in one.model.modules()] for name, one in built.items()}
     assert kinds["peft_lora"].count(Linear4bit) == 12 and NF4Linear not in kinds["peft_lora"]
     assert kinds["lora"].count(NF4Linear) == 14, "the head is not quantised"
+
+
+def test_equal_contestants_train_as_much_as_malora() -> None:
+    malora = CONTESTANTS["malora"].spec(SMOLLM2)
+    assert malora == mixture_spec("malora", num_experts=8, top_k=2, r=12, shared_r=32)
+    assert CONTESTANTS["peft_lora_equal"].spec(SMOLLM2).r == CONTESTANTS["lora_equal"].spec(SMOLLM2).r == 71
+    counts = [sum(count_parameters(CONTESTANTS[name].spec(SMOLLM2), *size) for size in SMOLLM2)
+              for name in ("malora", "peft_lora_equal", "molora")]  # fmt: skip
+    assert counts[1] == pytest.approx(counts[0], rel=0.01) and counts[2] == pytest.approx(counts[0], rel=0.05)
+
+
+def test_names() -> None:
+    assert list(chosen("malora, base")) == ["malora", "base"]
+    assert list(chosen(None)) == list(CONTESTANTS) and list(chosen(None, ["base"])) == ["base"]
+    for wrong in ("malora,mylora", ""):
+        with pytest.raises(ConfigError, match="--only .* is not one of base, peft_lora"):
+            chosen(wrong)

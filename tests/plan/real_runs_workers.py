@@ -18,6 +18,7 @@ from malora_dist.plan.shapes import find_shape
 from malora_dist.summary import adapter_spec
 from tests.config.recipes import recipe
 from tests.distributed import run_distributed
+from tests.models import save_tiny_llama
 
 TOKENS, STEPS, ACCUMULATION = 8, 3, 2
 # Sizes that no number of processes divides, so that padding shows.
@@ -25,9 +26,6 @@ SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 40,
     "intermediate_size": 52,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
 ADAPTER: dict[str, Any] = {"num_experts": 4, "top_k": 2, "r": 3, "lora_dropout": 0.0}
@@ -84,11 +82,8 @@ def case_config(folder: str, name: str, world_size: int) -> RunConfig:
 
 def write_case(folder: str, name: str) -> None:
     """The case's model, its config.json alone to the plan, and its DeepSpeed file."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
     place = Path(folder, name)
-    LlamaForCausalLM(LlamaConfig(**(SIZES | CASES[name].get("sizes", {})))).save_pretrained(place)
+    save_tiny_llama(place, **SIZES | CASES[name].get("sizes", {}))
     (place / "ds.json").write_text(json.dumps({"zero_optimization": CASES[name].get("zero", {})}))
 
 
@@ -97,7 +92,7 @@ def measure(folder: str, world_size: int) -> list[dict[str, Any]]:
     names = names_at(world_size)
     for name in names:
         write_case(folder, name)
-    return run_distributed("tests.plan.workers:run_cases", world_size, folder=folder, names=names)
+    return run_distributed("tests.plan.real_runs_workers:run_cases", world_size, folder=folder, names=names)
 
 
 def names_at(world_size: int) -> list[str]:
