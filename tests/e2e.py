@@ -1,15 +1,20 @@
-"""What the end-to-end tests share: a tiny Llama, three small tasks, a recipe, and launchers run as a user runs them."""
+"""What the end-to-end tests share: a tiny Llama, three small tasks, a recipe, and commands run as a user runs them.
+
+`launch` is the real thing: new interpreters, and the launcher that the command names. `run_alone` and `run_ranks` do
+what it would do in processes that have imported everything: for tests of what a run does, not of how it is started.
+"""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +24,10 @@ from malora_dist.errors import DataError
 from malora_dist.model import load_tokenizer
 from malora_dist.source import resolve_model
 from tests.models import save_tiny_llama, smollm2_file
+from tests.patience import Patience
+from tests.ports import free_port
+from tests.processes import LAUNCHER, ROOT, start, start_ranks, wait
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent
 
 
@@ -30,45 +37,119 @@ class Finished:
 
     code: int
     output: str
-    seconds: float
 
 
-def launch(command: Sequence[str | Path], folder: Path, *, timeout: float = 240, **environment: str) -> Finished:
-    """Run a command in `folder` as a user would, one thread a process; end it and its children after `timeout`."""
-    known = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+def launch(command: Sequence[str | Path], folder: Path, **environment: str) -> Finished:
+    """Run a command in `folder` as a user would, one thread a process; end it and its children if they are stuck."""
+    known = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     path = os.pathsep.join([str(SCRIPTS), known.get("PATH", os.defpath)])
     known |= {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment}
-    started = time.monotonic()
-    with subprocess.Popen(
-        [str(part) for part in command],
-        cwd=folder,
-        env=known,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=folder,
+            env=known,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        stuck = _wait_for(process)
+        log.seek(0)
+        output = log.read()
+    assert not stuck, f"made no progress: {command}\n{output}"
+    return Finished(process.returncode, output)
+
+
+def _wait_for(process: subprocess.Popen[bytes]) -> bool:
+    """Wait for its end; kill it with all that it has started, and return True, if none of them does anything."""
+    patience = Patience([process.pid])
+    while process.poll() is None:
+        if patience.is_over():
             os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            raise AssertionError(f"still running after {timeout} s: {command}\n{output}") from None
-    return Finished(process.returncode, output, time.monotonic() - started)
+            process.wait()
+            return True
+        time.sleep(0.05)
+    return False
 
 
-def launch_together(commands: Sequence[Sequence[str | Path]], folder: Path, *, timeout: float = 240) -> list[Finished]:
+def launch_together(commands: Sequence[Sequence[str | Path]], folder: Path) -> list[Finished]:
     """`launch` several commands at the same time; their results in the same order."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda command: launch(command, folder, timeout=timeout), commands))
+        return list(pool.map(lambda command: launch(command, folder), commands))
+
+
+def run_alone(main: str, arguments: Sequence[str | Path], folder: Path, **environment: str) -> Finished:
+    """Do what `python -m MODULE ARGUMENTS` does in `folder`: one process, without a launcher.
+
+    main: the module, or "module:function" of one that takes the arguments in place of its `main`.
+    """
+    (done,) = run_together([(main, arguments)], folder, **environment)
+    return done
+
+
+def run_together(
+    commands: Sequence[tuple[str, Sequence[str | Path]]], folder: Path, **environment: str
+) -> list[Finished]:
+    """`run_alone` several modules with their arguments at the same time; their results in the same order."""
+    with tempfile.TemporaryDirectory() as logs:
+        files = [Path(logs, f"{number}.log") for number in range(len(commands))]
+        processes = [
+            start("tests.e2e:do", _call(*command), log, folder=folder, environment=environment)
+            for command, log in zip(commands, files, strict=True)
+        ]
+        return [_finished(code, log) for code, log in zip(wait(processes), files, strict=True)]
+
+
+def run_ranks(processes: int, main: str, arguments: Sequence[str | Path], folder: Path, **environment: str) -> Finished:
+    """`run_alone` a module as a launcher on one node does: in several processes, and all end once one has failed."""
+    with tempfile.TemporaryDirectory() as logs:
+        log = Path(logs, "all.log")
+        call = _call(main, arguments)
+        ranks = start_ranks("tests.e2e:do", call, [log] * processes, folder=folder, environment=environment)
+        return _finished(_wait_as_a_launcher(ranks), log)
+
+
+def _wait_as_a_launcher(ranks: Sequence[BaseProcess]) -> int | str:
+    """Wait until all have ended, and end the others once one has failed. Return its code, or 0."""
+    patience = Patience([rank.pid for rank in ranks if rank.pid])
+    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+        if patience.is_over():
+            for rank in ranks:
+                rank.kill()
+            return "made no progress"
+        time.sleep(0.05)
+    code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    for rank in ranks:
+        rank.terminate()
+    wait(ranks)
+    return code
+
+
+def _call(main: str, arguments: Sequence[str | Path]) -> tuple[str, list[str]]:
+    return main, [str(part) for part in arguments]
+
+
+def _finished(code: int | str, log: Path) -> Finished:
+    output = log.read_text()
+    assert isinstance(code, int), f"{code}\n{output}"
+    return Finished(code, output)
+
+
+def do(main: str, arguments: Sequence[str]) -> int | None:
+    """Be the process of a module that is started with arguments; the code that it ends with."""
+    # What the environment says of the hub was read when the server imported it.
+    importlib.reload(importlib.import_module("huggingface_hub.constants"))
+    module, _, function = main.partition(":")
+    sys.argv = [module, *arguments]
+    code: int | None = getattr(importlib.import_module(module), function or "main")(arguments)
+    return code
 
 
 def deepspeed(processes: int, module: str, *arguments: str | Path) -> list[str | Path]:
     """`deepspeed --num_gpus N --module MODULE ...`, on a port of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return ["deepspeed", "--num_gpus", str(processes), "--master_port", str(port), "--module", module, *arguments]
+    return [
+        "deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port()), "--module", module, *arguments
+    ]  # fmt: skip
 
 
 def make_folder(folder: Path) -> Path:

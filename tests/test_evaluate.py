@@ -12,9 +12,7 @@ from malora_dist.engine.progress import LOGGER
 from malora_dist.engine.run_folder import evaluation_file
 from malora_dist.evaluate import main
 from malora_dist.metrics import read_metrics
-from tests.e2e import SCRIPTS, contents, deepspeed, launch, make_folder
-
-PYTHON = str(SCRIPTS / "python")
+from tests.e2e import contents, make_folder, run_alone, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run in `runs/tiny`, made by one process."""
     path = make_folder(tmp_path_factory.mktemp("evaluate"))
     settings = ["--num_gpus", "1", "--train.max_steps", "4", "--parallel.zero_stage", "0"]
-    done = launch([PYTHON, "-m", "malora_dist.cli", "train", "recipe.yaml", *settings], path)
+    done = run_alone("malora_dist.cli", ["train", "recipe.yaml", *settings], path)
     assert done.code == 0, done.output
     return path
 
@@ -45,7 +43,7 @@ def test_three_processes_measure_the_same(folder: Path) -> None:
     """ZeRO-3, uneven shares of 71 questions, and a training batch that three processes could not share."""
     run = folder / "runs" / "tiny"
     before, others = read(run / "eval.json"), {k: v for k, v in contents(run).items() if k != "eval.json"}
-    done = launch(deepspeed(3, "malora_dist.evaluate", "runs/tiny", "--parallel.zero_stage", "3"), folder)
+    done = run_ranks(3, "malora_dist.evaluate", ["runs/tiny", "--parallel.zero_stage", "3"], folder)
     assert done.code == 0, done.output
     assert "wrote runs/tiny/eval.json" in done.output and "Average accuracy" in done.output
     after = read(run / "eval.json")
@@ -60,8 +58,8 @@ def test_three_processes_measure_the_same(folder: Path) -> None:
 def test_one_process_with_other_settings_writes_beside(folder: Path) -> None:
     run = folder / "runs" / "tiny"
     before = (run / "eval.json").read_bytes()
-    command = [PYTHON, "-m", "malora_dist.cli", "evaluate", "runs/tiny", "--num_gpus", "1"]
-    done = launch([*command, "--evaluation.base", "false", "--evaluation.batch_tokens", "97"], folder)
+    settings = ["--evaluation.base", "false", "--evaluation.batch_tokens", "97"]
+    done = run_alone("malora_dist.cli", ["evaluate", "runs/tiny", "--num_gpus", "1", *settings], folder)
     assert done.code == 0, done.output
     assert (run / "eval.json").read_bytes() == before
     other = read(run / "eval-2.json")
@@ -74,8 +72,8 @@ def test_an_adapter_on_its_own_with_a_recipe(folder: Path) -> None:
     """A checkpoint gives what the validation during training gave at its step; the result lies in its folder."""
     run, adapter = folder / "runs" / "tiny", folder / "runs" / "tiny" / "checkpoints" / "step-000003"
     before = {name: data for name, data in contents(run).items() if "step-000003" not in name}
-    arguments = ["--recipe", "recipe.yaml", "--adapter", adapter, "--evaluation.split=validation"]
-    done = launch([PYTHON, "-m", "malora_dist.evaluate", *arguments, "--parallel.zero_stage=0"], folder)
+    settings = ["--evaluation.split=validation", "--parallel.zero_stage=0"]
+    done = run_alone("malora_dist.evaluate", ["--recipe", "recipe.yaml", "--adapter", adapter, *settings], folder)
     assert done.code == 0, done.output
     assert {name: data for name, data in contents(run).items() if "step-000003" not in name} == before
     tuned = read(adapter / "eval.json")["tuned"]["tasks"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import Finished, contents, deepspeed, files, launch, make_folder
+from tests.e2e import Finished, contents, files, launch, make_folder, run_alone, run_ranks
 from tests.hub import local_hub
 
 MODEL = ("--model.name_or_path", "org/tiny")
@@ -41,7 +41,8 @@ def test_it_says_what_it_made_and_where(prepared: Finished, folder: Path) -> Non
 def test_a_run_without_network_starts_from_it(prepared: Finished, folder: Path) -> None:
     """Each of two processes reads half of the base, and the tasks are not tokenised again."""
     before = {name: content for name, content in contents(folder).items() if name.startswith(("prepared/", "cache/"))}
-    done = launch(deepspeed(2, "malora_dist.train", "recipe.yaml", *MODEL, *SHORT), folder, HF_HUB_OFFLINE="1", **HUB)
+    offline = HUB | {"HF_HUB_OFFLINE": "1"}
+    done = run_ranks(2, "malora_dist.train", ["recipe.yaml", *MODEL, *SHORT], folder, **offline)
     assert done.code == 0, done.output
     said = re.search(r"base model: prepared in prepared/base/\S+; this process read ([\d.]+) MiB", done.output)
     size = next((folder / "prepared" / "base").glob("*/weights-*")).stat().st_size / 2**20
@@ -49,11 +50,8 @@ def test_a_run_without_network_starts_from_it(prepared: Finished, folder: Path) 
     after = {name: content for name, content in contents(folder).items() if name.startswith(("prepared/", "cache/"))}
     assert after == before
 
-    plain = launch(
-        deepspeed(2, "malora_dist.train", "recipe.yaml", *SHORT, "--output_dir", "runs/plain"),
-        folder,
-        MALORA_CACHE="nothing",
-    )
+    elsewhere = ["recipe.yaml", *SHORT, "--output_dir", "runs/plain"]
+    plain = run_ranks(2, "malora_dist.train", elsewhere, folder, MALORA_CACHE="nothing")
     assert plain.code == 0 and "quantised now" in plain.output, plain.output
     adapter = "adapter/adapter_model.safetensors"
     assert (folder / "runs/tiny" / adapter).read_bytes() == (folder / "runs/plain" / adapter).read_bytes()
@@ -61,14 +59,13 @@ def test_a_run_without_network_starts_from_it(prepared: Finished, folder: Path) 
 
 def test_again_it_finds_everything_there(prepared: Finished, folder: Path) -> None:
     before = contents(folder / "prepared")
-    again = launch(["malora", "prepare", "recipe.yaml", *MODEL], folder, HF_HUB_OFFLINE="1", **HUB)
+    again = run_alone("malora_dist.cli", ["prepare", "recipe.yaml", *MODEL], folder, HF_HUB_OFFLINE="1", **HUB)
     assert again.code == 0 and "was there" in again.output, again.output
     assert contents(folder / "prepared") == before
 
 
 def test_without_network_and_model_it_says_so_at_once(folder: Path) -> None:
-    done = launch(
-        ["malora", "prepare", "recipe.yaml", "--model.name_or_path", "org/other"], folder, HF_HUB_OFFLINE="1", **HUB
-    )
+    other = ["prepare", "recipe.yaml", "--model.name_or_path", "org/other"]
+    done = run_alone("malora_dist.cli", other, folder, HF_HUB_OFFLINE="1", **HUB)
     assert done.code == 2 and "Traceback" not in done.output
     assert "model.name_or_path='org/other'" in done.output and "HF_HUB_OFFLINE=1" in done.output

@@ -9,7 +9,7 @@ import pytest
 from malora_dist.bench.run import parse
 from malora_dist.errors import ConfigError
 from tests.distributed import run_distributed
-from tests.e2e import RECIPE, launch, make_folder
+from tests.e2e import RECIPE, make_folder, run_alone
 
 STEPS, WARMUP, BLOCKS, EXPERTS = 2, 1, 2, RECIPE["adapter"]["num_experts"]
 REFERENCE, SPREAD, FULL = "ZeRO-3, ep 1, NF4", "ZeRO-3, ep 2, NF4", "ZeRO-3, ep 1, not quantised"
@@ -99,8 +99,9 @@ def test_options_and_settings_in_any_order() -> None:
 
 
 def test_one_process_and_nothing_is_overwritten(folder: Path) -> None:
-    command = ["malora", "bench", "ep", "recipe.yaml", "--num_gpus", "1", "--variants", "ep", "--steps", "1"]
-    done = launch([*command, "--warmup", "0", "--json", "one.json", "--train.seed", "7"], folder)
+    command = ["bench", "ep", "recipe.yaml", "--num_gpus", "1", "--variants", "ep", "--steps", "1"]
+    settings = ["--warmup", "0", "--json", "one.json", "--train.seed", "7"]
+    done = run_alone("malora_dist.cli", [*command, *settings], folder)
     assert done.code == 0 and "step 1/1" in done.output, done.output
     result = json.loads((folder / "one.json").read_text())
     assert list(result["variants"]) == [REFERENCE] and result["world_size"] == 1

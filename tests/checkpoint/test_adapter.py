@@ -1,10 +1,9 @@
 """Adapter folders: what is written comes back bit for bit, in PEFT too, and what is damaged is refused by name."""
 
 import json
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +28,8 @@ from malora_dist.errors import CheckpointError
 from malora_dist.methods import METHODS, mixture_spec
 from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters, mixture_layers
 from malora_dist.nn.mixture import MixtureLinear
-from tests.distributed import ROOT
 from tests.models import tiny_llama
+from tests.processes import start, wait
 
 IDS = torch.arange(40)[None] % 61
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -179,33 +178,26 @@ def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
         load_adapter(tiny_llama(num_hidden_layers=3), tmp_path)
 
 
-KILLED = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from malora_dist.checkpoint.adapter import save_adapter
-from tests.checkpoint.test_adapter import info_of
-folder, numbers, characters = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-save_adapter(folder, info_of("malora"), {"layer.B": torch.ones(numbers)}, "x" * characters)
-"""
+def save_under_a_limit(folder: Path, numbers: int, characters: int) -> None:
+    """Save an adapter of so many numbers and a card of so many characters where the kernel kills who writes 1 MiB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+    save_adapter(folder, info_of("malora"), {"layer.B": torch.ones(numbers)}, "x" * characters)
 
 
 @pytest.mark.parametrize("numbers, characters", [(2**19, 1), (1, 2**21)], ids=[WEIGHTS, "README.md"])
 def test_killed_while_writing_leaves_the_former_file_whole(
     tmp_path: Path, request: pytest.FixtureRequest, numbers: int, characters: int
 ) -> None:
-    """The kernel kills the writer when a file reaches the first of its 2 MiB."""
-    name = request.node.callspec.id
-    save_adapter(tmp_path, info_of("malora"), {"layer.B": torch.arange(9.0)}, "# former card\n")
-    former = (tmp_path / name).read_bytes()
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(numbers), str(characters)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == -signal.SIGXFSZ, run.stderr
-    assert (tmp_path / name).read_bytes() == former
-    save_adapter(tmp_path, info_of("malora"), {"layer.B": torch.zeros(9)}, "# new card\n")
-    assert (tmp_path / name).read_bytes() != former
+    name, folder = request.node.callspec.id, tmp_path / "adapter"
+    save_adapter(folder, info_of("malora"), {"layer.B": torch.arange(9.0)}, "# former card\n")
+    former = (folder / name).read_bytes()
+    log = tmp_path / "log"
+    writer = start("tests.checkpoint.test_adapter:save_under_a_limit", [folder, numbers, characters], log)
+    assert wait([writer]) == [-signal.SIGXFSZ], log.read_text()
+    assert (folder / name).read_bytes() == former
+    save_adapter(folder, info_of("malora"), {"layer.B": torch.zeros(9)}, "# new card\n")
+    assert (folder / name).read_bytes() != former
 
 
 def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path: Path) -> None:

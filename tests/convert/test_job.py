@@ -3,10 +3,9 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from malora_dist.cli import main
 from malora_dist.errors import CheckpointError
 from tests.convert.made import make_checkpoint, run_kind
-from tests.distributed import ROOT
+from tests.processes import start, wait
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Adapter = Callable[[Path], object]
@@ -153,21 +152,20 @@ def test_a_checkpoint_brings_its_recipe_and_knows_its_base(workspace: Path, tmp_
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"colour", "animal", "spell"}
 
 
-KILLED = """
-import resource, signal, sys
-from malora_dist.cli import main
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, 2**13))
-main(["convert", sys.argv[1], sys.argv[2], "--to", "peft-experts"])
-"""
+def convert_under_a_limit(source: Path, target: Path) -> int:
+    """Convert where the kernel kills who writes 8 KiB into a file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, 2**13))
+    return command(source, target, "--to", "peft-experts")
 
 
 def test_killed_while_writing(workspace: Path, tmp_path: Path) -> None:
     """The kernel kills the writer inside the first expert's file; the next conversion starts afresh."""
-    source, target = workspace / "runs" / "malora", tmp_path / "out"
-    run = subprocess.run([sys.executable, "-c", KILLED, source, target], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == -signal.SIGXFSZ, run.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {".out.partial"}
+    source, target, log = workspace / "runs" / "malora", tmp_path / "new" / "out", tmp_path / "log"
+    target.parent.mkdir()
+    writer = start("tests.convert.test_job:convert_under_a_limit", [source, target], log)
+    assert wait([writer]) == [-signal.SIGXFSZ], log.read_text()
+    assert {path.name for path in target.parent.iterdir()} == {".out.partial"}
     run_kind("peft-experts", source, target)
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert {path.name for path in target.parent.iterdir()} == {"out"}
     assert len(list(target.rglob("*.safetensors"))) == 4

@@ -4,30 +4,27 @@ import logging
 import os
 import pty
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from select import select
 
 import psutil
 import pytest
 import torch
 
 from malora_dist.engine.progress import LOGGER, Bar, peak_memory_gib, start_logging, time_left
-from tests.distributed import ROOT
+from tests.processes import start, wait
 
-ON_A_TERMINAL = """
-import logging, sys, time
-from malora_dist.engine.progress import LOGGER, Bar, start_logging
-from pathlib import Path
-start_logging(Path(sys.argv[1]))
-with Bar("training", 3, True) as bar:
-    for step in range(1, 4):
-        logging.getLogger(LOGGER).info("step %d said", step)
-        bar.update(step)
-        time.sleep(0.3)
-"""
+
+def run_on_a_terminal(log: Path) -> None:
+    """Three steps of a run that logs to the file, each with a line of its own."""
+    start_logging(log)
+    with Bar("training", 3, True) as bar:
+        for step in range(1, 4):
+            logging.getLogger(LOGGER).info("step %d said", step)
+            bar.update(step)
+            time.sleep(0.3)
 
 
 @pytest.fixture(autouse=True)
@@ -76,18 +73,19 @@ def test_a_bar_in_a_file_is_a_line_every_half_minute(tmp_path: Path, capsys: pyt
 
 def test_on_a_terminal_lines_stand_above_a_bar_and_the_log_stays_plain(tmp_path: Path) -> None:
     main, other = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    command = [sys.executable, "-c", ON_A_TERMINAL, str(tmp_path / "train.log")]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=other, stderr=other) as run:
-        os.close(other)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(main, 4096)
-            except OSError:  # the terminal's other end was closed
-                break
+    run = start(
+        "tests.engine.test_progress:run_on_a_terminal",
+        [tmp_path / "train.log"],
+        Path(os.ttyname(other)),
+        environment={"TERM": "xterm", "COLUMNS": "100"},
+    )
+    shown = b""
+    while run.is_alive() or select([main], [], [], 0)[0]:
+        if select([main], [], [], 0.1)[0]:
+            shown += os.read(main, 4096)
+    assert wait([run]) == [0], shown.decode()
+    os.close(other)
     os.close(main)
-    assert run.returncode == 0, shown.decode()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert all(words in text for words in ("training", "━", "3/3", "step 1 said", "step 2 said", "step 3 said")), text
     log = (tmp_path / "train.log").read_text()

@@ -13,7 +13,7 @@ from malora_dist.data.build import build_data
 from malora_dist.engine.setup import train_loader
 from malora_dist.model import load_tokenizer
 from malora_dist.parallel.groups import World
-from tests.e2e import RECIPE, launch, make_folder
+from tests.e2e import RECIPE, make_folder, run_alone
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_rates_are_compared_round_by_round() -> None:
 
 
 def test_the_command(folder: Path) -> None:
-    command = ["malora", "bench", "data", "recipe.yaml", "--repeats", "1", "--warmup", "0", "--json", "rate.json"]
-    done = launch([*command, "--train.seed", "7"], folder)
+    command = ["bench", "data", "recipe.yaml", "--repeats", "1", "--warmup", "0", "--json", "rate.json"]
+    done = run_alone("malora_dist.cli", [*command, "--train.seed", "7"], folder)
     assert done.code == 0, done.output
     result = json.loads((folder / "rate.json").read_text())
     assert result["command"] == "malora bench data recipe.yaml --repeats 1 --warmup 0 --train.seed 7"
