@@ -80,8 +80,7 @@ def test_every_signal_is_heard_and_nothing_ends() -> None:
         with watched(Position(), 60, heard.append):
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
-            until = time.monotonic() + 20
-            while not heard and time.monotonic() < until:
+            while not heard:
                 time.sleep(0.01)
         assert set(heard) == {number}
     assert {number: signal.getsignal(number) for number in before} == before
