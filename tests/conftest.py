@@ -8,6 +8,11 @@ from tests.devices import hide_gpus
 pytest_plugins = ["tests.tiers", "tests.limits"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add an option of the long form of tests that draw what they do at random."""
+    parser.addoption("--soak", action="store_true", help="draw more signals, kills and moments than usual")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from all tests but those of `pytest -m gpu`, before any of their modules is imported."""
     if config.option.markexpr != "gpu":

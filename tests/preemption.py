@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.metrics import Record, read_metrics, without_lost_steps
 from tests.e2e import RECIPE, ROOT, SCRIPTS, contents, make_folder
-from tests.preemption_workers import read_heard
+from tests.patience import IDLE_SECONDS, Patience
+from tests.preemption_workers import entered, read_heard
+from tests.processes import start_ranks, wait
 
 WORLD = 2
-LONGEST = 150
 MACHINE = ("tokens_per_second", "step_seconds", "peak_memory_gib")
 
 
@@ -35,51 +36,52 @@ def make_run_folder(folder: Path) -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-def wait_for(happened: Callable[[], Any], what: str, seconds: float = LONGEST) -> Any:
-    """What `happened` gives once that is true. Raises AssertionError if it does not become true."""
-    until = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < until, f"{what}: not after {seconds} s"
+def wait_for(happened: Callable[[], Any], what: str, is_over: Callable[[], bool]) -> Any:
+    """Return what `happened` gives once that is true. Raises AssertionError once `is_over`."""
+    while True:
+        # Asked first: what happened before the end counts.
+        over = is_over()
+        if found := happened():
+            return found
+        assert not over, f"{what}: not yet, and nothing moves"
         time.sleep(0.02)
-    return found
 
 
-@dataclass(frozen=True)
-class Session:
-    """One start of a run on all ranks; files in `folder` tell how it fares."""
+class Session(ABC):
+    """One start of a run on all ranks; files in `folder` tell how it fares.
 
-    folder: Path
-    name: str
+    It is given up when its processes have ended, or done nothing for `seconds`.
+    """
+
+    def __init__(self, folder: Path, name: str, seconds: float = IDLE_SECONDS) -> None:
+        self.folder, self.name, self.seconds = folder, name, seconds
+
+    @abstractmethod
+    def alive(self) -> list[int]:
+        """Return the ids of the processes that have been started and not ended; they may have children."""
+
+    def wait_for(self, happened: Callable[[], Any], what: str) -> None:
+        """Return once it has happened."""
+        patience = Patience(self.alive(), self.seconds)
+        try:
+            wait_for(happened, what, lambda: not self.alive() or patience.is_over())
+        except AssertionError as error:
+            raise AssertionError(f"{self.name} {error}\n{self.log()}") from None
 
     def ready(self) -> list[int]:
         """Process ids, once all ranks hear signals."""
-        wait_for(lambda: len(self._ready()) == WORLD, f"{self.name} hears signals\n{self.log()}")
-        return [int(pid) for pid in self._ready()]
+        self.wait_for(lambda: len(self.written()) == WORLD, "hears signals")
+        return self.written()
 
-    def _ready(self) -> list[str]:
+    def written(self) -> list[int]:
+        """Process ids of the ranks that hear signals already."""
         paths = [self.folder / f"{self.name}.{rank}.ready" for rank in range(WORLD)]
-        return [path.read_text() for path in paths if path.exists()]
+        return [int(path.read_text()) for path in paths if path.exists()]
 
     def signal(self, rank: int, number: int) -> None:
-        """Send a signal to a rank that is still there."""
-        if not self.ended(rank):
-            with suppress(ProcessLookupError):
-                os.kill(self.ready()[rank], number)
-
-    def ended(self, rank: int) -> bool:
-        return (self.folder / f"{self.name}.{rank}.end").exists()
-
-    def wait(self) -> list[int]:
-        """Exit codes of all ranks."""
-        wait_for(lambda: all(self.ended(rank) for rank in range(WORLD)), f"all ranks of {self.name} end")
-        return [int((self.folder / f"{self.name}.{rank}.end").read_text()) for rank in range(WORLD)]
+        """Send a signal to a rank."""
+        with suppress(ProcessLookupError):
+            os.kill(self.ready()[rank], number)
 
     def log(self) -> str:
         logs = [self.folder / f"{self.name}.{rank}.log" for rank in range(WORLD)]
@@ -90,66 +92,94 @@ class Session:
         return [record for record in read_heard(self.folder) if record["session"] == self.name]
 
 
+class Started(Session):
+    """A session without a launcher."""
+
+    def __init__(self, folder: Path, name: str, arguments: Sequence[str], plants: dict[str, Any]) -> None:
+        logs = [folder / f"{name}.{rank}.log" for rank in range(WORLD)]
+        work = [name, plants, ["recipe.yaml", *arguments]]
+        self.processes = start_ranks("tests.preemption_workers:train", work, logs, folder=folder)
+        super().__init__(folder, name)
+
+    def alive(self) -> list[int]:
+        return [process.pid for process in self.processes if process.pid is not None and process.is_alive()]
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send a signal to a rank that is still there."""
+        if self.processes[rank].is_alive():
+            super().signal(rank, number)
+
+    def come_to(self, rank: int, phase: str, times: int) -> None:
+        """Return once a rank has entered a phase so many times, or has ended."""
+        self.ready()
+        process = self.processes[rank]
+        self.wait_for(
+            lambda: self.entered(rank).count(phase) >= times or not process.is_alive(), f"rank {rank} comes to {phase}"
+        )
+
+    def entered(self, rank: int) -> list[str]:
+        """Every phase that a rank has entered, in their order."""
+        return entered(self.folder, self.name, rank)
+
+    def wait(self) -> list[int | str]:
+        """Exit codes of all ranks."""
+        return wait(self.processes)
+
+
 class Ranks:
-    """Processes that have imported everything, of which every session is forked.
+    """Starts sessions without a launcher in one folder, and ends what is left of them."""
 
-    worker: the module that serves them, `tests.preemption_workers` or one like it.
-    """
-
-    def __init__(self, folder: Path, worker: str = "tests.preemption_workers") -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        command = [sys.executable, "-m", worker, "serve", str(folder)]
-        place = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.processes = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
-                stdin=subprocess.PIPE,
-            )
-            for rank in map(str, range(WORLD))
-        ]
+        self.processes: list[BaseProcess] = []
 
-    def start(self, name: str, arguments: Sequence[str], **plants: Any) -> Session:
+    def start(self, name: str, arguments: Sequence[str], **plants: Any) -> Started:
         """Start a session; see tests.preemption_workers for what can be planted."""
-        order = {"name": name, "port": free_port(), "arguments": ["recipe.yaml", *arguments], "plants": plants}
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(order).encode() + b"\n")
-            process.stdin.flush()
-        return Session(self.folder, name)
+        session = Started(self.folder, name, arguments, plants)
+        self.processes += session.processes
+        return session
 
     def stop(self) -> None:
         for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in self.processes:
-            process.wait(30)
+            process.kill()
+            process.join()
 
 
 class Launched(Session):
     """A session under a launcher, which runs `command` and then the session."""
 
-    def __init__(self, command: Sequence[str | Path], folder: Path, name: str, arguments: Sequence[str], **plants: Any):
-        super().__init__(folder, name)
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        folder: Path,
+        name: str,
+        arguments: Sequence[str],
+        seconds: float = IDLE_SECONDS,
+        **plants: Any,
+    ) -> None:
+        super().__init__(folder, name, seconds)
         known = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
         path = os.pathsep.join([str(SCRIPTS), known.get("PATH", os.defpath)])
         with (folder / f"{name}.0.log").open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, "train", name, json.dumps(plants), "recipe.yaml", *arguments],
+                [*command, name, json.dumps(plants), "recipe.yaml", *arguments],
                 cwd=folder,
                 env={**known, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                 stdout=log,
                 stderr=log,
             )
 
+    def alive(self) -> list[int]:
+        return [self.process.pid] if self.process.poll() is None else []
+
     def waits(self) -> None:
         """Return when a rank waits for a signal."""
-        wait_for((self.folder / f"{self.name}.waits").exists, f"{self.name} waits\n{self.log()}")
+        self.wait_for((self.folder / f"{self.name}.waits").exists, "waits")
 
     def end(self) -> int:
         """The launcher's exit code."""
-        return self.process.wait(LONGEST)
+        self.wait_for(lambda: self.process.poll() is not None, "ends")
+        return self.process.wait()
 
     def __enter__(self) -> "Launched":
         return self
@@ -158,7 +188,7 @@ class Launched(Session):
         """End the launcher and the ranks that it leaves behind."""
         self.process.kill()
         self.process.wait()
-        for pid in map(int, self._ready()):
+        for pid in self.written():
             # A rank in another container has written a number that is not ours to kill here.
             with suppress(OSError):
                 if self.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
@@ -215,6 +245,13 @@ def result(run: Path) -> Result:
     )
 
 
+def whole_run(ranks: Ranks, name: str, arguments: Sequence[str] = ()) -> tuple[Result, list[str]]:
+    """What a run gives that is never stopped, and the phases that it enters."""
+    session = ranks.start(name, [*arguments, "--output_dir", f"runs/{name}"])
+    assert session.wait() == [0] * WORLD, session.log()
+    return result(ranks.folder / "runs" / name), session.entered(0)
+
+
 def assert_same(run: Path, wanted: Result) -> None:
     found = result(run)
     assert found.records == wanted.records
@@ -222,7 +259,7 @@ def assert_same(run: Path, wanted: Result) -> None:
     assert found == wanted
 
 
-def check_end(session: Session, run: Path) -> dict[str, Any]:
+def check_end(session: Started, run: Path) -> dict[str, Any]:
     """What holds of every session that ends by itself: all ranks end alike, and the files agree."""
     codes = session.wait()
     ended = outcome(run)

@@ -1,20 +1,19 @@
-"""A rank that lives through sessions of real runs, each a fork of its own, and what is planted in one of them.
+"""One rank of a session of a real run, and what is planted in it.
 
-`python -m tests.preemption_workers serve FOLDER` imports once and then reads orders, one JSON object a line, from
-stdin: `name`, `port`, `arguments` of malora_dist.train, `plants`. Each becomes a child, whose readiness for signals,
-output and exit code are left in files of the folder. Under a launcher, `... train NAME PLANTS ARGUMENTS` is a session.
+`tests.processes` calls `train`; under a launcher, `python -m tests.preemption_workers NAME PLANTS ARGUMENTS` is one.
+Files in its folder tell when it is ready for signals, which phases it has entered, and which signals it has heard.
 
 Plants: `traps`, a list of objects with `rank` and the place where something happens to that rank: `on` an entered
 "phase", a "check" of the agreement, a "look" while tokenising, or the "call" of a function of malora_dist.train; `at`
 the name of it, with `step` and `count` (from 0) where it comes more than once. What happens is a `signal` from the
-process to itself, a `sleep` of seconds, or a `wait` until any rank has heard a signal from outside. `write_seconds`:
+process to itself, a `wait` until any rank has heard a signal from outside, or a `sleep` until the run's time limit is
+near, on rank 0, which alone knows it. `write_seconds`:
 what the first shard of each rank takes to write; `while_writing`: the signals that come meanwhile. `leave_seconds`:
 what leaving the process groups takes, after a signal.
 """
 
 import json
 import os
-import select
 import signal
 import sys
 import threading
@@ -23,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +33,24 @@ import malora_dist.train
 from malora_dist.engine.position import Position
 from malora_dist.engine.stop import Agreement
 
-Work = Callable[[str, dict[str, Any], list[str]], int]
-
-RANK = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 SHARD_BYTES = 20_000  # so that both ranks write
 HEARD = "heard.jsonl"
 LONGEST = 100
-# What a run imports on its way: a session is to spend its time on what is tested.
-EARLY = (
-    "deepspeed",
-    "matplotlib.figure",
-    "matplotlib.patches",
-    "matplotlib.ticker",
-    "peft",
-    "transformers.generation",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
-)
+
+
+def own_rank() -> int:
+    """Return this process's rank, as its launcher says it."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 class Planted:
     """The traps that wait in this rank, and where it is."""
 
     def __init__(self, name: str, plants: dict[str, Any]) -> None:
-        self.name = name
-        self.traps = [trap for trap in plants.get("traps", ()) if trap["rank"] == RANK]
-        self.position = Position(RANK)
+        self.name, self.rank = name, own_rank()
+        self.traps = [trap for trap in plants.get("traps", ()) if trap["rank"] == self.rank]
+        self.position = Position(self.rank)
+        self.deadline: float | None = None
         self.passed: Counter[tuple[str, str, int]] = Counter()
         self.told = threading.Event()
 
@@ -77,7 +66,9 @@ class Planted:
         if "signal" in trap:
             os.kill(os.getpid(), getattr(signal, trap["signal"]))
             assert self.told.wait(LONGEST)
-        time.sleep(trap.get("sleep", 0))
+        if "sleep" in trap:
+            assert self.deadline is not None
+            time.sleep(max(0, self.deadline - time.time()))
         if "wait" in trap:
             leave(Path(f"{self.name}.waits"), str(os.getpid()))
             until = time.monotonic() + LONGEST
@@ -85,7 +76,7 @@ class Planted:
                 time.sleep(0.02)
 
     def hear(self, code: int) -> None:
-        here = {"session": self.name, "rank": RANK, "code": code, "phase": self.position.phase}
+        here = {"session": self.name, "rank": self.rank, "code": code, "phase": self.position.phase}
         append(Path(HEARD), here | {"step": self.position.step})
         self.told.set()
 
@@ -107,6 +98,7 @@ def train(name: str, plants: dict[str, Any], arguments: list[str]) -> int:
 
         def enter(self, phase: str, step: int | None = None) -> None:
             super().enter(phase, step)
+            append(Path(f"{name}.{self.rank}.entered"), {"phase": phase.split(" step-")[0]})
             planted.reach("phase", phase)
 
     class TellingAgreement(Agreement):
@@ -115,6 +107,7 @@ def train(name: str, plants: dict[str, Any], arguments: list[str]) -> int:
             planted.hear(code)
 
         def check(self) -> None:
+            planted.deadline = self.deadline
             planted.reach("check", str(planted.position.phase))
             super().check()
 
@@ -150,7 +143,8 @@ def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[...,
 
 def _write_slowly(plants: dict[str, Any]) -> None:
     """What write_shard does before it writes, in a thread: the first signal comes at once, while training goes on."""
-    seconds, signals = plants.pop("write_seconds", [0] * (RANK + 1))[RANK], plants.get("while_writing", [])
+    rank, signals = own_rank(), plants.get("while_writing", [])
+    seconds = plants.pop("write_seconds", [0] * (rank + 1))[rank]
     pauses = [0.1, *[(seconds - 0.1) / len(signals)] * len(signals)] if signals else [seconds]
     for pause in pauses if seconds else []:
         time.sleep(pause)
@@ -166,7 +160,7 @@ def _leave_slowly(seconds: float) -> None:
 @contextmanager
 def _ready(name: str, watched: Callable[..., Any], *arguments: Any) -> Iterator[None]:
     with watched(*arguments):
-        leave(Path(f"{name}.{RANK}.ready"), str(os.getpid()))
+        leave(Path(f"{name}.{own_rank()}.ready"), str(os.getpid()))
         yield
 
 
@@ -177,6 +171,12 @@ def append(path: Path, record: dict[str, Any]) -> None:
     os.close(descriptor)
 
 
+def entered(folder: Path, name: str, rank: int) -> list[str]:
+    """Every phase that a rank of a session has entered, in their order."""
+    path = folder / f"{name}.{rank}.entered"
+    return [json.loads(line)["phase"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def leave(path: Path, text: str) -> None:
     """A file that is there only once its text is."""
     partial_path = path.with_name(f"{path.name}.new")
@@ -184,51 +184,6 @@ def leave(path: Path, text: str) -> None:
     partial_path.rename(path)
 
 
-def start(order: dict[str, Any], work: Work) -> int:
-    """The id of the process of this rank in a session; its output goes to `<name>.<rank>.log`."""
-    child = os.fork()
-    if child == 0:
-        log = os.open(f"{order['name']}.{RANK}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ["MASTER_PORT"] = str(order["port"])
-        code = 1
-        try:
-            code = work(order["name"], order["plants"], order["arguments"])
-        finally:
-            os._exit(code)
-    return child
-
-
-def serve(work: Work = train) -> None:
-    """Start what is ordered, report what has ended; end everything when there is no one left to order."""
-    for module in EARLY:
-        import_module(module)
-    children: dict[int, str] = {}
-    waiting = b""
-    leave(Path(f"zygote.{RANK}.ready"), str(os.getpid()))
-    while True:
-        if select.select([0], [], [], 0.02)[0]:
-            received = os.read(0, 65536)
-            if not received:
-                break
-            *lines, waiting = (waiting + received).split(b"\n")
-            for line in lines:
-                order = json.loads(line)
-                children[start(order, work)] = order["name"]
-        for child in list(children):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                leave(Path(f"{children.pop(child)}.{RANK}.end"), str(os.waitstatus_to_exitcode(status)))
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    if words[0] == "serve":
-        os.chdir(words[1])
-        serve()
-    else:
-        sys.exit(train(words[1], json.loads(words[2]), words[3:]))
+    name, plants, *arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    sys.exit(train(name, json.loads(plants), arguments))

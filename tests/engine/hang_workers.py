@@ -1,7 +1,6 @@
-"""Real runs in which one rank fails in its second step: several in one launch, or one under a launcher of its own.
+"""Real runs in which one rank fails in its second step; `train` is a rank of one.
 
-`python -m tests.engine.hang_workers FOLDER CASE PORT CASE PORT ...` stands for one rank. It imports once and forks a
-child for each case, so what a case does to its process ends with that process, and nothing ends the other ranks.
+`python -m tests.engine.hang_workers CASE ARGUMENTS` is one under a launcher.
 """
 
 import os
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import malora_dist.engine.setup
@@ -21,7 +19,6 @@ from malora_dist.engine import process
 from malora_dist.engine.position import Position
 from malora_dist.nn.siblings import SiblingEntrance
 
-LONGEST = 90
 GATE, UP = (f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up"))
 
 
@@ -99,45 +96,6 @@ def train(case: str, arguments: list[str]) -> int:
     return malora_dist.train.main(arguments)
 
 
-def start(case: str, port: str, folder: Path) -> int:
-    """The process id of this rank in a case; its output goes to `<case>.<rank>.log`."""
-    child = os.fork()
-    if child == 0:
-        log = os.open(folder / f"{case}.{os.environ['RANK']}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ["MASTER_PORT"] = port
-        os._exit(train(case, ["recipe.yaml", "--output_dir", f"runs/{case}"]))
-    return child
-
-
-def wait(case: str, child: int, folder: Path) -> None:
-    """Write the exit code to `<case>.<rank>.end`. A child whose fellows have all ended is told to end too."""
-    started, rank = time.monotonic(), os.environ["RANK"]
-    others = [folder / f"{case}.{other}.end" for other in range(4) if str(other) != rank]
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if all(file.exists() for file in others):
-            os.kill(child, signal.SIGTERM)
-        if time.monotonic() - started > LONGEST:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.2)
-    (folder / f"{case}.{rank}.end").write_text(str(os.waitstatus_to_exitcode(ended[1])))
-
-
-def main(arguments: list[str]) -> None:
-    """All cases one after another; the sleeper sleeps meanwhile."""
-    folder, sleeper = Path(arguments[0]), None
-    for case, port in zip(arguments[1::2], arguments[2::2], strict=True):
-        child = start(case, port, folder)
-        if case == "sleeper":
-            sleeper = child
-        else:
-            wait(case, child, folder)
-    if sleeper is not None:
-        wait("sleeper", sleeper, folder)
-
-
 if __name__ == "__main__":
-    if sys.argv[1].startswith("--local_rank"):
-        sys.exit(train(sys.argv[2], sys.argv[3:]))
-    main(sys.argv[1:])
+    case, *arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    sys.exit(train(case, arguments))

@@ -3,11 +3,9 @@
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,12 @@ import yaml
 from malora_dist.engine import position
 from malora_dist.engine.position import Position, watched
 from malora_dist.errors import ConfigError
-from tests.distributed import ROOT
 from tests.e2e import RECIPE, deepspeed, launch, make_folder
 from tests.engine.hang_workers import GATE, UP
+from tests.processes import start_ranks, wait
 
 CASES = ("sleeper", "killed", "ended", "router", "save", "short")
-TIMEOUT = 20
+RANKS, TIMEOUT = 4, 20
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +42,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cases(folder: Path) -> dict[str, list[tuple[int, str]]]:
-    """Exit code and output of every rank in every case."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in CASES]
-    ports = [free.getsockname()[1] for free in sockets]
-    for free in sockets:
-        free.close()
-    named = [str(word) for pair in zip(CASES, ports, strict=True) for word in pair]
-    command = [sys.executable, "-m", "tests.engine.hang_workers", str(folder), *named]
-    place = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment = {**os.environ, **place}
-    ranks = [
-        subprocess.Popen(command, cwd=folder, env={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in "0123"
-    ]
-    assert [rank.wait(400) for rank in ranks] == [0] * 4
+def cases(folder: Path) -> dict[str, list[tuple[int | str, str]]]:
+    """Exit code and output of every rank in every case, one case after another; the sleeper sleeps meanwhile."""
+    sleeping = start("sleeper", folder)
+    codes = {case: wait(start(case, folder)) for case in CASES if case != "sleeper"}
+    *others, sleeper = sleeping
+    wait(others)
+    # As a launcher does.
+    sleeper.terminate()
+    codes["sleeper"] = wait(sleeping)
     return {
-        case: [(int((folder / f"{case}.{r}.end").read_text()), errors(folder / f"{case}.{r}.log")) for r in range(4)]
-        for case in CASES
+        case: [(code, errors(folder / f"{case}.{rank}.log")) for rank, code in enumerate(codes[case])] for case in CASES
     }
+
+
+def start(case: str, folder: Path) -> list[BaseProcess]:
+    """The ranks of a case."""
+    logs = [folder / f"{case}.{rank}.log" for rank in range(RANKS)]
+    arguments = ["recipe.yaml", "--output_dir", f"runs/{case}"]
+    return start_ranks("tests.engine.hang_workers:train", [case, arguments], logs, folder=folder)
 
 
 def errors(log: Path) -> str:
@@ -75,7 +74,7 @@ def lost(place: str) -> str:
     return rf"\[rank \d\] gave up waiting for another process \(rank \d {place}\): it failed, .*\n\Z"
 
 
-def test_a_killed_rank_ends_all(cases: dict[str, list[tuple[int, str]]]) -> None:
+def test_a_killed_rank_ends_all(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     *survivors, killed = cases["killed"]
     assert killed == (-9, "")
     for rank, (code, said) in enumerate(survivors):
@@ -83,14 +82,14 @@ def test_a_killed_rank_ends_all(cases: dict[str, list[tuple[int, str]]]) -> None
         assert re.match(lost(r"at step 2, backward, near layer model\.layers\.\d\.[\w.]+_proj; [^;]+"), said), said
 
 
-def test_a_rank_without_data_says_so_and_ends_all(cases: dict[str, list[tuple[int, str]]]) -> None:
+def test_a_rank_without_data_says_so_and_ends_all(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     *others, ended = cases["ended"]
     assert ended == (1, "[rank 3] this process's training data ended before step 2\n  rank 3 at step 2, reading data\n")
     for code, said in others:
         assert code == 1 and re.match(lost("at step 2, counting tokens; all processes"), said), said
 
 
-def test_the_rank_that_fails_explains_and_its_group_is_named(cases: dict[str, list[tuple[int, str]]]) -> None:
+def test_the_rank_that_fails_explains_and_its_group_is_named(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     *others, failed = cases["router"]
     assert failed[0] == 1 and failed[1].startswith("[rank 3] Traceback")
     assert failed[1].endswith(f"only this router fails\nrank 3 at step 2, forward, near layer {GATE}\n\n")
@@ -99,7 +98,7 @@ def test_the_rank_that_fails_explains_and_its_group_is_named(cases: dict[str, li
     assert f"near layer {GATE}; expert-parallel group [2, 3], leg counts)" in others[2][1]
 
 
-def test_a_full_disk_on_the_main_rank_is_an_error_on_all(cases: dict[str, list[tuple[int, str]]]) -> None:
+def test_a_full_disk_on_the_main_rank_is_an_error_on_all(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     for rank, (code, said) in enumerate(cases["save"]):
         assert code == 1 and re.fullmatch(
             rf"\[rank {rank}\] runs/save/checkpoints/\.step-000002\.partial/.* cannot be written: File too large\n"
@@ -108,7 +107,7 @@ def test_a_full_disk_on_the_main_rank_is_an_error_on_all(cases: dict[str, list[t
         ), said
 
 
-def test_a_rank_one_batch_short_is_an_error_on_all(cases: dict[str, list[tuple[int, str]]]) -> None:
+def test_a_rank_one_batch_short_is_an_error_on_all(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     for rank, (code, said) in enumerate(cases["short"]):
         assert code == 1 and said == (
             f"[rank {rank}] step 2 needs as many micro-batches on every process, but there are 1 on rank 3, "
@@ -116,7 +115,7 @@ def test_a_rank_one_batch_short_is_an_error_on_all(cases: dict[str, list[tuple[i
         )
 
 
-def test_a_sleeping_rank_is_given_up_and_says_where_it_sleeps(cases: dict[str, list[tuple[int, str]]]) -> None:
+def test_a_sleeping_rank_is_given_up_and_says_where_it_sleeps(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     *others, sleeper = cases["sleeper"]
     for code, said in others:
         *_, stuck, gave_up = said.splitlines(keepends=True)
@@ -148,7 +147,9 @@ def test_the_watch_speaks_once_about_a_place_and_only_when_nothing_moves(monkeyp
             here.reach(f"layers.{layer}")
             time.sleep(0.1)
         assert said == []
-        time.sleep(3)
+        while not said:
+            time.sleep(0.1)
+        time.sleep(1)
         assert len(said) == 1 and "at step 7, forward, near layer layers.24, in test_the_watch_speaks_once" in said[0]
     assert signal.getsignal(signal.SIGTERM) == before
     assert "watch" not in [thread.name for thread in threading.enumerate()]
@@ -156,14 +157,18 @@ def test_the_watch_speaks_once_about_a_place_and_only_when_nothing_moves(monkeyp
 
 def test_a_signal_to_a_forked_child_is_not_taken_for_the_parents() -> None:
     with watched(Position(), 2):
+        ready, begun = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(begun, b"!")
             time.sleep(60)
             os._exit(0)
-        time.sleep(1)
+        os.read(ready, 1)
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         time.sleep(0.2)
+    os.close(ready)
+    os.close(begun)
 
 
 def test_a_mistake_found_before_the_first_step_needs_no_place() -> None:

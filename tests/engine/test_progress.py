@@ -93,8 +93,8 @@ def test_on_a_terminal_lines_stand_above_a_bar_and_the_log_stays_plain(tmp_path:
 
 
 def test_time_left_goes_by_the_steps_done() -> None:
-    assert time_left(time.monotonic() - 100, 1, 101) == "2:46:40"
-    assert time_left(time.monotonic() - 3.5, 7, 9) == "0:00:01"
+    assert time_left(time.monotonic() - 10_000.2, 100, 200) == "2:46:40"
+    assert time_left(time.monotonic() - 3501, 7000, 7002) == "0:00:01"
     assert time_left(time.monotonic(), 0, 5) == "0:00:00"
 
 

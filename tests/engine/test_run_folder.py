@@ -1,10 +1,10 @@
 """Run folders are claimed once and never overwritten; their files are whole or absent."""
 
 import json
+import resource
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,30 +12,7 @@ import pytest
 from malora_dist.atomic import write_json
 from malora_dist.engine.run_folder import claim_run_folder, evaluation_file, lock_run_folder, lock_seconds
 from malora_dist.errors import ConfigError, TrainingError
-from tests.distributed import ROOT
-
-CLAIM = """
-import sys, time
-from pathlib import Path
-from malora_dist.engine.run_folder import claim_run_folder
-folder = Path(sys.argv[1])
-(folder / f"ready{sys.argv[2]}").touch()
-while len(list(folder.glob("ready*"))) < 3:
-    pass
-claims = [claim_run_folder(folder / "runs" / "demo") for _ in range(40)]
-print(*(path.name for path, _ in claims))
-(folder / f"done{sys.argv[2]}").touch()
-while len(list(folder.glob("done*"))) < 3:
-    time.sleep(0.01)
-"""
-KILLED = """
-import resource, signal, sys
-from pathlib import Path
-from malora_dist.atomic import write_json
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
-write_json(Path(sys.argv[1]), {"long": "x" * 2**17})
-"""
+from tests.processes import start, wait
 
 
 def claim(wanted: Path | str) -> str:
@@ -83,11 +60,25 @@ def test_a_requeued_job_waits_for_what_is_left_of_the_start_before() -> None:
 
 
 def test_processes_that_claim_at_once_get_different_folders(tmp_path: Path) -> None:
-    commands = [[sys.executable, "-c", CLAIM, str(tmp_path), str(number)] for number in range(3)]
-    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for command in commands]
-    claims = [process.communicate(timeout=200)[0].split() for process in processes]
+    logs = [tmp_path / f"{number}.log" for number in range(3)]
+    function = "tests.engine.test_run_folder:claim_often"
+    assert wait([start(function, [str(tmp_path), number], log) for number, log in enumerate(logs)]) == [0, 0, 0]
+    claims = [log.read_text().split() for log in logs]
     assert [len(names) for names in claims] == [40, 40, 40]
     assert sorted(sum(claims, [])) == sorted(["demo", *(f"demo-{number}" for number in range(2, 121))])
+
+
+def claim_often(folder: str, number: int) -> None:
+    """Claim forty folders together with two other processes, and keep them until those have theirs."""
+    place = Path(folder)
+    (place / f"ready{number}").touch()
+    while len(list(place.glob("ready*"))) < 3:
+        pass
+    claims = [claim_run_folder(place / "runs" / "demo") for _ in range(40)]
+    print(*(path.name for path, _ in claims), flush=True)
+    (place / f"done{number}").touch()
+    while len(list(place.glob("done*"))) < 3:
+        time.sleep(0.01)
 
 
 def test_a_place_that_cannot_be_written_is_a_mistake_in_the_recipe(tmp_path: Path) -> None:
@@ -107,12 +98,20 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "eval.json"
     write_json(path, {"task": "é", "n": [1, 2.5, None]})
     assert json.loads(path.read_text()) == {"task": "é", "n": [1, 2.5, None]}
-    run = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == -signal.SIGXFSZ, run.stderr
+    log = tmp_path.with_name("log")
+    assert wait([start("tests.engine.test_run_folder:write_until_killed", [str(path)], log)]) == [-signal.SIGXFSZ]
     assert json.loads(path.read_text()) == {"task": "é", "n": [1, 2.5, None]}
     write_json(path, {"after": 1})
     assert json.loads(path.read_text()) == {"after": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["eval.json"]
+
+
+def write_until_killed(path: str) -> None:
+    """Be ended by the system in the middle of writing."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    write_json(Path(path), {"long": "x" * 2**17})
 
 
 def test_an_evaluation_overwrites_only_what_says_the_same_or_less(tmp_path: Path) -> None:

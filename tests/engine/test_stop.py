@@ -22,6 +22,9 @@ from malora_dist.engine.stop import (
 from malora_dist.parallel.groups import World, gather_lists
 from tests.distributed import run_distributed
 
+# Pieces of work of a twentieth of a second each.
+WORK = 1200
+
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
@@ -77,8 +80,7 @@ def test_every_signal_is_heard_and_nothing_ends() -> None:
         with watched(Position(), 60, heard.append):
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
-            until = time.monotonic() + 20
-            while not heard and time.monotonic() < until:
+            while not heard:
                 time.sleep(0.01)
         assert set(heard) == {number}
     assert {number: signal.getsignal(number) for number in before} == before
@@ -113,18 +115,18 @@ def agree(world: World) -> dict[str, Any]:
     found["failed"] = writer.completed
     # Rank 1 alone is told, while it works apart from rank 0, which hears of it soon.
     agreement.background = None
-    began, worked = time.monotonic(), 0
+    found["worked"] = 0
     try:
         with agreement.apart() as look:
             if world.rank == 1:
                 agreement.request(signal.SIGUSR2)
                 agreement.request(signal.SIGTERM)
-            while time.monotonic() - began < 60:
-                worked += 1
+            while found["worked"] < WORK:
+                found["worked"] += 1
                 time.sleep(0.05)
                 look()
     except Preempted as stop:
-        found["reason"], found["seconds"] = stop.reason, time.monotonic() - began
+        found["reason"] = stop.reason
     # Only the main process's clock counts.
     late = Agreement(deadline=time.time() - 1 if world.is_main else None)
     late.world = world
@@ -139,7 +141,7 @@ def agree(world: World) -> dict[str, Any]:
 def test_processes_agree() -> None:
     for found in run_distributed("tests.engine.test_stop:agree", 2):
         assert found["busy"] == [0, 0, 1] and found["failed"] == 1
-        # The first request stands, and the other process need not finish its minute of work.
-        assert found["same"] == ["SIGUSR2", "SIGUSR2"] and found["seconds"] < 30
+        # The first request stands, and neither process finishes its work.
+        assert found["same"] == ["SIGUSR2", "SIGUSR2"] and found["worked"] < WORK
         assert found["late"] == "the time limit is near"
     assert Preempted(TIME_IS_UP).reason != Preempted(ENOUGH_STEPS).reason

@@ -17,7 +17,6 @@ import torch
 from tests.devices import HIDDEN
 from tests.distributed import run_distributed
 from tests.e2e import ROOT, deepspeed, launch
-from tests.preemption import Ranks
 from tests.slurm.conftest import Cluster
 
 INSIDE = "MALORA_TEST_HIDDEN"
@@ -54,17 +53,9 @@ def test_commands_and_the_processes_of_the_deepspeed_launcher(tmp_path: Path) ->
 
 
 @inside
-def test_ranks_that_are_forked(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path)
-    try:
-        for process in ranks.processes:
-            started_with = Path(f"/proc/{process.pid}/environ").read_text().split("\0")
-            assert {f"{name}={value}" for name, value in HIDDEN.items()} <= set(started_with)
-    finally:
-        # They are still importing, and would not hear that there is nothing to do.
-        for process in ranks.processes:
-            process.kill()
-            process.communicate()
+def test_the_process_that_ranks_are_forked_from() -> None:
+    """It imports before a rank has an environment of its own."""
+    assert run_distributed("tests.gpu.sees:see_at_start", 1) == [HIDDEN]
 
 
 @inside

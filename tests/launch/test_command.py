@@ -1,9 +1,11 @@
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,7 +122,14 @@ def test_a_termination_reaches_the_command(number: signal.Signals) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
-    time.sleep(0.2)
+    while not catches(process.pid, number):
+        time.sleep(0.01)
     process.send_signal(number)
-    assert process.wait(timeout=30) == 5
+    assert process.wait(timeout=200) == 5
     process.stdout.close()
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    (line,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(line, 16) >> (number - 1) & 1)

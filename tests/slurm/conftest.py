@@ -8,8 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from tests.e2e import ROOT, SCRIPTS
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 SKIP = "MALORA_SKIP_SLURM"
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Cluster:
         path = os.pathsep.join([str(SCRIPTS), os.environ.get("PATH", os.defpath)])
         return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def run(self, *words: str | Path, folder: Path, timeout: float = 60) -> str:
+    def run(self, *words: str | Path, folder: Path, timeout: float = 200) -> str:
         """What a command prints. Raises AssertionError, with that, if it fails."""
         command = self.command("timeout", str(timeout), *words)
         done = subprocess.run(
@@ -67,18 +65,6 @@ class Cluster:
         """What `scontrol show job` says, by field. An array's task is 12_3; an array's id gives one of its tasks."""
         said = self.run("scontrol", "show", "job", "--oneliner", job_id, folder=self.state).splitlines()[0]
         return dict(field.partition("=")[::2] for field in re.split(r"\s+(?=[A-Z][\w:/]*=)", said.strip()))
-
-    def wait_state(self, job_id: str, states: str | Sequence[str], seconds: float = 60) -> dict[str, str]:
-        """The job's fields, once its JobState is one of `states`.
-
-        Raises AssertionError after `seconds`, and at once if the job has ended in another state.
-        """
-        wanted = [states] if isinstance(states, str) else states
-        until = time.monotonic() + seconds
-        while (job := self.job(job_id))["JobState"] not in wanted:
-            assert job["JobState"] not in ENDED and time.monotonic() < until, f"not {wanted} in {seconds} s: {job}"
-            time.sleep(0.3)
-        return job
 
     def node_state(self, node: str) -> str:
         """Such as idle, allocated, mixed, or down*, where * says that it does not answer."""
@@ -106,7 +92,7 @@ class Cluster:
         self._do("revive", node)
 
     def _do(self, verb: str, node: str) -> None:
-        _script(verb, node, self.state, timeout=90)
+        _script(verb, node, self.state, timeout=200)
 
 
 def _script(*words: str | Path, timeout: float) -> None:

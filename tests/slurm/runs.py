@@ -1,18 +1,28 @@
 """Runs of a tiny model as Slurm jobs: submitted as a user does, watched by their own files, compared bit by bit."""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from malora_dist.metrics import read_metrics, without_lost_steps
+from tests import preemption
 from tests.e2e import RECIPE, make_folder
-from tests.preemption import Result, check_checkpoints, leftovers, outcome, result, wait_for
+from tests.preemption import Result, check_checkpoints, leftovers, outcome, result
 from tests.slurm.conftest import Cluster
 
 STEPS = 44
+LONGEST = 300
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+
+
+def wait_for(happened: Callable[[], Any], what: str) -> Any:
+    """Return what `happened` gives once that is true; by the clock, for Slurm's daemons sleep on purpose."""
+    until = time.monotonic() + LONGEST
+    return preemption.wait_for(happened, what, lambda: time.monotonic() > until)
 
 
 def make_run_folder(folder: Path, name: str = "recipe.yaml") -> Path:
@@ -30,11 +40,11 @@ def make_run_folder(folder: Path, name: str = "recipe.yaml") -> Path:
     return folder
 
 
-def launch(cluster: Cluster, folder: Path, *words: str, nodes: int = 2, timeout: float = 60) -> str:
+def launch(cluster: Cluster, folder: Path, *words: str, nodes: int = 2) -> str:
     """`malora launch slurm` for one process a node on the controller's host; what it prints."""
     recipe, *rest = words
     small = ["--nodes", str(nodes), "--gpus-per-node", "0", "--cpus-per-task", "1", "--time", "10"]
-    return cluster.run("malora", "launch", "slurm", recipe, *small, *rest, folder=folder, timeout=timeout)
+    return cluster.run("malora", "launch", "slurm", recipe, *small, *rest, folder=folder)
 
 
 def jobs(run: Path) -> list[dict[str, Any]]:
@@ -47,21 +57,24 @@ def log(run: Path) -> str:
     return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted((run / "slurm").glob("*.out")))
 
 
-def wait_for_step(run: Path, step: int, seconds: float = 90) -> None:
+def wait_for_step(run: Path, step: int) -> None:
     """Return when the run has logged an optimizer step."""
 
     def reached() -> bool:
         path = run / "metrics.jsonl"
         return path.exists() and any(record.get("step", 0) >= step for record in read_metrics(path))
 
-    wait_for(reached, f"{run} at step {step}", seconds)
+    wait_for(reached, f"{run} at step {step}\n{log(run)}")
 
 
-def ended(cluster: Cluster, run: Path, job: str, seconds: float = 150) -> str:
+def ended(cluster: Cluster, run: Path, job: str) -> str:
     """The state in which a job has ended, however often it began."""
-    ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
-    state = wait_for(lambda: next((end for end in ends if cluster.job(job)["JobState"] == end), ""), log(run), seconds)
-    return str(state)
+
+    def end() -> str:
+        state = cluster.job(job)["JobState"]
+        return state if state in ENDED else ""
+
+    return str(wait_for(end, f"job {job} ends\n{log(run)}"))
 
 
 def check_finished(run: Path) -> Result:

@@ -14,16 +14,27 @@ from tests.slurm.conftest import Cluster
 pytestmark = pytest.mark.timeout(600)
 
 WAIT = {"rank": 1, "on": "check", "at": "backward", "step": 4, "wait": True}
+# What is started by Slurm's daemons is no child of srun.
+IDLE = 300
 LIMIT = "import malora_dist.engine.stop, time; print('left', malora_dist.engine.stop.slurm_end_time() - time.time())"
 
 
 def test_a_run_told_to_end_by_scancel_goes_on_in_the_next_step(cluster: Cluster, tmp_path: Path) -> None:
     make_run_folder(tmp_path)
     run, arguments = tmp_path / "runs" / "tiny", ["--evaluation.base", "false", "--evaluation.tuned", "false"]
-    step = ["timeout", "200", "srun", "--job-name", "run", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    step = [
+        "timeout",
+        str(IDLE),
+        "srun",
+        "--job-name",
+        "run",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+    ]
     command = cluster.command(*step, "python", "-m", "tests.preemption_workers")
 
-    with Launched(command, tmp_path, "first", arguments, traps=[WAIT]) as first:
+    with Launched(command, tmp_path, "first", arguments, IDLE, traps=[WAIT]) as first:
         first.waits()
         job = cluster.run("squeue", "--noheader", "--name", "run", "--format", "%A", folder=tmp_path).strip()
         cluster.run("scancel", "--signal=USR1", f"{job}.0", folder=tmp_path)
@@ -33,7 +44,7 @@ def test_a_run_told_to_end_by_scancel_goes_on_in_the_next_step(cluster: Cluster,
     assert ended["step"] == check_checkpoints(run) and ended["step"] in (3, 4) and leftovers(run) == []
     assert {(here["rank"], here["code"]) for here in first.heard()} == {(0, signal.SIGUSR1), (1, signal.SIGUSR1)}
 
-    with Launched(command, tmp_path, "second", arguments) as second:
+    with Launched(command, tmp_path, "second", arguments, IDLE) as second:
         assert second.end() == 0, second.log()
     assert outcome(run)["outcome"] == "finished" and check_checkpoints(run) == 12
     records = without_lost_steps(read_metrics(run / "metrics.jsonl"))

@@ -7,11 +7,11 @@ import yaml
 
 from malora_dist.checkpoint.adapter import open_adapter
 from tests.e2e import make_folder
-from tests.preemption import outcome, wait_for
+from tests.preemption import outcome
 from tests.slurm.conftest import Cluster
 from tests.slurm.runs import ended, jobs, launch, log, wait_for_step
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 NAME = 'my recipe\'s "best".yaml'
 RUN = "runs/a b's $HOME %j"
 SHORT = (
@@ -32,26 +32,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_chain_through_names_that_need_quotes(cluster: Cluster, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def by_hand(cluster: Cluster, folder: Path) -> dict[str, str]:
+    """Jobs of the repository's script with sbatch's own flags, by the run's name: one that trains and one that cannot.
+
+    They run beside those of the other tests.
+    """
+    script = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+    flags = ["--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2", "--time=9", "--job-name=by hand"]
+    recipe = yaml.safe_load((folder / NAME).read_text())
+    (folder / "hand.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": "runs/hand"}))
+    (folder / "bad.jsonl").write_text('{"prompt": 3}\n')
+    recipe["data"]["tasks"][0]["train"] = "bad.jsonl"
+    (folder / "bad.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": "runs/bad"}))
+    submit = ["sbatch", "--parsable", *flags, script]
+    return {name: cluster.submit(*submit, f"{name}.yaml", *SHORT, folder=folder) for name in ("hand", "bad")}
+
+
+@pytest.fixture(scope="module")
+def chain(cluster: Cluster, folder: Path) -> list[str]:
+    """Jobs of one run, each of which waits for the one before it."""
     launch(cluster, folder, NAME, *SHORT, "--output_dir", RUN, "--evaluation.tuned=false",
            "--after", "train,evaluate,convert", "--convert-to", "molora", "--name", "it's \"q\"",
            "--adapter.target_modules", "[q_proj, down_proj]")  # fmt: skip
-    run = folder / RUN
-    chain = [job["job"] for job in jobs(run)]
+    found = [job["job"] for job in jobs(folder / RUN)]
     # Squeue knows all three before the first has ended.
-    with pytest.raises(AssertionError, match=f"job {chain[0]} is there for it already"):
+    with pytest.raises(AssertionError, match=f"job {found[0]} is there for it already"):
         launch(cluster, folder, NAME, "--output_dir", RUN)
     status = cluster.run("malora", "launch", "status", RUN, folder=folder)
-    assert all(job in status for job in chain)
-    for job in chain:
-        assert ended(cluster, run, job) == "COMPLETED", log(run)
-    assert outcome(run)["outcome"] == "finished"
-    assert (run / "eval.json").is_file() and open_adapter(run / "export").info.spec.method == "molora"
-    assert (run / f"slurm/train_{chain[0]}.out").is_file() and (run / f"slurm/ranks_{chain[0]}/rank-1.log").is_file()
-    followed = cluster.run("malora", "launch", "follow", RUN, folder=folder)
-    assert f"{RUN} is finished" in followed
+    assert all(job in status for job in found)
+    return found
 
 
+@pytest.mark.usefixtures("chain", "by_hand")
 def test_an_array_of_three_of_which_one_is_requeued(cluster: Cluster, folder: Path) -> None:
     """The last task's number as a job is that of the array."""
     longer = ("--train.max_steps=50", "--train.logging_steps=1", "--evaluation.tuned=false")
@@ -70,8 +83,19 @@ def test_an_array_of_three_of_which_one_is_requeued(cluster: Cluster, folder: Pa
     assert (folder / f"runs/seeds/slurm/train_{job}_2.out").is_file()
 
 
+def test_a_chain_through_names_that_need_quotes(cluster: Cluster, folder: Path, chain: list[str]) -> None:
+    run = folder / RUN
+    for job in chain:
+        assert ended(cluster, run, job) == "COMPLETED", log(run)
+    assert outcome(run)["outcome"] == "finished"
+    assert (run / "eval.json").is_file() and open_adapter(run / "export").info.spec.method == "molora"
+    assert (run / f"slurm/train_{chain[0]}.out").is_file() and (run / f"slurm/ranks_{chain[0]}/rank-1.log").is_file()
+    followed = cluster.run("malora", "launch", "follow", RUN, folder=folder)
+    assert f"{RUN} is finished" in followed
+
+
 def test_mistakes_are_refused_before_and_by_slurm(cluster: Cluster, folder: Path) -> None:
-    before = cluster.run("squeue", "--noheader", "--format=%A", folder=folder)
+    before = known(cluster, folder)
     for words, message in (
         (("--adapter.rr=3",), "adapter.rr=3"),
         (("--gpus-per-node", "3"), "Requested node configuration is not available"),
@@ -80,28 +104,26 @@ def test_mistakes_are_refused_before_and_by_slurm(cluster: Cluster, folder: Path
         with pytest.raises(AssertionError, match="exits 2") as refused:
             launch(cluster, folder, NAME, "--output_dir", "runs/refused", "--train.global_batch_size=24", *words)
         assert message in " ".join(str(refused.value).split())
-    assert cluster.run("squeue", "--noheader", "--format=%A", folder=folder) == before
+    # Jobs of other tests may end meanwhile.
+    assert known(cluster, folder) <= before
     assert not (folder / "runs/refused/slurm/jobs.jsonl").exists()
 
 
-def test_the_scripts_of_the_repository_by_hand(cluster: Cluster, folder: Path) -> None:
-    """sbatch slurm/train.sbatch with sbatch's own flags, on one node with two fake GPUs; a bad row is no crash."""
-    script = Path(__file__).parents[2] / "slurm" / "train.sbatch"
-    flags = ["--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2", "--time=9", "--job-name=by hand"]
-    recipe = yaml.safe_load((folder / NAME).read_text()) | {"output_dir": "runs/hand"}
-    (folder / "hand.yaml").write_text(yaml.safe_dump(recipe))
-    job = cluster.submit("sbatch", "--parsable", *flags, script, "hand.yaml", *SHORT, folder=folder)
-    wait_for(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), f"job {job}", 90)
-    said = (folder / f"by hand_{job}.out").read_text()
-    assert outcome(folder / "runs/hand")["outcome"] == "finished", said
-    assert "2 processes on cpu" in said and (folder / f"by hand_{job}/rank-1.log").is_file()
-    assert cluster.job(job)["JobState"] == "COMPLETED"
+def known(cluster: Cluster, folder: Path) -> set[str]:
+    """The jobs in the queue."""
+    return set(cluster.run("squeue", "--noheader", "--format=%A", folder=folder).split())
 
-    (folder / "bad.jsonl").write_text('{"prompt": 3}\n')
-    recipe["data"]["tasks"][0]["train"] = "bad.jsonl"
-    (folder / "bad.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": "runs/bad"}))
-    job = cluster.submit("sbatch", "--parsable", *flags, script, "bad.yaml", folder=folder)
-    wait_for(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), f"job {job}", 90)
+
+def test_the_scripts_of_the_repository_by_hand(cluster: Cluster, folder: Path, by_hand: dict[str, str]) -> None:
+    """On one node with two fake GPUs; a bad row is no crash."""
+    job = by_hand["hand"]
+    state = ended(cluster, folder / "runs/hand", job)
+    said = (folder / f"by hand_{job}.out").read_text()
+    assert state == "COMPLETED" and outcome(folder / "runs/hand")["outcome"] == "finished", said
+    assert "2 processes on cpu" in said and (folder / f"by hand_{job}/rank-1.log").is_file()
+
+    job = by_hand["bad"]
+    assert ended(cluster, folder / "runs/bad", job) == "FAILED"
     said = (folder / f"by hand_{job}.out").read_text()
     assert cluster.job(job)["Restarts"] == "0" and cluster.job(job)["ExitCode"] == "2:0", said
     assert "bad.jsonl:1" in said and "a mistake, which another start would not mend" in said

@@ -11,7 +11,7 @@ from malora_dist.checkpoint.adapter import open_adapter
 from malora_dist.metrics import read_metrics, without_lost_steps
 from malora_dist.prepare import main as prepare
 from tests.e2e import RECIPE, make_folder
-from tests.preemption import Ranks, Session
+from tests.processes import start_ranks, wait
 
 pytestmark = pytest.mark.timeout(1000)
 
@@ -39,25 +39,24 @@ def runs(folder: Path) -> dict[str, Path]:
         patch.chdir(folder)
         patch.setenv("MALORA_CACHE", str(folder / "prepared"))
         assert prepare(["recipe.yaml"]) == 0
-        ranks = Ranks(folder, "tests.strict.session_workers")
-        try:
-            end(train(ranks, "cpu", "whole"))
-            end(train(ranks, "strict", "first", "--train.stop_after_steps", str(STEPS_OF_THE_FIRST)), 75)
-            end(train(ranks, "strict", "second"))
-            evaluate = ["--adapter", "runs/strict/adapter", "--recipe", "recipe.yaml"]
-            end(ranks.start("evaluated", [], module="malora_dist.evaluate", device="strict", words=evaluate))
-        finally:
-            ranks.stop()
+        train(folder, "cpu", "whole")
+        train(folder, "strict", "first", "--train.stop_after_steps", str(STEPS_OF_THE_FIRST), code=75)
+        train(folder, "strict", "second")
+        evaluate = ["--adapter", "runs/strict/adapter", "--recipe", "recipe.yaml"]
+        run(folder, "evaluated", "strict", "malora_dist.evaluate", evaluate)
     return {device: folder / "runs" / device for device in ("cpu", "strict")}
 
 
-def train(ranks: Ranks, device: str, name: str, *settings: str) -> Session:
+def train(folder: Path, device: str, name: str, *settings: str, code: int = 0) -> None:
     words = ["recipe.yaml", "--output_dir", f"runs/{device}", *settings]
-    return ranks.start(name, [], module="malora_dist.train", device=device, words=words)
+    run(folder, name, device, "malora_dist.train", words, code)
 
 
-def end(session: Session, code: int = 0) -> None:
-    assert session.wait() == [code, code], session.log()
+def run(folder: Path, name: str, device: str, module: str, words: list[str], code: int = 0) -> None:
+    """Two ranks of a command, which must all end with this code."""
+    logs = [folder / f"{name}.{rank}.log" for rank in range(2)]
+    ranks = start_ranks("tests.strict.session_workers:run", [device, module, words], logs, folder=folder)
+    assert wait(ranks) == [code, code], "\n".join(log.read_text() for log in logs)
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
