@@ -4,6 +4,7 @@
 what it would do in processes that have imported everything: for tests of what a run does, not of how it is started.
 """
 
+import importlib
 import json
 import os
 import signal
