@@ -39,6 +39,7 @@ def _stop_half_way(partial: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.e2e
 def test_of_many_processes_one_builds_also_after_one_was_killed(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     folder = tmp_path / "folder"

@@ -108,6 +108,7 @@ def test_one_process_or_a_launchers_rank_trains_here(
     assert seen == [["r.yaml", "--adapter.r", "6"]]
 
 
+@pytest.mark.e2e
 def test_init_and_validate_work_where_torch_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments in (["init", "r.yaml"], ["validate", "r.yaml", "--world-size", "4"]):

@@ -39,6 +39,7 @@ def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         assert found["tasks"][name]["loss"] == pytest.approx(task["loss"], abs=1e-5, rel=0), name
 
 
+@pytest.mark.e2e
 def test_three_processes_measure_the_same(folder: Path) -> None:
     """ZeRO-3, uneven shares of 71 questions, and a training batch that three processes could not share."""
     run = folder / "runs" / "tiny"
@@ -55,6 +56,7 @@ def test_three_processes_measure_the_same(folder: Path) -> None:
     assert "evaluate.log" in now
 
 
+@pytest.mark.e2e
 def test_one_process_with_other_settings_writes_beside(folder: Path) -> None:
     run = folder / "runs" / "tiny"
     before = (run / "eval.json").read_bytes()
@@ -68,6 +70,7 @@ def test_one_process_with_other_settings_writes_beside(folder: Path) -> None:
     assert "--evaluation.batch_tokens 97" in (run / "evaluate.log").read_text(), "says how eval-2.json came about"
 
 
+@pytest.mark.e2e
 def test_an_adapter_on_its_own_with_a_recipe(folder: Path) -> None:
     """A checkpoint gives what the validation during training gave at its step; the result lies in its folder."""
     run, adapter = folder / "runs" / "tiny", folder / "runs" / "tiny" / "checkpoints" / "step-000003"
@@ -84,6 +87,7 @@ def test_an_adapter_on_its_own_with_a_recipe(folder: Path) -> None:
         assert task.get("accuracy") == record.get(f"eval/{name}/accuracy")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

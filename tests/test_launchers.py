@@ -9,6 +9,8 @@ from malora_dist.config import load_config
 from tests.e2e import SCRIPTS, Finished, contents, deepspeed, files, launch, launch_together, make_folder
 from tests.test_train import RUN_FILES, assert_same_run
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

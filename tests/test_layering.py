@@ -64,6 +64,7 @@ def test_every_unit_has_a_floor() -> None:
     assert {unit_of(path) for path in SOURCES} - {"__init__"} <= set(FLOOR)
 
 
+@pytest.mark.e2e
 def test_the_lower_floors_need_no_torch() -> None:
     units = [unit for unit in WITHOUT_TORCH if (PACKAGE / unit).exists() or (PACKAGE / f"{unit}.py").exists()]
     names = ", ".join(f"malora_dist.{unit}" for unit in units)

@@ -37,6 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return next(folder.glob("*.whl")), source
 
 
+@pytest.mark.e2e
 def test_the_wheel_holds_everything(wheel: tuple[Path, Path]) -> None:
     built, source = wheel
     with zipfile.ZipFile(built) as archive:
@@ -85,6 +86,7 @@ def bash(script: str, *arguments: str, env: dict[str, str]) -> subprocess.Comple
     return subprocess.run(["bash", str(ROOT / script), *arguments], env=env, capture_output=True, text=True, timeout=30)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("script", "settings", "line"),
     [
@@ -119,6 +121,7 @@ def test_launchers(tmp_path: Path, script: str, settings: dict[str, str], line: 
     assert "usage" in bash(f"launchers/{script}", env=env).stderr
 
 
+@pytest.mark.e2e
 def test_a_batch_script_on_many_nodes(tmp_path: Path) -> None:
     """With a scontrol of many nodes, an srun that runs one task, and a torchrun that shows its arguments."""
     env = stubs(tmp_path, "torchrun")

@@ -27,7 +27,7 @@ from tests.preemption import (
     whole_run,
 )
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 VARIANTS: dict[str, list[str]] = {
     "zero3": [],

@@ -9,6 +9,8 @@ import pytest
 from tests.e2e import Finished, contents, files, launch, make_folder, run_alone, run_ranks
 from tests.hub import local_hub
 
+pytestmark = pytest.mark.e2e
+
 MODEL = ("--model.name_or_path", "org/tiny")
 SHORT = ("--train.max_steps", "2", "--train.eval_steps", "null", "--train.save_steps", "null",
          "--evaluation.base", "false", "--evaluation.tuned", "false")  # fmt: skip

@@ -13,6 +13,8 @@ from tests.distributed import run_distributed
 from tests.engine.workers import make_model
 from tests.resume_workers import LAST, SAVED
 
+pytestmark = pytest.mark.distributed
+
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
 CASES: dict[str, dict[str, Any]] = {
     f"w{world}ep{ep}z{stage}": {"world": world, "ep_size": ep, "zero_stage": stage, "load_in_4bit": True}

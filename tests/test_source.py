@@ -69,6 +69,7 @@ def convert_on_rank_1(world: World, gguf: str, cache_dir: str) -> str:
     return str(resolve_model(gguf, cache_dir=Path(cache_dir))) if world.rank == 1 else ""
 
 
+@pytest.mark.distributed
 def test_gguf_is_converted_once_and_to_what_transformers_reads(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

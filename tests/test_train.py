@@ -19,6 +19,8 @@ from malora_dist.recipes import demo
 from malora_dist.train import main
 from tests.e2e import ROOT, contents, files, make_folder, run_alone, run_ranks, run_together, write_rows
 
+pytestmark = pytest.mark.e2e
+
 TASKS = ("colour", "animal", "spell")
 # The same global micro-batches as two processes with 2 samples each make: the balance loss is one of a micro-batch.
 ALONE = ("--train.per_device_train_batch_size", "4")

@@ -11,6 +11,7 @@ from malora_dist.bench.local.peers.contestants import CONTESTANTS
 from tests.commands import malora_without_torch
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("verb", ["layer", "step"])
 def test_help_needs_no_torch_and_names_everyone(verb: str) -> None:
     done = malora_without_torch("bench", verb, "--help", COLUMNS="400", NO_COLOR="1")

@@ -13,6 +13,7 @@ from malora_dist.errors import ConfigError
 from tests.e2e import ROOT
 
 
+@pytest.mark.e2e
 def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
     arguments = ["bench", "roofline", "--tokens", "2048", "--base", "nf4", "--flops", "400TFLOP/s", *files]

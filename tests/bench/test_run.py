@@ -33,6 +33,7 @@ def measured(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return json.loads((folder / "two.json").read_text()), seen
 
 
+@pytest.mark.distributed
 def test_every_variant_is_what_its_name_says(measured: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     result, seen = measured
     assert len(result["variants"]) == 11
@@ -47,6 +48,7 @@ def test_every_variant_is_what_its_name_says(measured: tuple[dict[str, Any], lis
         }
 
 
+@pytest.mark.distributed
 def test_bytes_are_those_of_the_messages(measured: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     result, seen = measured
     for name, variant in result["variants"].items():
@@ -57,6 +59,7 @@ def test_bytes_are_those_of_the_messages(measured: tuple[dict[str, Any], list[di
             assert record["uniform_bytes"] == pytest.approx(record["sent_bytes"], rel=0.25)
 
 
+@pytest.mark.distributed
 def test_all_variants_of_one_base_have_one_loss(measured: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     variants = measured[0]["variants"]
     losses = {name: [record["loss"] for record in variant["records"]] for name, variant in variants.items()}
@@ -68,6 +71,7 @@ def test_all_variants_of_one_base_have_one_loss(measured: tuple[dict[str, Any], 
     assert losses[FULL] != pytest.approx(losses[REFERENCE], abs=1e-3)
 
 
+@pytest.mark.distributed
 def test_rows_follow_from_the_records(measured: tuple[dict[str, Any], list[dict[str, Any]]], folder: Path) -> None:
     result, _ = measured
     assert [c["topic"] for c in result["comparisons"]] == ["ep", "overlap", "share", "base", "zero"]
@@ -98,6 +102,7 @@ def test_options_and_settings_in_any_order() -> None:
         parse(["r.yaml", "--steps", "0"])
 
 
+@pytest.mark.e2e
 def test_one_process_and_nothing_is_overwritten(folder: Path) -> None:
     command = ["bench", "ep", "recipe.yaml", "--num_gpus", "1", "--variants", "ep", "--steps", "1"]
     settings = ["--warmup", "0", "--json", "one.json", "--train.seed", "7"]

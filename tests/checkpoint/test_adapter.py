@@ -185,6 +185,7 @@ def save_under_a_limit(folder: Path, numbers: int, characters: int) -> None:
     save_adapter(folder, info_of("malora"), {"layer.B": torch.ones(numbers)}, "x" * characters)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("numbers, characters", [(2**19, 1), (1, 2**21)], ids=[WEIGHTS, "README.md"])
 def test_killed_while_writing_leaves_the_former_file_whole(
     tmp_path: Path, request: pytest.FixtureRequest, numbers: int, characters: int

@@ -49,6 +49,7 @@ with new_folder(Path(sys.argv[1])) as folder:
 """
 
 
+@pytest.mark.e2e
 def test_leftovers_of_the_killed_and_work_of_the_living(tmp_path: Path) -> None:
     target = tmp_path / "new"
     with subprocess.Popen(

@@ -216,6 +216,7 @@ def duration_of_a_save(folder: Path) -> float:
     return (time.monotonic() - began) / 5
 
 
+@pytest.mark.distributed
 def test_kills_at_random_moments_of_saves(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     kills = 60 if pytestconfig.getoption("soak") else 30
     duration = duration_of_a_save(tmp_path / "measured")

@@ -124,6 +124,7 @@ def test_the_launcher_runs_and_its_exit_code_is_ours(
     assert out == "started: --standalone --nproc_per_node 2 -m malora_dist.train r.yaml --adapter.r 6\n"
 
 
+@pytest.mark.e2e
 def test_a_hostfile_needs_no_torch(recipe: str) -> None:
     arguments = ["launch", "deepspeed", recipe, "--hostfile", "hosts", "--include", "10.0.0.3", "--dry-run"]
     done = malora_without_torch(*arguments)

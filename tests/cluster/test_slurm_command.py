@@ -207,6 +207,7 @@ def test_a_finished_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[s
     assert words(submitted(folder)[0]) == ["runs/a b"]
 
 
+@pytest.mark.e2e
 def test_without_slurm_and_without_torch(folder: Path) -> None:
     command = ["launch", "slurm", RECIPE, *SMALL]
     assert malora_without_torch(*command).returncode == 0

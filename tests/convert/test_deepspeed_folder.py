@@ -16,6 +16,8 @@ from malora_dist.errors import CheckpointError, ConfigError
 from tests.convert.made import run_kind
 from tests.distributed import run_distributed
 
+pytestmark = pytest.mark.distributed
+
 CASES: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
     "zero1": {"stage": 1, "bf16": True},

@@ -159,6 +159,7 @@ def convert_under_a_limit(source: Path, target: Path) -> int:
     return command(source, target, "--to", "peft-experts")
 
 
+@pytest.mark.distributed
 def test_killed_while_writing(workspace: Path, tmp_path: Path) -> None:
     """The kernel kills the writer inside the first expert's file; the next conversion starts afresh."""
     source, target, log = workspace / "runs" / "malora", tmp_path / "new" / "out", tmp_path / "log"

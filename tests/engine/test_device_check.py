@@ -101,6 +101,7 @@ def test_kernels_that_are_named(config: RunConfig) -> None:
     assert uses_triton(named)
 
 
+@pytest.mark.distributed
 def test_the_error_of_one_process_is_that_of_all() -> None:
     first, second = run_distributed("tests.engine.device_workers:find_out", 2)
     assert first == second

@@ -21,6 +21,8 @@ from tests.distributed import run_distributed
 from tests.engine.guard_workers import deepspeed_settings
 from tests.engine.workers import build_model, make_model
 
+pytestmark = pytest.mark.distributed
+
 CASES: dict[str, dict[str, Any]] = {
     "zero3": {"zero_stage": 3},
     "zero3-nf4": {"zero_stage": 3, "load_in_4bit": True},

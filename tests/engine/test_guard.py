@@ -40,6 +40,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     return run_distributed("tests.engine.guard_workers:failing_steps", 2, folder=str(folder), cases=CASES)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_learned_from_a_step_that_is_not_finite(ranks: list[dict[str, Any]], case: str) -> None:
     for results in ranks:
@@ -47,6 +48,7 @@ def test_nothing_is_learned_from_a_step_that_is_not_finite(ranks: list[dict[str,
         assert results[case]["steps"] == 2
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("stage", [0, 3])
 def test_every_rank_names_step_task_and_layer(ranks: list[dict[str, Any]], stage: int) -> None:
     for results, tasks in zip(ranks, ("a, b", "b, c"), strict=True):
@@ -60,6 +62,7 @@ def test_every_rank_names_step_task_and_layer(ranks: list[dict[str, Any]], stage
         }
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", FIRST_BACKWARD)
 def test_a_whole_micro_batch_after_a_broken_one_hides_nothing(ranks: list[dict[str, Any]], case: str) -> None:
     for results, tasks in zip(ranks, ("a, b", "b, c"), strict=True):

@@ -16,6 +16,8 @@ from tests.distributed import run_distributed
 from tests.engine.guard_workers import ACCUMULATION, TASKS, new_stepper
 from tests.engine.workers import make_model
 
+pytestmark = pytest.mark.distributed
+
 STEPS, TASK_SIZES = 6, [9, 5]  # the third task has no samples
 PAUSE = 1.0
 EVERY: dict[str, Any] = {"logging_steps": 1, "eval_steps": None, "save_steps": None, "stop_after_steps": None}

@@ -74,6 +74,7 @@ def lost(place: str) -> str:
     return rf"\[rank \d\] gave up waiting for another process \(rank \d {place}\): it failed, .*\n\Z"
 
 
+@pytest.mark.distributed
 def test_a_killed_rank_ends_all(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     *survivors, killed = cases["killed"]
     assert killed == (-9, "")
@@ -82,6 +83,7 @@ def test_a_killed_rank_ends_all(cases: dict[str, list[tuple[int | str, str]]]) -
         assert re.match(lost(r"at step 2, backward, near layer model\.layers\.\d\.[\w.]+_proj; [^;]+"), said), said
 
 
+@pytest.mark.distributed
 def test_a_rank_without_data_says_so_and_ends_all(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     *others, ended = cases["ended"]
     assert ended == (1, "[rank 3] this process's training data ended before step 2\n  rank 3 at step 2, reading data\n")
@@ -89,6 +91,7 @@ def test_a_rank_without_data_says_so_and_ends_all(cases: dict[str, list[tuple[in
         assert code == 1 and re.match(lost("at step 2, counting tokens; all processes"), said), said
 
 
+@pytest.mark.distributed
 def test_the_rank_that_fails_explains_and_its_group_is_named(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     *others, failed = cases["router"]
     assert failed[0] == 1 and failed[1].startswith("[rank 3] Traceback")
@@ -98,6 +101,7 @@ def test_the_rank_that_fails_explains_and_its_group_is_named(cases: dict[str, li
     assert f"near layer {GATE}; expert-parallel group [2, 3], leg counts)" in others[2][1]
 
 
+@pytest.mark.distributed
 def test_a_full_disk_on_the_main_rank_is_an_error_on_all(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     for rank, (code, said) in enumerate(cases["save"]):
         assert code == 1 and re.fullmatch(
@@ -107,6 +111,7 @@ def test_a_full_disk_on_the_main_rank_is_an_error_on_all(cases: dict[str, list[t
         ), said
 
 
+@pytest.mark.distributed
 def test_a_rank_one_batch_short_is_an_error_on_all(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     for rank, (code, said) in enumerate(cases["short"]):
         assert code == 1 and said == (
@@ -115,6 +120,7 @@ def test_a_rank_one_batch_short_is_an_error_on_all(cases: dict[str, list[tuple[i
         )
 
 
+@pytest.mark.distributed
 def test_a_sleeping_rank_is_given_up_and_says_where_it_sleeps(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     *others, sleeper = cases["sleeper"]
     for code, said in others:
@@ -127,6 +133,7 @@ def test_a_sleeping_rank_is_given_up_and_says_where_it_sleeps(cases: dict[str, l
     assert told.startswith("[rank 3] told to end (SIGTERM)") and told.endswith(f"at step 2, forward, near layer {UP}")
 
 
+@pytest.mark.e2e
 def test_a_killed_rank_ends_the_launch(folder: Path) -> None:
     """The launcher ends the other rank within a second, which still says where it was."""
     arguments = ["killed", "recipe.yaml", "--output_dir", "runs/launched"]

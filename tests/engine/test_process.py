@@ -75,6 +75,7 @@ def test_the_main_rank_speaks_first(
     assert capsys.readouterr().err == f"[rank {os.environ['RANK']}] no\n"
 
 
+@pytest.mark.distributed
 def test_two_processes_end_together_well_or_not(tmp_path: Path) -> None:
     """One that fails ends the other, be it in the middle of its work or done with it; nobody hangs."""
     logs = {what: [tmp_path / f"{what}{rank}" for rank in (0, 1)] for what in ("succeeds", "fails", "fails late")}

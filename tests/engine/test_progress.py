@@ -71,6 +71,7 @@ def test_a_bar_in_a_file_is_a_line_every_half_minute(tmp_path: Path, capsys: pyt
     assert [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()] == ["evaluating: 2 of 8"]
 
 
+@pytest.mark.distributed
 def test_on_a_terminal_lines_stand_above_a_bar_and_the_log_stays_plain(tmp_path: Path) -> None:
     main, other = pty.openpty()
     run = start(

@@ -185,6 +185,7 @@ def open_on_all(world: World, folder: str) -> str:
     return "whole"
 
 
+@pytest.mark.distributed
 def test_damage_that_one_process_finds_is_an_error_on_all(tmp_path: Path) -> None:
     begun(tmp_path / "run", (3, 4))
     folder = tmp_path / "run" / "checkpoints" / "step-000004"

@@ -59,6 +59,7 @@ def test_a_requeued_job_waits_for_what_is_left_of_the_start_before() -> None:
     assert lock_seconds({}, 10) == 8
 
 
+@pytest.mark.distributed
 def test_processes_that_claim_at_once_get_different_folders(tmp_path: Path) -> None:
     logs = [tmp_path / f"{number}.log" for number in range(3)]
     function = "tests.engine.test_run_folder:claim_often"
@@ -94,6 +95,7 @@ def test_a_folder_without_a_name_is_a_mistake_in_the_recipe(name: str) -> None:
         claim_run_folder(name)
 
 
+@pytest.mark.distributed
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "eval.json"
     write_json(path, {"task": "é", "n": [1, 2.5, None]})

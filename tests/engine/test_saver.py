@@ -17,6 +17,8 @@ from tests.distributed import run_distributed
 from tests.engine.workers import make_model
 from tests.resume_workers import Run
 
+pytestmark = pytest.mark.distributed
+
 SLOW = 1.5
 CASE = {"zero_stage": 3, "ep_size": 2, "load_in_4bit": True}
 SHARD_BYTES = 20_000

@@ -55,6 +55,7 @@ def references(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: reference_run(str(folder / "model"), case) for name, case in CASES.items()}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_equals_one_process(folder: Path, references: dict[str, dict[str, Any]], world_size: int) -> None:
     output = folder / f"world{world_size}"

@@ -138,6 +138,7 @@ def agree(world: World) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.distributed
 def test_processes_agree() -> None:
     for found in run_distributed("tests.engine.test_stop:agree", 2):
         assert found["busy"] == [0, 0, 1] and found["failed"] == 1

@@ -153,6 +153,7 @@ def test_blocks_need_no_number_of_the_host() -> None:
     assert blocks.experts_KB.shape == blocks.firsts_KB.shape == (2, 200 // BLOCK_T + 8)
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the tests above have run")
 def test_all_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -192,6 +193,7 @@ def compile_for(capability: int) -> None:
         test_operators.launch_all(dtype)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_and_fit_the_shared_memory_of_any_gpu(capability: int, tmp_path: Path) -> None:
     code = f"from tests.functional.test_grouped_triton import compile_for; compile_for({capability})"

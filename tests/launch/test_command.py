@@ -110,6 +110,7 @@ def test_exit_codes_and_environment() -> None:
         run_command(["no-such-launcher"], environment)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_termination_reaches_the_command(number: signal.Signals) -> None:
     """A signal to `malora train` must not leave the ranks behind."""

@@ -41,6 +41,7 @@ def in_a_shell(shell: str, arguments: list[str], exports: dict[str, str]) -> str
     return done.stdout.strip()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 def test_words_and_variables_arrive_unharmed(shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -26,6 +26,7 @@ def test_the_scripts_in_slurm_are_what_the_generator_renders(name: str) -> None:
     assert (ROOT / name).read_text() == shipped_scripts()[name]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("start", ["launcher", "tasks"])
 @pytest.mark.parametrize("render", [train_script, array_script, evaluate_script, convert_script])
 def test_every_script_is_bash_and_passes_its_words_on(render: object, start: str) -> None:

@@ -13,6 +13,8 @@ from tests.distributed import run_distributed
 from tests.engine.workers import make_model
 from tests.parallel.expert_workers import NEW_TOKENS, PROMPT_LENGTHS
 
+pytestmark = pytest.mark.distributed
+
 Results = list[dict[str, Any]]
 
 

@@ -19,11 +19,13 @@ def alike(name: str) -> Any:
     return found[0]
 
 
+@pytest.mark.distributed
 def test_processes_alike() -> None:
     assert alike("alike") == BLOCKS
     assert alike("host") == 1
 
 
+@pytest.mark.distributed
 def test_a_fact_that_differs_between_nodes() -> None:
     kind, message = alike("nodes differ")
     assert kind == "TopologyError"
@@ -33,14 +35,17 @@ def test_a_fact_that_differs_between_nodes() -> None:
     )
 
 
+@pytest.mark.distributed
 def test_a_fact_that_differs_within_nodes() -> None:
     assert "0 on node1 (rank 0), node2 (rank 2); 1 on node1 (rank 1), node2 (rank 3)." in alike("ranks differ")[1]
 
 
+@pytest.mark.distributed
 def test_a_fact_that_a_process_lacks() -> None:
     assert "x differs between nodes: 1 on n1, n2, n3; nothing on n0." in alike("one lacks")[1]
 
 
+@pytest.mark.distributed
 def test_nodes_with_unlike_numbers_of_processes() -> None:
     kind, message = alike("uneven")
     assert kind == "TopologyError"
@@ -48,15 +53,18 @@ def test_nodes_with_unlike_numbers_of_processes() -> None:
     assert "--gpus-per-node, not --gpus" in message and "--ntasks-per-node" in message and "slots" in message
 
 
+@pytest.mark.distributed
 def test_all_that_is_wrong_is_said_at_once() -> None:
     assert [line.split()[0] for line in alike("both")[1].split("\n")] == ["torch", "processes"]
 
 
+@pytest.mark.distributed
 def test_a_folder_that_all_nodes_see() -> None:
     assert alike("folder shared") is None
     assert alike("folder run is there") is None
 
 
+@pytest.mark.distributed
 def test_a_folder_that_a_node_does_not_see() -> None:
     kind, message = alike("folder other")
     assert kind == "TopologyError"
@@ -65,20 +73,24 @@ def test_a_folder_that_a_node_does_not_see() -> None:
     assert all(1 <= rank["folder seconds"] < 10 for rank in results())
 
 
+@pytest.mark.distributed
 def test_a_folder_that_cannot_be_written() -> None:
     kind, message = alike("folder not writable")
     assert kind == "ConfigError"
     assert message.startswith("output_dir=/proc/runs/one: /proc cannot be written: ")
 
 
+@pytest.mark.distributed
 def test_a_file_in_the_way_is_for_the_session_to_say() -> None:
     assert alike("folder is a file") is None
 
 
+@pytest.mark.distributed
 def test_on_one_node_nothing_is_written() -> None:
     assert alike("folder one node") is None
 
 
+@pytest.mark.distributed
 def test_nothing_is_left_behind() -> None:
     assert alike("folder left") == ["file", "own", "own/runs"]
 

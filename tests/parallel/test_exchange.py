@@ -76,6 +76,7 @@ def test_bf16_rows_are_added_in_fp32() -> None:
     assert total.dtype == torch.bfloat16 and total.item() == 258
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("aspect", ["twin", "bits", "bytes"])
 def test_odd_cases(aspect: str, world_size: int) -> None:
@@ -88,12 +89,14 @@ def test_odd_cases(aspect: str, world_size: int) -> None:
         assert len(rank["cases"]) > 40 and wrong == {}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_any_case(world_size: int) -> None:
     for rank in results(world_size):
         assert rank["property"] == "", rank["property"]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_llama_equals_the_one_with_all_experts(world_size: int) -> None:
     """Logits and gradients; and linears that could share a tensor get their own where they are given different ones."""
@@ -105,6 +108,7 @@ def test_llama_equals_the_one_with_all_experts(world_size: int) -> None:
             assert max(found["gradients"].values()) < 1e-10, (kind, found["gradients"])
 
 
+@pytest.mark.distributed
 def test_linears_of_one_input_share_their_messages() -> None:
     """q, k and v: counts, rows and three returns; gate and up: counts, rows and two returns; down: three messages.
 

@@ -8,6 +8,8 @@ import pytest
 from tests.parallel.loading_workers import CASES, NODE_TIMEOUT, SHAPES, results
 from tests.parallel.workers import DTYPES
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_part_read_alone_is_the_part_that_deepspeed_cuts(world_size: int) -> None:

@@ -38,6 +38,7 @@ def test_the_order_of_rows_is_found_without_reading_a_number() -> None:
     assert (place.owner_N.shape, place.token_N.shape, place.slots_TQ.shape) == ((7,), (7,), (5, 2))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_rank_knows_what_it_sends_and_what_it_receives(world_size: int) -> None:
     """Of every case below; the ranks' sent counts, laid side by side, are what the others received."""

@@ -22,6 +22,7 @@ def plan(*arguments: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.e2e
 def test_json_has_what_programs_need() -> None:
     result = plan("--gpus-per-node", "4", "--train.gradient_checkpointing=false", "--hbm", "40GiB", "--adapter.r", "6")
     assert result["trainable_parameters"] == 32 * (40 * 31488 + 48 * 38400 + 6 * 8 * 6 * 32)
@@ -33,6 +34,7 @@ def test_json_has_what_programs_need() -> None:
     assert result["assumed"]["tokens_per_sample"] == 1024 and result["assumed"]["gpus_per_node"] == 4
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("arguments", "facts"),
     [
@@ -52,6 +54,7 @@ def test_worked_examples_of_llama2_7b(arguments: list[str], facts: dict[str, Any
     assert result["bytes_per_rank"]["moments"] == 8 * 158_859_264 // parts
 
 
+@pytest.mark.e2e
 def test_worked_examples_of_llama2_70b() -> None:
     """8 GPUs hold it with ZeRO-3 and recomputation; on 512 a replicated 4-bit base is faster than gathering it."""
     model = ["--model", str(RECIPES / "models" / "llama2-70b.json")]

