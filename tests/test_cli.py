@@ -74,6 +74,7 @@ def test_refusals_before_anything_starts(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.e2e
 def test_several_processes_go_through_deepspeed(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
     assert (loss.step, loss.value) == (7, 1.5)
 
 
+@pytest.mark.e2e
 def test_wandb_takes_the_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import_module("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

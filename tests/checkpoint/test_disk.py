@@ -24,6 +24,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield disk
 
 
+@pytest.mark.e2e
 def test_a_disk_that_is_full_at_any_moment(disk: SmallDisk) -> None:
     """Page by page more is left, so that each write of a save is once the one that fails."""
     store = CheckpointStore(disk.folder / "checkpoints", 1)
@@ -51,6 +52,7 @@ def test_a_disk_that_is_full_at_any_moment(disk: SmallDisk) -> None:
     assert store.steps() == [1, 3]
 
 
+@pytest.mark.e2e
 def test_a_disk_that_is_full_when_the_best_moves(disk: SmallDisk) -> None:
     store = CheckpointStore(disk.folder / "checkpoints")
     for step in (1, 2):
@@ -113,6 +115,7 @@ def test_a_checkpoint_that_may_not_be_read(open_folder: Path) -> None:
         check_tensors(folder, tensors_of(1))
 
 
+@pytest.mark.e2e
 def test_a_text_is_replaced_whole_or_not_at_all(disk: SmallDisk) -> None:
     path = disk.folder / "text"
     write_text(path, "former")

@@ -68,6 +68,7 @@ def test_leftovers_of_the_killed_and_work_of_the_living(tmp_path: Path) -> None:
     assert target.is_dir() and not (tmp_path / ".new.partial").exists()
 
 
+@pytest.mark.e2e
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk"):
         with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):

@@ -78,6 +78,7 @@ def test_what_is_refused(source: Path, tmp_path: Path, case: str) -> None:
     assert not target.is_dir() or not list(target.iterdir())
 
 
+@pytest.mark.e2e
 def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         for pages in range(100):

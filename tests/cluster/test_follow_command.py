@@ -21,6 +21,8 @@ from tests.cluster.submitted import job, launch, submitted
 from tests.launch.run_folders import begun, steps
 from tests.launch.slurm_clients import NO_CONTROLLER, Clients, make_clients
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clients:
@@ -182,7 +184,6 @@ def test_a_task_of_an_array(clients: Clients, capsys: pytest.CaptureFixture[str]
     assert "a holds the runs of an array: seed-1, seed-2; follow one of them" in capsys.readouterr().err
 
 
-@pytest.mark.e2e
 def test_ctrl_c_ends_the_following_and_not_the_job(clients: Clients) -> None:
     run = submitted(begun(Path("a")), job("1", Path("a")))
     Path(job("1", run).log).write_text("its log\n")

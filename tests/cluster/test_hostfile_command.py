@@ -96,6 +96,7 @@ def test_pdsh_is_missed_before_anything_starts(
     assert "pdsh is not installed here" in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 def test_the_launcher_runs_and_its_exit_code_is_ours(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,8 @@ from malora_dist.config import load_config
 from malora_dist.outcome import FINISHED, write_outcome
 from tests.commands import malora, malora_without_torch
 
+pytestmark = pytest.mark.e2e
+
 # Shows how it was called, and remembers what it was given.
 SBATCH = """#!/usr/bin/env bash
 count=$(ls submitted | wc -l)
@@ -207,7 +209,6 @@ def test_a_finished_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[s
     assert words(submitted(folder)[0]) == ["runs/a b"]
 
 
-@pytest.mark.e2e
 def test_without_slurm_and_without_torch(folder: Path) -> None:
     command = ["launch", "slurm", RECIPE, *SMALL]
     assert malora_without_torch(*command).returncode == 0

@@ -13,6 +13,8 @@ from tests.cluster.submitted import job, launch, submitted
 from tests.launch.run_folders import begun, steps
 from tests.launch.slurm_clients import NO_CONTROLLER, Clients, make_clients
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clients:

@@ -56,6 +56,7 @@ def test_the_earlier_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deadline_of(None, 1000.0) == 100700 and deadline_of(100.0, 1000.0) == 100700
 
 
+@pytest.mark.e2e
 def test_slurm_is_asked_where_it_does_not_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A squeue of our own stands for the cluster's; tests/slurm runs the real one."""
     squeue = tmp_path / "squeue"

@@ -6,8 +6,12 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
+
 from tests.devices import HIDDEN
 from tests.e2e import ROOT
+
+pytestmark = pytest.mark.e2e
 
 
 def check(folder: Path, *stages: str) -> subprocess.CompletedProcess[str]:

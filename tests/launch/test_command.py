@@ -98,6 +98,7 @@ def test_under_launcher(environment: dict[str, str], expected: bool) -> None:
     assert under_launcher(environment) is expected
 
 
+@pytest.mark.e2e
 def test_exit_codes_and_environment() -> None:
     environment = launcher_environment({**os.environ, "MALORA_TEST": "7"})
     assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

@@ -27,6 +27,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return script
 
 
+@pytest.mark.e2e
 def test_a_task_among_others(scontrol: Path) -> None:
     assert rank_variables(STEP) == {
         "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "20121",
@@ -47,6 +48,7 @@ def test_the_allocators_segments_grow_unless_the_user_has_said_otherwise() -> No
         assert allocator_variables({name: "max_split_size_mb:128"}) == allocator_variables({name: ""}) == {}
 
 
+@pytest.mark.e2e
 def test_a_step_whose_nodes_slurm_does_not_name(scontrol: Path) -> None:
     with pytest.raises(TopologyError, match=r"SLURM_STEP_NODELIST=node\[8\].*set MASTER_ADDR"):
         rank_variables({**STEP, "SLURM_STEP_NODELIST": "node[8]"})

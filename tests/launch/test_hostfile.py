@@ -116,6 +116,7 @@ def test_this_machine() -> None:
     assert not is_this_machine("192.0.2.1") and not is_this_machine("no-such-host.invalid")
 
 
+@pytest.mark.e2e
 def test_ssh_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says of hosts is in tests/slurm."""
     monkeypatch.setenv("PATH", str(tmp_path))

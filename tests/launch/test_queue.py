@@ -8,6 +8,8 @@ from malora_dist.launch import queue
 from malora_dist.launch.queue import FORGOTTEN, JobState, job_states
 from tests.launch.slurm_clients import NO_ACCOUNTING, NO_CONTROLLER, NO_SUCH_JOB, SQUEUE, Clients, make_clients
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clients:

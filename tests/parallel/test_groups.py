@@ -1,6 +1,10 @@
 """Two real processes: timeouts and collectives of their groups, and parameters in parts of the right size and bits."""
 
+import pytest
+
 from tests.parallel.workers import DTYPES, OTHER_TIMEOUT, TIMEOUT, results
+
+pytestmark = pytest.mark.distributed
 
 
 def test_every_group_has_the_runs_timeout_once_the_engine_is_built() -> None:

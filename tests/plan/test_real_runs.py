@@ -11,6 +11,8 @@ from malora_dist.plan.run import Run
 from malora_dist.plan.steps import flows
 from tests.plan.real_runs_workers import measure, names_at, planned
 
+pytestmark = pytest.mark.distributed
+
 # Their model is larger than stage3_max_live_parameters.
 SHORT = ["zero3-short", "zero3-short-recompute"]
 # Norms and flags that are not part of any tensor of the model.
