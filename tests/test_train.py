@@ -234,7 +234,8 @@ def test_a_real_model_on_real_tasks(tmp_path: Path) -> None:
     recipe["data"] |= {"tasks": recipe["data"]["tasks"][:2], "cache_dir": "cache"}
     for task in recipe["data"]["tasks"]:
         task |= {"max_train_samples": 20, "max_eval_samples": 4}
-    recipe["train"] |= {"max_steps": 2, "global_batch_size": 2, "per_device_train_batch_size": 1, "logging_steps": 1}
+    recipe["train"] |= {"max_steps": 2, "global_batch_size": 2, "per_device_train_batch_size": 1}
+    recipe["train"] |= {"logging_steps": 1, "save_steps": None}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = run_ranks(2, "malora_dist.train", ["recipe.yaml"], tmp_path)
     assert done.code == 0, done.output

@@ -24,6 +24,7 @@ NOTHING = {"variables": HIDDEN, "available": False, "device": "cpu"}
 inside = pytest.mark.skipif(INSIDE not in os.environ, reason="test_all_where_gpus_are_visible runs it")
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(INSIDE in os.environ, reason="it has been started by this one")
 def test_all_where_gpus_are_visible() -> None:
     outer = {name: value for name, value in os.environ.items() if name not in HIDDEN}
@@ -39,11 +40,13 @@ def test_this_process() -> None:
 
 
 @inside
+@pytest.mark.distributed
 def test_ranks_of_run_distributed() -> None:
     assert run_distributed("tests.gpu.sees:see", 1) == [NOTHING]
 
 
 @inside
+@pytest.mark.e2e
 def test_commands_and_the_processes_of_the_deepspeed_launcher(tmp_path: Path) -> None:
     """The launcher names device 0 to its process; joining the run hides it again."""
     done = launch(deepspeed(1, "tests.gpu.sees"), tmp_path)
@@ -53,11 +56,13 @@ def test_commands_and_the_processes_of_the_deepspeed_launcher(tmp_path: Path) ->
 
 
 @inside
+@pytest.mark.distributed
 def test_the_process_that_ranks_are_forked_from() -> None:
     """It imports before a rank has an environment of its own."""
     assert run_distributed("tests.gpu.sees:see_at_start", 1) == [HIDDEN]
 
 
 @inside
+@pytest.mark.e2e
 def test_jobs_of_slurm(tmp_path: Path) -> None:
     assert HIDDEN.items() <= Cluster(tmp_path).environment().items()
