@@ -26,7 +26,7 @@ FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 WITHOUT_TORCH = ["cli", "config", "launch", "plan", "summary", "report", "metrics", "trackers", "topology", "traffic"]
 WITHOUT_TORCH += ["methods", "errors", "cache", "outcome", "atomic", "cluster"]
 # Folders of tests that run whole systems and mirror no module.
-WHOLE_SYSTEM = ("slurm", "gpu", "strict")
+WHOLE_SYSTEM = ("slurm", "gpu", "strict", "breaks")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
