@@ -7,6 +7,7 @@
 # make test-fast  the tests that start no process
 # make test-gpu  the tests that need a GPU
 # make soak    the tests that stop and kill runs, with many more moments
+# make breaks  break the package in forty ways, one after another: some test must catch each
 # make coverage  the lines and branches that the whole suite runs
 # make check   lint, format, types
 # make setup   the environment all of them need, in .venv
@@ -30,7 +31,7 @@ processes = $(if $(NUM_PROCESSES),NUM_PROCESSES=$(NUM_PROCESSES),$$($(BIN)/pytho
 TEST_WORKERS ?= $(shell expr $$(nproc) + 1)
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo demo-ep test test-fast test-gpu soak coverage check
+.PHONY: setup demo demo-ep test test-fast test-gpu soak breaks coverage check
 
 setup: $(READY)
 
@@ -63,11 +64,16 @@ test-gpu: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu
 
 soak: setup
-	$(PYTEST) --soak -o slow_seconds=0 tests/test_preemption.py
+	$(PYTEST) --soak -o slow_seconds=0 tests/test_preemption.py tests/test_preempted_phases.py tests/checkpoint/test_store.py
 
+breaks: setup
+	$(BIN)/python -m tests.breaks
+
+# Processes write their part where they run; it takes longer than `make test`.
 coverage: setup
-	COVERAGE_PROCESS_START="$(CURDIR)/setup.cfg" $(BIN)/coverage erase
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(TEST_WORKERS)
+	$(BIN)/coverage erase
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 COVERAGE_FILE="$(CURDIR)/.coverage" \
+		$(BIN)/coverage run -m pytest -n $(TEST_WORKERS) -o slow_seconds=0
 	$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 check: setup

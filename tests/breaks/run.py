@@ -102,7 +102,7 @@ def _run_tests(copy: Path, tests: Sequence[str]) -> tuple[int | None, str]:
         "COLUMNS": "400",
     }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "slow_seconds=0", *tests]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [*command, f"--basetemp={copy.with_name('tmp')}"],
