@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +14,8 @@ from safetensors.torch import load_file
 
 from malora_dist.config import load_config
 from malora_dist.metrics import Record, read_metrics
-from malora_dist.recipes import demo
 from malora_dist.train import main
-from tests.e2e import ROOT, contents, files, make_folder, run_alone, run_ranks, run_together, write_rows
+from tests.e2e import contents, files, make_folder, run_alone, run_ranks, run_together, write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -224,31 +222,3 @@ def test_a_bad_row_ends_all_ranks_and_is_named(folder: Path) -> None:
     done = run_ranks(2, "malora_dist.train", ["bad.yaml"], folder)
     assert done.code == 2, done.output
     assert done.output.count("data/bad.jsonl:5: field 'label'") == 1 and "Traceback" not in done.output
-
-
-def test_a_real_model_on_real_tasks(tmp_path: Path) -> None:
-    """The demo's recipe in small: evaluating again with the adapter off gives the base's numbers of the run."""
-    demo.prepare_demo(tmp_path / "demo")
-    recipe: dict[str, Any] = yaml.safe_load((ROOT / "malora_dist" / "recipes" / "demo.yaml").read_text())
-    recipe["model"]["dtype"] = "float32"
-    recipe["data"] |= {"tasks": recipe["data"]["tasks"][:2], "cache_dir": "cache"}
-    for task in recipe["data"]["tasks"]:
-        task |= {"max_train_samples": 20, "max_eval_samples": 4}
-    recipe["train"] |= {"max_steps": 2, "global_batch_size": 2, "per_device_train_batch_size": 1}
-    recipe["train"] |= {"logging_steps": 1, "save_steps": None}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = run_ranks(2, "malora_dist.train", ["recipe.yaml"], tmp_path)
-    assert done.code == 0, done.output
-    run = tmp_path / "runs" / "demo"
-    train = records(run, "train")
-    assert len(train) == 2 and all(0 < record["loss"] < 10 and record["peak_memory_gib"] < 3 for record in train)
-    assert records(run, "run")[0]["trainable_parameters"] == 19_123_200
-    before = json.loads((run / "eval.json").read_text())
-    assert before["base"] != before["tuned"]
-    done = run_alone(
-        "malora_dist.evaluate", ["runs/demo", "--parallel.zero_stage=0", "--evaluation.tuned=false"], tmp_path
-    )
-    assert done.code == 0, done.output
-    after = json.loads((run / "eval-2.json").read_text())
-    for name, task in before["base"]["tasks"].items():
-        assert after["base"]["tasks"][name] == pytest.approx(task, rel=1e-5), name

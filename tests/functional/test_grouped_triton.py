@@ -5,9 +5,9 @@ of this file run in a second pytest, started by `test_all_in_the_interpreter`.
 """
 
 import os
-import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from malora_dist.functional.grouped_triton import BLOCK_T, grouped_backward, gro
 from malora_dist.functional.routing import route
 from tests.cases import CASES, DROPOUT_P, AdapterCase, make_inputs, output_gradient
 from tests.devices import kernel_device, kernel_mark
-from tests.distributed import ROOT
+from tests.e2e import ROOT, launch, run_alone
 from tests.functional import test_operators
 from tests.reference import adapter_reference, gradients
 
@@ -158,20 +158,19 @@ def test_blocks_need_no_number_of_the_host() -> None:
 def test_all_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "not interpreter and not compile and not schema"]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    files = [__file__, str(Path(__file__).with_name("test_operators.py"))]
-    done = subprocess.run([*command, *files], cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr
+    files = [__file__, Path(__file__).with_name("test_operators.py")]
+    done = launch([*command, *files], ROOT, TRITON_INTERPRET="1")
+    assert done.code == 0 and "skipped" not in done.output, done.output
 
 
-def compile_for(capability: int) -> None:
+def compile_for(capability: Sequence[str]) -> None:
     """Everything a layer launches, compiled for a GPU that need not be there. Prints each kernel's shared memory."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     class Absent:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", int(capability[0]), 32))
         get_current_device = staticmethod(lambda: 0)
         get_current_stream = staticmethod(lambda device: 0)
 
@@ -196,11 +195,11 @@ def compile_for(capability: int) -> None:
 @pytest.mark.e2e
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_and_fit_the_shared_memory_of_any_gpu(capability: int, tmp_path: Path) -> None:
-    code = f"from tests.functional.test_grouped_triton import compile_for; compile_for({capability})"
-    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    launches = [line.split() for line in done.stdout.splitlines()]
+    cache = str(tmp_path)
+    name = "tests.functional.test_grouped_triton:compile_for"
+    done = run_alone(name, [str(capability)], ROOT, TRITON_INTERPRET="0", TRITON_CACHE_DIR=cache)
+    assert done.code == 0, done.output
+    launches = [line.split() for line in done.output.splitlines()]
     names = Counter(name for name, _ in launches)
     # Of each of the three kinds of numbers: contract, expand (K = 2), and in backward contract, sum, expand, sum.
     grouped = {"contract_rows": 3 * 2, "expand_rows": 3 * 4, "sum_rows": 3 * 2}
