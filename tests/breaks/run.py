@@ -20,7 +20,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("breaks.yaml")
-FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S*::.*)$", re.MULTILINE)
+FAILURE = re.compile(r"^(FAILED|ERROR) (\S*::.*)$", re.MULTILINE)
 # Longer than any file of tests takes on a busy machine.
 SECONDS = 2400
 
@@ -132,9 +132,10 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 def _outcome(code: int | None, output: str, seconds: float) -> Outcome:
     """Caught is what makes a test fail: not that pytest cannot even begin, or takes for ever."""
-    failures = FAILURE.findall(output)
+    # A test that fails may make the end of its fixtures fail, of which pytest tells first.
+    failures = sorted(FAILURE.findall(output), key=lambda found: found[0] == "ERROR")
     if code == 1 and failures:
-        test, _, said = failures[0].partition(" - ")
+        test, _, said = failures[0][1].partition(" - ")
         return Outcome(True, test, seconds, said)
     ends = {0: "all tests pass", None: f"still running after {SECONDS} s"}
     return Outcome(False, None, seconds, ends.get(code, f"pytest exits {code}\n{output[-3000:]}"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.breaks.run import ROOT, Break, _outcome, read_breaks
+from tests.breaks.run import ROOT, Break, Outcome, _outcome, read_breaks
 
 
 def test_every_break_can_be_made() -> None:
@@ -32,18 +32,13 @@ def test_a_break_that_fits_no_more_is_refused(tmp_path: Path) -> None:
 
 
 def test_caught_is_a_test_that_fails() -> None:
-    said = "..F\nFAILED tests/test_a.py::test_b[x -> y] - assert 1 == 2\nERROR tests/test_c.py::test_d\n1 failed\n"
-    found = _outcome(1, said, 2.0)
-    assert (found.caught, found.first_failing_test, found.said) == (
-        True,
-        "tests/test_a.py::test_b[x -> y]",
-        "assert 1 == 2",
+    said = (
+        "..F\nERROR tests/test_a.py::test_b[x -> y] - OSError\nFAILED tests/test_a.py::test_b[x -> y] - assert 1 == 2\n"
     )
-    for code, output in (
-        (0, "3 passed"),
-        (2, "ERROR tests/test_a.py - ImportError: no\n"),
-        (None, said),
-        (5, "no tests ran"),
-    ):
+    assert _outcome(1, said, 2.0) == Outcome(True, "tests/test_a.py::test_b[x -> y]", 2.0, "assert 1 == 2")
+    fixture = "ERROR tests/test_a.py::test_b - OSError\n"
+    assert _outcome(1, fixture, 2.0) == Outcome(True, "tests/test_a.py::test_b", 2.0, "OSError")
+    nothing = "ERROR tests/test_a.py - ImportError: no\n"
+    for code, output in ((0, "3 passed"), (2, nothing), (None, said), (5, "no tests ran")):
         found = _outcome(code, output, 2.0)
         assert not found.caught and found.first_failing_test is None
