@@ -1,14 +1,14 @@
 """Starts the processes of tests as forks of one server that has imported everything: a start takes a moment.
 
 Each is a process of its own, with an environment, folder and log of its own: whatever a test does to it ends with it.
-The server ends with the process that started it, and all that it forked with the server.
+It ends with the one that started it.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -22,7 +22,6 @@ from tests.ports import free_port
 ROOT = Path(__file__).parents[1]
 # What a process finds in its environment; the server has read them when it imported.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-PR_SET_PDEATHSIG = 1
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -102,7 +101,7 @@ def _variables(wanted: Mapping[str, str]) -> Iterator[None]:
 
 def _work(function: str, arguments: Sequence[Any], log: str, folder: str, environment: dict[str, str]) -> None:
     """Become the process that was asked for."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -111,3 +110,10 @@ def _work(function: str, arguments: Sequence[Any], log: str, folder: str, enviro
     os.chdir(folder)
     module, _, name = function.partition(":")
     sys.exit(getattr(import_module(module), name)(*arguments))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,20 @@
-"""The rules of this suite: a unit test starts no process, a slow test says why, a module stays on one worker."""
+"""The rules of this suite: a unit test starts no process, a slow test says why, a module stays on one worker.
 
+And its processes: they are waited for as long as they work, and end with the one that started them.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
 import pytest
 
+from tests.patience import Patience
+from tests.processes import ROOT, start, wait
 from tests.tiers import ByModule
 
 pytest_plugins = ["pytester"]
@@ -65,3 +78,51 @@ def test_modules_stay_together() -> None:
     names = ("tests/a/test_b.py::test_c[d::e]", "tests/a/test_b.py::test_f", "tests/slurm/test_g.py::test_h",
              "tests/slurm/test_i.py::test_j")  # fmt: skip
     assert [scheduler._split_scope(name) for name in names] == ["tests/a/test_b.py"] * 2 + ["tests/slurm"] * 2
+
+
+def work_and_sleep(seconds: float, file: str) -> None:
+    """Use a processor for so long, say so in a file, and then do nothing."""
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(3600)
+
+
+@pytest.mark.distributed
+def test_patience_lasts_as_long_as_the_work(tmp_path: Path) -> None:
+    idle = tmp_path / "idle"
+    process = start("tests.test_suite:work_and_sleep", [3, str(idle)], tmp_path / "log")
+    assert process.pid is not None
+    patience = Patience([process.pid], seconds=2)
+    while not patience.is_over():
+        time.sleep(0.1)
+    assert idle.exists() and process.is_alive()
+    process.kill()
+    assert wait([process]) == [-signal.SIGKILL]
+
+
+STARTER = """
+import sys, time
+from pathlib import Path
+from tests.processes import start
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    start("tests.test_suite:work_and_sleep", [0, str(folder / "pid")], folder / "log")
+    time.sleep(3600)
+"""
+
+
+@pytest.mark.e2e
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    (tmp_path / "starter.py").write_text(STARTER)
+    command = [sys.executable, str(tmp_path / "starter.py"), str(tmp_path)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as starter:
+        patience = Patience([starter.pid])
+        while not (tmp_path / "pid").exists():
+            assert not patience.is_over() and starter.poll() is None
+            time.sleep(0.05)
+        started = psutil.Process(int((tmp_path / "pid").read_text()))
+        starter.kill()
+    started.wait(60)
