@@ -8,7 +8,7 @@ import pytest
 
 from tests.preemption import WORLD, Ranks, assert_same, check_end, make_run_folder, whole_run
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 LIMIT = 8.0  # seconds
 
