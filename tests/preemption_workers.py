@@ -7,9 +7,9 @@ Plants: `traps`, a list of objects with `rank` and the place where something hap
 "phase", a "check" of the agreement, a "look" while tokenising, or the "call" of a function of malora_dist.train; `at`
 the name of it, with `step` and `count` (from 0) where it comes more than once. What happens is a `signal` from the
 process to itself, a `wait` until any rank has heard a signal from outside, or a `sleep` until the run's time limit is
-near, on rank 0, which alone knows it. `write_seconds`:
-what the first shard of each rank takes to write; `while_writing`: the signals that come meanwhile. `leave_seconds`:
-what leaving the process groups takes, after a signal.
+near, on rank 0, which alone knows it. `write_seconds`: what the first shard of each rank takes to write;
+`collective_seconds`: what a collective may take from then on; `while_writing`: the signals that come meanwhile.
+`leave_seconds`: what leaving the process groups takes, after a signal.
 """
 
 import json
@@ -145,6 +145,8 @@ def _write_slowly(plants: dict[str, Any]) -> None:
     """What write_shard does before it writes, in a thread: the first signal comes at once, while training goes on."""
     rank, signals = own_rank(), plants.get("while_writing", [])
     seconds = plants.pop("write_seconds", [0] * (rank + 1))[rank]
+    if seconds and "collective_seconds" in plants:
+        malora_dist.parallel.groups.set_timeouts(plants["collective_seconds"])
     pauses = [0.1, *[(seconds - 0.1) / len(signals)] * len(signals)] if signals else [seconds]
     for pause in pauses if seconds else []:
         time.sleep(pause)

@@ -23,7 +23,7 @@ from tests.preemption import (
     whole_run,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 WAIT = {"on": "check", "at": "backward", "wait": True}
 LAUNCHED = "tests.preemption_workers"

@@ -75,7 +75,6 @@ def resumed(folder: Path, whole: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_run_goes_on_in_any_topology(pair: str, resumed: dict[str, Any], whole: dict[str, Any]) -> None:
     source, _, target = pair.partition(" -> ")

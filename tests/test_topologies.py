@@ -74,7 +74,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_equals_one_process(folder: Path, world_size: int) -> None:
     output, cases = folder / f"world{world_size}", cases_of(world_size)

@@ -1,5 +1,7 @@
 """What processes of tests need: `tests.processes` imports it once, and every process that it starts has it."""
 
+import gc
+
 import datasets  # noqa: F401
 import deepspeed  # noqa: F401
 import matplotlib.figure
@@ -17,3 +19,7 @@ import malora_dist.convert
 import malora_dist.evaluate
 import malora_dist.prepare
 import malora_dist.train  # noqa: F401
+
+# What is here stays: no process that is forked looks through it, which would copy it.
+gc.collect()
+gc.freeze()

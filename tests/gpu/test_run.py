@@ -7,7 +7,7 @@ import pytest
 
 from tests.gpu.runs import SMALL, environment, make_run_folder, records, train_command
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(280)]
+pytestmark = pytest.mark.gpu
 CHANGES = {
     "train": {"max_steps": 4, "logging_steps": 1, "eval_steps": 2, "save_steps": None, "gradient_checkpointing": True},
     "evaluation": {"base": False, "tuned": False, "batch_tokens": 256},

@@ -26,7 +26,7 @@ from tests.slurm.runs import (
     wait_for_step,
 )
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slurm
 RECIPE = "recipe.yaml"
 LOSSES = (("lose", "node1"), ("cut", "node2"), ("kill_daemon", "node2"))
 FREEZE = 'for p in /proc/[0-9]*; do grep -qsz "^LOCAL_RANK=" $p/environ && kill -STOP "${p#/proc/}"; done; true'

@@ -9,7 +9,6 @@ from tests.strict.counts import count_all, differences, read
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.timeout(1000)
 def test_counts_are_the_golden_ones() -> None:
     changed = differences(count_all(), read())
     assert not changed, (

@@ -13,7 +13,7 @@ from malora_dist.prepare import main as prepare
 from tests.e2e import RECIPE, make_folder
 from tests.processes import start_ranks, wait
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1000)]
+pytestmark = pytest.mark.distributed
 
 TRAIN = {"max_steps": 3, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
 STEPS_OF_THE_FIRST = 2

@@ -22,9 +22,6 @@ CASES: dict[str, dict[str, Any]] = {
 FAULTS = {"weight": {"fault": "weight", "zero_stage": 3}, "backward": {"fault": "backward", "zero_stage": 1}}
 
 
-pytestmark = pytest.mark.timeout(1000)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("strict")
