@@ -14,7 +14,6 @@ from tests.e2e import launch as run_here
 from tests.preemption import Result, check_checkpoints, leftovers, outcome
 from tests.slurm.conftest import Cluster
 from tests.slurm.runs import (
-    LONGEST,
     check_finished,
     ended,
     jobs,
@@ -63,7 +62,7 @@ def one(folder: Path, begun: dict[str, str]) -> Iterator[Future[Finished]]:
     words = ["--num_gpus", "1", "--output_dir", "runs/one", "--parallel.ep_size", "1", "--parallel.zero_stage", "0"]
     command = ["malora", "train", RECIPE, *words, "--train.per_device_train_batch_size", "4"]
     with ThreadPoolExecutor() as pool:
-        yield pool.submit(run_here, command, folder, timeout=LONGEST)
+        yield pool.submit(run_here, command, folder)
 
 
 @pytest.fixture(scope="module")
