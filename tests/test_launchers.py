@@ -9,7 +9,7 @@ from malora_dist.config import load_config
 from tests.e2e import SCRIPTS, Finished, contents, deepspeed, files, launch, launch_together, make_folder
 from tests.test_train import RUN_FILES, assert_same_run
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow("real launchers, and a rank that hangs is found after a timeout")]
 
 
 @pytest.fixture(scope="module")

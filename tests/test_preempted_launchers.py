@@ -23,7 +23,7 @@ from tests.preemption import (
     whole_run,
 )
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow("real launchers, of which deepspeed gives its ranks 30 seconds to end")]
 
 WAIT = {"on": "check", "at": "backward", "wait": True}
 LAUNCHED = "tests.preemption_workers"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.preemption import WORLD, Ranks, assert_same, check_end, make_run_folder, whole_run
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow("a run that is stopped in every phase")]
 
 LIMIT = 8.0  # seconds
 

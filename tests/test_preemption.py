@@ -27,7 +27,7 @@ from tests.preemption import (
     whole_run,
 )
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow("runs that are stopped at many moments")]
 
 VARIANTS: dict[str, list[str]] = {
     "zero3": [],

@@ -12,6 +12,7 @@ from tests.e2e import ROOT, run_alone, run_ranks
 from tests.test_train import records
 
 
+@pytest.mark.e2e
 def test_a_real_model_on_real_tasks(tmp_path: Path) -> None:
     """The demo's recipe in small: evaluating again with the adapter off gives the base's numbers of the run."""
     demo.prepare_demo(tmp_path / "demo")

@@ -13,7 +13,7 @@ from tests.distributed import run_distributed
 from tests.engine.workers import make_model
 from tests.resume_workers import LAST, SAVED
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow("every topology goes on from every other one")]
 
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
 CASES: dict[str, dict[str, Any]] = {

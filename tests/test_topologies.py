@@ -17,7 +17,7 @@ from tests.engine.one_process import reference_run
 from tests.engine.workers import MAX_NORM, make_model
 from tests.pairwise import Case, pairwise
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow("forty topologies, each compared with one process")]
 
 # Equal is equal but for rounding in fp32: the largest gradients are 5e-2, the largest moments 2e-3 and 3e-7.
 TOLERANCES = {"gradient": 5e-7, "exp_avg": 2e-8, "exp_avg_sq": 1e-11, "model": 2e-6}

@@ -1,7 +1,7 @@
 """Sorts tests into tiers, by what they start: unit, distributed, e2e, slurm, gpu.
 
 A test without a mark is a unit test, and fails if it starts a process. Under pytest-xdist the tests of one module stay
-on one worker, those of the real Slurm together, and the tiers that take longest begin first.
+on one worker, those of the real Slurm together, and the modules that take longest begin first.
 """
 
 import subprocess
@@ -54,17 +54,26 @@ def _noted(start: Callable[..., None], starts: list[str]) -> Callable[..., None]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark unit tests; on a worker put modules of the tiers that take longest first."""
+    """Mark unit tests; on a worker put the modules that take longest first."""
     for item in items:
         if tier_of(item) == "unit":
             item.add_marker("unit")
     if hasattr(config, "workerinput"):
-        order = list(TIERS)
-        first: dict[str, int] = {}
+        ranks: dict[str, tuple[bool, bool, int]] = {}
         for item in items:
-            module = item.nodeid.partition("::")[0]
-            first[module] = min(first.get(module, len(order)), order.index(tier_of(item)))
-        items.sort(key=lambda item: first[item.nodeid.partition("::")[0]])
+            module = module_of(item.nodeid)
+            ranks[module] = min(ranks.get(module, _rank(item)), _rank(item))
+        items.sort(key=lambda item: ranks[module_of(item.nodeid)])
+
+
+def _rank(item: pytest.Item) -> tuple[bool, bool, int]:
+    """Return how late a test may begin: the cluster's first, then the slow ones, then by tier."""
+    tier = tier_of(item)
+    return tier != "slurm", item.get_closest_marker("slow") is None, list(TIERS).index(tier)
+
+
+def module_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -88,7 +97,7 @@ class ByModule(LoadScopeScheduling):
     """Gives each module to one worker, and the modules of tests/slurm, which share a cluster, to the same."""
 
     def _split_scope(self, nodeid: str) -> str:
-        module = nodeid.partition("::")[0]
+        module = module_of(nodeid)
         return "tests/slurm" if module.startswith("tests/slurm/") else module
 
 

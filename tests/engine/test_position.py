@@ -78,6 +78,7 @@ def lost(place: str) -> str:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow("six runs on processes that fail, one of which is found after a timeout")
 def test_a_killed_rank_ends_all(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     *survivors, killed = cases["killed"]
     assert killed == (-9, "")
@@ -137,6 +138,7 @@ def test_a_sleeping_rank_is_given_up_and_says_where_it_sleeps(cases: dict[str, l
 
 
 @pytest.mark.e2e
+@pytest.mark.slow("a real launcher")
 def test_a_killed_rank_ends_the_launch(folder: Path) -> None:
     """The launcher ends the other rank within a second, which still says where it was."""
     arguments = ["killed", "recipe.yaml", "--output_dir", "runs/launched"]

@@ -155,6 +155,7 @@ def test_blocks_need_no_number_of_the_host() -> None:
 
 @pytest.mark.e2e
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the tests above have run")
+@pytest.mark.slow("Triton's interpreter runs each program of a kernel in Python")
 def test_all_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "not interpreter and not compile and not schema"]

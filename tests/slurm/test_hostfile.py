@@ -10,7 +10,7 @@ from malora_dist.metrics import read_metrics
 from tests.e2e import make_folder
 from tests.slurm.conftest import Cluster
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow("new interpreters on two nodes, by ssh")]
 
 BAD_HOSTS = ("no-such-host", "ctl", "10.77.0.9")
 SHORT = ["--train.max_steps", "3", "--evaluation.base", "false", "--evaluation.tuned", "false"]

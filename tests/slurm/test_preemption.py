@@ -11,7 +11,7 @@ from malora_dist.metrics import read_metrics, without_lost_steps
 from tests.preemption import Launched, check_checkpoints, leftovers, make_run_folder, outcome
 from tests.slurm.conftest import Cluster
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow("jobs of a real Slurm, which counts its limits in minutes")]
 
 WAIT = {"rank": 1, "on": "check", "at": "backward", "step": 4, "wait": True}
 # What is started by Slurm's daemons is no child of srun.

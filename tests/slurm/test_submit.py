@@ -11,7 +11,7 @@ from tests.preemption import outcome
 from tests.slurm.conftest import Cluster
 from tests.slurm.runs import ended, jobs, launch, log, wait_for_step
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow("jobs of a real Slurm, which counts its limits in minutes")]
 NAME = 'my recipe\'s "best".yaml'
 RUN = "runs/a b's $HOME %j"
 SHORT = (
