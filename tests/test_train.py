@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from malora_dist.config import load_config
@@ -164,6 +165,14 @@ def test_a_finished_run_is_not_touched(run: Path, folder: Path, alone: Path) -> 
     wrong = ["--output_dir", "runs/short", "--train.learning_rate", "1e-3"]
     done = run_alone("malora_dist.train", ["recipe.yaml", *ALONE, *wrong], folder)
     assert done.code == 2 and "finished" in done.output
+
+
+def test_a_run_that_another_process_holds_is_left_alone(run: Path, folder: Path) -> None:
+    before = contents(run)
+    with FileLock(run / ".lock"):
+        done = run_alone("malora_dist.train", ["recipe.yaml", *ALONE, "--parallel.timeout_seconds", "2"], folder)
+    assert done.code == 1 and "runs/tiny: another process is training in it" in done.output, done.output
+    assert contents(run) == before
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:

@@ -50,6 +50,8 @@ def test_batches() -> None:
         TopologyError, match="gradient_accumulation_steps=3 contradicts .*set it to 2.*batch_size to 24"
     ):
         check_plan(config("train.gradient_accumulation_steps=3"), 2)
+    with pytest.raises(TopologyError, match="gradient_accumulation_steps=1 contradicts .*set it to 2"):
+        check_plan(config("train.gradient_accumulation_steps=1"), 2)
     assert check_plan(config("train.gradient_accumulation_steps=2"), 2).gradient_accumulation_steps == 2
     assert suggest_world_sizes(config()) == [1, 2, 4]
     assert suggest_world_sizes(config("train.gradient_accumulation_steps=2")) == [2]
