@@ -120,6 +120,10 @@ def _wait_as_a_launcher(ranks: Sequence[BaseProcess]) -> int | str:
             return "made no progress"
         time.sleep(0.05)
     code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    # Launchers look about once a second: by then the others have found what they find too.
+    patience = Patience([rank.pid for rank in ranks if rank.pid], seconds=1)
+    while any(rank.is_alive() for rank in ranks) and not patience.is_over():
+        time.sleep(0.05)
     for rank in ranks:
         rank.terminate()
     wait(ranks)

@@ -14,6 +14,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from malora_dist.config import load_config
+from malora_dist.engine import process
 from malora_dist.metrics import Record, read_metrics
 from malora_dist.train import main
 from tests.e2e import contents, files, make_folder, run_alone, run_ranks, run_together, write_rows
@@ -192,9 +193,15 @@ def timeless(record: Record) -> dict[str, float]:
     }
 
 
+def train_patiently(arguments: Sequence[str]) -> int:
+    """Train as a rank that leaves the main one all the time that a busy machine needs to speak and end."""
+    process.PATIENCE_SECONDS = 120
+    return main(arguments)
+
+
 def test_mistakes_in_a_recipe_end_all_ranks_and_are_said_once(folder: Path) -> None:
     wrong = ["--adapter.rnk", "8", "--train.warmup_ratio", "3", "--output_dir", "runs/no"]
-    done = run_ranks(2, "malora_dist.train", ["recipe.yaml", *wrong], folder)
+    done = run_ranks(2, "tests.test_train:train_patiently", ["recipe.yaml", *wrong], folder)
     assert done.code == 2, done.output
     for said in ("adapter.rnk=8: unknown key; did you mean r?", "train.warmup_ratio=3: must be"):
         assert done.output.count(said) == 1, done.output
@@ -228,6 +235,6 @@ def test_a_bad_row_ends_all_ranks_and_is_named(folder: Path) -> None:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["data"]["tasks"][1]["train"] = "data/bad.jsonl"
     (folder / "bad.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": "runs/bad"}))
-    done = run_ranks(2, "malora_dist.train", ["bad.yaml"], folder)
+    done = run_ranks(2, "tests.test_train:train_patiently", ["bad.yaml"], folder)
     assert done.code == 2, done.output
     assert done.output.count("data/bad.jsonl:5: field 'label'") == 1 and "Traceback" not in done.output
