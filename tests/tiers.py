@@ -17,7 +17,7 @@ from xdist.scheduler import LoadScopeScheduling
 TIERS = {
     "slurm": "needs the real two-node Slurm of tests/slurm",
     "e2e": "starts commands and launchers as users do, or whole runs",
-    "distributed": "starts several processes that work together",
+    "distributed": "starts processes that work together, or one that is killed",
     "unit": "starts no process; every test without another of these marks",
     "gpu": "needs a GPU; run by `pytest -m gpu` alone",
 }
