@@ -61,8 +61,7 @@ def _take_routing(layer: Any) -> Routing:
 class StepBalance:
     """Gives each micro-batch its share of the step's balance loss; the shares of all add up to what is trained on.
 
-    Every process has one. `start`, then `add` after each forward; `sums`, added up over the processes, give the step's
-    `loss`, and `finish` keeps of them what the next step needs.
+    Every process has one. `start`, then `add` after each forward; `sums`, added up over the processes, go to `finish`.
     """
 
     def __init__(
@@ -73,30 +72,31 @@ class StepBalance:
         self.layers = [name for name, _ in balanced]
         self.num_experts = balanced[0][1].num_experts if balanced else 0
         self._zeros_LE = torch.zeros(len(self.layers), self.num_experts, dtype=torch.float64, device=device)
-        self.counts_before_LE = self._zeros_LE
-        self.start(torch.ones((), device=device), 1)
+        self._zero = self._zeros_LE.new_zeros(())
+        self._before(self._zeros_LE)
+        self.start(torch.ones((), dtype=torch.float64, device=device), 1)
 
     def start(self, tokens: Tensor, micro_batches: int) -> None:
         """Begin a step of so many tokens on all processes, and so many micro-batches on this one."""
         self.tokens, self.micro_batches = tokens, micro_batches
-        self.counts_GLE = torch.zeros(())
-        self._counts_LE, self._prob_sum_LE = self._zeros_LE, self._zeros_LE
-        self._local = self._zeros_LE.new_zeros(())
+        self.counts_GLE = self._zeros_LE.float().expand(self.num_tasks, -1, -1)
+        self._prob_sum_LE, self._local = self._zeros_LE, self._zero
+        if self.layers:
+            # Of one token's probabilities.
+            self._weight_LE = (self._shares_before_LE / tokens).float()
 
     def add(self, batch: MicroBatch) -> Tensor:
         """Return the share of the micro-batch whose forward has ended."""
         taken = take_statistics(self.model, batch, self.num_tasks)
         if taken is None:
-            self.counts_GLE = torch.zeros(self.num_tasks, 0, 0)
-            return batch.position_ids.new_zeros((), dtype=torch.float32)
+            return self._zero.float()
         statistics, top_k = taken
-        counts_LE, prob_sum_LE = statistics.counts_GLE.sum(dim=0), statistics.prob_sum_LE
+        prob_sum_LE = statistics.prob_sum_LE
         self.counts_GLE = self.counts_GLE + statistics.counts_GLE
-        self._counts_LE = self._counts_LE + counts_LE
         self._prob_sum_LE = self._prob_sum_LE + prob_sum_LE.detach()
         if self.settings.scope == "global":
-            f_LE = choice_shares(self.counts_before_LE).to(prob_sum_LE.dtype)
-            return self._reduce(balance_of_shares(f_LE, prob_sum_LE / self.tokens.to(prob_sum_LE.dtype)))
+            return self._reduce(balance_of_shares(self._weight_LE, prob_sum_LE))
+        counts_LE = statistics.counts_GLE.sum(dim=0)
         tokens = counts_LE[0].sum() / top_k
         share = self._reduce(load_balancing_loss(counts_LE, prob_sum_LE, tokens, top_k))
         share = share / (self.world_size * self.micro_batches)
@@ -105,29 +105,31 @@ class StepBalance:
 
     def sums(self) -> Tensor:
         """Return what this process has counted, an fp64 vector of the same length on every one."""
-        return torch.cat([self._local.reshape(1), self._counts_LE.flatten(), self._prob_sum_LE.flatten()])
+        if not self.layers:
+            return self._zeros_LE.flatten()
+        return torch.cat([self._local.reshape(1), self.counts_GLE.sum(dim=0).flatten(), self._prob_sum_LE.flatten()])
 
-    def loss(self, sums: Tensor) -> Tensor:
-        """Return the step's balance loss, a number on the device, from all processes' `sums` added up."""
-        local, counts_LE, prob_sum_LE = self._parts(sums)
-        if self.settings.scope == "local" or not self.layers:
-            return local
-        return self._reduce(balance_of_shares(choice_shares(counts_LE), prob_sum_LE / self.tokens))
+    def finish(self, sums: Tensor) -> Tensor:
+        """End the step, given all processes' `sums` added up: its balance loss, a number on the device."""
+        if not self.layers:
+            return self._zero
+        counts_LE, prob_sum_LE = sums[1:].view(2, *self._zeros_LE.shape)
+        self._before(counts_LE)
+        if self.settings.scope == "local":
+            return sums[0]
+        mean_prob_LE = prob_sum_LE / self.tokens
+        return self._reduce(balance_of_shares(self._shares_before_LE, mean_prob_LE))
 
-    def finish(self, sums: Tensor) -> None:
-        """End the step: what all processes have counted is what the gradient of the next takes."""
-        self.counts_before_LE = self._parts(sums)[1]
-
-    def _parts(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        local, counts, prob_sums = sums.split([1, self._zeros_LE.numel(), self._zeros_LE.numel()])
-        return local[0], counts.view_as(self._zeros_LE), prob_sums.view_as(self._zeros_LE)
+    def _before(self, counts_LE: Tensor) -> None:
+        """Let these be the choices of all tokens in the step before."""
+        self._counts_before_LE, self._shares_before_LE = counts_LE, choice_shares(counts_LE)
 
     def _reduce(self, losses_L: Tensor) -> Tensor:
         return losses_L.mean() if self.settings.reduction == "mean" else losses_L.sum()
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain JSON of what the next step takes from this one, the same on every process."""
-        return {"expert_counts": [[int(count) for count in row] for row in self.counts_before_LE.tolist()]}
+        return {"expert_counts": [[int(count) for count in row] for row in self._counts_before_LE.tolist()]}
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
         """Take up what `state_dict` gave. Raises CheckpointError, naming `source`, if it is not of these layers."""
@@ -137,7 +139,7 @@ class StepBalance:
         if not fits:
             raise CheckpointError(f"{source}: state.balance.expert_counts must be {L} lists of {E} counts")
         found = torch.tensor(counts, dtype=torch.float64).view(L, E)
-        self.counts_before_LE = to_device(found, self._zeros_LE.device)
+        self._before(to_device(found, self._zeros_LE.device))
 
 
 def _are_counts(row: Any, number: int) -> bool:

@@ -154,7 +154,7 @@ class Stepper:
         """Read the step's sums over all processes on the host at once; raises if one of them is not finite."""
         own = [sums.vector(), self.guard.norms_P, self.balance.sums()]
         losses, norms, balance = sum_over_processes(torch.cat(own)).split([len(part) for part in own])
-        aux, tokens = self.balance.loss(balance).reshape(1), step_counts.tokens.reshape(1)
+        aux, tokens = self.balance.finish(balance).reshape(1), step_counts.tokens.reshape(1)
         G = len(self.task_names)
         aux_loss, loss, *rest = torch.cat([aux, losses, norms, step_counts.supervised[:-1], tokens]).tolist()
         totals = _Totals(loss, aux_loss, rest[:G], rest[-G - 1 : -1], rest[-1])
@@ -171,7 +171,6 @@ class Stepper:
             raise NonFiniteError(
                 f"a gradient is not finite at step {number}, first in layer {layer}; tasks here: {', '.join(tasks)}"
             )
-        self.balance.finish(balance)
         return totals
 
 

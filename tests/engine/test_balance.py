@@ -61,10 +61,8 @@ def step(model: nn.Module, way: list[list[Sequence[int]]], balances: list[StepBa
             cross_entropies(model, batch)
             balance.add(batch).backward()
     total = torch.stack([balance.sums() for balance in balances]).sum(dim=0)
-    losses = {float(balance.loss(total)) for balance in balances}
+    losses = {float(balance.finish(total)) for balance in balances}
     assert len(losses) == 1
-    for balance in balances:
-        balance.finish(total)
     return losses.pop(), [p.grad.clone() for _, p in adapter_parameters(model) if p.grad is not None]
 
 
@@ -113,9 +111,7 @@ def test_nothing_to_balance_is_0(method: str) -> None:
     set_token_keys(model, batch, 3, 1)
     cross_entropies(model, batch)
     assert not balance.add(batch).requires_grad
-    sums = balance.sums()
-    balance.finish(sums)
-    assert float(balance.loss(sums)) == 0 and balance.counts_GLE.numel() == 0
+    assert float(balance.finish(balance.sums())) == 0 and balance.counts_GLE.numel() == 0
     assert not balance.layers and balance.state_dict() == {"expert_counts": []}
 
 
