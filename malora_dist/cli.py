@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from malora_dist import __version__
+from malora_dist.base_check import check_local_model, family_targets
 from malora_dist.bench.app import Json, Markdown, Repeats, Warmup, bench
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.variants import TOPICS, recipe_variant
@@ -84,8 +85,16 @@ def init(
 ) -> None:
     """Write a commented recipe to start from. Nothing is ever overwritten."""
     console = Console()
-    for written in write_new_files(path, recipe_text(model), with_cluster_files=with_cluster_files):
+    targets = None if model is None else family_targets(model)
+    for written in write_new_files(path, recipe_text(model, targets), with_cluster_files=with_cluster_files):
         console.print(f"wrote {written}", soft_wrap=True, highlight=False)
+    if model is not None and targets is None:
+        console.print(
+            f"note: {model} is not on this machine, or torch is not: adapter.target_modules names Llama's linears; "
+            "`malora prepare` compares them with the model's",
+            soft_wrap=True,
+            highlight=False,
+        )
     console.print(f"next: put your tasks under data:, then  malora validate {path}", soft_wrap=True, highlight=False)
 
 
@@ -97,14 +106,18 @@ def validate(
         int | None, typer.Option("--world-size", "--world_size", min=1, help="Number of processes to check for.")
     ] = None,
 ) -> None:
-    """Check a recipe without loading anything: names, values, batch arithmetic, and whether the plan can run."""
+    """Check a recipe without loading anything: names, values, batch arithmetic, and whether the plan can run.
+
+    Where the model's configuration and torch are here, its linears are compared with adapter.target_modules.
+    """
     config = load_config(*recipe_first(recipe, context.args))
     worlds = suggest_world_sizes(config)
     plan = check_plan(config, world_size or (worlds[0] if worlds else 1))
+    unchecked = list(check_local_model(config))
     console = Console()
     console.print(f"[green]{recipe} is valid[/green]", soft_wrap=True, highlight=False)
     console.print(summary_table(config, plan, worlds, world_size_given=world_size is not None))
-    notes = [*(plan.notes if world_size is not None else ()), *missing_files(config)]
+    notes = [*(plan.notes if world_size is not None else ()), *unchecked, *missing_files(config)]
     for note in notes:
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
+from malora_dist.nn.linears import is_conv1d, linear_sizes
 from malora_dist.nn.nf4_linear import NF4Linear
 from malora_dist.nn.packed_attention import register_attention
 from malora_dist.weights.base_tensor import BaseTensor, Weights
@@ -70,7 +71,6 @@ def load_base_model(
         prefix = f"{name}." if name else ""
         own = {leaf: tensors[prefix + leaf] for leaf, _ in module.named_parameters(recurse=False)}
         if any(tensor.quantized for tensor in own.values()):
-            assert isinstance(module, nn.Linear)
             _replace(model, name, _quantized_linear(module, own, maker))
         else:
             for leaf, tensor in own.items():
@@ -124,7 +124,7 @@ def base_tensors(model: nn.Module, *, load_in_4bit: bool, double_quant: bool) ->
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    linears = [module for module in model.modules() if linear_sizes(module) is not None and module is not head]
     quantized = {id(linear.weight) for linear in linears} if load_in_4bit else set()
     tensors: dict[str, BaseTensor] = {}
     for parameter in model.parameters():
@@ -170,11 +170,13 @@ class _ParameterMaker:
         return self.place_part(tensor.shape, tensor.dtype, partial(self.weights.read_part, tensor))
 
 
-def _quantized_linear(linear: nn.Linear, own: dict[str, BaseTensor], maker: _ParameterMaker) -> NF4Linear:
-    tensor = own["weight"]
+def _quantized_linear(linear: nn.Module, own: dict[str, BaseTensor], maker: _ParameterMaker) -> NF4Linear:
+    tensor, sizes = own["weight"], linear_sizes(linear)
+    assert sizes is not None
     # The blob may be placed elsewhere by now; a linear is made around its shape alone.
     shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    quantized = NF4Linear(shape, None, linear.in_features, linear.out_features, tensor.double_quant)
+    layout = {"transposed": is_conv1d(linear), "weight_dtype": tensor.weight_dtype}
+    quantized = NF4Linear(shape, None, *sizes, tensor.double_quant, **layout)  # type: ignore[arg-type]
     quantized.bias = maker.parameter(own["bias"]) if "bias" in own else None
     quantized.blob = maker.parameter(tensor)
     return quantized

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from malora_dist.base_check import check_model
 from malora_dist.config import RunConfig, load_config, split_arguments
 from malora_dist.data.build import build_data
 from malora_dist.model import base_tensors, build_empty_model, load_tokenizer
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     folder = resolve_model(config.model.name_or_path, config.model.revision)
     say(f"model: {folder}")
+    check_model(config, folder)
     data = build_data(config.data, load_tokenizer(folder))
     sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
     say(f"training samples, tokenised: {sizes}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from malora_dist.base_check import check_model
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, config_text, load_config, split_arguments
 from malora_dist.config.matrix import check_plan
@@ -92,6 +93,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     with agreement.apart() as look:
         folder = resolve_model(config.model.name_or_path, config.model.revision)
         attention_for(config.model.attn_implementation, read_model_config(folder), dtype, world.device)
+        check_model(config, folder)
         data = build_data(config.data, load_tokenizer(folder), look)
     baseline = on_main(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
