@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from malora_dist.bench.app import Json, Markdown, Repeats, Warmup, bench
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.variants import TOPICS, recipe_variant
 from malora_dist.cluster.app import launch
-from malora_dist.config import NEW_RUN, load_config
+from malora_dist.config import NEW_RUN, RunConfig, load_config
 from malora_dist.config.matrix import check_plan, suggest_world_sizes
 from malora_dist.config.template import recipe_text
 from malora_dist.convert.command import EPILOG
@@ -97,16 +98,28 @@ def validate(
         int | None, typer.Option("--world-size", "--world_size", min=1, help="Number of processes to check for.")
     ] = None,
 ) -> None:
-    """Check a recipe without loading anything: names, values, batch arithmetic, and whether the plan can run."""
+    """Check a recipe: names, values, batch arithmetic, whether the plan can run, and the model if it is here.
+
+    No weight is read.
+    """
     config = load_config(*recipe_first(recipe, context.args))
     worlds = suggest_world_sizes(config)
     plan = check_plan(config, world_size or (worlds[0] if worlds else 1))
+    base_notes = _base_notes(config)
     console = Console()
     console.print(f"[green]{recipe} is valid[/green]", soft_wrap=True, highlight=False)
     console.print(summary_table(config, plan, worlds, world_size_given=world_size is not None))
-    notes = [*(plan.notes if world_size is not None else ()), *missing_files(config)]
+    notes = [*(plan.notes if world_size is not None else ()), *missing_files(config), *base_notes]
     for note in notes:
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def _base_notes(config: RunConfig) -> tuple[str, ...]:
+    """What is to be said of the recipe's model. Raises ConfigError if it cannot be trained on."""
+    if find_spec("torch") is None:
+        return ()
+    notes: tuple[str, ...] = import_module("malora_dist.engine.base_support").check_local_support(config)
+    return notes
 
 
 @app.command(context_settings=OVERRIDES)

@@ -51,6 +51,8 @@ def choose_attention(
         if not for_model:
             return TORCH_VARLEN if requested == "varlen" or not flash_attn else FLASH_VARLEN
         if requested == "flash_attention_2":
+            if not getattr(model_class, "_supports_flash_attn", False):
+                raise ConfigError(f"{KEY}=flash_attention_2: {for_model}; choose auto or eager")
             return requested
     found = "eager" if requested == "eager" else _masked(config, model_class)
     if requested == "sdpa" and found == "eager":

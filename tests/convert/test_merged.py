@@ -64,6 +64,25 @@ def test_shards_and_dtype_stay(workspace: Path, tmp_path: Path) -> None:
                 assert torch.equal(tensor, stored[name])
 
 
+def test_names_of_the_file_stay_and_all_of_the_tokenizer(workspace: Path, tmp_path: Path) -> None:
+    """A file may name tensors otherwise than the model does, and a folder hold templates of its own."""
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / SINGLE)
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "model" / SINGLE, metadata={"format": "pt"})
+    texts = ("chat_template.jinja", "merges.txt", "vocab.txt", "own.tiktoken", "additional_chat_templates/tool.jinja")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    for name in texts:
+        (tmp_path / "model" / name).write_text(name)
+    base_folder = str(tmp_path / "model")
+    run_kind("merged", workspace / "runs" / "lora", tmp_path / "merged", base=base_folder, verify=True)
+    run_kind("merged", workspace / "runs" / "lora", tmp_path / "plain")
+    merged, plain = load_file(tmp_path / "merged" / SINGLE), load_file(tmp_path / "plain" / SINGLE)
+    assert merged.keys() == renamed.keys()
+    assert all(torch.equal(tensor, merged[name.removeprefix("model.")]) for name, tensor in plain.items())
+    assert all((tmp_path / "merged" / name).read_text() == name for name in texts)
+
+
 def test_dora_rows_have_their_magnitudes() -> None:
     generator = torch.Generator().manual_seed(0)
     W, A, B = (torch.randn(*shape, generator=generator) for shape in ((5, 7), (1, 2, 7), (1, 5, 2)))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
     DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
@@ -71,6 +72,7 @@ def test_the_attention_of_a_model_on_a_machine(
         ("varlen", DeepseekV3Config(), 2, A100, "values of deepseek_v3 have heads of a width of their own"),
         ("varlen", GptOssConfig(), 2, A100, "the attention of gpt_oss cannot be replaced"),
         ("sdpa", Gemma2Config(), 2, A100, "Gemma2ForCausalLM does not compute with it; choose eager"),
+        ("sdpa", BloomConfig(), 4, CPU, "BloomForCausalLM does not compute with it; choose eager"),
     ],
 )
 def test_what_cannot_be_is_one_error(
@@ -78,6 +80,11 @@ def test_what_cannot_be_is_one_error(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^model.attn_implementation={requested}.*{rule}"):
         choose_attention(requested, config, itemsize, capability, flash_attn=False)
+
+
+def test_flash_attention_of_a_family_without_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match="flash_attention_2: the attention of bloom cannot be replaced; choose auto"):
+        choose_attention("flash_attention_2", BloomConfig(), 2, A100, flash_attn=True)
 
 
 def test_this_machine_has_no_gpu_for_a_cpu_device() -> None:
