@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from malora_dist.buffers import rebuild_buffers
 from malora_dist.errors import ConfigError
 from malora_dist.model_config import read_model_config, read_tokenizer
+from malora_dist.nn.linears import is_conv1d, linear_sizes
 from malora_dist.nn.nf4_linear import NF4Linear
 from malora_dist.nn.packed_attention import register_attention
 from malora_dist.weights.base_tensor import BaseTensor, Weights
@@ -80,12 +81,14 @@ def load_base_model(
     maker = _ParameterMaker(weights if reads else None, torch.device(device), place, place_part)
     stored = weights.stored_names(model) if weights is not None and reads else {}
     tensors = base_tensors(model, stored, load_in_4bit=load_in_4bit, double_quant=double_quant)
-    for name, module in list(model.named_modules()):
+    linears: dict[int, NF4Linear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         prefix = f"{name}." if name else ""
         own = {leaf: tensors[prefix + leaf] for leaf, _ in module.named_parameters(recurse=False)}
         if any(tensor.quantized for tensor in own.values()):
-            assert isinstance(module, nn.Linear)
-            _replace(model, name, _quantized_linear(module, own, maker))
+            # One module may stand in several places.
+            linears[id(module)] = linears.get(id(module)) or _quantized_linear(module, own, maker)
+            _replace(model, name, linears[id(module)])
         else:
             for leaf, tensor in own.items():
                 module.register_parameter(leaf, maker.parameter(tensor))
@@ -152,7 +155,7 @@ def base_tensors(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = [module for module in model.modules() if _is_plain_linear(module) and module is not head]
+    linears = [module for module in model.modules() if linear_sizes(module) is not None and module is not head]
     quantized = {id(linear.weight) for linear in linears} if load_in_4bit else set()
     tensors: dict[str, BaseTensor] = {}
     for parameter in model.parameters():
@@ -170,11 +173,6 @@ def base_tensors(
         )
         tensors.update(dict.fromkeys(own, tensor))
     return tensors
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether this is nn.Linear in all that it computes; a subclass may do more."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 class _ParameterMaker:
@@ -205,11 +203,13 @@ class _ParameterMaker:
         return self.place_part(tensor.shape, tensor.dtype, partial(self.weights.read_part, tensor))
 
 
-def _quantized_linear(linear: nn.Linear, own: dict[str, BaseTensor], maker: _ParameterMaker) -> NF4Linear:
-    tensor = own["weight"]
+def _quantized_linear(linear: nn.Module, own: dict[str, BaseTensor], maker: _ParameterMaker) -> NF4Linear:
+    tensor, sizes = own["weight"], linear_sizes(linear)
+    assert sizes is not None
     # The blob may be placed elsewhere by now; a linear is made around its shape alone.
     shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    quantized = NF4Linear(shape, None, linear.in_features, linear.out_features, tensor.double_quant)
+    layout = {"transposed": is_conv1d(linear), "weight_dtype": tensor.weight_dtype}
+    quantized = NF4Linear(shape, None, *sizes, tensor.double_quant, **layout)  # type: ignore[arg-type]
     quantized.bias = maker.parameter(own["bias"]) if "bias" in own else None
     quantized.blob = maker.parameter(tensor)
     return quantized
