@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from malora_dist.base_check import check_model
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, config_text, load_config, split_arguments
 from malora_dist.config.matrix import check_plan
@@ -20,6 +19,7 @@ from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.loader import TrainLoader
 from malora_dist.engine.attention import attention_for
 from malora_dist.engine.base import base_dtype, base_identity, base_model
+from malora_dist.engine.base_support import check_support
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.checkpoints import RunCheckpoints
 from malora_dist.engine.deterministic import explained, use_deterministic_algorithms
@@ -44,13 +44,15 @@ from malora_dist.engine.step import Stepper
 from malora_dist.engine.stop import Agreement, Preempted, deadline_of
 from malora_dist.engine.window import Window
 from malora_dist.errors import ConfigError, NonFiniteError
-from malora_dist.model import load_tokenizer, read_model_config
+from malora_dist.model import load_tokenizer
+from malora_dist.model_config import read_model_config
 from malora_dist.parallel.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
 from malora_dist.parallel.expert_groups import create_expert_groups
 from malora_dist.parallel.groups import on_main, start_processes
 from malora_dist.parallel.zero import resident_bytes
 from malora_dist.source import resolve_model
 from malora_dist.trackers import check_trackers
+from malora_dist.vocabulary import check_tokens
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,14 +93,18 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     config, world = session.config, session.world
     notes, dtype = check_device(config, world), base_dtype(config, world)
     with agreement.apart() as look:
-        folder = resolve_model(config.model.name_or_path, config.model.revision)
-        attention_for(config.model.attn_implementation, read_model_config(folder), dtype, world.device)
-        check_model(config, folder)
-        data = build_data(config.data, load_tokenizer(folder), look)
+        trusted = config.model.trust_remote_code
+        folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
+        model_config = read_model_config(folder, trust_remote_code=trusted)
+        attention_for(config.model.attn_implementation, model_config, dtype, world.device)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+        base_facts = check_support(config, folder, tokenizer, dtype)
+        data = build_data(config.data, tokenizer, look)
+        check_tokens(data, base_facts.spare_tokens)
     baseline = on_main(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
     outputs = session.open()
-    outputs.notes([*check_plan(config, world.size).notes, *notes])
+    outputs.notes([*check_plan(config, world.size).notes, *notes, *base_facts.notes])
     outputs.data(data)
 
     base = base_identity(config, folder, world)

@@ -172,14 +172,22 @@ def family_config(name: str, **changes: Any) -> Any:
     return kind(**{key: value for key, value in sizes.items() if key in fields} | SPECIAL.get(name, {}) | changes)
 
 
-def family_model(name: str, *, scale: float = 8.0, attention: str | None = None, **changes: Any) -> Any:
-    """Return a random model of a family, the same for the same arguments, whose matrices are larger by `scale`."""
+def family_model(
+    name: str, *, scale: float = 8.0, noise: float = 0.1, attention: str | None = None, **changes: Any
+) -> Any:
+    """Return a random model of a family, the same for the same arguments.
+
+    scale: of its matrices. noise: of norms, biases and what else a checkpoint holds, so that nothing is lost unseen.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(family_config(name, **changes), attn_implementation=attention)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data *= scale
+    generator = torch.Generator().manual_seed(1)
+    for tensor in dict.fromkeys(model.state_dict(keep_vars=True).values()):
+        if isinstance(tensor, torch.nn.Parameter) and tensor.dim() > 1:
+            tensor.data *= scale
+        elif tensor.is_floating_point():
+            tensor.data += noise * torch.randn(tensor.shape, generator=generator)
     return model.eval()

@@ -15,16 +15,16 @@ FLOORS = {
     8: ["cli", "recipes"],
     7: ["cluster"],
     6: ["train", "evaluate", "prepare", "bench", "start", "convert", "inspect"],
-    5: ["engine", "base_check"],
+    5: ["engine"],
     4: ["parallel", "model", "checkpoint", "scoring"],
-    3: ["nn", "data", "plan", "launch", "summary", "source", "weights"],
+    3: ["nn", "data", "plan", "launch", "summary", "source", "weights", "buffers", "model_config", "vocabulary"],
     2: ["config", "methods", "report", "trackers"],
     1: ["topology", "metrics", "traffic", "cache", "outcome"],
     0: ["errors", "atomic", "functional", "cluster_files"],
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 WITHOUT_TORCH = ["cli", "config", "launch", "plan", "summary", "report", "metrics", "trackers", "topology", "traffic"]
-WITHOUT_TORCH += ["base_check", "methods", "errors", "cache", "outcome", "atomic", "cluster"]
+WITHOUT_TORCH += ["methods", "errors", "cache", "outcome", "atomic", "cluster"]
 # Folders of tests that run whole systems and mirror no module.
 WHOLE_SYSTEM = ("slurm", "gpu", "strict", "breaks")
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -27,6 +27,8 @@ from malora_dist.methods import mixture_spec
 READ = {"peft_type", "task_type", "base_model_name_or_path", "revision", "target_modules", "r", "lora_alpha"}
 READ |= {"lora_dropout", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "init_lora_weights"}
 SILENT = {"auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "eva_config"}
+# How the base's own weights lie, which its layers say themselves.
+SILENT |= {"fan_in_fan_out"}
 # Initial values that leave the base's own weights as they are.
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 

@@ -41,6 +41,11 @@ class ModelConfig(Section):
         min_length=1, description="Hub id, local folder, or .gguf file of a causal language model."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id.")
+    trust_remote_code: bool = Field(
+        False,
+        description="Run Python code that the model's folder brings, with all rights that you have. Otherwise it is "
+        "never run, and never asked about.",
+    )
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], BeforeValidator(_dtype_name)] = Field(
         "auto",
         description="Precision of the frozen base. auto: bfloat16 where the hardware multiplies it, else float32. "

@@ -183,6 +183,7 @@ class RunOutputs:
             target_modules=adapter.target_modules if self.report is None else self.report.target_modules,
             base_model=self.config.model.name_or_path,
             lora_dropout=adapter.lora_dropout,
+            trust_remote_code=self.config.model.trust_remote_code,
         )
 
     def _card(self) -> str:
