@@ -8,12 +8,18 @@ import torch
 from torch import nn
 
 from malora_dist import inject_adapters, load_adapter, mixture_spec
-from malora_dist.checkpoint.adapter import read_adapter_info
+from malora_dist.checkpoint.adapter import open_adapter, read_adapter_info, save_adapter, write_adapter_folder
 from malora_dist.checkpoint.model_adapter import save_model_adapter
+from malora_dist.checkpoint.peft_source import open_lora, open_peft
+from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.checkpoint.reshard import reshard
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.inspect.look import inspect
 from malora_dist.methods import METHODS
+from malora_dist.model import load_base_model, load_tokenizer
 from malora_dist.nn.inject import adapter_state_dict, mixture_layers, remove_adapters
-from tests.models import save_tiny_llama, tiny_llama
+from malora_dist.report import write_report
+from tests.models import byte_tokenizer, save_tiny_llama, tiny_llama
 
 IDS = torch.arange(40)[None] % 61
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -157,3 +163,28 @@ def test_trainer_trains_adapters_on_a_base_that_bitsandbytes_has_quantised(tmp_p
         assert torch.equal(model(IDS).logits, expected) and not torch.allclose(trained, expected)
         load_adapter(model, tmp_path / "checkpoint-2")
         assert torch.equal(model(IDS).logits, trained)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_paths_may_be_text(tmp_path: Path, kind: Any) -> None:
+    """Every function that README and docs name takes what a person writes."""
+    save_tiny_llama(tmp_path / "base", vocab_size=259)
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    base, folder = kind(tmp_path / "base"), kind(tmp_path / "adapter")
+    model = load_base_model(base, load_in_4bit=False, dtype=torch.float32)
+    assert load_tokenizer(base).eos_token == "</s>"
+    adapted("lora", model)
+    info, state = save_model_adapter(model, folder), adapter_state_dict(model)
+    save_adapter(folder, info, state, "card")
+    write_adapter_folder(
+        kind(tmp_path / "other"), info, {n: tuple(t.shape) for n, t in state.items()}, state.values(), ""
+    )
+    for opened in (open_adapter(folder), open_lora(kind(tmp_path / "other"))):
+        assert opened.shapes.keys() == state.keys() and opened.info == read_adapter_info(folder)
+    assert inspect(folder)["kind"] == "adapter"
+    assert write_report(kind(tmp_path)).is_file()
+    for function in (Checkpoint.open, open_peft):
+        with pytest.raises(CheckpointError):
+            function(folder)
+    with pytest.raises(CheckpointError):
+        reshard(folder, kind(tmp_path / "target"), 2)
