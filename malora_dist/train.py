@@ -17,6 +17,7 @@ from malora_dist.config import RunConfig, config_text, load_config, split_argume
 from malora_dist.config.matrix import check_plan
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.loader import TrainLoader
+from malora_dist.data.packed_row import Packing
 from malora_dist.engine.attention import attention_for
 from malora_dist.engine.base import base_dtype, base_identity, base_model
 from malora_dist.engine.build import build_engine
@@ -26,7 +27,7 @@ from malora_dist.engine.device_check import check_device, check_memory, first_le
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.loop import Actions, LoopSettings, LoopState, train_loop
 from malora_dist.engine.outputs import RunOutputs
-from malora_dist.engine.packing import check_packing
+from malora_dist.engine.packing import check_packing, check_rows
 from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.resume import check_base, check_data, open_checkpoint
@@ -91,7 +92,9 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     notes, dtype = check_device(config, world), base_dtype(config, world)
     with agreement.apart() as look:
         folder = resolve_model(config.model.name_or_path, config.model.revision)
-        attention_for(config.model.attn_implementation, read_model_config(folder), dtype, world.device)
+        described = read_model_config(folder)
+        attention_for(config.model.attn_implementation, described, dtype, world.device)
+        check_rows(described, config.train.per_device_train_batch_size)
         data = build_data(config.data, load_tokenizer(folder), look)
     baseline = on_main(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
@@ -104,7 +107,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
     stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
-    check_packing(stepper.engine, world)
+    packing = check_packing(stepper.engine, world, config.train.per_device_train_batch_size)
     window = Window(stepper)
     checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
     agreement.background = checkpoints.saver
@@ -114,7 +117,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
         outputs.resumed(session.state.step, str(checkpoint.folder))
     elif session.start.folder is not None:
         outputs.resumed(0, None)
-    measure = _Measurement(config, data, stepper, agreement)
+    measure = _Measurement(config, data, stepper, agreement, packing)
     try:
         baseline = _measure_base(config, outputs, measure, baseline)
         _train(session, outputs, measure, baseline, _Parts(stepper, loader, window, checkpoints), steps, agreement)
@@ -239,8 +242,11 @@ def _measure_base(
 class _Measurement:
     """Measures the engine on a split of the tasks."""
 
-    def __init__(self, config: RunConfig, data: PreparedData, stepper: Stepper, agreement: Agreement) -> None:
+    def __init__(
+        self, config: RunConfig, data: PreparedData, stepper: Stepper, agreement: Agreement, packing: Packing
+    ) -> None:
         self.config, self.data, self.stepper, self.agreement = config, data, stepper, agreement
+        self.packing = packing
 
     def __call__(self, what: str, use_adapter: bool = True) -> dict[str, Any]:
         self.stepper.position.enter(f"evaluation ({what})")
@@ -250,6 +256,7 @@ class _Measurement:
             self.stepper.world,
             batch_tokens=self.config.evaluation.batch_tokens,
             title=f"evaluating ({what})",
+            packing=self.packing,
             use_adapter=use_adapter,
             between=self.agreement.check,
         )

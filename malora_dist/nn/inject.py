@@ -168,8 +168,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _refuse_fused_experts(model: nn.Module) -> None:
+    # Convolutions have weights of three dimensions, one for each place of their window.
+    convolutions = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Conv1d))
     for name, parameter in model.named_parameters():
-        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3 and not name.endswith((".P", ".A", ".B")):
+        known = name.endswith((".P", ".A", ".B")) or name.rpartition(".")[0] in convolutions
+        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3 and not known:
             raise ConfigError(
                 f"{type(model).__name__} keeps experts as one 3-D parameter ({name}), which adapters on linears would "
                 "silently miss; this base is not supported"
