@@ -1,5 +1,6 @@
 """What a model takes in one row so that each sample gets what it gets alone: by its class, and asked of the model."""
 
+import logging
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.packed_row import Packing, cumulative_lengths
 from malora_dist.engine.evaluation import evaluating
 from malora_dist.engine.forward import cross_entropies
+from malora_dist.engine.progress import LOGGER
 from malora_dist.errors import ConfigError
 from malora_dist.nn.packed_attention import FULL, is_masked, length_arguments
 from malora_dist.parallel.groups import World, max_over_processes
@@ -19,6 +21,11 @@ from malora_dist.scoring import build_row
 KEY = "train.per_device_train_batch_size"
 # Layers in which a token sees those that a mask shows it. Others carry a state along the row, or see blocks of it.
 BY_MASK = {FULL, "sliding_attention", "chunked_attention"}
+ROWS = {
+    Packing.ALONE: "one sample each, and one choice each in evaluation",
+    Packing.SEQUENCES: "several samples, and in evaluation a copy of the prompt for each choice",
+    Packing.TREES: "several samples, and in evaluation choices behind one prompt",
+}
 # Rounding alone, of cross-entropies in fp32.
 ROUNDING = 1e-5
 
@@ -55,7 +62,9 @@ def check_packing(engine: Any, world: World, samples: int) -> Packing:
     model = engine.module
     with evaluating(engine, use_adapter=False):
         differences = packing_differences(engine, world.device)
-    return _judged(model, max_over_processes(differences), samples)
+    found = _judged(model, max_over_processes(differences), samples)
+    logging.getLogger(LOGGER).info("rows: %s", ROWS[found])
+    return found
 
 
 def packing_of(model: Any, samples: int = 1) -> Packing:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.packed_row import Packing
 from malora_dist.engine.attention import choose_attention
 from malora_dist.engine.evaluation import forward_of
+from malora_dist.engine.forward import cross_entropies
 from malora_dist.engine.packing import check_rows, packing_of
 from malora_dist.errors import ConfigError
 from malora_dist.nn.head import install_loss_head
 from malora_dist.nn.packed_attention import TORCH_VARLEN, register_attention
-from malora_dist.scoring import score_items, scores_of_questions
+from malora_dist.scoring import build_row, score_items, scores_of_questions
 from tests.families import families, family_config, family_model
 from tests.nn.varlen_kernel import kernel_on_cpu
 
@@ -68,6 +70,8 @@ REFUSED = frozenset(
         "xmod"
     ).split()
 )
+# Parts of it stay in 32 bits.
+ONE_PRECISION = ("inkling2_text",)
 # Its kernels are looked for by starting a compiler.
 WITH_A_COMPILER = ("rwkv",)
 
@@ -114,6 +118,15 @@ def packed(model: Any, packing: Packing) -> list[float]:
     return [score for scores in scores_of_questions(questions(), found) for score in scores]
 
 
+@torch.no_grad()
+def assert_head_gives_losses_of_whole_logits(model: Any) -> None:
+    """Whether the model has a plain head or one that scales, caps or casts."""
+    row = build_row(questions(), (0, 1), share_prompt=False)
+    whole = cross_entropies(model, row)
+    install_loss_head(model)
+    torch.testing.assert_close(cross_entropies(model, row), whole, rtol=1e-5, atol=1e-5)
+
+
 def attentions_of(name: str) -> list[str]:
     """Return what the family has: what `auto` is here, eager, and kernels without a mask."""
     config = family_config(name, **changes_of(name))
@@ -141,6 +154,8 @@ def test_packed_scores_are_those_of_a_plain_loop(name: str) -> None:
             continue
         found, wanted = packing_of(model), wanted or by_a_plain_loop(model)
         assert found is expected(name, attention), attention
+        if attention == attentions_of(name)[0] and name not in ONE_PRECISION:
+            assert_head_gives_losses_of_whole_logits(deepcopy(model).bfloat16())
         install_loss_head(model)
         for packing in list(Packing)[: found.value]:
             assert packed(model, packing) == pytest.approx(wanted, rel=1e-4, abs=1e-4), (attention, packing)
