@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
+from malora_dist.functional.target_names import ALL_LINEAR, is_pattern
 from malora_dist.methods import MixtureSpec, count_parameters, factor_shapes
 from malora_dist.nn.bitsandbytes_cpu import keep_differentiable
 from malora_dist.nn.kernels import require_triton
@@ -18,7 +19,7 @@ from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.nf4_linear import NF4Linear
 from malora_dist.nn.saving import Injected, release, save_adapters_of
 from malora_dist.nn.siblings import SIBLINGS, join_siblings, part_siblings
-from malora_dist.nn.targets import ALL_LINEAR, find_targets, fused_experts, is_pattern, plain_names
+from malora_dist.nn.targets import find_targets, fused_experts, plain_names
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -8,21 +8,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from malora_dist.errors import ConfigError
+from malora_dist.functional.target_names import ALL_LINEAR, is_pattern, name_matches
 from malora_dist.methods import MixtureSpec
 from malora_dist.nn.linears import linear_sizes, output_head
 from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.near_names import near_names
 from malora_dist.nn.reach import reached_linears
 
-ALL_LINEAR = "all-linear"
-# Names of modules have none of these.
-PATTERN = re.compile(r"[^\w.\-]")
 KEY = "adapter.target_modules"
-
-
-def is_pattern(target: str) -> bool:
-    """Return whether a target is a regular expression for whole names rather than the end of a name."""
-    return target != ALL_LINEAR and PATTERN.search(target) is not None
 
 
 def find_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> dict[str, list[str]]:
@@ -142,11 +135,10 @@ def _matches(model: nn.Module, target: str, linears: Mapping[str, object]) -> li
         return all_linear(model)
     if is_pattern(target):
         try:
-            pattern = re.compile(target)
+            return [name for name in linears if name_matches(target, name)]
         except re.error as error:
             raise ConfigError(f"{KEY}: {target!r} is no regular expression: {error}") from error
-        return [name for name in linears if pattern.fullmatch(name)]
-    return [name for name, _ in model.named_modules() if name and (name == target or name.endswith(f".{target}"))]
+    return [name for name, _ in model.named_modules() if name and name_matches(target, name)]
 
 
 def _mistakes(model: nn.Module, target: str, names: Sequence[str], linears: Mapping[str, object]) -> Iterable[str]:

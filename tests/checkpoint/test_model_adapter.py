@@ -17,7 +17,7 @@ from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.inspect.look import inspect
 from malora_dist.methods import METHODS
 from malora_dist.model import load_base_model, load_tokenizer
-from malora_dist.nn.inject import adapter_state_dict, mixture_layers, remove_adapters
+from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, mixture_layers, remove_adapters
 from malora_dist.report import write_report
 from tests.models import byte_tokenizer, save_tiny_llama, tiny_llama
 
@@ -163,6 +163,29 @@ def test_trainer_trains_adapters_on_a_base_that_bitsandbytes_has_quantised(tmp_p
         assert torch.equal(model(IDS).logits, expected) and not torch.allclose(trained, expected)
         load_adapter(model, tmp_path / "checkpoint-2")
         assert torch.equal(model(IDS).logits, trained)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["malora", "dora"])
+def test_a_base_that_accelerate_has_offloaded(tmp_path: Path, method: str) -> None:
+    """Its weights are on no device between forwards; the adapter is where the layer computes."""
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_llama(tmp_path / "base")
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places | {"model.layers.1": "disk"}, offload_folder=tmp_path / "off"
+    )
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    expected = model(IDS).logits
+    adapted(method, model)
+    assert not torch.allclose(model(IDS).logits, expected, atol=1e-2)
+    model(IDS).logits.sum().backward()
+    assert all(parameter.grad is not None for _, parameter in adapter_parameters(model))
+    model.save_pretrained(tmp_path / "adapter")
+    other = tiny_llama()
+    load_adapter(other, tmp_path / "adapter")
+    torch.testing.assert_close(model(IDS).logits, other(IDS).logits)
 
 
 @pytest.mark.parametrize("kind", [str, Path])

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from malora_dist.errors import ConfigError
+from malora_dist.functional.target_names import ALL_LINEAR
 from malora_dist.methods import mixture_spec
 from malora_dist.nn import near_names as names_module
 from malora_dist.nn import targets as targets_module
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
 from malora_dist.nn.near_names import near_names
-from malora_dist.nn.targets import ALL_LINEAR, all_linear, check_targets, find_targets, plain_names
+from malora_dist.nn.targets import all_linear, check_targets, find_targets, plain_names
 from tests.families import families, family_model
 from tests.models import tiny_llama
 
