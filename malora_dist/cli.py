@@ -24,6 +24,7 @@ from malora_dist.convert.command import EPILOG
 from malora_dist.convert.command import command as convert_command
 from malora_dist.errors import ConfigError, MaloraError
 from malora_dist.launch.files import write_new_files
+from malora_dist.plan.shapes import local_config
 from malora_dist.start import recipe_first, start
 from malora_dist.summary import adapter_spec, missing_files, summary_table
 
@@ -85,9 +86,25 @@ def init(
 ) -> None:
     """Write a commented recipe to start from. Nothing is ever overwritten."""
     console = Console()
-    for written in write_new_files(path, recipe_text(model), with_cluster_files=with_cluster_files):
+    targets = None if model is None else _family_targets(model)
+    for written in write_new_files(path, recipe_text(model, targets), with_cluster_files=with_cluster_files):
         console.print(f"wrote {written}", soft_wrap=True, highlight=False)
+    if model is not None and targets is None:
+        console.print(
+            f"note: {model} is not on this machine, or torch is not: adapter.target_modules names Llama's linears; "
+            "`malora prepare` compares them with the model's",
+            soft_wrap=True,
+            highlight=False,
+        )
     console.print(f"next: put your tasks under data:, then  malora validate {path}", soft_wrap=True, highlight=False)
+
+
+def _family_targets(model: str) -> tuple[str, ...] | None:
+    """The linears of a model for a new recipe, None if that cannot be known here."""
+    if local_config(model) is None or find_spec("torch") is None:
+        return None
+    targets: tuple[str, ...] | None = import_module("malora_dist.engine.family").family_targets(model)
+    return targets
 
 
 @app.command(context_settings=OVERRIDES)
@@ -116,8 +133,11 @@ def validate(
 
 def _base_notes(config: RunConfig) -> tuple[str, ...]:
     """What is to be said of the recipe's model. Raises ConfigError if it cannot be trained on."""
+    name = config.model.name_or_path
+    if local_config(name, config.model.revision) is None:
+        return (f"{name} is not on this machine: it was not compared with adapter.target_modules",)
     if find_spec("torch") is None:
-        return ()
+        return (f"torch is not on this machine: {name} was not compared with adapter.target_modules",)
     notes: tuple[str, ...] = import_module("malora_dist.engine.base_support").check_local_support(config)
     return notes
 

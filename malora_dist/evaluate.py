@@ -140,7 +140,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     )
     position.follow(engine.module)
     position.enter("evaluation")
-    check_packing(engine, world)
+    packing = check_packing(engine, world, samples=1)
     sides = {"base": config.evaluation.base, "tuned": config.evaluation.tuned}
     return {
         side: evaluate_tasks(
@@ -149,6 +149,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
             world,
             batch_tokens=config.evaluation.batch_tokens,
             title=f"evaluating ({side})",
+            packing=packing,
             use_adapter=side == "tuned",
         )
         for side, wanted in sides.items()

@@ -5,6 +5,7 @@ result lives: it stays (one process), is broadcast (replicated), or is broadcast
 `place_part` nothing is sent: every process reads its own part of each tensor, and no process ever holds a whole one.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ def stay(parameters: list[nn.Parameter]) -> None:
 
 
 def load_base_model(
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.bfloat16,
     load_in_4bit: bool = True,
@@ -69,6 +70,7 @@ def load_base_model(
     Raises ConfigError if a weight is missing or has another shape than the configuration says, if the folder's weights
     are stored in a format that is not read, or if the family is not supported (`buffers`).
     """
+    folder = Path(folder)
     model = build_empty_model(
         folder, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
     )
@@ -98,7 +100,7 @@ def load_base_model(
 
 
 def build_empty_model(
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype,
     attn_implementation: str | None = None,
@@ -110,6 +112,7 @@ def build_empty_model(
     """
     from transformers import AutoModelForCausalLM
 
+    folder = Path(folder)
     register_attention()
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
     try:
@@ -136,9 +139,9 @@ def _keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
             tensor.data = tensor.data.float()
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """The model folder's tokenizer. Raises ConfigError if there is none, or if it names no end-of-sequence token."""
-    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(Path(folder), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in {folder} has no eos_token, which ends every response")
     return tokenizer

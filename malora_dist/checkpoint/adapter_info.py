@@ -5,6 +5,7 @@ other tools load; the routed methods add a block `malora` to the config and keep
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,8 +54,9 @@ def adapter_config(info: AdapterInfo) -> dict[str, object]:
     }
 
 
-def read_adapter_info(folder: Path) -> AdapterInfo:
+def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     """Read adapter_config.json. Raises CheckpointError if it is missing, damaged or not from this package."""
+    folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text())
         if "peft_type" in config and "malora" not in config:

@@ -17,6 +17,7 @@ from malora_dist.convert.job import Job, check_base
 from malora_dist.convert.verify import logits_of, text_rows
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.model import build_empty_model
+from malora_dist.nn.linears import is_conv1d
 from malora_dist.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
 from malora_dist.weights.stored_names import stored_names
 from malora_dist.weights.tensor_file import read_header, write_tensors
@@ -37,9 +38,11 @@ def to_merged(job: Job) -> None:
     adapter = _one_expert(job)
     base = job.base_folder(adapter.info)
     reader = TensorReader(base)
-    layers = _stored_layers(job, adapter, base, reader)
-    _check_base(adapter, base, reader, layers)
-    merge = _Merge(adapter, reader, layers)
+    model = build_empty_model(base, dtype=torch.float32, trust_remote_code=job.trusted)
+    layers = _stored_layers(model, adapter, base, reader)
+    transposed = {layer for layer in adapter.layers() if is_conv1d(model.get_submodule(layer))}
+    _check_base(adapter, base, reader, layers, transposed)
+    merge = _Merge(adapter, reader, layers, transposed)
     file_of = weight_files(base)
     for file in [SINGLE] if file_of is None else dict.fromkeys(file_of.values()):
         if Path(file).name != file:
@@ -68,11 +71,13 @@ def _one_expert(job: Job) -> AdapterTensors:
     return job.open_adapter()
 
 
-def _stored_layers(job: Job, adapter: AdapterTensors, base: Path, reader: TensorReader) -> dict[str, str]:
+def _stored_layers(model: Any, adapter: AdapterTensors, base: Path, reader: TensorReader) -> dict[str, str]:
     """By the names that the base's files give their weights, the adapted layers. Raises ConfigError for one apart."""
-    stored = stored_names(build_empty_model(base, dtype=torch.float32, trust_remote_code=job.trusted), reader.names())
+    stored, modules = stored_names(model, reader.names()), dict(model.named_modules())
     layers = {}
     for layer in adapter.layers():
+        if layer not in modules:
+            raise CheckpointError(f"{base}: this base has no {layer}, which the adapter is for")
         place = stored.get(f"{layer}.weight")
         if place is not None and place.conversion is not None:
             raise ConfigError(f"{base} holds {layer}.weight as a part of {', '.join(place.names)}: not merged")
@@ -80,7 +85,9 @@ def _stored_layers(job: Job, adapter: AdapterTensors, base: Path, reader: Tensor
     return layers
 
 
-def _check_base(adapter: AdapterTensors, base: Path, reader: TensorReader, layers: dict[str, str]) -> None:
+def _check_base(
+    adapter: AdapterTensors, base: Path, reader: TensorReader, layers: dict[str, str], transposed: set[str]
+) -> None:
     """Raises CheckpointError unless the folder is the adapter's base, ConfigError if its weights cannot be added to."""
     with readable(base / "config.json"):
         config: dict[str, Any] = json.loads((base / "config.json").read_text())
@@ -92,6 +99,7 @@ def _check_base(adapter: AdapterTensors, base: Path, reader: TensorReader, layer
             raise CheckpointError(f"{layer} of this base is tied to the embedding, which a merge would change too")
         place = reader.place([name])
         shape = (adapter.shapes[f"{layer}.B"][1], adapter.shapes[f"{layer}.A"][2])
+        shape = shape[::-1] if layer in transposed else shape
         if place.shape != shape or not place.dtype.is_floating_point:
             raise CheckpointError(
                 f"{base}: {layer}.weight is {place.dtype} of shape {place.shape}, the adapter needs numbers of {shape}"
@@ -110,8 +118,11 @@ def merged_weight(weight_OI: Tensor, factors: dict[str, Tensor], scaling: float)
 class _Merge:
     """Writes files of the base anew, and sums up what the adapter changes and what rounding takes of it."""
 
-    def __init__(self, adapter: AdapterTensors, reader: TensorReader, layers: dict[str, str]) -> None:
-        self.adapter, self.reader, self.layers = adapter, reader, layers
+    def __init__(
+        self, adapter: AdapterTensors, reader: TensorReader, layers: dict[str, str], transposed: set[str]
+    ) -> None:
+        """`transposed` are the layers whose weights lie as (I, O), as those of transformers' Conv1D."""
+        self.adapter, self.reader, self.layers, self.transposed = adapter, reader, layers, transposed
         self.dtypes: set[torch.dtype] = set()
         self.change = self.loss = 0.0
 
@@ -126,7 +137,13 @@ class _Merge:
     def _values(self, names: Any) -> Iterator[Tensor]:
         for name in names:
             value = self.reader.read([name])
-            yield self._merged(value, self.layers[name]) if name in self.layers else value
+            layer = self.layers.get(name)
+            if layer is None:
+                yield value
+            elif layer in self.transposed:
+                yield self._merged(value.T, layer).T
+            else:
+                yield self._merged(value, layer)
 
     def _merged(self, weight_OI: Tensor, layer: str) -> Tensor:
         exact_OI = merged_weight(weight_OI, self.adapter.read_layer(layer), self.adapter.info.spec.scaling)

@@ -12,7 +12,9 @@ from malora_dist.engine.attention import choose_attention
 from malora_dist.errors import ConfigError
 from malora_dist.model import build_empty_model, load_tokenizer
 from malora_dist.model_config import own_code
+from malora_dist.nn.targets import check_targets
 from malora_dist.source import local_model
+from malora_dist.summary import adapter_spec
 from malora_dist.vocabulary import check_vocabulary, embedding_rows
 from malora_dist.weights.checkpoint import CheckpointWeights
 from malora_dist.weights.prequantized import check_stored_format
@@ -52,7 +54,9 @@ def check_local_support(config: RunConfig) -> tuple[str, ...]:
     trusted = settings.trust_remote_code
     folder = local_model(settings.name_or_path, settings.revision, trust_remote_code=trusted)
     if folder is None or not (folder / "config.json").is_file():
-        return ()
+        waits = Path(settings.name_or_path).is_file()
+        note = f"{settings.name_or_path} is not prepared yet: it was not compared with adapter.target_modules"
+        return (note,) if waits else ()
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         _empty_base(config, folder, torch.bfloat16)
         return ()
@@ -62,10 +66,11 @@ def check_local_support(config: RunConfig) -> tuple[str, ...]:
 def _empty_base(config: RunConfig, folder: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", set[str]]:
     """The base without weights, and the buffers that a checkpoint must hold.
 
-    Raises ConfigError for what is not supported.
+    Raises ConfigError for what is not supported, and for targets of adapters that it does not have.
     """
     settings = config.model
     model = build_empty_model(folder, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    check_targets(model, config.adapter.target_modules, adapter_spec(config))
     check_stored_format(folder, load_in_4bit=settings.load_in_4bit, double_quant=settings.bnb_4bit_use_double_quant)
     if settings.attn_implementation == "sdpa":
         choose_attention("sdpa", model.config, dtype.itemsize, None, flash_attn=False)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from malora_dist.data.loader import MicroBatch
 from malora_dist.data.packed_row import PackedRow
+from malora_dist.errors import ConfigError
 from malora_dist.functional.balance import expert_statistics, load_balancing_loss
 from malora_dist.functional.dropout import token_keys
 from malora_dist.nn.head import loss_head
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.nn.packed_attention import attention_arguments
+from malora_dist.nn.packed_masks import packed_row
 from malora_dist.parallel.groups import sum_over_processes
 
 
@@ -36,16 +38,19 @@ def cross_entropies(engine: Callable[..., Any], row: PackedRow) -> Tensor:
     """
     head = loss_head(engine)
     model = getattr(engine, "module", engine)
-    with nullcontext() if head is None else head.loss_at(row.targets):
+    with nullcontext() if head is None else head.loss_at(row.targets), packed_row(row):
         output = engine(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
             use_cache=False,
             logits_to_keep=row.target_index,
-            **attention_arguments(model, row.cu_seq_lens, row.max_length, row.token_sample, row.token_branch),
+            **attention_arguments(model, row),
         )
     given: Tensor = output.logits
-    return given if head is not None else F.cross_entropy(given[0].float(), row.targets, reduction="none")
+    if head is not None:
+        return given
+    logits_NV = given[0] if given.shape[1] == len(row.targets) else given[0, row.target_index]
+    return F.cross_entropy(logits_NV.float(), row.targets, reduction="none")
 
 
 def set_token_keys(model: nn.Module, batch: MicroBatch, seed: int, step: int) -> None:
@@ -64,7 +69,7 @@ def balance_loss(
     whose tokens use every expert have nothing to balance and are not among the L. Call after forward, once: it takes
     every `layer.routing` away.
     """
-    taken = [(layer.balanced, _take_routing(layer)) for _, layer in mixture_layers(model) if layer.routed]
+    taken = [(layer.balanced, _take_routing(name, layer)) for name, layer in mixture_layers(model) if layer.routed]
     routings = [routing for balanced, routing in taken if balanced]
     if not routings:
         return batch.position_ids.new_zeros((), dtype=torch.float32), torch.zeros(num_tasks, 0, 0)
@@ -81,7 +86,11 @@ def balance_loss(
     return losses_L.mean() if settings.reduction == "mean" else losses_L.sum(), statistics.counts_GLE
 
 
-def _take_routing(layer: Any) -> Any:
+def _take_routing(name: str, layer: Any) -> Any:
     routing, layer.routing = layer.routing, None
-    assert routing is not None, "balance_loss before a forward"
+    if routing is None:
+        raise ConfigError(
+            f"adapter.target_modules: {name} is adapted, but this model's forward never calls it (it may read the "
+            "weight itself, or be a part for something else than text); leave it out"
+        )
     return routing

@@ -96,16 +96,28 @@ def find_shape(name_or_path: str, revision: str | None = None) -> ModelShape:
     Nothing is downloaded. Raises ConfigError if there is no configuration here or its layout is not known.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return read_config(path / "config.json")
     if path.suffix == ".json":
         return read_config(path)
     if path.suffix == ".gguf":
         return read_gguf(path)
-    cached = _cached_config(name_or_path, revision)
-    if cached is None:
+    folder = path if path.is_dir() else local_config(name_or_path, revision)
+    if folder is None:
         raise ConfigError(f"model.name_or_path={name_or_path!r} is not on this machine: {ASK_FOR_CONFIG}")
-    return read_config(cached)
+    return read_config(folder / "config.json")
+
+
+def local_config(name_or_path: str, revision: str | None = None) -> Path | None:
+    """The folder with the config.json of a model that a recipe names, or its GGUF file; None if it is not here.
+
+    Nothing is downloaded.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path if (path / "config.json").is_file() else None
+    if path.suffix == ".gguf":
+        return path if path.is_file() else None
+    cached = _cached_config(name_or_path, revision)
+    return None if cached is None else cached.parent
 
 
 def read_config(path: Path) -> ModelShape:

@@ -87,3 +87,18 @@ def test_code_that_runs_is_said(folder: Path) -> None:
     assert check_local_support(_config(folder)) == ()
     (note,) = check_local_support(_config(folder, trust_remote_code=True))
     assert note == f"model.trust_remote_code=true: code of {folder} is run (own.Own)"
+
+
+def test_targets_are_compared_with_the_models_linears(folder: Path) -> None:
+    """All mistakes at once, before a row is tokenised or a weight read."""
+    config = config_from_dict(
+        recipe(model={"name_or_path": str(folder)}, adapter={"target_modules": ["query", "lm_heads", "up_proj"]})
+    )
+    words = r"target_modules: 'query' .*did you mean q_proj or k_proj or v_proj\?; 'lm_heads' .*up_proj \(48 -> 80\)"
+    with pytest.raises(ConfigError, match=words):
+        check_local_support(config)
+    with pytest.raises(ConfigError, match=words):
+        check_support(config, folder, load_tokenizer(folder))
+    head = config_from_dict(recipe(model={"name_or_path": str(folder)}, adapter={"target_modules": ["lm_head"]}))
+    with pytest.raises(ConfigError, match="'lm_head' matches lm_head, the output head"):
+        check_local_support(head)

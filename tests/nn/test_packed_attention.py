@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,14 @@ from malora_dist.data.loader import MicroBatch, collate
 from malora_dist.engine.forward import cross_entropies
 from malora_dist.errors import ConfigError
 from malora_dist.nn.packed_attention import (
-    MASKED,
     TORCH_VARLEN,
     attention_arguments,
     flash_attn_varlen,
-    packed_mask,
     register_attention,
-    takes_mask,
     torch_varlen,
     varlen_attention,
 )
+from malora_dist.nn.packed_masks import MASKED, Window
 from tests.models import SIZES, tiny_config
 from tests.nn.varlen_kernel import kernel_on_cpu
 from tests.reference import gradients, packed_attention_reference
@@ -162,24 +160,30 @@ def test_the_signature_of_older_versions(monkeypatch: pytest.MonkeyPatch, heads:
         torch_varlen(*states, starts, 9, 0.3, None)
 
 
-def test_a_mask_is_what_a_token_sees() -> None:
-    mask = packed_mask(torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 1, 2]), torch.bfloat16)
-    seen = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
-    assert mask.dtype == torch.bfloat16 and mask.shape == (1, 1, 5, 5) and mask.stride()[2:] == (16, 1)
-    assert (mask[0, 0] == 0).int().tolist() == seen
-    assert (mask[0, 0] == float("-inf")).int().tolist() == [[1 - n for n in row] for row in seen]
-
-
 def test_who_gets_which_arguments() -> None:
-    """A mask only for several samples and where one fits all layers; lengths for varlen; else transformers' own."""
-    for name, attention, takes in [("llama", MASKED, True), ("window", "sdpa", False), ("llama", TORCH_VARLEN, False)]:
-        model = model_of(name, attention)
-        assert takes_mask(model) == takes
-        for lengths in ((3,), (3, 2)):
-            batch = collate(samples_of(lengths))
-            given = attention_arguments(model, batch.cu_seq_lens, batch.max_length, batch.token_sample)
-            assert (given["attention_mask"] is not None) == (takes and len(lengths) > 1)
-            assert ("cu_seq_lens_q" in given) == (attention == TORCH_VARLEN)
+    """A mask that hides nothing, in the place of which transformers makes ours; and lengths for varlen kernels."""
+    batch = collate(samples_of((3, 2)))
+    for attention in (MASKED, "sdpa", "eager", TORCH_VARLEN, "flash_attention_2"):
+        model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
+        given = attention_arguments(model, batch)
+        shown = given.pop("attention_mask")
+        assert (shown is None) if attention == "flash_attention_2" else (shown.tolist() == [[1] * 5])
+        lengths = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+        assert set(given) == (lengths if attention in (TORCH_VARLEN, "flash_attention_2") else set())
+
+
+def test_the_window_is_the_mask_s() -> None:
+    """Some models name their window to whoever makes masks, and not to their attention."""
+    seen: list[int | None] = []
+
+    def kernel(q: Tensor, *others: Any) -> Tensor:
+        seen.append(others[-1])
+        return q
+
+    row, lengths = torch.zeros(1, 2, 3, 4), {"cu_seq_lens_q": torch.tensor([0, 3]), "max_length_q": 3}
+    for mask, named in ((Window(2), None), (Window(2), 2), (None, 7), (None, None)):
+        varlen_attention(kernel, nn.Module(), row, row, row, mask, sliding_window=named, **lengths)
+    assert seen == [2, 2, 7, None]
 
 
 @pytest.mark.parametrize(
