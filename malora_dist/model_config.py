@@ -33,6 +33,8 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> "PreT
         folder, "config.json", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     )
     config.use_cache = False
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0  # RWKV would halve weights in place, and 4-bit ones cannot be
     for name, value in vars(config).items():
         # The base is frozen, and its masks would depend on how samples are dealt to processes.
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):

@@ -1,7 +1,10 @@
 """Tiny models of every causal-LM family of transformers, for what must hold on whatever base people bring."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -142,14 +145,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "youtu": EVERY_HEAD,
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "attention_head_dim": 16},
+    "zamba2": {
+        "num_hidden_layers": 6,
+        "layers_block_type": ["mamba", "mamba", "hybrid"] * 2,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+    },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }
-# Models of pictures, sounds or bytes beside text, whose parts have sizes of their own; and one that needs six layers.
+# Models of pictures and text whose causal language model is that of the text alone.
+TEXT_OF = {"llama4": "llama4_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+TEXT_OF |= {"qwen4_exp": "qwen4_exp_text"}
+# Models of pictures, sounds or bytes beside text, whose parts have sizes of their own.
 NOT_TINY = frozenset(
     (
         "blt dots3_note emu3 fuyu gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 "
-        "llama4 mllama moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp "
-        "zamba2"
+        "mllama moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal"
     ).split()
 )
 
@@ -167,9 +178,20 @@ def family_config(name: str, **changes: Any) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[name]
+    if name in TEXT_OF:
+        return kind(text_config=family_config(TEXT_OF[name]).to_dict(), **changes)
     fields = kind.__dataclass_fields__
     sizes = {kind.attribute_map.get(key, key): value for key, value in SIZES.items()}
     return kind(**{key: value for key, value in sizes.items() if key in fields} | SPECIAL.get(name, {}) | changes)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """RWKV asks for ninja, in a process of its own, to compile a kernel for GPUs."""
+    from transformers.models.rwkv import modeling_rwkv
+
+    with patch.object(modeling_rwkv, "is_ninja_available", lambda: False):
+        yield
 
 
 def family_model(

@@ -20,7 +20,7 @@ from malora_dist.model import load_base_model
 from malora_dist.nn.nf4_linear import NF4Linear
 from malora_dist.nn.packed_attention import FLASH_VARLEN, MASKED, TORCH_VARLEN
 from tests.distributed import ROOT
-from tests.families import NOT_TINY, families, family_model
+from tests.families import NOT_TINY, families, family_model, without_compiler
 
 PAGE = ROOT / "docs" / "models.md"
 IDS = torch.tensor([[3, 5, 9, 11, 60, 7, 30, 4, 17, 8, 50, 21]])
@@ -46,7 +46,7 @@ class Found:
 @cache
 def look(name: str) -> Found:
     """Save a tiny model of the family, load it with our loader and with transformers, and compare."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, without_compiler():
         folder, copy = Path(temporary, "model"), Path(temporary, "copy")
         family_model(name).save_pretrained(folder)
         theirs = _theirs(folder)

@@ -95,8 +95,6 @@ def _model_obstacle(config: Any, model_class: Any) -> str | None:
     text, kind = config.get_text_config(), config.model_type
     if not all(getattr(model_class, flag, False) for flag in flags):
         return f"the attention of {kind} cannot be replaced"
-    if kind in WITH_MASKS:
-        return f"{kind} makes masks of its own"
     if kind in WITHOUT_LENGTHS:
         return f"{kind} hands no lengths of samples to its attention"
     if not set(getattr(text, "layer_types", None) or [FULL]) <= VARLEN_LAYERS:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,25 +72,42 @@ def packing_of(model: Any, samples: int = 1) -> Packing:
     return _judged(model, packing_differences(model, next(model.parameters()).device), samples)
 
 
-def _judged(model: Any, differences: Tensor, samples: int) -> Packing:
-    """Return what differences of (4,) allow. Raises ConfigError if it is less than is wanted."""
-    alone, packed, branched, seen = differences.tolist()
-    allowed = tolerance(seen, model.get_input_embeddings().weight.dtype)
-    if not alone <= allowed:
+class Differences(NamedTuple):
+    """By how much cross-entropies of one sample change.
+
+    alone: first in its row, against the model's own, with tokens behind and no word of positions. visible: where the
+    sample before it is another. moved: behind another sample, against first in the row. branched: as a branch. noise:
+    where what follows is another. seen: in a text that goes on, where it does see what is before it.
+    """
+
+    alone: float
+    visible: float
+    moved: float
+    branched: float
+    noise: float
+    seen: float
+
+
+def _judged(model: Any, measured: Tensor, samples: int) -> Packing:
+    """Return what `packing_differences` allow. Raises ConfigError if it is less than is wanted."""
+    found, dtype = Differences(*measured.tolist()), model.get_input_embeddings().weight.dtype
+    allowed = tolerance(found, dtype)
+    if not found.alone <= allowed:
         raise ConfigError(
             f"model.name_or_path: {type(model).__name__} does not predict each token from those before it, at "
-            f"positions from 0 on (cross-entropies change by {alone:.1g} where tokens follow and no positions are "
-            "given); this base is not supported"
+            f"positions from 0 on (cross-entropies change by {found.alone:.1g} where tokens follow and no positions "
+            "are given); this base is not supported"
         )
-    if not packed <= allowed and samples > 1:
+    apart = found.visible <= visible_tolerance(found, dtype) and found.moved <= allowed
+    if not apart and samples > 1:
         raise ConfigError(
             f"{KEY}={samples} must be 1 for {type(model).__name__}: it lets the samples of a packed row see each "
-            f"other, or counts their positions through the row (cross-entropies change by {packed:.1g}); the global "
-            "batch may stay as it is"
+            f"other, or counts their positions through the row (cross-entropies change by {found.moved:.1g}); the "
+            "global batch may stay as it is"
         )
-    if not packed <= allowed:
+    if not apart:
         return Packing.ALONE
-    return _most(model) if branched <= allowed else Packing.SEQUENCES
+    return _most(model) if found.branched <= allowed else Packing.SEQUENCES
 
 
 def _most(model: Any) -> Packing:
@@ -98,39 +115,64 @@ def _most(model: Any) -> Packing:
     return Packing.SEQUENCES if most is Packing.TREES and not is_masked(model) else most
 
 
-def tolerance(seen: float, dtype: torch.dtype) -> float:
-    """Return which difference of cross-entropies is rounding, where seeing another sample changes them by `seen`."""
+def tolerance(found: Differences, dtype: torch.dtype) -> float:
+    """Return which difference of cross-entropies is rounding, for a sample at another place of its row."""
     eps = torch.finfo(dtype).eps
-    return max(ROUNDING, eps / 4, math.sqrt(eps) * seen)
+    return max(ROUNDING, eps / 4, math.sqrt(eps) * found.seen)
+
+
+def visible_tolerance(found: Differences, dtype: torch.dtype) -> float:
+    """As `tolerance`, for a sample at the same place of a row of the same shape: less, but for experts that others use.
+
+    Experts multiply as many tokens at a time as have chosen them, and round by how many these are.
+    """
+    return max(ROUNDING, torch.finfo(dtype).eps / 4, 8 * found.noise, tolerance(found, dtype) / 10)
 
 
 @torch.no_grad()
 def packing_differences(engine: Any, device: torch.device) -> Tensor:
-    """Return by how much cross-entropies of one sample differ, (4,) fp64.
-
-    Of the sample first in its row from the model's own, with other tokens behind and no word of positions; of the
-    sample behind another from the first; of the same as a branch; and, for a measure, of the same in a text that goes
-    on, where it does see what is before it. Two short rows.
-    """
+    """Return `Differences`, (6,) fp64. Three short rows, through every process alike."""
     model = getattr(engine, "module", engine)
-    prompt, answer, other = _texts(model.config.get_text_config().vocab_size)
-    most = _most(model)
-    sample, second = _question(prompt, answer), _question(other[:2], other[2:])
-    items = [sample] if most is Packing.ALONE else [sample, second, sample, _question(prompt, other, answer)]
-    row = build_row(items, tuple(range(len(items))), most is Packing.TREES).to(device)
-    losses, n = cross_entropies(engine, row).double(), len(answer)
-    first, behind, branch = losses[:n], losses[-(2 * n + len(other)) :][:n], losses[-n:]
-    own, after = _own(engine, (*prompt, *answer, *other, *prompt, *answer), len(prompt), n, device)
-    if most is Packing.ALONE:
-        behind = branch = first
-    pairs = ((first, own), (behind, first), (branch, first), (after, own))
-    return torch.stack([(one - another).abs().max() for one, another in pairs])
+    prompt, answer, *others = _texts(model.config.get_text_config().vocab_size)
+    n, most = len(answer), _most(model)
+    parts = [_losses(engine, most, prompt, answer, other, device) for other in others]
+    (first, behind, branch), (first_again, behind_another, _) = parts
+    own, after = _own(engine, (*prompt, *answer, *others[0], *prompt, *answer), len(prompt), n, device)
+    pairs = {
+        "alone": (first, own),
+        "visible": (behind, behind_another),
+        "moved": (behind, first),
+        "branched": (branch, first),
+        "noise": (first, first_again),
+        "seen": (after, own),
+    }
+    return torch.stack([(one - another).abs().max() for one, another in (pairs[name] for name in Differences._fields)])
 
 
 def _texts(vocabulary: int) -> tuple[tuple[int, ...], ...]:
-    """Return a prompt, its answer and another text, away from the special tokens that begin a vocabulary."""
-    numbers = [(vocabulary // 3 + 7 * number) % vocabulary for number in range(12)]
-    return tuple(numbers[:3]), tuple(numbers[3:6]), tuple(numbers[6:])
+    """Return a prompt, its answer and two other texts, away from the special tokens that begin a vocabulary."""
+    numbers = [(vocabulary // 3 + 7 * number) % vocabulary for number in range(18)]
+    return tuple(numbers[:3]), tuple(numbers[3:6]), tuple(numbers[6:12]), tuple(numbers[12:])
+
+
+def _losses(
+    engine: Any,
+    most: Packing,
+    prompt: tuple[int, ...],
+    answer: tuple[int, ...],
+    other: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the answer's cross-entropies first in a row, behind another text, and as a branch behind another one."""
+    n, packed = len(answer), most is not Packing.ALONE
+    items = [_question(prompt, answer)]
+    items += [_question(other[:2], other[2:]), items[0], _question(prompt, other, answer)] if packed else []
+    row = build_row(items, tuple(range(len(items))), most is Packing.TREES).to(device)
+    losses = cross_entropies(engine, row).double()
+    if not packed:
+        return losses, losses, losses
+    first, _, behind, _, branch = losses.split([n, len(other) - 2, n, len(other), n])
+    return first, behind, branch
 
 
 def _question(prompt: tuple[int, ...], *answers: tuple[int, ...]) -> ChoiceItem:

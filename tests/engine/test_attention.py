@@ -74,7 +74,6 @@ def test_the_attention_of_a_model_on_a_machine(
         ("varlen", DeepseekV3Config(), 2, A100, "values of deepseek_v3 have heads of a width of their own"),
         ("varlen", GptOssConfig(), 2, A100, "the attention of gpt_oss cannot be replaced"),
         ("sdpa", Gemma2Config(), 2, A100, "Gemma2ForCausalLM does not compute with it; choose eager"),
-        ("varlen", DogeConfig(), 2, A100, "doge makes masks of its own"),
         ("sdpa", BloomConfig(), 4, CPU, "BloomForCausalLM does not compute with it; choose eager"),
     ],
 )

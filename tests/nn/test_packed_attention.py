@@ -25,6 +25,7 @@ from malora_dist.nn.packed_attention import (
     varlen_attention,
 )
 from malora_dist.nn.packed_masks import MASKED, Window
+from tests.families import family_config
 from tests.models import SIZES, tiny_config
 from tests.nn.varlen_kernel import kernel_on_cpu
 from tests.reference import gradients, packed_attention_reference
@@ -37,6 +38,18 @@ CONFIGS: dict[str, Any] = {
     "one-windowed-layer": Qwen3Config(
         **SIZES, head_dim=12, use_sliding_window=True, sliding_window=4, layer_types=LAYERS
     ),
+    # Which say nothing of positions where they ask for masks, or have no other attention, or chunks.
+    "falcon": family_config("falcon"),
+    "opt": family_config("opt", dropout=0.0),
+    "gpt_oss": family_config("gpt_oss", sliding_window=3),
+    "gemma2": family_config("gemma2", sliding_window=3),
+    "llama4": family_config("llama4_text", attention_chunk_size=3),
+}
+ATTENTIONS: dict[str, tuple[str, ...]] = {
+    "llama": (TORCH_VARLEN, MASKED, "eager"),
+    "gpt_oss": ("eager",),
+    "gemma2": ("eager",),
+    **dict.fromkeys(("falcon", "llama4"), ("sdpa", "eager")),
 }
 
 
@@ -67,6 +80,7 @@ def losses_and_gradients(model: Any, batches: list[MicroBatch]) -> list[Tensor]:
     ("name", "lengths", "checkpointing"),
     [
         *((name, lengths, False) for name in CONFIGS for lengths in ((7, 1, 12, 2), (9,))),
+        ("gpt_oss", (7, 4), True),
         ("llama", (1, 1), False),
         ("window", (5, 6), True),
     ],
@@ -74,7 +88,7 @@ def losses_and_gradients(model: Any, batches: list[MicroBatch]) -> list[Tensor]:
 def test_a_packed_row_is_its_samples_alone(name: str, lengths: tuple[int, ...], checkpointing: bool) -> None:
     samples = samples_of(lengths)
     alone = losses_and_gradients(model_of(name, "eager"), [collate([sample]) for sample in samples])
-    for attention in (TORCH_VARLEN, MASKED if name == "llama" else "sdpa", "eager"):
+    for attention in ATTENTIONS.get(name, (TORCH_VARLEN, "sdpa", "eager")):
         model = model_of(name, attention)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
