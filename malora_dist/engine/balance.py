@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.data.loader import MicroBatch
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.functional.balance import (
     ExpertStatistics,
     balance_of_shares,
@@ -41,9 +41,9 @@ def take_statistics(model: nn.Module, batch: MicroBatch, num_tasks: int) -> tupl
     """Return the statistics of the last forward by task, and top_k; None if no layer has anything to balance.
 
     Layers whose tokens use every expert are not among the L. Call once after each forward: it takes every
-    `layer.routing` away.
+    `layer.routing` away. Raises ConfigError for a layer that the forward did not call.
     """
-    taken = [(layer.balanced, _take_routing(layer)) for _, layer in mixture_layers(model) if layer.routed]
+    taken = [(layer.balanced, _take_routing(name, layer)) for name, layer in mixture_layers(model) if layer.routed]
     routings = [routing for balanced, routing in taken if balanced]
     if not routings:
         return None
@@ -51,10 +51,14 @@ def take_statistics(model: nn.Module, batch: MicroBatch, num_tasks: int) -> tupl
     return expert_statistics(routings, task_T, num_tasks), routings[0].expert_ids_TK.shape[1]
 
 
-def _take_routing(layer: Any) -> Routing:
+def _take_routing(name: str, layer: Any) -> Routing:
     routing: Routing | None = layer.routing
     layer.routing = None
-    assert routing is not None, "statistics before a forward"
+    if routing is None:
+        raise ConfigError(
+            f"adapter.target_modules: {name} is adapted, but this model's forward never calls it (it may read the "
+            "weight itself, or be a part for something else than text); leave it out"
+        )
     return routing
 
 

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from malora_dist.data.loader import MicroBatch
 from malora_dist.data.packed_row import PackedRow
+from malora_dist.errors import ConfigError
 from malora_dist.functional.dropout import token_keys
 from malora_dist.nn.head import loss_head
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.nn.packed_attention import attention_arguments
+from malora_dist.nn.packed_masks import packed_row
 
 
 def cross_entropies(engine: Callable[..., Any], row: PackedRow) -> Tensor:
@@ -23,16 +25,19 @@ def cross_entropies(engine: Callable[..., Any], row: PackedRow) -> Tensor:
     """
     head = loss_head(engine)
     model = getattr(engine, "module", engine)
-    with nullcontext() if head is None else head.loss_at(row.targets):
+    with nullcontext() if head is None else head.loss_at(row.targets), packed_row(row):
         output = engine(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
             use_cache=False,
             logits_to_keep=row.target_index,
-            **attention_arguments(model, row.cu_seq_lens, row.max_length, row.token_sample, row.token_branch),
+            **attention_arguments(model, row),
         )
     given: Tensor = output.logits
-    return given if head is not None else F.cross_entropy(given[0].float(), row.targets, reduction="none")
+    if head is not None:
+        return given
+    logits_NV = given[0] if given.shape[1] == len(row.targets) else given[0, row.target_index]
+    return F.cross_entropy(logits_NV.float(), row.targets, reduction="none")
 
 
 def set_token_keys(model: nn.Module, batch: MicroBatch, seed: int, step: int) -> None:
