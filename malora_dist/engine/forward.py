@@ -1,5 +1,6 @@
 """One micro-batch through the engine: the cross-entropy of each supervised token."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -25,19 +26,30 @@ def cross_entropies(engine: Callable[..., Any], row: PackedRow) -> Tensor:
     """
     head = loss_head(engine)
     model = getattr(engine, "module", engine)
+    options = {
+        "position_ids": row.position_ids,
+        "use_cache": False,
+        "logits_to_keep": row.target_index,
+        **attention_arguments(model, row),
+    }
     with nullcontext() if head is None else head.loss_at(row.targets), packed_row(row):
-        output = engine(
-            input_ids=row.input_ids,
-            position_ids=row.position_ids,
-            use_cache=False,
-            logits_to_keep=row.target_index,
-            **attention_arguments(model, row),
-        )
+        output = engine(input_ids=row.input_ids, **accepted(model, options))
     given: Tensor = output.logits
     if head is not None:
         return given
     logits_NV = given[0] if given.shape[1] == len(row.targets) else given[0, row.target_index]
     return F.cross_entropy(logits_NV.float(), row.targets, reduction="none")
+
+
+def accepted(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options that the model's forward knows, where it names all it knows.
+
+    Code of others may know fewer; `engine.packing` then finds what its rows may hold.
+    """
+    known = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
+        return options
+    return {name: value for name, value in options.items() if name in known}
 
 
 def set_token_keys(model: nn.Module, batch: MicroBatch, seed: int, step: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.packed_row import Packing, cumulative_lengths
 from malora_dist.engine.evaluation import evaluating
-from malora_dist.engine.forward import cross_entropies
+from malora_dist.engine.forward import accepted, cross_entropies
 from malora_dist.engine.progress import LOGGER
 from malora_dist.errors import ConfigError
 from malora_dist.nn.packed_attention import FULL, is_masked, length_arguments
@@ -182,8 +182,9 @@ def _question(prompt: tuple[int, ...], *answers: tuple[int, ...]) -> ChoiceItem:
 def _own(engine: Any, ids: tuple[int, ...], start: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the model's own cross-entropies of n tokens from `start` on, and of the last n, by whole logits."""
     ids_T, T = torch.tensor(ids, device=device), len(ids)
-    varlen = not is_masked(getattr(engine, "module", engine))
-    lengths = length_arguments(cumulative_lengths([T]).to(device), T) if varlen else {}
-    logits_TV = engine(input_ids=ids_T[None], use_cache=False, **lengths).logits[0].double()
+    model = getattr(engine, "module", engine)
+    lengths = {} if is_masked(model) else length_arguments(cumulative_lengths([T]).to(device), T)
+    options = accepted(model, {"use_cache": False, **lengths})
+    logits_TV = engine(input_ids=ids_T[None], **options).logits[0].double()
     losses = F.cross_entropy(logits_TV[:-1], ids_T[1:], reduction="none")
     return losses[start - 1 : start - 1 + n], losses[-n:]

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.packed_row import Packing
@@ -19,6 +21,7 @@ from malora_dist.nn.head import install_loss_head
 from malora_dist.nn.packed_attention import TORCH_VARLEN, register_attention
 from malora_dist.scoring import build_row, score_items, scores_of_questions
 from tests.families import families, family_config, family_model
+from tests.models import tiny_config
 from tests.nn.varlen_kernel import kernel_on_cpu
 
 A100 = (8, 0)
@@ -173,6 +176,22 @@ def test_one_sample_a_row_is_enough_for_all_others() -> None:
     assert packing_of(family_model("bart"), samples=1) is Packing.ALONE
     for config in (family_config("bart"), family_config("llama"), family_config("gpt_oss")):
         check_rows(config, samples=8)
+
+
+class Narrow(LlamaForCausalLM):
+    """Code as others write it: it knows few options, and makes masks for whole rows."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = True) -> Any:
+        T = input_ids.shape[1]
+        before = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+        return super().forward(input_ids=input_ids, attention_mask=before, use_cache=use_cache)
+
+
+def test_a_model_that_is_told_nothing_gets_one_sample_a_row() -> None:
+    torch.manual_seed(0)
+    model = Narrow(tiny_config()).eval()
+    assert packing_of(model) is Packing.ALONE
+    assert packed(model, Packing.ALONE) == pytest.approx(by_a_plain_loop(model), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "falcon_h1", "lfm2", "rwkv", "recurrent_gemma", "qwen3_next"])
