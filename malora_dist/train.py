@@ -37,7 +37,9 @@ from malora_dist.engine.setup import (
     engine_config,
     new_stepper,
     optimizer_settings,
+    total_steps,
     train_loader,
+    unseen_tasks,
 )
 from malora_dist.engine.step import Stepper
 from malora_dist.engine.stop import Agreement, Preempted, deadline_of
@@ -101,6 +103,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
 
     base = base_identity(config, folder, world)
     loader = train_loader(config, data, world)
+    outputs.notes(unseen_tasks(config, data, loader))
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
     stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
@@ -198,7 +201,7 @@ def _build(
     model = base_model(config, folder, world, settings, agreement.check)
     report, wire = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
     outputs.injection(report)
-    steps = config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
+    steps = total_steps(config, loader)
     position.enter("starting DeepSpeed")
     engine = build_engine(
         model,

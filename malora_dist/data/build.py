@@ -1,7 +1,7 @@
 """All data of a run from its `data` section: the mixture to train on and the questions to evaluate with."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from malora_dist.cache import default_cache_dir
 from malora_dist.config.data_schema import DataConfig, TaskConfig
 from malora_dist.data.encode import ChoiceItem, Encoder, Sample
-from malora_dist.data.mixture import epoch_counts, mixture_shares
+from malora_dist.data.mixture import EpochCounts, mixture_shares
 from malora_dist.data.store import TaskTokens, TrainStore
 from malora_dist.data.tokenize import (
     EVALUATION_SPLITS,
@@ -50,13 +50,24 @@ class PreparedData:
             "leaked_duplicates_removed": "training rows repeat an evaluation row and were removed",
             "near_duplicates_removed": "training rows nearly repeat an evaluation row and were removed",
             "duplicates_removed": "training rows repeat another and were removed",
+            "labels_from_1": "labels are numbers from 1 on, none is 0, and 1 is taken for the second choice: if it "
+            "is the first one, set first_label: 1",
         }
         return [
             f"task {task}: {counts[name]} {text}"
             for task, counts in self.counts.items()
             for name, text in sentences.items()
             if counts.get(name)
-        ]
+        ] + list(self._rare_tasks())
+
+    def _rare_tasks(self) -> Iterator[str]:
+        for task, share in zip(self.task_names, self.shares, strict=True):
+            samples = share * sum(self.train_sizes)
+            if samples < 1:
+                yield (
+                    f"task {task}: its share of the mixture is {samples:.2g} samples an epoch, one in about "
+                    f"{1 / samples:.0f} epochs; see data.mixture and the task's weight"
+                )
 
 
 def build_data(
@@ -92,6 +103,9 @@ def _task_settings(data: DataConfig, task: TaskConfig) -> dict[str, object]:
         "group_by": task.group_by,
         "kind": task.kind,
         "fields": task.fields.model_dump(),
+        "choices": task.choices,
+        "optional_fields": task.optional_fields,
+        "first_label": task.first_label,
         "max_train_samples": task.max_train_samples,
         "max_eval_samples": task.max_eval_samples,
         "on_bad_row": data.on_bad_row,
@@ -105,7 +119,7 @@ def _prepared(data: DataConfig, tasks: Sequence[TaskTokens]) -> PreparedData:
     sizes = tuple(len(task.train) for task in tasks)
     weights = [task.weight for task in data.tasks]
     shares = mixture_shares(sizes, data.mixture, temperature=data.temperature, weights=weights)
-    per_epoch = epoch_counts(shares, sum(sizes))
+    per_epoch = EpochCounts(shares, sum(sizes)).of(0)
     evaluation = {
         split: {name: task.evaluation[split] for name, task in zip(names, tasks, strict=True)}
         for split in EVALUATION_SPLITS

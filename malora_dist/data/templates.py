@@ -1,9 +1,11 @@
 """An example's texts: the prompt, the answer to learn, and the answers to choose from."""
 
+import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from malora_dist.data.checks import LETTERS
+from malora_dist.data.choices import LETTERS
 from malora_dist.data.example import Example
 from malora_dist.errors import DataError
 
@@ -11,6 +13,8 @@ PROMPT_TEMPLATE = "Question: {prompt}\nAnswer:"
 RESPONSE_TEMPLATE = " {response}"
 TEXT = "text"
 LETTER = "letter"
+# A field of the row, or one inside of it: question.stem, answers.text.0.
+FIELD = re.compile(r"[^\W\d]\w*(\.([^\W_]\w*))*")
 
 
 def template_fields(template: str) -> tuple[str, ...]:
@@ -20,7 +24,7 @@ def template_fields(template: str) -> tuple[str, ...]:
     except ValueError as error:
         raise DataError(f"template {template!r}: {error} (write {{{{ for a brace)") from error
     for name in names:
-        if not name.isidentifier():
+        if not FIELD.fullmatch(name):
             raise DataError(f"template {template!r}: {{{name}}} must be the plain name of a field")
     return tuple(dict.fromkeys(names))
 
@@ -31,7 +35,14 @@ def fill(template: str, values: Mapping[str, str], source: str = "") -> str:
     if missing:
         place = f"{source}: " if source else ""
         raise DataError(f"{place}template {template!r}: no field {missing[0]!r}; known here: {sorted(values)}")
-    return template.format_map(dict(values))
+    return _Filler().vformat(template, (), values)
+
+
+class _Filler(string.Formatter):
+    """Takes a dotted name for the name of a value, and not for an attribute of one."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return kwargs[field_name], field_name
 
 
 def prompt_text(example: Example, prompt_template: str = PROMPT_TEMPLATE, scoring: str = TEXT) -> str:
