@@ -97,7 +97,7 @@ def merging_tokenizer(prefix: tuple[str, ...] = (), *, spaces: str = "") -> "Pre
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if not spaces else [*map(chr, range(33, 127)), "\n"],
         show_progress=False,
     )
-    words = ["red", "green", "blue", "7", "the", "wall", "Question", "Answer:", "'s", '"', "("]
+    words = ["red", "green", "blue", "7", "the", "wall", "Question", "Answer:", "'s", '"', "(", "\n  ", "\n red"]
     backend.train_from_iterator([before + word for word in words for before in ("", " ")] * 9, trainer)
     single = " ".join((*prefix, "$A"))
     ids = [(token, backend.token_to_id(token)) for token in prefix]

@@ -1,13 +1,16 @@
 """Where the answer begins among the tokens of a whole text.
 
 Prompt and answer are one text to the tokenizer, as they are to a model that is used. A token that covers a character of
-the answer belongs to the answer, also where it begins in the prompt. Where one prompt has several answers, all tokens
-behind those that their texts have in common belong to the answers, so that their likelihoods can be compared.
+the answer belongs to the answer, also where it begins in the prompt; a special token belongs where it is written.
+Where one prompt has several answers, all tokens behind those that their texts have in common belong to the answers, so
+that their likelihoods can be compared.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
+from tokenizers import Encoding
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from malora_dist.errors import DataError
@@ -21,15 +24,35 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, 
     A tokenizer without offsets leaves the prompt what the ids of the whole text and of the prompt alone begin with
     alike.
     """
-    whole = _encode(tokenizer, [prompt + answer for prompt, answer in pairs])
+    texts = [prompt + answer for prompt, answer in pairs]
+    with _true_offsets(tokenizer):
+        whole = _encode(tokenizer, texts)
     ids: list[Tokens] = whole["input_ids"]
     if whole.encodings is not None:
-        places = zip(whole.encodings, pairs, strict=True)
-        ends = [_tokens_within(found.offsets, len(prompt)) for found, (prompt, _) in places]
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        ends = [
+            _prompt_tokens(found, text, len(prompt), special)
+            for found, text, (prompt, _) in zip(whole.encodings, texts, pairs, strict=True)
+        ]
     else:
         alone = _encode(tokenizer, [prompt for prompt, _ in pairs])["input_ids"]
         ends = [common_length(one, other) for one, other in zip(ids, alone, strict=True)]
     return list(zip(ids, ends, strict=True))
+
+
+@contextmanager
+def _true_offsets(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Take away what comes after tokenising: special tokens around a text, and for some offsets without blanks."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    before = getattr(backend, "post_processor", None)
+    if before is None:
+        yield
+        return
+    backend.post_processor = None
+    try:
+        yield
+    finally:
+        backend.post_processor = before
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
@@ -42,9 +65,19 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncodi
     )
 
 
-def _tokens_within(offsets: Sequence[tuple[int, int]], length: int) -> int:
-    """How many of the leading tokens end within so many characters."""
-    return bisect_right(offsets, length, key=lambda span: span[1])
+def _prompt_tokens(found: Encoding, text: str, length: int, special: set[int]) -> int:
+    """How many of the leading tokens end within so many characters of the text."""
+    spans = found.offsets
+    end = bisect_right(spans, length, key=lambda span: span[1])
+    # Some special tokens take the blanks beside them; they belong where they are written.
+    while end < len(spans) and found.ids[end] in special and _first_letter(text, spans[end]) < length:
+        end += 1
+    return end
+
+
+def _first_letter(text: str, span: tuple[int, int]) -> int:
+    start, stop = span
+    return stop - len(text[start:stop].lstrip())
 
 
 def common_length(one: Tokens, other: Tokens) -> int:

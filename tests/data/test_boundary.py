@@ -1,10 +1,12 @@
 """The tokens of a prompt and its answer are those of the whole text, whatever the tokenizer does with blanks."""
 
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from malora_dist.data.boundary import common_length, encode_texts, missing_end, special_tokens, without_start
@@ -73,6 +75,29 @@ def test_a_token_that_crosses_the_boundary_belongs_to_the_answer(spaces: str) ->
     # "purple" leaves the blank alone, yet it is an answer's token as the others' first blank is.
     assert all(tokenizer.decode(ids).startswith(" ") for ids in item.choice_ids)
     assert tokenizer.decode(sample.input_ids[sample.prompt_length :]) == " red<end>"
+
+
+def test_offsets_that_leave_out_blanks_hide_no_token() -> None:
+    """Tokenizers of GPT-NeoX and RoBERTa report the places of tokens without the blanks that they cover."""
+    from tokenizers.processors import ByteLevel
+
+    plain, trimming = merging_tokenizer(), merging_tokenizer()
+    trimming.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    before = str(trimming.backend_tokenizer.post_processor)
+    assert pieces(trimming, "the wall\n", "  red") == (["the", "▁wall"], ["\n▁", "▁red"])
+    draw = random.Random(0)
+    for _ in range(50):
+        pair = ["".join(draw.choices([" ", "  ", "\n", "red", "wall"], k=4)) for _ in range(2)]
+        assert pieces(trimming, *pair) == pieces(plain, *pair), pair
+    assert str(trimming.backend_tokenizer.post_processor) == before
+
+
+def test_a_special_token_that_takes_the_blanks_beside_it_belongs_where_it_is_written() -> None:
+    tokenizer = merging_tokenizer()
+    takes_next, takes_last = AddedToken("<model>", rstrip=True), AddedToken("<end>", lstrip=True)
+    tokenizer.add_tokens([takes_next, takes_last], special_tokens=True)
+    assert pieces(tokenizer, "wall<model>\n", " red")[1] == ["red"]
+    assert pieces(tokenizer, "wall ", "<end>") == (["wall"], ["<end>"])
 
 
 def test_a_tokenizer_without_offsets_cuts_at_the_first_token_that_is_another(tmp_path: Path) -> None:
