@@ -47,6 +47,10 @@ class RowFields(Section):
     )
     response: str = Field("response", min_length=1, description="Field with the answer to learn, for kind completion.")
 
+    def rules(self) -> Iterator[Rule]:
+        if not isinstance(self.choices, str) and not 2 <= len(set(self.choices)) == len(self.choices) <= MOST_CHOICES:
+            yield Rule(("choices",), f"must be one field, or 2 to {MOST_CHOICES} fields with a choice each")
+
 
 class TaskConfig(Section):
     """One task: its files, how to read a row, and its part in the mixture."""

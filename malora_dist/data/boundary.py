@@ -9,6 +9,7 @@ that their likelihoods can be compared.
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tokenizers import Encoding
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, 
 @contextmanager
 def _true_offsets(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Take away what comes after tokenising: special tokens around a text, and for some offsets without blanks."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     before = getattr(backend, "post_processor", None)
     if before is None:
         yield
