@@ -36,6 +36,7 @@ from malora_dist.model import load_tokenizer, read_model_config
 from malora_dist.parallel.consistency import check_consistency, start_facts
 from malora_dist.parallel.groups import World
 from malora_dist.parallel.zero import gathered
+from malora_dist.positions import position_notes
 from malora_dist.report import print_results
 from malora_dist.source import resolve_model
 
@@ -118,7 +119,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     attention_for(attention, read_model_config(folder), base_dtype(config, world), world.device)
     data = build_data(config.data, load_tokenizer(folder))
     fitting = _with_fitting_batch(config, world.size)
-    for note in check_memory(fitting, folder, world, None):
+    for note in [*position_notes(data, folder), *check_memory(fitting, folder, world, None)]:
         logging.getLogger(LOGGER).info("note: %s", note)
     position.enter("loading the base model")
     settings = engine_config(fitting, world)

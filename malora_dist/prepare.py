@@ -16,6 +16,7 @@ from rich.text import Text
 from malora_dist.config import RunConfig, load_config, split_arguments
 from malora_dist.data.build import build_data
 from malora_dist.model import base_tensors, build_empty_model, load_tokenizer
+from malora_dist.positions import position_notes
 from malora_dist.source import resolve_model
 from malora_dist.weights.checkpoint import CheckpointWeights
 from malora_dist.weights.prepared import prepared_folder, write_prepared
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = build_data(config.data, load_tokenizer(folder))
     sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
     say(f"training samples, tokenised: {sizes}")
-    for warning in data.warnings():
+    for warning in [*data.warnings(), *position_notes(data, folder)]:
         say(f"note: {warning}", style="yellow")
     if not config.model.load_in_4bit:
         say("base: model.load_in_4bit=false, so runs read it as it is")

@@ -50,6 +50,7 @@ from malora_dist.parallel.consistency import SHARED_SECONDS, check_consistency, 
 from malora_dist.parallel.expert_groups import create_expert_groups
 from malora_dist.parallel.groups import on_main, start_processes
 from malora_dist.parallel.zero import resident_bytes
+from malora_dist.positions import position_notes
 from malora_dist.source import resolve_model
 from malora_dist.trackers import check_trackers
 
@@ -95,11 +96,13 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
         folder = resolve_model(config.model.name_or_path, config.model.revision)
         attention_for(config.model.attn_implementation, read_model_config(folder), dtype, world.device)
         data = build_data(config.data, load_tokenizer(folder), look)
+        lengths = position_notes(data, folder)
     baseline = on_main(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
     outputs = session.open()
     outputs.notes([*check_plan(config, world.size).notes, *notes])
     outputs.data(data)
+    outputs.notes(lengths)
 
     base = base_identity(config, folder, world)
     loader = train_loader(config, data, world)

@@ -15,7 +15,7 @@ FLOORS = {
     8: ["cli", "recipes"],
     7: ["cluster"],
     6: ["train", "evaluate", "prepare", "bench", "start", "convert", "inspect"],
-    5: ["engine"],
+    5: ["engine", "positions"],
     4: ["parallel", "model", "checkpoint", "scoring"],
     3: ["nn", "data", "plan", "launch", "summary", "source", "weights"],
     2: ["config", "methods", "report", "trackers"],

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from malora_dist.cache import default_cache_dir
 from malora_dist.config.data_schema import DataConfig, TaskConfig
 from malora_dist.data.encode import ChoiceItem, Encoder, Sample
-from malora_dist.data.mixture import EpochCounts, mixture_shares
+from malora_dist.data.mixture import EpochCounts, Indices, mixture_shares
 from malora_dist.data.store import TaskTokens, TrainStore
 from malora_dist.data.tokenize import (
     EVALUATION_SPLITS,
@@ -59,6 +60,11 @@ class PreparedData:
             for name, text in sentences.items()
             if counts.get(name)
         ] + list(self._rare_tasks())
+
+    def lengths(self, task: str) -> Indices:
+        """Tokens of each sample of a task and of each of its questions with the longest choice."""
+        evaluated = [row.tokens for split in self.evaluation.values() for row in split[task]]
+        return np.concatenate([self.train.lengths(self.task_names.index(task)), np.asarray(evaluated, dtype=np.int64)])
 
     def _rare_tasks(self) -> Iterator[str]:
         for task, share in zip(self.task_names, self.shares, strict=True):

@@ -44,6 +44,10 @@ class Sample:
     input_ids: Ids
     prompt_length: int
 
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
 
 @dataclass(frozen=True)
 class ChoiceItem:
@@ -54,6 +58,11 @@ class ChoiceItem:
     choice_ids: tuple[tuple[int, ...], ...]
     choice_lengths: tuple[int, ...]
     label: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt with the longest choice."""
+        return len(self.prompt_ids) + max(map(len, self.choice_ids))
 
 
 @dataclass(frozen=True)
