@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
 
 from malora_dist.config import RunConfig, load_config, split_arguments
 from malora_dist.data.build import build_data
 from malora_dist.model import base_tensors, build_empty_model, load_tokenizer
 from malora_dist.positions import position_notes
+from malora_dist.progress import Bar
 from malora_dist.source import resolve_model
 from malora_dist.weights.checkpoint import CheckpointWeights
 from malora_dist.weights.prepared import prepared_folder, write_prepared
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("base: model.load_in_4bit=false, so runs read it as it is")
         return 0
     dtype = prepared_dtype(config)
-    prepared, written = prepare_base(config, folder, dtype, console)
+    prepared, written = prepare_base(config, folder, dtype)
     size = sum(file.stat().st_size for file in prepared.iterdir()) / 2**30
     say(f"base: {prepared} ({size:.2f} GiB, {'written' if written else 'was there'})")
     if config.model.dtype == "auto":
@@ -60,7 +60,7 @@ def prepared_dtype(config: RunConfig) -> torch.dtype:
     return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
 
 
-def prepare_base(config: RunConfig, folder: Path, dtype: torch.dtype, console: Console) -> tuple[Path, bool]:
+def prepare_base(config: RunConfig, folder: Path, dtype: torch.dtype) -> tuple[Path, bool]:
     """The folder of the prepared 4-bit base, and whether it was written now rather than found.
 
     Raises ConfigError if the model's weights are damaged or stored in a format that is not read.
@@ -70,9 +70,6 @@ def prepare_base(config: RunConfig, folder: Path, dtype: torch.dtype, console: C
     model = build_empty_model(folder, dtype=dtype)
     tensors = dict.fromkeys(base_tensors(model, load_in_4bit=True, double_quant=double_quant).values())
     prepared, identity = prepared_folder(folder, dtype=dtype, double_quant=double_quant)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("quantising", total=len(tensors))
-        written = write_prepared(
-            prepared, identity, tensors, CheckpointWeights(folder), advance=lambda: progress.advance(bar)
-        )
+    with Bar("quantising the base", len(tensors)) as bar:
+        written = write_prepared(prepared, identity, tensors, CheckpointWeights(folder), advance=bar.advance)
     return prepared, written

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from malora_dist.cache import build_once, default_cache_dir
 from malora_dist.errors import ConfigError
+from malora_dist.progress import tell
 
 
 def resolve_model(name_or_path: str, revision: str | None = None, cache_dir: Path | None = None) -> Path:
@@ -69,6 +70,7 @@ def _write_converted(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    tell(f"converting {path.name} to a model folder in the cache, once")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

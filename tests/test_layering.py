@@ -19,7 +19,7 @@ FLOORS = {
     4: ["parallel", "model", "checkpoint", "scoring"],
     3: ["nn", "data", "plan", "launch", "summary", "source", "weights"],
     2: ["config", "methods", "report", "trackers"],
-    1: ["topology", "metrics", "traffic", "cache", "outcome"],
+    1: ["topology", "metrics", "traffic", "cache", "outcome", "progress"],
     0: ["errors", "atomic", "functional", "cluster_files"],
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}

@@ -12,6 +12,7 @@ from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.errors import DataError
 from malora_dist.functional.routing import Routing
+from malora_dist.progress import tracked
 
 ROW_TOKENS = 2048
 
@@ -65,7 +66,7 @@ def collect(
 
     device = next(model.parameters()).device
     with deciding(model, note):
-        for row in _rows(samples):
+        for row in tracked("measuring gates, rows", _rows(samples)):
             batch = collate(row).to(device)
             # Without a mask or cache, transformers keeps packed samples apart by their positions.
             model(

@@ -16,6 +16,7 @@ from malora_dist.config.load import config_from_dict
 from malora_dist.convert.kinds import KINDS, Options, check_options, find_kind, kinds_for, methods_that_fit
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.model import load_base_model
+from malora_dist.progress import Bar
 from malora_dist.source import resolve_model
 from malora_dist.weights.fingerprint import base_fingerprint
 
@@ -106,7 +107,8 @@ class Job:
         """
         folder, device = self.base_folder(info), self.options.device or "cpu"
         check_base(self._checkpoint, folder)
-        return load_base_model(folder, dtype=torch.float32, load_in_4bit=False, device=device)
+        with Bar("reading the base model, tensors") as bar:
+            return load_base_model(folder, dtype=torch.float32, load_in_4bit=False, device=device, place=bar.advance)
 
 
 def check_base(checkpoint: Checkpoint | None, base: Path) -> None:

@@ -17,6 +17,7 @@ from malora_dist.convert.job import Job, check_base
 from malora_dist.convert.verify import logits_of, text_rows
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.model import load_base_model
+from malora_dist.progress import tracked
 from malora_dist.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
 from malora_dist.weights.tensor_file import read_header, write_tensors
 
@@ -108,7 +109,7 @@ class _Merge:
         share_file(target)
 
     def _values(self, names: Any) -> Iterator[Tensor]:
-        for name in names:
+        for name in tracked("merging, tensors", names):
             value = self.reader.read([name])
             yield self._merged(value, self.layers[name]) if name in self.layers else value
 

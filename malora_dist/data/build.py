@@ -1,8 +1,10 @@
 """All data of a run from its `data` section: the mixture to train on and the questions to evaluate with."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from malora_dist.data.tokenize import (
     read_task,
     tokenizer_fingerprint,
 )
+from malora_dist.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,34 @@ def build_data(
 ) -> PreparedData:
     """Read, check, split and tokenise all tasks, or load them from the cache. Safe to call on all ranks at once.
 
-    `look` is called often; it may raise to end the work, of which finished tasks are kept.
+    `look` is called often; it may raise to end the work, of which finished tasks are kept. The process that does it
+    shows how far it is.
     Raises DataError as `malora_dist.data.tasks.load_task` does.
     """
     cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir is not None else default_cache_dir()
     tasks: list[TaskTokens] = []
     tokenizer_key = tokenizer_fingerprint(tokenizer)
-    for task_id, task in enumerate(data.tasks):
-        encoder = Encoder(
-            tokenizer, data.max_seq_length, task.prompt_template, task.response_template, task.scoring, look
-        )
-        folder, _ = prepare_task(_task_settings(data, task), encoder, cache_dir, tokenizer_key=tokenizer_key)
-        first_id = sum(len(earlier.train) for earlier in tasks)
-        tasks.append(read_task(folder, task_id=task_id, first_id=first_id))
+    with Bar("preparing the tasks") as bar:
+        for task_id, task in enumerate(data.tasks):
+            encoder = Encoder(
+                tokenizer,
+                data.max_seq_length,
+                task.prompt_template,
+                task.response_template,
+                task.scoring,
+                partial(_watch, look, bar, task.name),
+            )
+            folder, _ = prepare_task(_task_settings(data, task), encoder, cache_dir, tokenizer_key=tokenizer_key)
+            first_id = sum(len(earlier.train) for earlier in tasks)
+            tasks.append(read_task(folder, task_id=task_id, first_id=first_id))
     return _prepared(data, tasks)
+
+
+def _watch(look: Callable[[], None], bar: Bar, task: str, work: str, done: int, total: int) -> None:
+    look()
+    # Of the processes that wait one at most may say so.
+    if done or total or os.environ.get("RANK", "0") == "0":
+        bar.update(done, total, f"task {task}: {work}")
 
 
 def _task_settings(data: DataConfig, task: TaskConfig) -> dict[str, object]:

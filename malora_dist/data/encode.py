@@ -1,7 +1,7 @@
 """Examples as token ids, cut between prompt and answer where training and evaluation cut alike."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +26,7 @@ from malora_dist.data.templates import (
     prompt_text,
     response_text,
 )
+from malora_dist.data.watch import Watch, unwatched
 from malora_dist.errors import DataError
 
 Ids = npt.NDArray[np.int32]
@@ -81,7 +82,7 @@ class Encoder:
 
     What the tokenizer puts around a text stands around it once, also where a template writes it too. A prompt that is
     too long loses its start (never what every text begins with). A response that alone is too long loses its end:
-    `counts` reports both, `prompts_cut` and `responses_cut`. `look` is called every few hundred examples; it may raise.
+    `counts` reports both, `prompts_cut` and `responses_cut`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -89,7 +90,7 @@ class Encoder:
     prompt_template: str = PROMPT_TEMPLATE
     response_template: str = RESPONSE_TEMPLATE
     scoring: str = TEXT
-    look: Callable[[], None] = lambda: None
+    watch: Watch = unwatched
 
     def samples(self, examples: Sequence[Example], task_id: int, counts: Counter[str]) -> list[Sample]:
         """Training samples with sample_id 0, 1, ...; adds to `counts`. Raises DataError for a text of no tokens."""
@@ -131,7 +132,7 @@ class Encoder:
 
     def _cuts(self, examples: Sequence[Example]) -> Iterator[_Cut]:
         for first in range(0, len(examples), BATCH_EXAMPLES):
-            self.look()
+            self.watch("tokenising", first, len(examples))
             batch = examples[first : first + BATCH_EXAMPLES]
             prompts = [prompt_text(example, self.prompt_template, self.scoring) for example in batch]
             answers = [self._answer_texts(example) for example in batch]

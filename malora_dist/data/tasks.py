@@ -1,7 +1,7 @@
 """A task from its files to checked, clean, separate splits."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from malora_dist.data.checks import DEFAULT_FIELDS, RowRules
@@ -10,6 +10,7 @@ from malora_dist.data.example import COMPLETION, MULTIPLE_CHOICE, Example
 from malora_dist.data.row import BadRow
 from malora_dist.data.rows import find_files, read_rows
 from malora_dist.data.splits import Size, Splits, cap, cut_splits, drop_repeated, remove_leaks
+from malora_dist.data.watch import Watch, unwatched
 from malora_dist.errors import DataError
 
 __all__ = ["COMPLETION", "DEFAULT_FIELDS", "MULTIPLE_CHOICE", "Example", "TaskData", "load_task"]
@@ -39,6 +40,7 @@ class _Reader:
     skip_bad_rows: bool
     counts: Counter[str]
     labels: Counter[int | None]
+    watch: Watch
 
     def read(self, patterns: Sequence[str] | None) -> tuple[Example, ...]:
         """All examples of the files. Raises DataError on the first bad rows, unless they are skipped."""
@@ -48,6 +50,7 @@ class _Reader:
         problems: list[str] = []
         files = find_files(patterns, task=self.rules.task)
         for row in (row for path in files for row in read_rows(path)):
+            self.watch("reading rows", self.counts["rows_read"], 0)
             self.counts["rows_read"] += 1
             try:
                 kind = self.kind or self.rules.kind_of(row)
@@ -99,18 +102,17 @@ def load_task(
     on_bad_row: str = "error",
     near_duplicate_threshold: float | None = 0.8,
     split_seed: int = 0,
-    look: Callable[[], None] = lambda: None,
+    watch: Watch = unwatched,
 ) -> TaskData:
     """Read, check and split one task; paths may be globs. How a row is read is told by `RowRules`.
 
-    `look` is called often and may raise.
     `kind` None is settled by the first row. Validation and test are files, or are cut from `train` by the sizes.
     Raises DataError naming file, line and field of bad rows (with on_bad_row="skip" they are counted instead),
     for missing or empty files, and when no row is left to train on.
     """
     counts: Counter[str] = Counter()
     rules = RowRules(name, fields, template_fields, optional_fields, group_by, choices, first_label)
-    reader = _Reader(rules, kind, on_bad_row == "skip", counts, Counter())
+    reader = _Reader(rules, kind, on_bad_row == "skip", counts, Counter(), watch)
     rows = reader.read(_as_list(train))
     unique = drop_repeated(rows)
     counts["duplicates_removed"] = len(rows) - len(unique)
@@ -120,7 +122,7 @@ def load_task(
         reader.read(_as_list(validation)) if validation is not None else cut.validation,
         reader.read(_as_list(test)) if test is not None else cut.test,
     )
-    splits, removed = remove_leaks(splits, near_duplicate_threshold=near_duplicate_threshold, look=look)
+    splits, removed = remove_leaks(splits, near_duplicate_threshold=near_duplicate_threshold, watch=watch)
     counts.update(removed)
     if not splits.train:
         raise DataError(f"task {name!r}: evaluation rows repeat every training row ({dict(removed)}); none is left")

@@ -16,6 +16,7 @@ from malora_dist.nn.head import install_loss_head
 from malora_dist.parallel.groups import World, from_main, gather_lists, on_main
 from malora_dist.parallel.nodes import this_node
 from malora_dist.parallel.zero import partition_at_once, partition_parts
+from malora_dist.progress import Bar
 from malora_dist.source import native_dtype
 from malora_dist.weights.base_tensor import Weights
 from malora_dist.weights.checkpoint import CheckpointWeights
@@ -40,16 +41,18 @@ def base_model(
     dtype = base_dtype(config, world)
     attention = attention_for(config.model.attn_implementation, read_model_config(folder), dtype, world.device)
     weights, where = _weights(config, folder, dtype, world)
-    model = load_base_model(
-        folder,
-        dtype=dtype,
-        load_in_4bit=config.model.load_in_4bit,
-        double_quant=config.model.bnb_4bit_use_double_quant,
-        attn_implementation=attention,
-        device=world.device,
-        weights=weights,
-        **_placement(config, world, deepspeed_settings, between, in_parts=isinstance(weights, PreparedWeights)),
-    )
+    with Bar("reading the base model, tensors", active=world.is_main) as bar:
+        before = _after(between, bar.advance)
+        model = load_base_model(
+            folder,
+            dtype=dtype,
+            load_in_4bit=config.model.load_in_4bit,
+            double_quant=config.model.bnb_4bit_use_double_quant,
+            attn_implementation=attention,
+            device=world.device,
+            weights=weights,
+            **_placement(config, world, deepspeed_settings, before, in_parts=isinstance(weights, PreparedWeights)),
+        )
     logging.getLogger(LOGGER).info("base model: %s; this process read %.1f MiB", where, weights.bytes_read / 2**20)
     logging.getLogger(LOGGER).info("attention: %s", attention)
     if not install_loss_head(model):
