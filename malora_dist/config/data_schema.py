@@ -145,9 +145,22 @@ class TaskConfig(Section):
             yield Rule(("validation_size", "test_size"), f"with test_size={self.test_size} leaves no row to train on")
 
 
+def template_names(template: str) -> list[str]:
+    """The names of fields in a template, in order. Raises ValueError if it cannot be filled with texts."""
+    names = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if conversion not in (None, "r", "s", "a"):
+            raise ValueError(f"{{{name}!{conversion}}}: the conversions are !r, !s and !a")
+        format("", spec or "")
+        names.append(name)
+    return names
+
+
 def _template_rules(key: str, template: str, needed: str) -> Iterator[Rule]:
     try:
-        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        names = template_names(template)
     except ValueError as error:
         yield Rule((key,), f"is not a template: {error} (write {{{{ for a brace)")
         return

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from malora_dist.cache import default_cache_dir
 from malora_dist.config.data_schema import DataConfig, TaskConfig
 from malora_dist.data.encode import ChoiceItem, Encoder, Sample
-from malora_dist.data.mixture import EpochCounts, Indices, mixture_shares
+from malora_dist.data.mixture import Indices, epoch_counts, mixture_shares
 from malora_dist.data.store import TaskTokens, TrainStore
 from malora_dist.data.tokenize import (
     EVALUATION_SPLITS,
@@ -142,7 +142,7 @@ def _prepared(data: DataConfig, tasks: Sequence[TaskTokens]) -> PreparedData:
     sizes = tuple(len(task.train) for task in tasks)
     weights = [task.weight for task in data.tasks]
     shares = mixture_shares(sizes, data.mixture, temperature=data.temperature, weights=weights)
-    per_epoch = EpochCounts(shares, sum(sizes)).of(0)
+    per_epoch = epoch_counts(shares, sum(sizes))
     evaluation = {
         split: {name: task.evaluation[split] for name, task in zip(names, tasks, strict=True)}
         for split in EVALUATION_SPLITS

@@ -47,6 +47,7 @@ class Sample:
 
     @property
     def tokens(self) -> int:
+        """Tokens of prompt and response."""
         return len(self.input_ids)
 
 

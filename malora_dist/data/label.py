@@ -32,6 +32,8 @@ def read_label(row: Row, field: str, choices: Texts, keys: Texts, first_label: i
     if index is None or not 0 <= index < len(choices):
         among = f"is not among the {len(choices)} choices {list(choices)}"
         hint = "" if number is None else f"; numbers count from {first_label} (`first_label` of the task)"
+        if isinstance(value, bool):
+            hint = "; true and false are choices that say so: yes and no, or true and false"
         raise BadRow(f"{row.source}: field {field!r}: {short(value)} {among}{hint}")
     return index
 

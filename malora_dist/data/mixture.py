@@ -75,6 +75,11 @@ class EpochCounts:
         return tuple(counts)
 
 
+def epoch_counts(shares: Sequence[float], epoch_size: int, epoch: int = 0) -> tuple[int, ...]:
+    """Samples of each task in one epoch."""
+    return EpochCounts(shares, epoch_size).of(epoch)
+
+
 def epoch_order(
     sizes: Sequence[int], shares: Sequence[float], *, seed: int, epoch: int, counts: EpochCounts | None = None
 ) -> Indices:

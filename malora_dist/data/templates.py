@@ -5,6 +5,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from malora_dist.config.data_schema import template_names
 from malora_dist.data.choices import LETTERS
 from malora_dist.data.example import Example
 from malora_dist.errors import DataError
@@ -20,7 +21,7 @@ FIELD = re.compile(r"[^\W\d]\w*(\.([^\W_]\w*))*")
 def template_fields(template: str) -> tuple[str, ...]:
     """Names of the fields in a template, in order. Raises DataError for a broken template or an unnamed field."""
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        names = template_names(template)
     except ValueError as error:
         raise DataError(f"template {template!r}: {error} (write {{{{ for a brace)") from error
     for name in names:
@@ -31,11 +32,13 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 def fill(template: str, values: Mapping[str, str], source: str = "") -> str:
     """The template with its fields filled in. Raises DataError naming a field that `values` lacks."""
-    missing = [name for name in template_fields(template) if name not in values]
-    if missing:
+    try:
+        return _Filler().vformat(template, (), values)
+    except KeyError as error:
+        template_fields(template)
         place = f"{source}: " if source else ""
-        raise DataError(f"{place}template {template!r}: no field {missing[0]!r}; known here: {sorted(values)}")
-    return _Filler().vformat(template, (), values)
+        known = f"known here: {sorted(values)}"
+        raise DataError(f"{place}template {template!r}: no field {error.args[0]!r}; {known}") from error
 
 
 class _Filler(string.Formatter):

@@ -86,6 +86,10 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
         broken("data", {"tasks": [{**TASK, "test_size": 0.5, "validation_size": 0.5}]}, "leaves no row"),
         broken("data", {"tasks": [{**TASK, "prompt_template": "Q: {question}"}]}, "must contain {prompt}"),
         broken("data", {"tasks": [{**TASK, "prompt_template": "{prompt} }"}]}, "is not a template"),
+        broken(
+            "data", {"tasks": [{**TASK, "prompt_template": "{prompt:d}"}]}, "is not a template: Unknown format code"
+        ),
+        broken("data", {"tasks": [{**TASK, "response_template": "{response!x}"}]}, "is not a template: {response!x}"),
         broken("data", {"tasks": [{**TASK, "weight": 0}]}, "data.tasks[0].weight=0", "greater than 0"),
         broken("data", {"tasks": [{**TASK, "choices": [False, True]}]}, "data.tasks[0].choices", 'write "yes", "no"'),
         broken("data", {"tasks": [{**TASK, "choices": ["a"]}]}, "data.tasks[0].choices", "must be 2 to 26 texts"),

@@ -77,6 +77,33 @@ def test_a_token_that_crosses_the_boundary_belongs_to_the_answer(spaces: str) ->
     assert tokenizer.decode(sample.input_ids[sample.prompt_length :]) == " red<end>"
 
 
+def test_any_texts_give_the_tokens_of_both_together(tokenizer: PreTrainedTokenizerBase) -> None:
+    draw = random.Random("texts")
+    parts = [
+        "red",
+        " ",
+        "  ",
+        "\n",
+        "the",
+        "wall",
+        "é",
+        "日本",
+        "\N{PARTY POPPER}",
+        "e\u0301",
+        "\u200b",
+        "'s",
+        '"',
+        "\t",
+        "7",
+    ]
+    pairs = [("".join(draw.choices(parts, k=5)), "".join(draw.choices(parts, k=3))) for _ in range(200)]
+    for (prompt, answer), (ids, end) in zip(pairs, encode_texts(tokenizer, pairs), strict=True):
+        assert ids == tokenizer(prompt + answer)["input_ids"]
+        if tokenizer.backend_tokenizer.normalizer is None and tokenizer.convert_tokens_to_ids("Ċ") is not None:
+            first, rest = (tokenizer.decode(part) for part in (ids[:end], ids[end:]))
+            assert first + rest == prompt + answer and prompt.startswith(first) and rest.endswith(answer)
+
+
 def test_offsets_that_leave_out_blanks_hide_no_token() -> None:
     """Tokenizers of GPT-NeoX and RoBERTa report the places of tokens without the blanks that they cover."""
     from tokenizers.processors import ByteLevel

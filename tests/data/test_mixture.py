@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from malora_dist.data.mixture import EpochCounts, epoch_order, mixture_shares
+from malora_dist.data.mixture import EpochCounts, epoch_counts, epoch_order, mixture_shares
 from malora_dist.errors import DataError
 
 SIZES = (1000, 250, 10)
@@ -46,6 +46,7 @@ def test_counts_are_the_shares_rounded_in_each_epoch_and_over_all() -> None:
         for epoch in range(40):
             assert np.array_equal(counts.before(epoch), total)
             here = np.asarray(counts.of(epoch))
+            assert tuple(here) == epoch_counts(shares.tolist(), size, epoch)
             total += here
             assert here.sum() == size and here.min() >= 0
             assert np.abs(total - shares * size * (epoch + 1)).max() < 1.5
@@ -63,7 +64,7 @@ def test_a_task_whose_share_is_below_one_sample_gets_its_turn() -> None:
 @pytest.mark.parametrize("mixture", ["proportional", "uniform", "temperature"])
 def test_an_epoch(mixture: str) -> None:
     shares = mixture_shares(SIZES, mixture)
-    counts = EpochCounts(shares, sum(SIZES)).of(0)
+    counts = epoch_counts(shares, sum(SIZES))
     task_of = np.repeat(np.arange(3), SIZES)
     order = epoch_order(SIZES, shares, seed=1, epoch=0)
     assert tuple(np.bincount(task_of[order], minlength=3)) == counts

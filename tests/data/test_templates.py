@@ -39,7 +39,9 @@ def test_completion() -> None:
     assert response_text(example, "<{response}>") == "<{r}\n>"
 
 
-@pytest.mark.parametrize("template", ["{", "{}", "{0}", "{prompt.__class__}", "{prompt[0]}"])
+@pytest.mark.parametrize(
+    "template", ["{", "{}", "{0}", "{prompt.__class__}", "{prompt[0]}", "{prompt:d}", "{prompt!x}"]
+)
 def test_broken_templates(template: str) -> None:
     with pytest.raises(DataError, match="template"):
         template_fields(template)
