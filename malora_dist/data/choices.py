@@ -34,6 +34,8 @@ def read_choices(row: Row, field: Field, fixed: Sequence[str] | None) -> tuple[T
     two, more than there are letters, an empty one or one that is there twice.
     """
     if fixed is not None:
+        if has_choices(row, field, None):
+            raise BadRow(f"{row.source}: field {field!r} holds choices, and the task has its own: `choices`")
         return tuple(choice.strip() for choice in fixed), ()
     if isinstance(field, str):
         (values, keys), where = _listed(row, field), f"field {field!r}"

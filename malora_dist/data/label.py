@@ -14,8 +14,8 @@ SAYS = {True: ("true", "yes"), False: ("false", "no")}
 def read_label(row: Row, field: str, choices: Texts, keys: Texts, first_label: int = 0) -> int:
     """Index of the right choice. Raises BadRow if the field names none.
 
-    A number counts from `first_label`. A text is a choice, else a choice's key, its letter, its number. True and false
-    are the choices that say so (yes, no).
+    A text is a choice, else a choice's key, its letter, its number. A number is a choice's key, else it counts from
+    `first_label`. True and false are the choices that say so (yes, no).
     """
     value = needed_field(row, field, "label")
     number = number_of(value)
@@ -26,8 +26,9 @@ def read_label(row: Row, field: str, choices: Texts, keys: Texts, first_label: i
     elif number is None:
         raise BadRow(f"{row.source}: field {field!r} must be a number, a letter or a choice, is {shown(value)}")
     else:
-        index = None
-    if index is None and number is not None:
+        index = keys.index(str(number)) if str(number) in keys else None
+    # Beside keys that are numbers, another number is none of them.
+    if index is None and number is not None and not any(key.isdecimal() for key in keys):
         index = number - first_label
     if index is None or not 0 <= index < len(choices):
         among = f"is not among the {len(choices)} choices {list(choices)}"
@@ -49,7 +50,7 @@ def number_of(value: Any) -> int | None:
 
 
 def is_counted(value: Any, choices: Texts, index: int) -> bool:
-    """Whether the label is a number that was counted from 0 to find the choice."""
+    """Whether the label is a number that was counted from 0, as far as the choice that it led to tells."""
     return number_of(value) == index and str(value).strip() not in choices
 
 

@@ -320,7 +320,7 @@ def is_usable(example: Example, options: dict[str, Any]) -> bool:
     texts = [example.prompt, example.response, *example.choices]
     assert all(isinstance(text, str) and text.strip() and text.encode("utf-8") for text in texts)
     assert example.choices == () or example.choices[example.label or 0] == example.response
-    return example.choices in ((), *([options["choices"]] if "choices" in options else [example.choices]))
+    return not example.choices or example.choices == options.get("choices", example.choices)
 
 
 def test_reading_names_each_row_once(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def test_all_formats_give_the_same_examples(name: str, tmp_path: Path) -> None:
         (["2", "1"], "1", 1),  # and before a number
         ({"text": ["no", "yes"], "label": ["1", "2"]}, "2", 1),  # a key goes before a number
         ([{"text": "no", "label": "x"}, {"text": "yes", "label": "y"}], "y", 1),
+        ({"text": ["no", "yes"], "label": [1, 2]}, 1, 0),  # also of a number
+        ({"text": ["no", "yes"], "label": ["A", "B"]}, 1, 1),
         ('["no", "yes"]', 1, 1),
         (["no", "yes"], 1.0, 1),  # a whole column is of fractions where one number is missing
         (["no", "yes"], "1.0", 1),
@@ -79,6 +81,10 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "label too large": ({**GOOD, "label": 2}, "field 'label': 2 is not among the 2 choices"),
     "label negative": ({**GOOD, "label": -1}, "field 'label': -1 is not among"),
     "label letter too far": ({**GOOD, "label": "C"}, "field 'label': 'C' is not among"),
+    "label beside keys": (
+        {**GOOD, "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "label": 0},
+        "field 'label': 0 is not among",
+    ),
     "label text unknown": ({**GOOD, "label": "maybe"}, "field 'label': 'maybe' is not among"),
     "label true": ({**GOOD, "choices": ["a", "b"], "label": True}, "field 'label': True is not among the 2 choices"),
     "label fraction": ({**GOOD, "label": 1.5}, "field 'label' must be a number, a letter or a choice, is float 1.5"),
@@ -228,6 +234,12 @@ def test_a_field_that_is_missing_says_how_to_name_it(write_jsonl: Any) -> None:
     fields = {**ROLES, "prompt": "question", "choices": ("A", "B"), "label": "answer"}
     with pytest.raises(DataError, match=r"field 'A' is missing; .* \(`fields: \{choices: NAME\}`"):
         load_task(name="t", train=path, fields=fields)
+
+
+def test_choices_of_the_task_hide_none_of_a_row(write_jsonl: Any) -> None:
+    path = write_jsonl("t.jsonl", [GOOD])
+    with pytest.raises(DataError, match=r"t\.jsonl:1: field 'choices' holds choices, and the task has its own"):
+        load_task(name="t", train=path, choices=("yes", "no"))
 
 
 def test_a_group_is_the_same_as_number_and_as_fraction(write_jsonl: Any) -> None:
