@@ -1,5 +1,7 @@
 """The `data` section as a whole: ids, shares, counts, caching, and the loader on top of it."""
 
+import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,27 @@ def test_two_tasks(data_section: dict[str, Any], tokenizer: PreTrainedTokenizerB
     assert data.evaluation["test"]["completion"] == data.evaluation["validation"]["choice"] == []
     cut = data.counts["completion"]["prompts_cut"]
     assert data.warnings() == [f"task completion: {cut} prompts lost their start to fit max_seq_length"]
+
+
+def test_it_says_how_far_it_is(
+    data_section: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: 31.0 * next(seconds))
+    data = build(data_section, tokenizer)
+    said = capsys.readouterr().err
+    for line in (
+        "choice: reading rows: 2",
+        "choice: comparing with held-out rows: 29 of 30",
+        "completion: tokenising: 0",
+    ):
+        assert f"task {line}" in said
+    assert f"task completion: tokenising: 0 of {data.train_sizes[1]}\n" in said
+    build(data_section, tokenizer)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_task_that_is_hardly_seen_is_named(data_section: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
