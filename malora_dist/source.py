@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from malora_dist.cache import build_once, default_cache_dir
 from malora_dist.errors import ConfigError
+from malora_dist.progress import tell
 
 # Weights, tokenizers in all their forms, chat templates.
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe"]
@@ -115,6 +116,7 @@ def _write_converted(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    tell(f"converting {path.name} to a model folder in the cache, once")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(

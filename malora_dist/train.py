@@ -39,7 +39,9 @@ from malora_dist.engine.setup import (
     engine_config,
     new_stepper,
     optimizer_settings,
+    total_steps,
     train_loader,
+    unseen_tasks,
 )
 from malora_dist.engine.step import Stepper
 from malora_dist.engine.stop import Agreement, Preempted, deadline_of
@@ -51,6 +53,7 @@ from malora_dist.parallel.consistency import SHARED_SECONDS, check_consistency, 
 from malora_dist.parallel.expert_groups import create_expert_groups
 from malora_dist.parallel.groups import on_main, start_processes
 from malora_dist.parallel.zero import resident_bytes
+from malora_dist.positions import position_notes
 from malora_dist.source import resolve_model
 from malora_dist.trackers import check_trackers
 from malora_dist.vocabulary import check_tokens
@@ -102,14 +105,17 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
         base_facts = check_support(config, folder, tokenizer, dtype)
         data = build_data(config.data, tokenizer, look)
         check_tokens(data, base_facts.spare_tokens)
+        lengths = position_notes(data, folder, trust_remote_code=trusted)
     baseline = on_main(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
     outputs = session.open()
     outputs.notes([*check_plan(config, world.size).notes, *notes, *base_facts.notes])
     outputs.data(data)
+    outputs.notes(lengths)
 
     base = base_identity(config, folder, world)
     loader = train_loader(config, data, world)
+    outputs.notes(unseen_tasks(config, data, loader))
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
     stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
@@ -207,7 +213,7 @@ def _build(
     model = base_model(config, folder, world, settings, agreement.check)
     report, wire = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
     outputs.injection(report)
-    steps = config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
+    steps = total_steps(config, loader)
     position.enter("starting DeepSpeed")
     engine = build_engine(
         model,

@@ -49,10 +49,10 @@ def prepare_task(
     folder = cache_dir / "data" / f"{settings['name']}-{key[:20]}"
 
     def build(target: Path) -> None:
-        _write_task(target, load_task(**settings, look=encoder.look), encoder)
+        _write_task(target, load_task(**settings, watch=encoder.watch), encoder)
 
     try:
-        build_once(folder, build, encoder.look)
+        build_once(folder, build, lambda: encoder.watch("waiting for the process that prepares it", 0, 0))
     except OSError as error:
         raise DataError(f"data.cache_dir: {folder.parent} cannot be written: {error}") from error
     return folder, key

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from malora_dist.data.loader import MicroBatch
 from malora_dist.data.packed_row import PackedRow
-from malora_dist.errors import ConfigError
 from malora_dist.functional.dropout import token_keys
 from malora_dist.nn.head import loss_head
 from malora_dist.nn.inject import mixture_layers

@@ -103,6 +103,24 @@ def train_loader(config: RunConfig, data: PreparedData, world: World) -> TrainLo
     )
 
 
+def total_steps(config: RunConfig, loader: TrainLoader) -> int:
+    """Return the optimizer steps of the whole run."""
+    return config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
+
+
+def unseen_tasks(config: RunConfig, data: PreparedData, loader: TrainLoader) -> list[str]:
+    """Return a note on each task of which the run draws no sample."""
+    steps = total_steps(config, loader)
+    return [
+        f"task {task}: none of its {size} samples is drawn in the {steps} steps of this run, its share of the mixture "
+        f"is {share:.2g}; see data.mixture and the task's weight"
+        for task, size, share, drawn in zip(
+            data.task_names, data.train_sizes, data.shares, loader.drawn(steps), strict=True
+        )
+        if drawn == 0
+    ]
+
+
 def new_stepper(
     config: RunConfig, data: PreparedData, engine: Any, world: World, wire: Wire | None, position: Position
 ) -> Stepper:
