@@ -11,8 +11,8 @@ from malora_dist.errors import CheckpointError
 EXIT_FILE = "exit.json"
 # What makes a folder that of a run.
 RUN_FILES = {
-    "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", "exit.json", "metrics.jsonl",
-    "report", "train.log",
+    "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", "exit.json", "measured_on.json",
+    "metrics.jsonl", "report", "train.log",
 }  # fmt: skip
 FINISHED, PREEMPTED, FAILED = "finished", "preempted", "failed"
 # 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.

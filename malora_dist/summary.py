@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from malora_dist.config.matrix import Plan
 from malora_dist.config.schema import RunConfig
@@ -46,7 +47,8 @@ def summary_table(config: RunConfig, plan: Plan, world_sizes: list[int], *, worl
         "output": config.output_dir,
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        # A name in brackets is no markup.
+        table.add_row(name, Text(value))
     return table
 
 

@@ -99,7 +99,12 @@ def bash(script: str, *arguments: str, env: dict[str, str]) -> subprocess.Comple
         (
             "multi_node.sh",
             {"HOSTFILE": "h"},
-            "malora [launch] [deepspeed] [r.yaml] [--hostfile] [h] [--master_port] [29500] [a b]",
+            "malora [launch] [deepspeed] [r.yaml] [--hostfile] [h] [a b]",
+        ),
+        (
+            "multi_node.sh",
+            {"HOSTFILE": "h", "MASTER_PORT": "7"},
+            "malora [launch] [deepspeed] [r.yaml] [--hostfile] [h] [--master_port] [7] [a b]",
         ),
         (
             "torchrun.sh",

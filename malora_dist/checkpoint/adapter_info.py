@@ -51,7 +51,7 @@ def adapter_config(info: AdapterInfo) -> dict[str, object]:
 def read_adapter_info(folder: Path) -> AdapterInfo:
     """Read adapter_config.json. Raises CheckpointError if it is missing, damaged or not from this package."""
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if "peft_type" in config and "malora" not in config:
             raise CheckpointError(
                 f"{folder} is an adapter of PEFT, without the block `malora` of this package: "

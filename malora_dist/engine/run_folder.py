@@ -13,6 +13,8 @@ from malora_dist.errors import CheckpointError, ConfigError, TrainingError
 from malora_dist.outcome import RUN_FILES
 
 LOCK_SECONDS, LOCK_SHARE = 30, 0.8
+# The recipe, base and rows that eval.json and baseline.json are of, until a checkpoint says so.
+MEASURED_ON = "measured_on.json"
 
 
 def claim_run_folder(output_dir: str | Path) -> tuple[Path, FileLock]:
@@ -86,6 +88,19 @@ def read_evaluations(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(str(found))
     return found
+
+
+def read_measured_on(path: Path) -> Any:
+    """What the evaluations in a run's folder were measured on; None if that is not known."""
+    if not path.exists():
+        return None
+    return _read_json(path)
+
+
+def forget_evaluations(folder: Path) -> None:
+    """Remove what earlier starts of a run without a checkpoint have measured. Raises OSError."""
+    for name in ("eval.json", "baseline.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
