@@ -17,6 +17,7 @@ from typing import Any
 
 from malora_dist.atomic import write_bytes
 from malora_dist.errors import MaloraError
+from malora_dist.json_text import parse_json
 
 Record = dict[str, Any]
 
@@ -178,18 +179,14 @@ def read_metrics(path: Path) -> list[Record]:
 
 def _parse(path: Path, number: int, line: bytes) -> Record:
     try:
-        record = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise MaloraError(f"{path}:{number}: damaged, not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get(KIND), str):
         raise MaloraError(f"{path}:{number}: damaged, not a record with {KIND!r}")
     if type(record.get(STEP, 0)) is not int or (record[KIND] == RESUME and STEP not in record):
         raise MaloraError(f"{path}:{number}: damaged, its {STEP!r} is no whole number")
     return {key: value if key in _TEXT_KEYS else _restore_non_finite(value) for key, value in record.items()}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _spell_non_finite(value: Any) -> Any:

@@ -20,7 +20,7 @@ FLOORS = {
     3: ["nn", "data", "plan", "launch", "summary", "source", "weights"],
     2: ["config", "methods", "report", "trackers"],
     1: ["topology", "metrics", "traffic", "cache", "outcome"],
-    0: ["errors", "atomic", "functional", "cluster_files", "terminal"],
+    0: ["errors", "atomic", "functional", "cluster_files", "terminal", "json_text", "locks"],
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 WITHOUT_TORCH = ["cli", "config", "launch", "plan", "summary", "report", "metrics", "trackers", "topology", "traffic"]

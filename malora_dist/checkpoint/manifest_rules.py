@@ -48,7 +48,7 @@ def check_document(path: Path, document: Mapping[str, Any]) -> None:
     for name, record in document["files"].items():
         if not PLAIN_NAME.fullmatch(name) or name == path.name:
             raise CheckpointError(f"{path}: files has {name!r}, which must be the plain name of another file beside it")
-        _check_rule(path, f"files[{name!r}]", record, OBJECT)
+        check_rule(path, f"files[{name!r}]", record, OBJECT)
         _check_keys(path, f"files[{name!r}]", record, FILE)
     _check_keys(path, "tensors", document["tensors"], TENSORS)
     for kind, file_of in document["tensors"].items():
@@ -64,10 +64,11 @@ def _check_keys(path: Path, where: str, value: Mapping[str, Any], rules: Mapping
     for key, rule in rules.items():
         if key not in value:
             raise CheckpointError(f"{path}: {prefix}{key} is missing; it {rule[0]}")
-        _check_rule(path, f"{prefix}{key}", value[key], rule)
+        check_rule(path, f"{prefix}{key}", value[key], rule)
 
 
-def _check_rule(path: Path, key: str, value: Any, rule: Rule) -> None:
+def check_rule(path: Path, key: str, value: Any, rule: Rule) -> None:
+    """Raise CheckpointError, naming file, key, value and rule, unless the value keeps the rule."""
     text, holds = rule
     if not holds(value):
         shown = repr(value)

@@ -5,7 +5,6 @@ value; another value is an error that names both. What this package cannot run, 
 """
 
 import difflib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from malora_dist.config.deepspeed_keys import (
 )
 from malora_dist.config.schema import RunConfig
 from malora_dist.errors import ConfigError
+from malora_dist.json_text import parse_json
 from malora_dist.topology import accumulation_steps
 
 AUTO = "auto"
@@ -65,15 +65,8 @@ def recipe_values(config: RunConfig, world_size: int) -> dict[str, int | float]:
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file. Raises ConfigError if it is missing, is no JSON object or holds a key twice."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"parallel.ds_config={path}: the key {key!r} is given twice")
-        return dict(pairs)
-
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        data = parse_json(Path(path).read_bytes())
     except OSError as error:
         raise ConfigError(f"parallel.ds_config={path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:

@@ -3,7 +3,6 @@
 What it cannot write ends the run on all processes alike.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from malora_dist.engine.progress import LOGGER, console, start_logging
 from malora_dist.engine.run_folder import MEASURED_ON, forget_evaluations, read_evaluations, read_measured_on
 from malora_dist.engine.selection import Tasks, score
 from malora_dist.errors import TrainingError
+from malora_dist.json_text import parse_json
 from malora_dist.metrics import CHECKPOINT, EVAL, ROUTING, MetricsWriter
 from malora_dist.nn.inject import InjectionReport
 from malora_dist.parallel.groups import World, from_main, on_main
@@ -168,7 +168,7 @@ class RunOutputs:
         path = self.folder / name
         if not on_main(path.exists, self.world):
             self._write(name, measure())
-        content: dict[str, Any] = on_main(lambda: json.loads(path.read_text(encoding="utf-8")), self.world)
+        content: dict[str, Any] = on_main(lambda: parse_json(path.read_bytes()), self.world)
         return content
 
     def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:

@@ -1,6 +1,5 @@
 """The files of a run folder as one value; what a run did not write is None or empty."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from malora_dist.errors import MaloraError
+from malora_dist.json_text import parse_json
 from malora_dist.metrics import EVAL, KIND, ROUTING, RUN, STEP, TASKS, TRAIN, Record, read_metrics, without_lost_steps
 from malora_dist.report.rules import check_adapter, check_config, check_counts, check_evaluations, check_record, clean
 
@@ -123,10 +123,10 @@ def _json(path: Path, check: Callable[[Path, Mapping[str, Any]], None]) -> dict[
     if not path.is_file():
         return {}
     try:
-        return _mapping(path, json.loads(path.read_bytes()), check)
+        return _mapping(path, parse_json(path.read_bytes()), check)
     except OSError as error:
         raise MaloraError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise MaloraError(f"{path} is damaged, not JSON: {error}") from error
 
 
@@ -147,10 +147,10 @@ def _count_parameters(path: Path) -> int | None:
         if length > path.stat().st_size:
             raise MaloraError(f"{path} is damaged: its header is longer than the file")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             shapes = [
                 [int(size) for size in entry["shape"]] for name, entry in header.items() if name != "__metadata__"
             ]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MaloraError(f"{path} is damaged: its header is none of safetensors: {error!r}") from error
     return sum(math.prod(shape) for shape in shapes)

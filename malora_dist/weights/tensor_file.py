@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from malora_dist.json_text import parse_json
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,14 +53,30 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == LENGTH_BYTES else size
         if LENGTH_BYTES + length > size:
             raise ValueError("the header is longer than the file")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
     header.pop("__metadata__", None)
     places = {name: _place(name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
     if any(place.end > size for place in places.values()):
         raise ValueError(f"the file ends after {size} bytes, before its last tensor does")
+    _check_offsets(header, size - LENGTH_BYTES - length)
     return places
+
+
+def _check_offsets(header: dict[str, object], size: int) -> None:
+    """Raise ValueError unless the tensors lie one behind the other and fill the file, as the format wants."""
+    offsets = [
+        entry["data_offsets"] for entry in header.values() if isinstance(entry, dict) and "data_offsets" in entry
+    ]
+    places = [place for place in offsets if isinstance(place, list) and [type(end) for end in place] == [int, int]]
+    end = 0
+    for start, stop in sorted(places):
+        if start != end or stop < start:
+            raise ValueError(f"a tensor lies at bytes {start} to {stop}, the one before it ends at {end}")
+        end = stop
+    if len(places) == len(header) and end != size:
+        raise ValueError(f"its tensors end after {end} bytes, the file has {size} for them")
 
 
 def _place(name: str, entry: object, data_start: int) -> TensorPlace:
