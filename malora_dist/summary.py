@@ -1,8 +1,8 @@
 """What `malora validate` shows: a recipe's essentials, with what follows from them. Needs no torch."""
 
 import glob
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -64,7 +64,7 @@ def _missing(config: RunConfig) -> Iterator[str]:
     for task in config.data.tasks:
         for split in ("train", "validation", "test"):
             for pattern in getattr(task, split) or ():
-                if not Path(pattern).exists() and not glob.glob(pattern, recursive=True):
+                if not os.path.exists(pattern) and not glob.glob(pattern, recursive=True):
                     yield pattern
 
 

@@ -35,7 +35,7 @@ from malora_dist.checkpoint.layout import MANIFEST
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.shards import file_record
 from malora_dist.checkpoint.store import CheckpointStore
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, brief
 from malora_dist.methods import factor_shapes
 from malora_dist.nn.inject import adapter_parameters, inject_adapters, remove_adapters
 from malora_dist.weights.tensor_file import TensorPlace, read_elements, read_header, write_tensors
@@ -115,7 +115,7 @@ def open_weights(folder: Path, info: AdapterInfo) -> AdapterTensors:
     for key, place in weights_header(folder).items():
         name, alone = model_name(key)
         if name in places:
-            raise CheckpointError(f"{path}: {key} is {name}, which another tensor of the file is too")
+            raise CheckpointError(f"{path}: {brief(key)} is {brief(name)}, which another tensor of the file is too")
         places[name], shapes[name] = place, (1, *place.shape) if alone else place.shape
     tensors = AdapterTensors(info=info, path=path, shapes=shapes, read=partial(_read, path, places, shapes))
     _check_factors(tensors)
@@ -148,7 +148,7 @@ def weights_header(folder: Path) -> dict[str, TensorPlace]:
     for key, place in header.items():
         if not place.dtype.is_floating_point:
             raise CheckpointError(
-                f"{path}: {key} is {place.dtype}; the weights of an adapter are floating-point numbers"
+                f"{path}: {brief(key)} is {place.dtype}; the weights of an adapter are floating-point numbers"
             )
     return header
 
@@ -184,8 +184,7 @@ def _check_factors(tensors: AdapterTensors) -> None:
     spec, wanted = tensors.info.spec, dict[str, tuple[int, ...]]()
     for name, shape in tensors.shapes.items():
         if 0 in shape or not name.rpartition(".")[0] or len(name) > LONGEST_NAME:
-            shown = name if len(name) <= LONGEST_NAME else f"{name[:60]}..."
-            raise CheckpointError(f"{tensors.path}: {shown} of shape {shape} is no factor of a layer's adapter")
+            raise CheckpointError(f"{tensors.path}: {brief(name)} of shape {shape} is no factor of a layer's adapter")
     for layer, factors in tensors.layers().items():
         found = {factor: tensors.shapes[f"{layer}.{factor}"] for factor in factors}
         inputs = next((found[name][-1] for name in ("shared_A", "A", "gate") if found.get(name)), 0)
@@ -244,7 +243,7 @@ def _fill(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> No
 def _check_names(path: Path, wanted: Iterable[str], found: Iterable[str], whose: str) -> None:
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unknown:
-        which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which {whose} has not"
+        which = f"lacks {brief(missing[0])}" if missing else f"has {brief(unknown[0])}, which {whose} has not"
         raise CheckpointError(f"{path} {which} ({len(missing)} missing, {len(unknown)} unknown)")
 
 

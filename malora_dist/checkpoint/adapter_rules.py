@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.checkpoint.manifest_rules import DIGEST, OBJECT, POSITIVE, TEXT, Rule, check_rule
-from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.errors import CheckpointError, ConfigError, short
 from malora_dist.methods import METHODS, MixtureSpec, mixture_spec
 
 
@@ -62,7 +62,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: malora.{key} is missing; it {rule[0]}")
     for key in TWICE:
         if key in config and config[key] != block.get(key, False):
-            raise CheckpointError(f"{path}: {key}={config[key]!r} must be malora.{key}={block.get(key, False)!r}")
+            raise CheckpointError(f"{path}: {key}={short(config[key])} must be malora.{key}={block.get(key, False)!r}")
 
 
 def read_spec(path: Path, block: Mapping[str, Any]) -> MixtureSpec:

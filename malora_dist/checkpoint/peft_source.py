@@ -19,7 +19,7 @@ from malora_dist.checkpoint.adapter import (
 )
 from malora_dist.checkpoint.adapter_info import PEFT_NAMES, PREFIX, read_config
 from malora_dist.checkpoint.folder import file_in
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, brief, short
 from malora_dist.methods import mixture_spec
 
 # What says nothing of the function, or is read below.
@@ -109,10 +109,10 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         # 1 equals true, and is none.
         if not any(value == known and type(value) is type(known) for known in (*values, {}, [])):
             why = "it changes the base's own weights" if key == "init_lora_weights" else "our layers have no such thing"
-            raise CheckpointError(f"{folder / CONFIG}: {key}={json.dumps(value)} is not read: {why}")
+            raise CheckpointError(f"{folder / CONFIG}: {brief(key)}={brief(json.dumps(value))} is not read: {why}")
     for key, (rule, holds) in VALUES.items():
         if not holds(config.get(key)):
-            raise CheckpointError(f"{folder / CONFIG}: {key}={json.dumps(config.get(key))} must be {rule}")
+            raise CheckpointError(f"{folder / CONFIG}: {key}={brief(json.dumps(config.get(key)))} must be {rule}")
 
 
 def _one_rank_and_alpha(folder: Path, config: Mapping[str, Any], layers: Sequence[str]) -> tuple[int, float]:
@@ -123,14 +123,14 @@ def _one_rank_and_alpha(folder: Path, config: Mapping[str, Any], layers: Sequenc
         found = {layer: _pattern_value(patterns, layer, config.get(key)) for layer in layers}
         if len(set(found.values())) > 1:
             raise CheckpointError(
-                f"{folder / CONFIG}: {pattern} gives layers {', '.join(map(str, sorted(set(found.values()))))}; "
+                f"{folder / CONFIG}: {pattern} gives layers {brief(', '.join(sorted(map(str, set(found.values())))))}; "
                 f"an adapter of ours has one {key}"
             )
         numbers[key] = next(iter(found.values()))
         known = (int,) if key == "r" else (int, float)
         if type(numbers[key]) not in known or not 0 < numbers[key] < LARGEST:
             what = "an integer of at least 1" if key == "r" else "a positive number"
-            raise CheckpointError(f"{folder / CONFIG}: {key}={numbers[key]!r} must be {what}")
+            raise CheckpointError(f"{folder / CONFIG}: {key}={short(numbers[key])} must be {what}")
     return int(numbers["r"]), float(numbers["lora_alpha"])
 
 
@@ -149,7 +149,7 @@ def _layers(folder: Path) -> list[str]:
     for key in weights_header(folder):
         end = next((name for name in names if key.endswith(name)), None)
         if end is None or not key.startswith(PREFIX):
-            raise CheckpointError(f"{folder / WEIGHTS}: tensor {key} is not part of a linear layer's LoRA")
+            raise CheckpointError(f"{folder / WEIGHTS}: tensor {brief(key)} is not part of a linear layer's LoRA")
         layers[key.removeprefix(PREFIX).removesuffix(end)] = None
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no tensor")

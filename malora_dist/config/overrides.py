@@ -8,7 +8,7 @@ from malora_dist.config.names import allows_null, canonical_key, hint, section_o
 from malora_dist.config.problems import Path, Problem, dotted
 from malora_dist.config.schema import RunConfig
 from malora_dist.config.yaml_reader import parse_value
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, brief, short
 
 # What --new-run is short for.
 NEW_RUN = "--train.resume_from_checkpoint=null"
@@ -39,12 +39,14 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
         key, equals, text = argument.removeprefix("--").partition("=")
         if not equals:
             if not argument.startswith("--"):
-                raise ConfigError(f"{argument!r} is not an override; write --section.key value or section.key=value")
+                raise ConfigError(
+                    f"{short(argument)} is not an override; write --section.key value or section.key=value"
+                )
             if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"{argument} needs a value: {argument} VALUE")
+                raise ConfigError(f"{brief(argument)} needs a value: {brief(argument)} VALUE")
             text = rest.pop(0)
         if "." not in key and key not in RunConfig.model_fields:
-            raise ConfigError(f"--{key}: {hint(RunConfig, key)} Overrides are written --section.key value")
+            raise ConfigError(f"--{brief(key)}: {hint(RunConfig, key)} Overrides are written --section.key value")
         pairs.append((key, parse_value(text, key)))
     return pairs
 
@@ -85,7 +87,7 @@ def _set(data: dict[str, Any], parts: list[str], value: Any) -> Path | str:
                 return f"name a task and its key: {'.'.join(map(str, path))}.TASK.KEY; the tasks are {names}"
             target, path, rest = target[index], (*path, index), rest[1:]
         if not isinstance(target, dict):
-            return f"{dotted(path)} is {target!r}, which has no keys"
+            return f"{dotted(path)} is {short(target)}, which has no keys"
         parts = rest
     if rest:
         return f"{name} is a single value, it has no {'.'.join(rest)}"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import yaml
 
 from malora_dist.config.problems import Path, Problem, raise_all
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, brief, short
 
 TAG = "tag:yaml.org,2002:"
 DIGITS = "[0-9](?:_?[0-9])*"
@@ -47,9 +47,9 @@ def _number(loader: yaml.SafeLoader, node: yaml.Node) -> int | float:
     number = text.replace("_", "").lower()
     kind = int if node.tag == f"{TAG}int" else float
     if not re.fullmatch(KINDS[kind.__name__][0], text):
-        raise _refused(f"{_short(text)} is no {'whole ' if kind is int else ''}number", node.start_mark)
+        raise _refused(f"{short(text)} is no {'whole ' if kind is int else ''}number", node.start_mark)
     if len(text) > MOST_DIGITS:
-        raise _refused(f"{_short(text)} is a number of more than {MOST_DIGITS} digits", node.start_mark)
+        raise _refused(f"{short(text)} is a number of more than {MOST_DIGITS} digits", node.start_mark)
     if kind is int:
         return int(number, 0) if number.lstrip("-+")[:2] in ("0x", "0o") else int(number)
     return float(number.replace(".inf", "inf").replace(".nan", "nan"))
@@ -67,12 +67,12 @@ def _text(loader: yaml.SafeLoader, node: yaml.Node) -> str:
 def _truth(loader: yaml.SafeLoader, node: yaml.Node) -> bool:
     text = _word(node)
     if not re.fullmatch(KINDS["bool"][0], text):
-        raise _refused(f"{_short(text)} is neither true nor false", node.start_mark)
+        raise _refused(f"{short(text)} is neither true nor false", node.start_mark)
     return text.lower() == "true"
 
 
 def _unknown(loader: yaml.SafeLoader, node: yaml.Node) -> None:
-    raise _refused(f"the tag {_short(node.tag.replace(TAG, '!!'))} has no meaning in a recipe", node.start_mark)
+    raise _refused(f"the tag {short(node.tag.replace(TAG, '!!'))} has no meaning in a recipe", node.start_mark)
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -135,7 +135,7 @@ def read_yaml(path: str | FilePath) -> tuple[dict[str, Any], dict[Path, int]]:
 
 def parse_value(text: str, key: str) -> Any:
     """The value of the command-line override of a key, read as YAML reads it. Raises ConfigError if it is none."""
-    where = f"--{key}={_short(text)}"
+    where = f"--{brief(key)}={short(text)}"
     data, _, twice = _read(text, f"{where}: ")
     raise_all(twice, where)
     return data
@@ -183,10 +183,6 @@ def _word(node: yaml.Node) -> str:
     if not isinstance(node, yaml.ScalarNode):
         raise _refused(f"{node.tag.replace(TAG, '!!')} must stand before a single word", node.start_mark)
     return str(node.value)
-
-
-def _short(text: str) -> str:
-    return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
 
 
 def _lines_and_duplicates(root: yaml.Node | None) -> tuple[dict[Path, int], list[Problem]]:

@@ -37,7 +37,10 @@ def checkpoint_facts(folder: Path) -> Facts:
     if facts["damaged"]:
         return facts
     shares = routing_shares(folder.parent.parent / METRICS, checkpoint.manifest.step)
-    return facts | adapter_facts(open_adapter(folder), shares)
+    try:
+        return facts | adapter_facts(open_adapter(folder), shares)
+    except CheckpointError as error:
+        return facts | {"damaged": [str(error)]}
 
 
 def _manifest_facts(manifest: Manifest) -> Facts:

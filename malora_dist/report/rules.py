@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from malora_dist.errors import MaloraError
+from malora_dist.errors import MaloraError, brief, short
 from malora_dist.metrics import (
     BASE_DTYPE,
     BASE_PARAMETERS,
@@ -124,9 +124,7 @@ def _mapping(path: Path, where: str, value: Any) -> Mapping[str, Any]:
 
 
 def _refuse(path: Path, where: str, value: Any, rule: str) -> None:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    raise MaloraError(f"{path} is damaged: {where}={shown} must be {rule}")
+    raise MaloraError(f"{path} is damaged: {brief(where)}={short(value)} must be {rule}")
 
 
 def clean(value: Any) -> Any:

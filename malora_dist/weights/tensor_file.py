@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from malora_dist.errors import brief, short
 from malora_dist.json_text import parse_json
 
 DTYPES = {
@@ -84,14 +85,14 @@ def _place(name: str, entry: object, data_start: int) -> TensorPlace:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
             pass
         case _:
-            raise ValueError(f"{name} has no dtype, shape and data_offsets in the header")
+            raise ValueError(f"{brief(name)} has no dtype, shape and data_offsets in the header")
     if dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {dtype}; those read are {', '.join(DTYPES)}")
+        raise ValueError(f"{brief(name)} has dtype {brief(dtype)}; those read are {', '.join(DTYPES)}")
     if start < 0 or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"{name} has shape {shape} from byte {start}; sizes must be integers of at least 0")
+        raise ValueError(f"{brief(name)} has shape {short(shape)} from byte {start}; sizes must be integers from 0 on")
     place = TensorPlace(DTYPES[dtype], tuple(shape), data_start + start)
     if place.end != data_start + stop:
-        raise ValueError(f"{name} has another number of bytes than its shape says")
+        raise ValueError(f"{brief(name)} has another number of bytes than its shape says")
     return place
 
 
