@@ -76,5 +76,5 @@ def _occupy_standard_files() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is given.
-            os.open(os.devnull, os.O_RDWR)
+            # The lowest free number is given. Launchers that we start have it too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)

@@ -11,6 +11,7 @@ from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, load_config, plain_config
 from malora_dist.config.changes import Change, changes
 from malora_dist.engine.base import base_quantizer
+from malora_dist.engine.run_folder import MEASURED_ON
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.outcome import FINISHED, read_outcome
 from malora_dist.parallel.groups import World, fail_together
@@ -74,7 +75,7 @@ def _check_begun_from(path: Path, run: Path) -> None:
 
 def _go_on(config: RunConfig, run: Path) -> Start:
     newest = CheckpointStore(run / CHECKPOINTS).latest()
-    if is_finished(run) or (newest is None and (run / "adapter").is_dir()):
+    if is_finished(run) or (newest is None and _is_of_old(run)):
         again = f" Or give train.resume_from_checkpoint={newest} and another output_dir." if newest else ""
         raise ConfigError(
             f"output_dir={run}: the run there is finished. --new-run starts another beside it; malora evaluate and "
@@ -85,6 +86,11 @@ def _go_on(config: RunConfig, run: Path) -> Start:
         return Start(str(run), None, (*_changed_since(config, run), _again(run)))
     notes = _compare_with_checkpoint(config, Checkpoint.open(newest).manifest, f"output_dir={run}")
     return Start(str(run), str(newest), notes)
+
+
+def _is_of_old(run: Path) -> bool:
+    """Whether a version without checkpoints has finished there; one of now may be killed once it has its adapter."""
+    return (run / "adapter").is_dir() and not (run / MEASURED_ON).exists()
 
 
 def _changed_since(config: RunConfig, run: Path) -> tuple[str, ...]:

@@ -94,6 +94,9 @@ def test_a_finished_run_is_an_error_with_ways_out(tmp_path: Path) -> None:
     (tmp_path / "old" / "adapter").mkdir()
     with pytest.raises(ConfigError, match="is finished"):
         find_start(config(tmp_path / "old"))
+    # Killed between its adapter and its only checkpoint.
+    (tmp_path / "old" / "measured_on.json").write_text("{}")
+    assert find_start(config(tmp_path / "old")).folder == str(tmp_path / "old")
 
 
 def test_another_recipe_is_refused_and_harmless_changes_are_reported(tmp_path: Path) -> None:
