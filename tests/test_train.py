@@ -240,8 +240,11 @@ def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(folder: 
     (run / "eval.json").write_text(
         json.dumps({"base": {"tasks": {"colour": {"n": 1, "accuracy": 1.0}}, "average": 1.0}})
     )
-    done = run_alone("malora_dist.train", short, folder)
+    # What a pod or a batch script leaves in the environment makes no second process.
+    around = {"WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "MASTER_PORT": "1"}
+    done = run_alone("malora_dist.train", short, folder, **around)
     assert done.code == 0 and "evaluations are done again" in done.output, done.output
+    assert "again, 1 process on cpu" in done.output
     assert json.loads((run / "eval.json").read_text())["base"]["tasks"]["colour"]["n"] == 37
     assert [record["step"] for record in records(run, "train")] == [1, 2]
     assert json.loads((run / "exit.json").read_text())["outcome"] == "finished"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.checkpoint.manifest_rules import DIGEST, OBJECT, POSITIVE, TEXT, Rule, check_rule
-from malora_dist.errors import CheckpointError, ConfigError, short
+from malora_dist.errors import CheckpointError, ConfigError, brief, short
 from malora_dist.methods import METHODS, MixtureSpec, mixture_spec
 
 
@@ -45,7 +45,7 @@ BLOCK: dict[str, Rule] = {
 }
 # What PEFT reads of the same, at the top.
 TWICE = ("r", "lora_alpha", "use_rslora")
-OPTIONAL: dict[str, Rule] = {"use_rslora": TRUTH, "weights_sha256": DIGEST}
+OPTIONAL: dict[str, Rule] = {"use_rslora": TRUTH, "trust_remote_code": TRUTH, "weights_sha256": DIGEST}
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -55,6 +55,9 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {key} is missing; it {rule[0]}")
         check_rule(path, key, config[key], rule)
     block = config["malora"]
+    for key in block.keys() - {"format_version", *BLOCK, *OPTIONAL}:
+        # Who has written it meant something by it.
+        raise CheckpointError(f"{path}: malora.{brief(key)} is not a key of this format")
     for key, rule in {**BLOCK, **OPTIONAL}.items():
         if key in block:
             check_rule(path, f"malora.{key}", block[key], rule)
