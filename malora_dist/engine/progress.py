@@ -27,7 +27,7 @@ def start_logging(log_file: Path | None) -> None:
     errors.setLevel(logging.ERROR)
     logger.addHandler(errors)
     if log_file is not None:
-        to_file = logging.FileHandler(log_file)
+        to_file = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
     for noisy in ("DeepSpeed", "transformers", "huggingface_hub"):
