@@ -8,7 +8,8 @@ from torch import nn
 
 from malora_dist.data.build import PreparedData
 from malora_dist.errors import ConfigError
-from malora_dist.model import build_empty_model, read_model_config
+from malora_dist.model import build_empty_model
+from malora_dist.model_config import read_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 ROWS_MORE = (0, 2)
 
 
-def position_notes(data: PreparedData, folder: Path) -> list[str]:
+def position_notes(data: PreparedData, folder: Path, *, trust_remote_code: bool = False) -> list[str]:
     """Return a note on each task with samples longer than the model of the folder was made for.
 
     Raises ConfigError if that model looks positions up in a table, which then has none for them.
     """
-    config: Any = read_model_config(folder)
+    config: Any = read_model_config(folder, trust_remote_code=trust_remote_code)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int):
         return []
@@ -35,8 +36,7 @@ def position_notes(data: PreparedData, folder: Path) -> list[str]:
                 f"task {task}: {longer} of {len(lengths)} samples are longer than the {limit} tokens that the base was "
                 f"made for (its max_position_embeddings), the longest {lengths.max()}; data.max_seq_length cuts them"
             )
-    # Every family has this attention.
-    if notes and _has_table(build_empty_model(folder, dtype=torch.float32, attn_implementation="eager"), limit):
+    if notes and _has_table(build_empty_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code), limit):
         raise ConfigError("\n  ".join([*notes, f"This base has no other positions: set data.max_seq_length={limit}"]))
     return notes
 

@@ -5,6 +5,7 @@ other tools load; the routed methods add a block `malora` to the config and keep
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,12 +23,13 @@ PEFT_NAMES = PEFT_LORA | {"magnitude": "lora_magnitude_vector"}
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """What an adapter folder says of its tensors."""
+    """What an adapter folder says of its tensors. trust_remote_code: whether code of the base's folder made them."""
 
     spec: MixtureSpec
     target_modules: tuple[str, ...]
     base_model: str
     lora_dropout: float
+    trust_remote_code: bool = False
 
 
 def adapter_config(info: AdapterInfo) -> dict[str, object]:
@@ -44,12 +46,17 @@ def adapter_config(info: AdapterInfo) -> dict[str, object]:
         "use_dora": info.spec.structure.magnitude,
         "bias": "none",
         "inference_mode": True,
-        "malora": {"format_version": FORMAT_VERSION, **asdict(info.spec)},
+        "malora": {
+            "format_version": FORMAT_VERSION,
+            **asdict(info.spec),
+            **({"trust_remote_code": True} if info.trust_remote_code else {}),
+        },
     }
 
 
-def read_adapter_info(folder: Path) -> AdapterInfo:
+def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     """Read adapter_config.json. Raises CheckpointError if it is missing, damaged or not from this package."""
+    folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text())
         if "peft_type" in config and "malora" not in config:
@@ -58,7 +65,7 @@ def read_adapter_info(folder: Path) -> AdapterInfo:
                 f"malora convert {folder} DST --to from-peft makes one of ours of it"
             )
         block = dict(config["malora"])
-        version = block.pop("format_version")
+        version, trusted = block.pop("format_version"), block.pop("trust_remote_code", False) is True
         if version > FORMAT_VERSION:
             raise CheckpointError(f"{folder / CONFIG}: format_version {version} is newer than {FORMAT_VERSION}")
         if block["method"] not in METHODS:
@@ -68,6 +75,7 @@ def read_adapter_info(folder: Path) -> AdapterInfo:
             target_modules=tuple(config["target_modules"]),
             base_model=config["base_model_name_or_path"],
             lora_dropout=config["lora_dropout"],
+            trust_remote_code=trusted,
         )
     except OSError as error:
         raise CheckpointError(f"{folder} is not an adapter folder: {CONFIG}: {error.strerror}") from error

@@ -18,7 +18,6 @@ from malora_dist.convert.job import Job
 from malora_dist.convert.subspace import subspace_of
 from malora_dist.data.build import build_data
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.model import load_tokenizer
 from malora_dist.nn.inject import remove_adapters
 from malora_dist.progress import tracked
 
@@ -37,7 +36,7 @@ def text_rows(job: Job, info: AdapterInfo) -> list[Tensor]:
 
     Raises ConfigError if there is neither.
     """
-    tokenizer = load_tokenizer(job.base_folder(info))
+    tokenizer = job.tokenizer(info)
     if job.options.text is not None:
         try:
             text = job.options.text.read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ from malora_dist.config import RunConfig
 from malora_dist.config.deepspeed import deepspeed_config
 from malora_dist.data.build import PreparedData
 from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.balance import BalanceSettings
 from malora_dist.engine.build import OptimizerSettings
-from malora_dist.engine.forward import BalanceSettings
 from malora_dist.engine.position import Position
 from malora_dist.engine.step import Stepper
 from malora_dist.nn.inject import InjectionReport, inject_adapters

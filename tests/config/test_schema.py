@@ -1,9 +1,11 @@
 import math
 import re
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from malora_dist.config import config_from_dict
+from malora_dist.config import AdapterConfig, config_from_dict
 from malora_dist.config.names import leaves, section_of
 from malora_dist.config.schema import RunConfig
 from malora_dist.errors import ConfigError
@@ -142,3 +144,22 @@ def test_values_people_write() -> None:
     assert config.model.dtype == "bfloat16"
     assert config.adapter.target_modules == ("q_proj", "v_proj")
     assert config.train.report_to == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "targets"),
+    [
+        ("all-linear", ("all-linear",)),
+        ("q_proj, v_proj", ("q_proj", "v_proj")),
+        (r".*\.(q_proj|v_proj)", (r".*\.(q_proj|v_proj)",)),
+        (r".*\.layers\.\d{1,2}\.mlp\..*,o_proj", (r".*\.layers\.\d{1,2}\.mlp\..*", "o_proj")),
+        (["q_proj", r".*[0,1]\.mlp.*"], ("q_proj", r".*[0,1]\.mlp.*")),
+    ],
+)
+def test_targets_are_names_patterns_or_all(given: Any, targets: tuple[str, ...]) -> None:
+    assert AdapterConfig(target_modules=given).target_modules == targets
+
+
+def test_a_pattern_that_is_none_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"is no regular expression: missing \)"):
+        AdapterConfig(target_modules=[r".*\.(q_proj"])
