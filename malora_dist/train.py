@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.checkpoint.read import Checkpoint
-from malora_dist.config import RunConfig, config_text, load_config, split_arguments
+from malora_dist.config import RunConfig, config_text, load_config, plain_config, split_arguments
+from malora_dist.config.changes import decisive
 from malora_dist.config.matrix import check_plan
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.loader import TrainLoader
@@ -47,6 +48,7 @@ from malora_dist.engine.step import Stepper
 from malora_dist.engine.stop import Agreement, Preempted, deadline_of
 from malora_dist.engine.window import Window
 from malora_dist.errors import ConfigError, NonFiniteError
+from malora_dist.launch.ranks import place_of
 from malora_dist.model import load_tokenizer
 from malora_dist.model_config import read_model_config
 from malora_dist.parallel.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
@@ -71,7 +73,7 @@ def _start(arguments: Sequence[str]) -> None:
     check_trackers(config.train.report_to)
     if config.train.deterministic:
         use_deterministic_algorithms()
-    position = Position(int(os.environ.get("RANK", "0")))
+    position = Position(place_of(os.environ)[0])
     agreement = Agreement(alive=position.alive)
     with watched(position, config.parallel.timeout_seconds, agreement.request):
         world = start_processes(config.parallel.timeout_seconds)
@@ -114,6 +116,8 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     outputs.notes(lengths)
 
     base = base_identity(config, folder, world)
+    if session.start.checkpoint is None:
+        outputs.measured_on({"recipe": decisive(plain_config(config)), "base": base, "rows": data.digests})
     loader = train_loader(config, data, world)
     outputs.notes(unseen_tasks(config, data, loader))
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
@@ -126,7 +130,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     best_by = f"{config.train.best_metric} {config.train.best_baseline or ''}".strip()
     session.state = LoopState(best=Best(by=best_by)) if checkpoint is None else checkpoints.restore(checkpoint, best_by)
     if checkpoint is not None:
-        outputs.resumed(session.state.step, str(checkpoint.folder))
+        outputs.resumed(session.state.step, checkpoint, validated=session.state.validated)
     elif session.start.folder is not None:
         outputs.resumed(0, None)
     measure = _Measurement(config, data, stepper, agreement, packing)

@@ -20,13 +20,13 @@ FLOORS = {
     3: ["nn", "data", "launch", "summary", "source", "weights", "buffers", "model_config", "vocabulary"],
     2: ["config", "methods", "report", "trackers"],
     1: ["topology", "metrics", "traffic", "cache", "outcome", "progress"],
-    0: ["errors", "atomic", "functional", "cluster_files"],
+    0: ["errors", "atomic", "functional", "cluster_files", "terminal", "locks", "json_text"],
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 WITHOUT_TORCH = ["cli", "config", "launch", "plan", "summary", "report", "metrics", "trackers", "topology", "traffic"]
-WITHOUT_TORCH += ["methods", "errors", "cache", "outcome", "atomic", "cluster"]
+WITHOUT_TORCH += ["methods", "errors", "cache", "outcome", "atomic", "cluster", "terminal"]
 # Folders of tests that run whole systems and mirror no module.
-WHOLE_SYSTEM = ("slurm", "gpu", "strict", "breaks")
+WHOLE_SYSTEM = ("slurm", "gpu", "strict", "breaks", "fuzz")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

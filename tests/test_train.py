@@ -32,6 +32,7 @@ CHECKPOINT = {
 }  # fmt: skip
 RUN_FILES = {
     "config.yaml", "metrics.jsonl", "eval.json", "data.json", "train.log", "report/index.html", "exit.json", ".lock",
+    "measured_on.json",
     *(f"adapter/{name}" for name in ADAPTER), "checkpoints/latest", "checkpoints/best",
     *(f"checkpoints/step-{step:06d}/{name}" for step in (3, 6) for name in CHECKPOINT),
 }  # fmt: skip
@@ -227,6 +228,26 @@ def test_what_cannot_run_is_refused(folder: Path) -> None:
     assert "q_porj" in target and "q_proj" in target
     assert [(folder / "runs" / f"wrong{number}").exists() for number in range(3)] == [False, False, True]
     assert "q_porj" in (folder / "runs" / "wrong2" / "train.log").read_text()
+
+
+def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(folder: Path) -> None:
+    """Numbers that belong to the failed one's recipe do not become the other's."""
+    run = folder / "runs" / "again"
+    short = ["recipe.yaml", *ALONE, "--output_dir", "runs/again", "--train.max_steps", "2", "--train.report_to", "none"]
+    short += ["--train.eval_steps", "null"]
+    done = run_alone("malora_dist.train", [*short, "--adapter.target_modules", "[q_porj]"], folder)
+    assert done.code == 2 and json.loads((run / "exit.json").read_text())["outcome"] == "failed"
+    (run / "eval.json").write_text(
+        json.dumps({"base": {"tasks": {"colour": {"n": 1, "accuracy": 1.0}}, "average": 1.0}})
+    )
+    # What a pod or a batch script leaves in the environment makes no second process.
+    around = {"WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "MASTER_PORT": "1"}
+    done = run_alone("malora_dist.train", short, folder, **around)
+    assert done.code == 0 and "evaluations are done again" in done.output, done.output
+    assert "again, 1 process on cpu" in done.output
+    assert json.loads((run / "eval.json").read_text())["base"]["tasks"]["colour"]["n"] == 37
+    assert [record["step"] for record in records(run, "train")] == [1, 2]
+    assert json.loads((run / "exit.json").read_text())["outcome"] == "finished"
 
 
 def test_a_bad_row_ends_all_ranks_and_is_named(folder: Path) -> None:

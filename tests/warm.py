@@ -2,12 +2,12 @@
 
 import gc
 
+import datasets  # noqa: F401
 import deepspeed  # noqa: F401
 import matplotlib.figure
 import matplotlib.patches
 import matplotlib.ticker  # noqa: F401
 import peft  # noqa: F401
-import pyarrow.parquet  # noqa: F401
 import torch.distributed.tensor  # noqa: F401
 import transformers.generation
 import transformers.models.auto.modeling_auto

@@ -59,7 +59,7 @@ def packages() -> str:
 
 
 def main_versions() -> str:
-    names = ("triton", "transformers", "deepspeed", "bitsandbytes", "peft", "pyarrow", "pydantic", "pytest")
+    names = ("triton", "transformers", "deepspeed", "bitsandbytes", "peft", "datasets", "pydantic", "pytest")
     return ", ".join(f"{name} {installed(Requirement(name))}" for name in names)
 
 

@@ -3,6 +3,7 @@
 Whatever holds an adapter is read through `open_adapter`, one tensor at a time; `load_adapter` puts it on a model.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,14 +27,16 @@ from malora_dist.checkpoint.adapter_info import (
     file_shape,
     model_name,
     read_adapter_info,
+    read_config,
 )
 from malora_dist.checkpoint.disk import write_text
 from malora_dist.checkpoint.folder import file_in, new_folder
 from malora_dist.checkpoint.found import what_is
 from malora_dist.checkpoint.layout import MANIFEST
 from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.checkpoint.shards import file_record
 from malora_dist.checkpoint.store import CheckpointStore
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, brief
 from malora_dist.methods import factor_shapes
 from malora_dist.nn.inject import adapter_parameters, inject_adapters, remove_adapters
 from malora_dist.weights.tensor_file import TensorPlace, read_elements, read_header, write_tensors
@@ -42,6 +45,8 @@ __all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_f
 __all__ += ["put_adapter", "read_adapter_info", "save_adapter", "write_adapter_folder"]
 
 AnyPath = str | os.PathLike[str]
+# No name of a model's layers comes near it.
+LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,10 @@ def open_adapter(path: AnyPath) -> AdapterTensors:
     folder = _find(Path(path))
     if (folder / MANIFEST).is_file():
         return _open_checkpoint(folder)
-    return open_weights(folder, read_adapter_info(folder))
+    file_in(folder, CONFIG)
+    tensors = open_weights(folder, read_adapter_info(folder))
+    _check_seal(folder)
+    return tensors
 
 
 def _find(path: Path) -> Path:
@@ -104,14 +112,27 @@ def _find(path: Path) -> Path:
 
 def open_weights(folder: Path, info: AdapterInfo) -> AdapterTensors:
     """The tensors of an adapter folder whose config says `info`, PEFT's own folders among them. Raises as above."""
-    places, shapes = {}, {}
+    places, shapes = dict[str, TensorPlace](), dict[str, tuple[int, ...]]()
+    path = folder / WEIGHTS
     for key, place in weights_header(folder).items():
         name, alone = model_name(key)
+        if name in places:
+            raise CheckpointError(f"{path}: {brief(key)} is {brief(name)}, which another tensor of the file is too")
         places[name], shapes[name] = place, (1, *place.shape) if alone else place.shape
-    path = folder / WEIGHTS
     tensors = AdapterTensors(info=info, path=path, shapes=shapes, read=partial(_read, path, places, shapes))
     _check_factors(tensors)
     return tensors
+
+
+def _check_seal(folder: Path) -> None:
+    """Raise CheckpointError unless the weights are those that the config was written with, if it says which."""
+    wanted = read_config(folder)["malora"].get("weights_sha256")
+    found = None if wanted is None else file_record(folder / WEIGHTS).sha256
+    if found != wanted:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is damaged, or not the file that {CONFIG} belongs to: its SHA-256 is {found}, "
+            f"malora.weights_sha256 says {wanted}; if you have changed the weights, take that key out of the config"
+        )
 
 
 def weights_header(folder: Path) -> dict[str, TensorPlace]:
@@ -123,9 +144,15 @@ def weights_header(folder: Path) -> dict[str, TensorPlace]:
         )
     path = file_in(folder, WEIGHTS)
     try:
-        return read_header(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        header = read_header(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    for key, place in header.items():
+        if not place.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{path}: {brief(key)} is {place.dtype}; the weights of an adapter are floating-point numbers"
+            )
+    return header
 
 
 def _read(path: Path, places: Mapping[str, TensorPlace], shapes: Mapping[str, tuple[int, ...]], name: str) -> Tensor:
@@ -157,6 +184,9 @@ def _open_checkpoint(folder: Path) -> AdapterTensors:
 def _check_factors(tensors: AdapterTensors) -> None:
     """Every layer has the tensors of the method, and no other."""
     spec, wanted = tensors.info.spec, dict[str, tuple[int, ...]]()
+    for name, shape in tensors.shapes.items():
+        if 0 in shape or not name.rpartition(".")[0] or len(name) > LONGEST_NAME:
+            raise CheckpointError(f"{tensors.path}: {brief(name)} of shape {shape} is no factor of a layer's adapter")
     for layer, factors in tensors.layers().items():
         found = {factor: tensors.shapes[f"{layer}.{factor}"] for factor in factors}
         inputs = next((found[name][-1] for name in ("shared_A", "A", "gate") if found.get(name)), 0)
@@ -215,7 +245,7 @@ def _fill(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> No
 def _check_names(path: Path, wanted: Iterable[str], found: Iterable[str], whose: str) -> None:
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unknown:
-        which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which {whose} has not"
+        which = f"lacks {brief(missing[0])}" if missing else f"has {brief(unknown[0])}, which {whose} has not"
         raise CheckpointError(f"{path} {which} ({len(missing)} missing, {len(unknown)} unknown)")
 
 
@@ -230,8 +260,9 @@ def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor]
     partial_file = folder / f"{WEIGHTS}.partial"
     save_file(tensors, partial_file, metadata={"format": "pt"})
     share_file(partial_file)
+    seal = file_record(partial_file).sha256
     partial_file.replace(folder / WEIGHTS)
-    write_text(folder / CONFIG, json.dumps(adapter_config(info), indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(adapter_config(info, seal), indent=2) + "\n")
     write_text(folder / "README.md", card)
 
 
@@ -252,8 +283,9 @@ def fill_adapter_folder(
 ) -> None:
     """The files of `write_adapter_folder` in an empty folder that exists, for callers who rename it themselves."""
     stored = {file_key(info, name): (torch.float32, file_shape(info, shape)) for name, shape in shapes.items()}
-    write_tensors(folder / WEIGHTS, stored, _in_file_form(info, values))
-    write_text(folder / CONFIG, json.dumps(adapter_config(info), indent=2) + "\n")
+    digest = hashlib.sha256()
+    write_tensors(folder / WEIGHTS, stored, _in_file_form(info, values), observe=digest.update)
+    write_text(folder / CONFIG, json.dumps(adapter_config(info, digest.hexdigest()), indent=2) + "\n")
     write_text(folder / "README.md", card)
 
 

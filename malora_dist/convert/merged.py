@@ -91,7 +91,7 @@ def _check_base(
 ) -> None:
     """Raises CheckpointError unless the folder is the adapter's base, ConfigError if its weights cannot be added to."""
     with readable(base / "config.json"):
-        config: dict[str, Any] = json.loads((base / "config.json").read_text())
+        config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
         raise ConfigError(f"{base} holds quantised weights; give the unquantised model with --base")
     check_base(adapter.checkpoint, base)

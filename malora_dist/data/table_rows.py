@@ -1,6 +1,7 @@
 """Rows out of tables: CSV, TSV and Parquet. A row that does not fit the table is a bad row and moves no other."""
 
 import csv
+import glob
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,22 +85,26 @@ def _table_row(source: str, names: Sequence[str], cells: Sequence[str]) -> Row:
 
 def read_parquet(path: Path) -> Iterator[Row]:
     """All rows of a Parquet file. Raises DataError if it is none."""
-    # Imported late: JSONL files do not need it.
-    import pyarrow
-    from pyarrow import parquet
+    # Imported late: it takes seconds, and JSONL files do not need it.
+    from datasets import load_dataset
 
     number = 0
     try:
-        file = parquet.ParquetFile(path)
-        _refuse_twice(path, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
+        # Streaming: without it `datasets` writes a second copy of the rows to its own cache. As Arrow has them, since
+        # a column with a null would become one of fractions.
+        escaped = glob.escape(str(path.resolve()))
+        rows = load_dataset("parquet", data_files=escaped, split="train", streaming=True).with_format("arrow")
+        for batch in rows.iter(batch_size=ROWS_AT_ONCE):
             for row in _values(batch):
                 number += 1
                 source = f"{path}: row {number}"
                 yield Row(source, {}, row) if isinstance(row, str) else Row(source, row)
-    except (pyarrow.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:
         behind = f", behind row {number}" if number else ""
-        raise DataError(f"{path}: cannot be read as parquet{behind}: {error}") from error
+        why = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{path}: cannot be read as parquet{behind}: {why}") from error
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | str]:

@@ -27,10 +27,10 @@ def start_logging(log_file: Path | None) -> None:
     errors.setLevel(logging.ERROR)
     logger.addHandler(errors)
     if log_file is not None:
-        to_file = logging.FileHandler(log_file)
+        to_file = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
-    for noisy in ("DeepSpeed", "transformers", "huggingface_hub"):
+    for noisy in ("DeepSpeed", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # DeepSpeed still calls torch's collectives by their older names, and torch says so on every rank.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

@@ -68,4 +68,4 @@ def test_a_value_of_parquet_that_python_cannot_hold_is_a_bad_row(tmp_path: Path,
     parquet.write_table(pyarrow.table({"prompt": broken, "response": ["r"] * 3}), path)
     assert f"{path}: row 2: invalid UTF-8" in refusal(path)
     parquet.write_table(pyarrow.table([["p"], ["q"]], names=["prompt", "prompt"]), path)
-    assert f"{path}: two columns have the name 'prompt'" in refusal(path)
+    assert f"{path}: cannot be read as parquet: Multiple matches for FieldRef.Name(prompt)" in refusal(path)
