@@ -100,6 +100,7 @@ def build_data(
                 task.response_template,
                 task.scoring,
                 partial(_watch, look, bar, task.name),
+                data.on_bad_row == "skip",
             )
             folder, _ = prepare_task(_task_settings(data, task), encoder, cache_dir, tokenizer_key=tokenizer_key)
             first_id = sum(len(earlier.train) for earlier in tasks)

@@ -7,7 +7,7 @@ from typing import Any
 from malora_dist.data.choices import Field, has_choices, read_choices
 from malora_dist.data.example import COMPLETION, MULTIPLE_CHOICE, Example
 from malora_dist.data.label import is_counted, read_label
-from malora_dist.data.row import MISSING, BadRow, Row, find_field, needed_field, needed_text, shown
+from malora_dist.data.row import MISSING, BadRow, Row, find_field, needed_field, needed_text, shown, what_row_has
 
 DEFAULT_FIELDS: Mapping[str, Field] = {role: role for role in ("prompt", "choices", "label", "response")}
 
@@ -60,11 +60,14 @@ class RowRules:
         return example.label if is_counted(value, example.choices, example.label) else None
 
     def _extra(self, row: Row, name: str) -> str:
+        value = find_field(row.fields, name)
+        if value not in (None, MISSING) and not (isinstance(value, str) and not value.strip()):
+            return needed_text(row, name)
         if name in self.optional_fields:
-            value = find_field(row.fields, name)
-            if value in (None, MISSING) or (isinstance(value, str) and not value.strip()):
-                return ""
-        return needed_text(row, name)
+            return ""
+        state = {None: "is null", MISSING: "is missing"}.get(value, "is empty")
+        how = "`optional_fields` of the task names those that may be empty"
+        raise BadRow(f"{row.source}: field {name!r} {state}; {what_row_has(row, None)} ({how})")
 
 
 def _group(row: Row, name: str) -> str:

@@ -18,6 +18,7 @@ from malora_dist.data.boundary import (
     without_start,
 )
 from malora_dist.data.example import Example
+from malora_dist.data.row import BadRow
 from malora_dist.data.templates import (
     PROMPT_TEMPLATE,
     RESPONSE_TEMPLATE,
@@ -92,11 +93,15 @@ class Encoder:
     response_template: str = RESPONSE_TEMPLATE
     scoring: str = TEXT
     watch: Watch = unwatched
+    skip_bad_rows: bool = False
 
     def samples(self, examples: Sequence[Example], task_id: int, counts: Counter[str]) -> list[Sample]:
-        """Training samples with sample_id 0, 1, ...; adds to `counts`. Raises DataError for a text of no tokens."""
+        """Training samples with sample_id 0, 1, ...; adds to `counts`.
+
+        Raises BadRow for a text of no tokens, unless such rows are skipped.
+        """
         samples = []
-        for number, cut in enumerate(self._cuts(examples)):
+        for number, cut in enumerate(self._usable(examples, counts)):
             label = cut.example.label or 0
             answer = [*cut.answers[label], *self._ending(cut.answers[label], cut.texts[label])]
             prompt, (response,) = self._fit(cut, [answer], counts)
@@ -105,9 +110,9 @@ class Encoder:
         return samples
 
     def choice_items(self, examples: Sequence[Example], task_id: int, counts: Counter[str]) -> list[ChoiceItem]:
-        """Evaluation questions; adds to `counts`. Raises DataError for a text of no tokens."""
+        """Evaluation questions; adds to `counts`. Raises BadRow as `samples` does."""
         items = []
-        for cut in self._cuts(examples):
+        for cut in self._usable(examples, counts):
             assert cut.example.label is not None
             prompt, ids = self._fit(cut, cut.answers, counts)
             lengths = tuple(len(text.strip()) for text in cut.texts)
@@ -130,6 +135,17 @@ class Encoder:
             raise DataError(f"the tokenizer {self.tokenizer.name_or_path!r} has no end-of-text token (eos_token)")
         end = special_tokens(self.tokenizer)[1]
         return end if eos in end else [*end, eos]
+
+    def _usable(self, examples: Sequence[Example], counts: Counter[str]) -> Iterator[_Cut]:
+        for cut in self._cuts(examples):
+            has_prompt = bool(self._start(cut.prompt)[1])
+            if has_prompt and all(cut.answers):
+                yield cut
+            elif self.skip_bad_rows:
+                counts["bad_rows_skipped"] += 1
+            else:
+                what = "response" if has_prompt else "prompt"
+                raise BadRow(f"{cut.example.source}: the {what} has no tokens of its own")
 
     def _cuts(self, examples: Sequence[Example]) -> Iterator[_Cut]:
         for first in range(0, len(examples), BATCH_EXAMPLES):
@@ -157,8 +173,6 @@ class Encoder:
     def _fit(self, cut: _Cut, responses: list[Tokens], counts: Counter[str]) -> tuple[Tokens, list[Tokens]]:
         """Prompt and responses within the budget; the prompt keeps at least one token to predict from."""
         start, prompt = self._start(cut.prompt)
-        if not (start or prompt) or not all(cut.answers):
-            raise DataError(f"{cut.example.source}: prompt or response has no tokens of its own")
         room = self.max_seq_length - len(start) - 1
         counts["responses_cut"] += any(len(response) > room for response in responses)
         responses = [response[:room] for response in responses]

@@ -73,9 +73,11 @@ def needed_field(row: Row, name: str, role: str | None = None) -> Any:
 def what_row_has(row: Row, role: str | None) -> str:
     """The fields there are, and the key of a task that names another one."""
     names = sorted(map(str, row.fields))
-    shown = str(names) if len(names) <= FIELDS_SHOWN else f"{len(names)} fields, {names[:FIELDS_SHOWN]}, ..."
+    found = str(names) if len(names) <= FIELDS_SHOWN else f"{len(names)} fields, {names[:FIELDS_SHOWN]}, ..."
     how = f" (`fields: {{{role}: NAME}}` of the task names another)" if role is not None else ""
-    return f"the row has {shown}{how}"
+    if role == "choices":
+        how = " (`fields: {choices: NAME}` of the task names another or one each, `choices` holds those of all rows)"
+    return f"the row has {found}{how}"
 
 
 def needed_text(row: Row, name: str, role: str | None = None) -> str:

@@ -64,6 +64,9 @@ def test_a_field_that_is_missing_says_how_to_name_it(write_jsonl: Any) -> None:
     with pytest.raises(DataError) as error:
         load_task(name="t", train=path)
     assert "the row has ['answer', 'question'] (`fields: {prompt: NAME}` of the task names another)" in str(error.value)
+    named = {**ROLES, "prompt": "question", "response": "answer"}
+    with pytest.raises(DataError, match=r"field 'passage' is missing; .* \(`optional_fields` of the task names those"):
+        load_task(name="t", train=path, fields=named, template_fields=("passage",))
     fields = {**ROLES, "prompt": "question", "choices": ("A", "B"), "label": "answer"}
     with pytest.raises(DataError, match=r"field 'A' is missing; .* \(`fields: \{choices: NAME\}`"):
         load_task(name="t", train=path, fields=fields)

@@ -134,6 +134,8 @@ WRITERS: dict[str, Callable[[list[dict[str, Any]], random.Random], bytes]] = {
     ".csv": table,
     ".parquet": columns,
 }
+# Opening a Parquet file takes as long as ten others.
+FILES = {".jsonl": 250, ".json": 250, ".csv": 250, ".parquet": 50}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"choices": ("no", "yes")},
@@ -162,7 +164,7 @@ def test_any_file_gives_right_rows_or_an_error_in_words(tmp_path: Path, suffix: 
     draw = random.Random(f"rows {suffix}")
     path = tmp_path / f"t{suffix}"
     read = 0
-    for _ in range(250):
+    for _ in range(FILES[suffix]):
         path.write_bytes(a_file(draw, suffix))
         options = draw.choice(OPTIONS)
         try:
@@ -172,7 +174,7 @@ def test_any_file_gives_right_rows_or_an_error_in_words(tmp_path: Path, suffix: 
             continue
         assert all(is_usable(example, options) for example in examples)
         read += len(examples)
-    assert read > 10
+    assert read > FILES[suffix] // 25
 
 
 def is_usable(example: Example, options: dict[str, Any]) -> bool:
