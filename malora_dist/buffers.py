@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
+from malora_dist.model_config import SUPPORTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,9 +29,10 @@ def rebuild_buffers(model: "PreTrainedModel") -> set[str]:
     unwritten = {name for name in buffers if not torch.equal(zeros[name], ones[name])}
     lost = [*sorted(unwritten - set(model.state_dict())), *_others_on_meta(model)]
     if lost:
+        shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
         raise ConfigError(
             f"{type(model).__name__} is not supported: it keeps tensors that no checkpoint holds and that "
-            f"transformers' initialisation does not compute ({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''})"
+            f"transformers' initialisation does not compute ({shown}); {SUPPORTED}"
         )
     return unwritten
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 KEY = "model.trust_remote_code"
+SUPPORTED = "docs/models.md lists the families that are supported"
 NOT_RUN = (
     f"code of a model folder is not run unless the recipe says {KEY}: true, which gives it all rights that you have"
 )
@@ -95,8 +96,8 @@ def _check_family(folder: Path, content: dict[str, Any]) -> None:
     if code:
         raise ConfigError(f"{said} is code of its own ({', '.join(code)}); {NOT_RUN}")
     if known and kind in CONFIG_MAPPING:
-        raise ConfigError(f"{said} is no causal language model")
-    raise ConfigError(f"{said} is no model type of transformers {transformers.__version__}")
+        raise ConfigError(f"{said} is no causal language model; {SUPPORTED}")
+    raise ConfigError(f"{said} is no model type of transformers {transformers.__version__}; {SUPPORTED}")
 
 
 def _read(folder: Path, what: str, read: Callable[[], Any]) -> Any:

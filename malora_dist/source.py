@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from malora_dist.cache import build_once, default_cache_dir
 from malora_dist.errors import ConfigError
@@ -119,20 +120,31 @@ def _write_converted(path: Path, target: Path) -> None:
     tell(f"converting {path.name} to a model folder in the cache, once")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except Exception as error:  # of many families, for a file that anybody may have written
+        raise ConfigError(
+            f"model.name_or_path={str(path)!r}: transformers cannot read this GGUF file: {error}"
+        ) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
     # Not model.save_pretrained, which writes nothing on any process but the main one, and refuses GGUF models.
-    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored_tensors(model), target / "model.safetensors", metadata={"format": "pt"})
     # safetensors makes files for their owner only; a cache may be shared.
     (target / "model.safetensors").chmod(target.stat().st_mode & 0o666)
     model.config.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     tokenizer.save_pretrained(target)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: its parameters, of tied ones the first, and the buffers that it must keep."""
+    held: dict[str, Tensor] = dict(model.named_parameters())
+    held |= {name: tensor for name, tensor in model.named_buffers() if name in model.state_dict()}
+    return {name: tensor.detach().contiguous() for name, tensor in held.items()}
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

@@ -17,8 +17,8 @@ FLOORS = {
     6: ["train", "evaluate", "prepare", "bench", "start", "convert", "inspect"],
     5: ["engine", "positions"],
     4: ["parallel", "model", "checkpoint", "scoring", "plan"],
-    3: ["nn", "data", "launch", "summary", "source", "weights", "buffers", "model_config", "vocabulary"],
-    2: ["config", "methods", "report", "trackers"],
+    3: ["nn", "data", "launch", "summary", "source", "weights", "buffers", "vocabulary"],
+    2: ["config", "methods", "report", "trackers", "model_config"],
     1: ["topology", "metrics", "traffic", "cache", "outcome", "progress"],
     0: ["errors", "atomic", "functional", "cluster_files", "terminal", "locks", "json_text"],
 }
