@@ -94,7 +94,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
         folder = resolve_model(config.model.name_or_path, config.model.revision)
         described = read_model_config(folder)
         attention_for(config.model.attn_implementation, described, dtype, world.device)
-        check_rows(described, config.train.per_device_train_batch_size)
+        check_rows(described, config.train.per_device_train_batch_size, config.data.max_seq_length)
         data = build_data(config.data, load_tokenizer(folder), look)
     baseline = on_main(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
@@ -107,7 +107,8 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
     stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
-    packing = check_packing(stepper.engine, world, config.train.per_device_train_batch_size)
+    samples, longest = config.train.per_device_train_batch_size, config.data.max_seq_length
+    packing = check_packing(stepper.engine, world, samples, longest)
     window = Window(stepper)
     checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
     agreement.background = checkpoints.saver
