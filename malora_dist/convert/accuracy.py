@@ -26,12 +26,13 @@ def measure(model: Any, rows: Sequence[ChoiceItem] | Sequence[Sample], batch_tok
     """Return the record of the model as it is now; `batch_tokens` may be `auto`."""
     items = [as_question(row) for row in rows]
     device = next(model.parameters()).device
+    longest = max(len(item.prompt_ids) + len(ids) for item in items for ids in item.choice_ids)
     with Bar("measuring accuracy, forwards") as bar:
         scores = score_items(
             forward_of(model),
             items,
             batch_tokens=row_tokens(batch_tokens, device, is_masked(model)),
-            packing=packing_of(model),
+            packing=packing_of(model, longest=longest),
             device=device,
             progress=bar.update,
         )

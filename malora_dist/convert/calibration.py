@@ -68,7 +68,8 @@ def collect(
         return routing
 
     device = next(model.parameters()).device
-    limit = 1 if packing_of(model) is Packing.ALONE else ROW_TOKENS
+    longest = max(len(sample.input_ids) for sample in samples)
+    limit = 1 if packing_of(model, longest=longest) is Packing.ALONE else ROW_TOKENS
     with deciding(model, note):
         for row in tracked("measuring gates, rows", _rows(samples, limit)):
             cross_entropies(model, collate(row).to(device))
