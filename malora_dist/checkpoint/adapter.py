@@ -27,7 +27,6 @@ from malora_dist.checkpoint.adapter_info import (
     file_shape,
     model_name,
     read_adapter_info,
-    read_config,
 )
 from malora_dist.checkpoint.disk import write_text
 from malora_dist.checkpoint.folder import file_in, new_folder
@@ -36,17 +35,15 @@ from malora_dist.checkpoint.layout import MANIFEST
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.shards import file_record
 from malora_dist.checkpoint.store import CheckpointStore
+from malora_dist.checkpoint.weights_file import check_factors, check_names, check_seal, weights_header
 from malora_dist.errors import CheckpointError, brief
-from malora_dist.methods import factor_shapes
 from malora_dist.nn.inject import adapter_parameters, inject_adapters, remove_adapters
-from malora_dist.weights.tensor_file import TensorPlace, read_elements, read_header, write_tensors
+from malora_dist.weights.tensor_file import TensorPlace, read_elements, write_tensors
 
 __all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_folder", "load_adapter", "open_adapter"]
 __all__ += ["put_adapter", "read_adapter_info", "save_adapter", "write_adapter_folder"]
 
 AnyPath = str | os.PathLike[str]
-# No name of a model's layers comes near it.
-LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +88,7 @@ def open_adapter(path: AnyPath) -> AdapterTensors:
         return _open_checkpoint(folder)
     file_in(folder, CONFIG)
     tensors = open_weights(folder, read_adapter_info(folder))
-    _check_seal(folder)
+    check_seal(folder)
     return tensors
 
 
@@ -120,39 +117,8 @@ def open_weights(folder: Path, info: AdapterInfo) -> AdapterTensors:
             raise CheckpointError(f"{path}: {brief(key)} is {brief(name)}, which another tensor of the file is too")
         places[name], shapes[name] = place, (1, *place.shape) if alone else place.shape
     tensors = AdapterTensors(info=info, path=path, shapes=shapes, read=partial(_read, path, places, shapes))
-    _check_factors(tensors)
+    check_factors(tensors.path, tensors.info.spec, shapes)
     return tensors
-
-
-def _check_seal(folder: Path) -> None:
-    """Raise CheckpointError unless the weights are those that the config was written with, if it says which."""
-    wanted = read_config(folder)["malora"].get("weights_sha256")
-    found = None if wanted is None else file_record(folder / WEIGHTS).sha256
-    if found != wanted:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} is damaged, or not the file that {CONFIG} belongs to: its SHA-256 is {found}, "
-            f"malora.weights_sha256 says {wanted}; if you have changed the weights, take that key out of the config"
-        )
-
-
-def weights_header(folder: Path) -> dict[str, TensorPlace]:
-    """The tensors of an adapter folder by their keys. Raises CheckpointError if the file is no safetensors in it."""
-    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
-        raise CheckpointError(
-            f"{folder / 'adapter_model.bin'} is a pickle, which can run any code when it is read; only {WEIGHTS} is "
-            "read: save the adapter again as safetensors where you trust it"
-        )
-    path = file_in(folder, WEIGHTS)
-    try:
-        header = read_header(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    for key, place in header.items():
-        if not place.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{path}: {brief(key)} is {place.dtype}; the weights of an adapter are floating-point numbers"
-            )
-    return header
 
 
 def _read(path: Path, places: Mapping[str, TensorPlace], shapes: Mapping[str, tuple[int, ...]], name: str) -> Tensor:
@@ -177,27 +143,8 @@ def _open_checkpoint(folder: Path) -> AdapterTensors:
         read=partial(checkpoint.read, "adapter"),
         checkpoint=checkpoint,
     )
-    _check_factors(tensors)
+    check_factors(tensors.path, tensors.info.spec, tensors.shapes)
     return tensors
-
-
-def _check_factors(tensors: AdapterTensors) -> None:
-    """Every layer has the tensors of the method, and no other."""
-    spec, wanted = tensors.info.spec, dict[str, tuple[int, ...]]()
-    for name, shape in tensors.shapes.items():
-        if 0 in shape or not name.rpartition(".")[0] or len(name) > LONGEST_NAME:
-            raise CheckpointError(f"{tensors.path}: {brief(name)} of shape {shape} is no factor of a layer's adapter")
-    for layer, factors in tensors.layers().items():
-        found = {factor: tensors.shapes[f"{layer}.{factor}"] for factor in factors}
-        inputs = next((found[name][-1] for name in ("shared_A", "A", "gate") if found.get(name)), 0)
-        outputs = found["B"][1] if len(found.get("B", ())) == 3 else 0
-        wanted |= {f"{layer}.{factor}": shape for factor, shape in factor_shapes(spec, inputs, outputs).items()}
-    _check_names(tensors.path, wanted, tensors.shapes, f"a {spec.method} adapter")
-    for name, shape in wanted.items():
-        if tensors.shapes[name] != shape:
-            raise CheckpointError(
-                f"{tensors.path}: {name} has shape {tensors.shapes[name]}, {spec.method} of this config needs {shape}"
-            )
 
 
 def load_adapter(model: nn.Module, path: AnyPath) -> AdapterInfo:
@@ -233,20 +180,13 @@ def put_adapter(
 
 @torch.no_grad()
 def _fill(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> None:
-    _check_names(tensors.path, parameters, tensors.shapes, "this base")
+    check_names(tensors.path, parameters, tensors.shapes, "this base")
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != tensors.shapes[name]:
             raise CheckpointError(
                 f"{tensors.path}: {name} has shape {tensors.shapes[name]}, this base needs {tuple(parameter.shape)}"
             )
         parameter.copy_(tensors.read(name))
-
-
-def _check_names(path: Path, wanted: Iterable[str], found: Iterable[str], whose: str) -> None:
-    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    if missing or unknown:
-        which = f"lacks {brief(missing[0])}" if missing else f"has {brief(unknown[0])}, which {whose} has not"
-        raise CheckpointError(f"{path} {which} ({len(missing)} missing, {len(unknown)} unknown)")
 
 
 def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:

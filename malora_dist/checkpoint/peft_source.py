@@ -16,10 +16,10 @@ from malora_dist.checkpoint.adapter import (
     AdapterTensors,
     open_adapter,
     open_weights,
-    weights_header,
 )
 from malora_dist.checkpoint.adapter_info import PEFT_NAMES, PREFIX, read_config
 from malora_dist.checkpoint.folder import file_in
+from malora_dist.checkpoint.weights_file import weights_header
 from malora_dist.errors import CheckpointError, brief, short
 from malora_dist.methods import mixture_spec
 
