@@ -121,7 +121,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     model_config = read_model_config(folder, trust_remote_code=trusted)
     attention_for(config.model.attn_implementation, model_config, dtype, world.device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-    base = check_support(config, folder, tokenizer, dtype)
+    base = check_support(config, folder, tokenizer, dtype, trains=False)
     data = build_data(config.data, tokenizer)
     check_tokens(data, base.spare_tokens)
     fitting = _with_fitting_batch(config, world.size)

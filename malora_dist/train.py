@@ -28,7 +28,7 @@ from malora_dist.engine.device_check import check_device, check_memory, first_le
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.engine.loop import Actions, LoopSettings, LoopState, train_loop
 from malora_dist.engine.outputs import RunOutputs
-from malora_dist.engine.packing import check_packing, check_rows
+from malora_dist.engine.packing import check_packing
 from malora_dist.engine.position import Position, watched
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.resume import check_base, check_data, open_checkpoint
@@ -98,7 +98,6 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
         folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
         model_config = read_model_config(folder, trust_remote_code=trusted)
         attention_for(config.model.attn_implementation, model_config, dtype, world.device)
-        check_rows(model_config, config.train.per_device_train_batch_size)
         tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
         base_facts = check_support(config, folder, tokenizer, dtype)
         data = build_data(config.data, tokenizer, look)

@@ -5,21 +5,22 @@
 
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from malora_dist.engine.attention import choose_attention
 from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
 from malora_dist.model import load_base_model
 from malora_dist.nn.nf4_linear import NF4Linear
 from malora_dist.nn.packed_attention import FLASH_VARLEN, MASKED, TORCH_VARLEN
+from malora_dist.nn.targets import all_linear
 from tests.distributed import ROOT
+from tests.engine.test_packing import ALONE, REFUSED, SEQUENCES
 from tests.families import NOT_TINY, families, family_model, without_compiler
 
 PAGE = ROOT / "docs" / "models.md"
@@ -62,7 +63,7 @@ def look(name: str) -> Found:
         _round(theirs, ours)
         return Found(
             class_name=type(theirs).__name__,
-            linears=tuple(dict.fromkeys(_linears(theirs))),
+            linears=tuple(dict.fromkeys(name.rpartition(".")[2] for name in all_linear(theirs))),
             attention=WORDS.get(attention, attention),
             attention_on_gpu=WORDS.get(on_gpu, on_gpu),
             plain=plain,
@@ -100,12 +101,11 @@ def _round(theirs: Any, ours: Any) -> None:
             weight.copy_(dequantize_nf4(blob, tuple(weight.shape), torch.float32, module.double_quant))
 
 
-def _linears(model: Any) -> Iterator[str]:
-    """Last parts of the names of all linears but the head."""
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
-            yield name.rpartition(".")[2]
+def _in_a_row(name: str) -> str:
+    """What tests/engine/test_packing.py finds."""
+    if name in REFUSED:
+        return "refused"
+    return "one" if name in ALONE else "several" if name in SEQUENCES else "several that branch"
 
 
 def page() -> str:
@@ -124,16 +124,20 @@ def page() -> str:
         "saved by transformers and loaded by this package, as it is and in 4 bits, gives the logits that transformers "
         "gives, and is saved and loaded again.",
         "",
-        "`linears` are what `adapter.target_modules` can name. `attention` is what `model.attn_implementation: auto` "
-        "becomes on a CPU or in float32, and on a GPU in 16 bits.",
+        "`linears` are what `adapter.target_modules: all-linear` means, and what targets can name; experts that "
+        "transformers keeps as one parameter are loaded and not adapted, as the log says. `attention` is what "
+        "`model.attn_implementation: auto` becomes on a CPU or in float32, and on a GPU in 16 bits. `in a row`: "
+        "several samples, several that branch (the choices of a question share their prompt), or one, so that "
+        "`train.per_device_train_batch_size` must be 1. Refused are those that look at what follows a token, or count "
+        "positions from another number; encoders decode where their configuration says `is_decoder: true`.",
         "",
-        "| `model_type` | class | linears | attention |",
-        "|---|---|---|---|",
+        "| `model_type` | class | linears | attention | in a row |",
+        "|---|---|---|---|---|",
     ]
     for name in families():
         found = look(name)
         kinds = " / ".join(dict.fromkeys((found.attention, found.attention_on_gpu)))
-        lines.append(f"| {name} | {found.class_name} | {' '.join(found.linears)} | {kinds} |")
+        lines.append(f"| {name} | {found.class_name} | {' '.join(found.linears)} | {kinds} | {_in_a_row(name)} |")
     lines += ["", "Not run, as they cannot be built tiny here: " + ", ".join(sorted(NOT_TINY)) + ".", ""]
     return "\n".join(lines)
 

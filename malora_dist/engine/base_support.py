@@ -9,6 +9,7 @@ import torch
 from malora_dist.buffers import rebuild_buffers
 from malora_dist.config import RunConfig
 from malora_dist.engine.attention import choose_attention
+from malora_dist.engine.packing import check_rows
 from malora_dist.errors import ConfigError
 from malora_dist.model import build_empty_model, load_tokenizer
 from malora_dist.model_config import own_code
@@ -35,14 +36,19 @@ class BaseFacts:
 
 
 def check_support(
-    config: RunConfig, folder: Path, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype = torch.bfloat16
+    config: RunConfig,
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    trains: bool = True,
 ) -> BaseFacts:
     """Check a base against what is supported, its files and its tokenizer. Reads no weight.
 
     Raises ConfigError for a family that is not supported, weights that are not there or stored in a format that is not
     read, and tokens beyond the embedding.
     """
-    model, unwritten = _empty_base(config, folder, dtype)
+    model, unwritten = _empty_base(config, folder, dtype, trains)
     _check_names(model, folder, unwritten)
     spare = check_vocabulary(tokenizer, embedding_rows(model))
     return BaseFacts(tuple(_notes(config, folder, spare)), spare)
@@ -58,19 +64,23 @@ def check_local_support(config: RunConfig) -> tuple[str, ...]:
         note = f"{settings.name_or_path} is not prepared yet: it was not compared with adapter.target_modules"
         return (note,) if waits else ()
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
-        _empty_base(config, folder, torch.bfloat16)
+        _empty_base(config, folder, torch.bfloat16, trains=True)
         return ()
     return check_support(config, folder, load_tokenizer(folder, trust_remote_code=trusted)).notes
 
 
-def _empty_base(config: RunConfig, folder: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", set[str]]:
+def _empty_base(
+    config: RunConfig, folder: Path, dtype: torch.dtype, trains: bool
+) -> tuple["PreTrainedModel", set[str]]:
     """The base without weights, and the buffers that a checkpoint must hold.
 
     Raises ConfigError for what is not supported, and for targets of adapters that it does not have.
     """
     settings = config.model
     model = build_empty_model(folder, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-    check_targets(model, config.adapter.target_modules, adapter_spec(config))
+    if trains:
+        check_targets(model, config.adapter.target_modules, adapter_spec(config))
+        check_rows(model.config, config.train.per_device_train_batch_size)
     check_stored_format(folder, load_in_4bit=settings.load_in_4bit, double_quant=settings.bnb_4bit_use_double_quant)
     if settings.attn_implementation == "sdpa":
         choose_attention("sdpa", model.config, dtype.itemsize, None, flash_attn=False)

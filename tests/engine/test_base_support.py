@@ -74,6 +74,21 @@ def test_a_configuration_alone_is_looked_at(tmp_path: Path) -> None:
         check_local_support(_config(tmp_path, attn_implementation="sdpa"))
 
 
+def test_what_training_alone_needs_is_not_asked_of_an_evaluation(tmp_path: Path) -> None:
+    """A state runs through the rows of Mamba, and it has no q_proj."""
+    model = family_model("mamba", vocab_size=259)
+    model.save_pretrained(tmp_path)
+    config, tokenizer = _config(tmp_path), byte_tokenizer()
+    with pytest.raises(ConfigError, match="adapter.target_modules: 'q_proj' matches no module"):
+        check_support(config, tmp_path, tokenizer)
+    config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"target_modules": ("in_proj",)})})
+    with pytest.raises(
+        ConfigError, match="per_device_train_batch_size=4 must be 1 for mamba: its layers carry a state"
+    ):
+        check_support(config, tmp_path, tokenizer)
+    assert check_support(_config(tmp_path), tmp_path, tokenizer, trains=False).notes == ()
+
+
 def test_a_format_that_is_not_read_is_refused(folder: Path) -> None:
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "gptq"}}))

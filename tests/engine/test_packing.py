@@ -51,8 +51,8 @@ ALONE = frozenset(
     (
         "axk2 bailing_hybrid bamba deepseek_v32 deepseek_v4 dots3_note_text falcon_h1 falcon_mamba glm_moe_dsa "
         "granitemoehybrid hy_v4 inkling2_text inkling_text jamba kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2 minimax "
-        "minimax_m3_vl_text nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text "
-        "recurrent_gemma rwkv xlstm zamba zaya "
+        "minimax_m3_vl_text nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next "
+        "qwen4_exp qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya "
         "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp openai-gpt pegasus plbart reformer trocr"
     ).split()
 )
