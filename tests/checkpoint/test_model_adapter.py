@@ -19,6 +19,7 @@ from malora_dist.methods import METHODS
 from malora_dist.model import load_base_model, load_tokenizer
 from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, mixture_layers, remove_adapters
 from malora_dist.report import write_report
+from tests.distributed import ROOT
 from tests.models import byte_tokenizer, save_tiny_llama, tiny_llama
 
 IDS = torch.arange(40)[None] % 61
@@ -211,3 +212,19 @@ def test_paths_may_be_text(tmp_path: Path, kind: Any) -> None:
             function(folder)
     with pytest.raises(CheckpointError):
         reshard(folder, kind(tmp_path / "target"), 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    save_tiny_llama(tmp_path / "base")
+    names: dict[str, Any] = {
+        "base": tmp_path / "base",
+        "folder": tmp_path / "adapter",
+        "rows": [{"input_ids": IDS[0], "labels": IDS[0]}] * 2,
+        "arguments": TrainingArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to=[]),
+    }
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert torch.equal(names["again"](IDS).logits, names["model"].eval()(IDS).logits)
