@@ -48,7 +48,7 @@ def to_merged(job: Job) -> None:
         if Path(file).name != file:
             raise ConfigError(f"{base / INDEX} names {file!r}, which is no file of its folder")
         merge.write_file(base / file, job.folder / file)
-    _copy_others(base, job.folder)
+    _copy_others(base, job.folder, code=job.trusted)
     write_text(job.folder / "README.md", _card(adapter, job))
     write_text(job.folder / "merged.json", json.dumps(_origin(adapter), indent=2) + "\n")
     job.say(merge.summary())
@@ -165,11 +165,13 @@ class _Merge:
         return f"merged {len(self.layers)} weights in {names}; rounding to it is {lost:.1e} of what the adapter changes"
 
 
-def _copy_others(base: Path, folder: Path) -> None:
+def _copy_others(base: Path, folder: Path, *, code: bool) -> None:
+    """Copy what stands beside the weights; Python files only if the recipe lets them run."""
     if (base / INDEX).is_file():
         shutil.copyfile(base / INDEX, folder / INDEX)
     for path in sorted(base.iterdir()):
-        if path.is_file() and COPIED.fullmatch(path.name) and not (folder / path.name).exists():
+        wanted = COPIED.fullmatch(path.name) or (code and path.suffix == ".py")
+        if path.is_file() and wanted and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
             share_file(folder / path.name)
     if (base / TEMPLATES).is_dir():

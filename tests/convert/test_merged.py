@@ -73,6 +73,7 @@ def test_names_of_the_file_stay_and_all_of_the_tokenizer(workspace: Path, tmp_pa
     tensors = load_file(tmp_path / "model" / SINGLE)
     renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     save_file(renamed, tmp_path / "model" / SINGLE, metadata={"format": "pt"})
+    (tmp_path / "model" / "modeling_own.py").write_text("")
     texts = ("chat_template.jinja", "merges.txt", "vocab.txt", "own.tiktoken", "additional_chat_templates/tool.jinja")
     (tmp_path / "model" / "additional_chat_templates").mkdir()
     for name in texts:
@@ -84,6 +85,7 @@ def test_names_of_the_file_stay_and_all_of_the_tokenizer(workspace: Path, tmp_pa
     assert merged.keys() == renamed.keys()
     assert all(torch.equal(tensor, merged[name.removeprefix("model.")]) for name, tensor in plain.items())
     assert all((tmp_path / "merged" / name).read_text() == name for name in texts)
+    assert not list((tmp_path / "merged").glob("*.py"))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
