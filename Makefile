@@ -6,7 +6,7 @@
 # make test    the whole test suite, on the CPU; TEST_WORKERS=N processes of pytest instead of one more than the CPUs
 # make test-fast  the tests that start no process
 # make test-gpu  the tests that need a GPU
-# make soak    the tests that stop and kill runs, with many more moments
+# make soak    the tests that stop and kill runs, with many more moments, and those that draw damaged inputs, with many more
 # make breaks  break the package in forty ways, one after another: some test must catch each
 # make coverage  the lines and branches that the whole suite runs
 # make check   lint, format, types
@@ -64,7 +64,7 @@ test-gpu: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu
 
 soak: setup
-	$(PYTEST) --soak -o slow_seconds=0 tests/test_preemption.py tests/test_preempted_phases.py tests/test_source.py tests/checkpoint/test_store.py
+	$(PYTEST) --soak -o slow_seconds=0 tests/test_preemption.py tests/test_preempted_phases.py tests/test_source.py tests/checkpoint/test_store.py tests/fuzz
 
 breaks: setup
 	$(BIN)/python -m tests.breaks

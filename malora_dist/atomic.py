@@ -11,8 +11,13 @@ def write_text(path: Path, text: str) -> None:
 
     Its name is on disk only once its folder is.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` of bytes. Raises OSError."""
     partial = path.with_name(partial_name(path.name))
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     share_file(partial)
     partial.replace(path)
 

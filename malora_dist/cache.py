@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
 from malora_dist.atomic import to_disk
+from malora_dist.locks import lock_at
 
 WAIT_SECONDS = 0.3
 
@@ -28,7 +29,7 @@ def build_once(folder: Path, build: Callable[[Path], None], waiting: Callable[[]
     if folder.is_dir():
         return False
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _held(FileLock(f"{folder}.lock"), waiting):
+    with _held(lock_at(Path(f"{folder}.lock")), waiting):
         if folder.is_dir():
             return False
         partial = folder.with_name(f"{folder.name}.partial")

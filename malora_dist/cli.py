@@ -27,6 +27,7 @@ from malora_dist.launch.files import write_new_files
 from malora_dist.plan.shapes import local_config
 from malora_dist.start import recipe_first, start
 from malora_dist.summary import adapter_spec, missing_files, summary_table
+from malora_dist.terminal import forgive_output
 
 app = typer.Typer(
     name="malora",
@@ -45,10 +46,17 @@ NumGpus = Annotated[
     int | None,
     typer.Option("--num_gpus", "--num-gpus", min=1, help="Processes, one for each GPU. Default: all visible GPUs."),
 ]
+MasterPort = Annotated[
+    int | None,
+    typer.Option(
+        "--master_port", "--master-port", min=1, max=65535, help="Where processes meet. Default: a free port."
+    ),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. A MaloraError is one red message and exit code 2; --traceback anywhere shows where."""
+    forgive_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in given
     try:
@@ -63,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"malora_dist {__version__}")
+        print(f"malora_dist {__version__}")
         raise typer.Exit
 
 
@@ -88,15 +96,16 @@ def init(
     console = Console()
     targets = None if model is None else _family_targets(model)
     for written in write_new_files(path, recipe_text(model, targets), with_cluster_files=with_cluster_files):
-        console.print(f"wrote {written}", soft_wrap=True, highlight=False)
+        console.print(Text(f"wrote {written}"), soft_wrap=True)
     if model is not None and targets is None:
         console.print(
-            f"note: {model} is not on this machine, or torch is not: adapter.target_modules names Llama's linears; "
-            "`malora prepare` compares them with the model's",
+            Text(
+                f"note: {model} is not on this machine, or torch is not: adapter.target_modules names Llama's linears; "
+                "`malora prepare` compares them with the model's"
+            ),
             soft_wrap=True,
-            highlight=False,
         )
-    console.print(f"next: put your tasks under data:, then  malora validate {path}", soft_wrap=True, highlight=False)
+    console.print(Text(f"next: put your tasks under data:, then  malora validate {path}"), soft_wrap=True)
 
 
 def _family_targets(model: str) -> tuple[str, ...] | None:
@@ -124,7 +133,7 @@ def validate(
     plan = check_plan(config, world_size or (worlds[0] if worlds else 1))
     base_notes = _base_notes(config)
     console = Console()
-    console.print(f"[green]{recipe} is valid[/green]", soft_wrap=True, highlight=False)
+    console.print(Text(f"{recipe} is valid", style="green"), soft_wrap=True)
     console.print(summary_table(config, plan, worlds, world_size_given=world_size is not None))
     notes = [*(plan.notes if world_size is not None else ()), *missing_files(config), *base_notes]
     for note in notes:
@@ -170,7 +179,10 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
-    """Memory, traffic and time of a run before it starts, what fits, and what is fastest. Needs no GPU and no torch."""
+    """Memory, traffic and time of a run before it starts, what fits, and what is fastest. Needs no GPU and no weights.
+
+    Nor torch for models laid out as Llama, Mistral and Qwen 2 and 3 are; others are built empty by transformers.
+    """
     from malora_dist.plan import Lengths, Report, find_shape, hardware_of
 
     config = load_config(*recipe_first(recipe, context.args))
@@ -180,7 +192,7 @@ def plan(
     shape = find_shape(model or config.model.name_or_path, config.model.revision if model is None else None)
     result = Report(config, adapter_spec(config), shape, hardware, Lengths(tokens_per_sample, targets_per_sample))
     if as_json:
-        typer.echo(json.dumps(result.as_dict()))
+        print(json.dumps(result.as_dict()))
         return
     for part in result.tables():
         Console().print(part, soft_wrap=isinstance(part, Text))
@@ -191,6 +203,7 @@ def train(
     context: typer.Context,
     recipe: Recipe,
     num_gpus: NumGpus = None,
+    master_port: MasterPort = None,
     new_run: Annotated[
         bool, typer.Option("--new-run", help="Start anew beside a run in output_dir, instead of going on with it.")
     ] = False,
@@ -202,7 +215,7 @@ def train(
     path, overrides = recipe_first(recipe, context.args)
     overrides += [NEW_RUN] if new_run else []
     config = load_config(path, overrides)
-    start("malora_dist.train", [path, *overrides], num_gpus, config)
+    start("malora_dist.train", [path, *overrides], num_gpus, config, master_port)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -212,6 +225,7 @@ def evaluate(
     adapter: Annotated[str | None, typer.Option(metavar="DIR", help="An adapter folder, instead of a run.")] = None,
     recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Its base model and tasks.")] = None,
     num_gpus: NumGpus = None,
+    master_port: MasterPort = None,
 ) -> None:
     """Measure accuracy for each task: of a run, or of an adapter with a recipe."""
     overrides = list(context.args)
@@ -222,7 +236,7 @@ def evaluate(
     if (adapter is None) != (recipe is None):
         raise ConfigError("--adapter DIR and --recipe RECIPE belong together")
     chosen = [run_dir] if run_dir is not None else ["--adapter", str(adapter), "--recipe", str(recipe)]
-    start("malora_dist.evaluate", [*chosen, *overrides], num_gpus, None)
+    start("malora_dist.evaluate", [*chosen, *overrides], num_gpus, None, master_port)
 
 
 @app.command()
@@ -231,7 +245,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) ->
     if not run_dir.is_dir():
         raise ConfigError(f"RUN_DIR={run_dir} is not a folder")
     written = import_module("malora_dist.report").write_report(run_dir)
-    Console().print(f"wrote {written}", soft_wrap=True, highlight=False)
+    Console().print(Text(f"wrote {written}"), soft_wrap=True)
 
 
 app.command(name="convert", epilog=EPILOG)(convert_command)
@@ -245,7 +259,7 @@ def inspect(
     """Say what a folder is: method, numbers, counts, norms of experts, and damage. Exit code 1 if there is damage."""
     facts = import_module("malora_dist.inspect.look").inspect(path)
     if as_json:
-        typer.echo(json.dumps(facts, indent=1))
+        print(json.dumps(facts, indent=1))
     else:
         for line in import_module("malora_dist.inspect.lines").lines(facts):
             Console().print(Text(line), soft_wrap=True)
@@ -257,6 +271,7 @@ def bench_ep(
     context: typer.Context,
     recipe: Recipe,
     num_gpus: NumGpus = None,
+    master_port: MasterPort = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps measured of each variant.")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 2,
     variants: Annotated[
@@ -270,7 +285,9 @@ def bench_ep(
     config = load_config(path, overrides)
     given = {"--steps": steps, "--warmup": warmup, "--variants": variants, "--json": as_json, "--markdown": markdown}
     options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
-    start("malora_dist.bench.run", [path, *options, *overrides], num_gpus, recipe_variant(config).of(config))
+    start(
+        "malora_dist.bench.run", [path, *options, *overrides], num_gpus, recipe_variant(config).of(config), master_port
+    )
 
 
 @bench.command(name="data", context_settings=OVERRIDES)

@@ -38,6 +38,7 @@ from malora_dist.model_config import read_model_config
 from malora_dist.parallel.consistency import check_consistency, start_facts
 from malora_dist.parallel.groups import World
 from malora_dist.parallel.zero import gathered
+from malora_dist.positions import position_notes
 from malora_dist.report import print_results
 from malora_dist.source import resolve_model
 from malora_dist.vocabulary import check_tokens
@@ -125,7 +126,8 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     data = build_data(config.data, tokenizer)
     check_tokens(data, base.spare_tokens)
     fitting = _with_fitting_batch(config, world.size)
-    for note in (*base.notes, *check_memory(fitting, folder, world, None)):
+    lengths = position_notes(data, folder, trust_remote_code=trusted)
+    for note in (*base.notes, *lengths, *check_memory(fitting, folder, world, None)):
         logging.getLogger(LOGGER).info("note: %s", note)
     position.enter("loading the base model")
     settings = engine_config(fitting, world)
@@ -140,7 +142,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     )
     position.follow(engine.module)
     position.enter("evaluation")
-    packing = check_packing(engine, world, samples=1)
+    packing = check_packing(engine, world, samples=1, longest=config.data.max_seq_length)
     sides = {"base": config.evaluation.base, "tuned": config.evaluation.tuned}
     return {
         side: evaluate_tasks(

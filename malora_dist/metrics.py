@@ -2,19 +2,22 @@
 
 Every record has a `kind`: "run" (facts, at each start), "train" (a log step), "eval" (validation while training),
 "routing" (which experts the tasks' tokens went to), "checkpoint" (one was saved) or "resume" (training went on after
-`step`: earlier records of later steps are of steps that were lost). JSON has no NaN and no infinity: they are written
-as the strings "nan", "inf" and "-inf", and become numbers again when read.
+`step`). A run that goes on takes the records of lost work out, so that each step's is there once; in files of earlier
+versions, records of later steps before a "resume" are of steps that were lost. JSON has no NaN and no infinity: they
+are written as the strings "nan", "inf" and "-inf", and become numbers again when read.
 """
 
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from malora_dist.atomic import write_bytes
 from malora_dist.errors import MaloraError
+from malora_dist.json_text import parse_json
 
 Record = dict[str, Any]
 
@@ -48,6 +51,7 @@ PEAK_MEMORY_GIB = "peak_memory_gib"
 EXCHANGE_BYTES = "exchange_bytes"
 
 # A "checkpoint" record: bytes of all files, seconds until it is finished, and of these those in which training waited.
+# Both are missing where the process was killed before it could say them.
 BYTES = "bytes"
 SECONDS = "seconds"
 STALL_SECONDS = "stall_seconds"
@@ -81,6 +85,7 @@ class MetricsWriter:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_half_line(path)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -89,6 +94,17 @@ class MetricsWriter:
             raise ValueError(f"a metrics record needs {KIND!r}: {dict(record)}")
         self._file.write(json.dumps(_spell_non_finite(record), allow_nan=False) + "\n")
         self._file.flush()
+
+    def cut(self, step: int, again: Collection[str] = ()) -> None:
+        """Take lost work out of the file, see `cut_records`; what is written next follows what is left."""
+        self._file.close()
+        cut_records(self._path, step, again)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def holds(self, kind: str, step: int) -> bool:
+        """Whether the file has a record of this kind and step."""
+        records = [_read_leniently(line) for line in self._path.read_bytes().splitlines()]
+        return any((record[KIND], record.get(STEP)) == (kind, step) for record in records)
 
     def close(self) -> None:
         self._file.close()
@@ -104,14 +120,41 @@ class MetricsWriter:
 
 def without_lost_steps(records: Iterable[Record]) -> list[Record]:
     """The records as of a run that was never stopped: those of work that was lost and done again are left out."""
-    kept: dict[Any, Record] = {}
+    listed = list(records)
+    return [listed[number] for number in _kept(listed)]
+
+
+def _kept(records: Sequence[Record]) -> list[int]:
+    """Numbers of the records that are of work that was not lost, the last of those that are there twice."""
+    kept: dict[Any, int] = {}
     for number, record in enumerate(records):
         if record[KIND] == RESUME:
-            kept = {key: earlier for key, earlier in kept.items() if earlier.get(STEP, 0) <= record[STEP]}
+            kept = {key: earlier for key, earlier in kept.items() if records[earlier].get(STEP, 0) <= record[STEP]}
         # What follows the last step before a stop, such as its validation, may be done again too.
         once = STEP in record and record[KIND] != RESUME
-        kept[(record[KIND], record[STEP]) if once else number] = record
+        kept[(record[KIND], record[STEP]) if once else number] = number
     return list(kept.values())
+
+
+def cut_records(path: Path, step: int, again: Collection[str] = ()) -> None:
+    """Leave in a file what a run that goes on after `step` will not write again, each record once.
+
+    `again` are the kinds of which `step` itself will have another record. A damaged line stays, for `read_metrics` to
+    name. The file is replaced whole. Raises OSError if it cannot be written.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    records = [_read_leniently(line) for line in lines]
+    kept = [number for number in _kept([*records, {KIND: RESUME, STEP: step}]) if number < len(lines)]
+    kept = [number for number in kept if not (records[number][KIND] in again and records[number].get(STEP) == step)]
+    if len(kept) < len(lines):
+        write_bytes(path, b"".join(lines[number] for number in kept))
+
+
+def _read_leniently(line: bytes) -> Record:
+    try:
+        return _parse(Path(), 0, line)
+    except MaloraError:
+        return {KIND: ""}
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -136,16 +179,14 @@ def read_metrics(path: Path) -> list[Record]:
 
 def _parse(path: Path, number: int, line: bytes) -> Record:
     try:
-        record = json.loads(line, parse_constant=_refuse_constant)
+        record = parse_json(line)
     except ValueError as error:
         raise MaloraError(f"{path}:{number}: damaged, not JSON: {error}") from error
-    if not isinstance(record, dict) or KIND not in record:
+    if not isinstance(record, dict) or not isinstance(record.get(KIND), str):
         raise MaloraError(f"{path}:{number}: damaged, not a record with {KIND!r}")
+    if type(record.get(STEP, 0)) is not int or (record[KIND] == RESUME and STEP not in record):
+        raise MaloraError(f"{path}:{number}: damaged, its {STEP!r} is no whole number")
     return {key: value if key in _TEXT_KEYS else _restore_non_finite(value) for key, value in record.items()}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _spell_non_finite(value: Any) -> Any:

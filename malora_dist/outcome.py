@@ -1,18 +1,18 @@
 """How a run ended: exit codes, and exit.json for wrappers whose launcher does not hand codes on."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from malora_dist.atomic import write_json
 from malora_dist.errors import CheckpointError
+from malora_dist.json_text import parse_json
 
 EXIT_FILE = "exit.json"
 # What makes a folder that of a run.
 RUN_FILES = {
-    "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", "exit.json", "metrics.jsonl",
-    "report", "train.log",
+    "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", "exit.json", "measured_on.json",
+    "metrics.jsonl", "report", "train.log",
 }  # fmt: skip
 FINISHED, PREEMPTED, FAILED = "finished", "preempted", "failed"
 # 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
@@ -47,7 +47,7 @@ def read_outcome(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         content["outcome"], content["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from malora_dist.cache import build_once, default_cache_dir
 from malora_dist.errors import ConfigError
+from malora_dist.progress import tell
 
 # Weights, tokenizers in all their forms, chat templates.
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe"]
@@ -116,6 +117,7 @@ def _write_converted(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    tell(f"converting {path.name} to a model folder in the cache, once")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:

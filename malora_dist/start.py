@@ -17,9 +17,9 @@ from malora_dist.launch.command import (
     launcher_environment,
     launcher_path,
     run_command,
-    under_launcher,
     visible_gpus,
 )
+from malora_dist.launch.ranks import check_processes, meeting_port, under_launcher
 from malora_dist.summary import adapter_spec
 
 
@@ -30,12 +30,20 @@ def recipe_first(recipe: str, overrides: Sequence[str]) -> tuple[str, list[str]]
     return recipe, list(overrides)
 
 
-def start(module: str, arguments: Sequence[str], num_gpus: int | None, config: RunConfig | None) -> None:
+def start(
+    module: str,
+    arguments: Sequence[str],
+    num_gpus: int | None,
+    config: RunConfig | None,
+    master_port: int | None = None,
+) -> None:
     """Run the module's main here, or once for each device through the deepspeed launcher, and exit with its code.
 
-    Raises ConfigError or TopologyError if the recipe cannot run on so many processes, before any of them starts.
+    `master_port` is where those processes meet, by default a free port. Raises ConfigError or TopologyError if the
+    recipe cannot run on so many processes, or if a launcher has started others, before any of them starts.
     """
     if under_launcher(os.environ):
+        check_processes(os.environ, num_gpus)
         raise typer.Exit(import_module(module).main(arguments) or 0)
     processes = num_gpus if num_gpus is not None else visible_gpus()
     if config is not None:
@@ -43,6 +51,13 @@ def start(module: str, arguments: Sequence[str], num_gpus: int | None, config: R
         check_plan(config, processes)
     if processes == 1:
         raise typer.Exit(import_module(module).main(arguments) or 0)
-    command = deepspeed_command(module, arguments, num_gpus=processes, environment=os.environ, launcher=launcher_path())
+    command = deepspeed_command(
+        module,
+        arguments,
+        num_gpus=processes,
+        environment=os.environ,
+        launcher=launcher_path(),
+        options=["--master_port", str(meeting_port(master_port))],
+    )
     Console(stderr=True).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
     raise typer.Exit(run_command(command, launcher_environment(os.environ)))

@@ -1,11 +1,12 @@
 """What `malora validate` shows: a recipe's essentials, with what follows from them. Needs no torch."""
 
 import glob
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from malora_dist.config.matrix import Plan
 from malora_dist.config.schema import RunConfig
@@ -46,7 +47,8 @@ def summary_table(config: RunConfig, plan: Plan, world_sizes: list[int], *, worl
         "output": config.output_dir,
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        # A name in brackets is no markup.
+        table.add_row(name, Text(value))
     return table
 
 
@@ -62,7 +64,7 @@ def _missing(config: RunConfig) -> Iterator[str]:
     for task in config.data.tasks:
         for split in ("train", "validation", "test"):
             for pattern in getattr(task, split) or ():
-                if not Path(pattern).exists() and not glob.glob(pattern, recursive=True):
+                if not os.path.exists(pattern) and not glob.glob(pattern, recursive=True):
                     yield pattern
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from malora_dist.errors import ConfigError, MaloraError
-from malora_dist.metrics import EVAL, KIND, ROUTING, SHARE, STEP, TRAIN
+from malora_dist.metrics import EVAL, KIND, RESUME, ROUTING, SHARE, STEP, TRAIN
 
 
 class Tracker(Protocol):
@@ -20,19 +20,31 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Event files in `run_dir/tensorboard`."""
+    """Event files in `run_dir/tensorboard`; what was logged of steps that a resumed run does again is hidden."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        self._writer = _summary_writer()(str(run_dir / "tensorboard"))
-        self._writer.add_text("config", _as_markdown(config))
+        self._run_dir, self._config = run_dir, config
+        self._make = _summary_writer()
+        self._writer: Any = None
 
     def log(self, record: Mapping[str, Any]) -> None:
+        if record[KIND] == RESUME:
+            self.close()
+            self._open(purge_step=record[STEP] + 1)
         for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, record[STEP])
-        self._writer.flush()
+            self._open().add_scalar(name, value, record[STEP])
+            self._writer.flush()
+
+    def _open(self, **settings: Any) -> Any:
+        if self._writer is None:
+            self._writer = self._make(str(self._run_dir / "tensorboard"), **settings)
+            self._writer.add_text("config", _as_markdown(self._config))
+        return self._writer
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
 
 
 class WandbTracker:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.checkpoint.read import Checkpoint
-from malora_dist.config import RunConfig, config_text, load_config, split_arguments
+from malora_dist.config import RunConfig, config_text, load_config, plain_config, split_arguments
+from malora_dist.config.changes import decisive
 from malora_dist.config.matrix import check_plan
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.loader import TrainLoader
@@ -39,18 +40,22 @@ from malora_dist.engine.setup import (
     engine_config,
     new_stepper,
     optimizer_settings,
+    total_steps,
     train_loader,
+    unseen_tasks,
 )
 from malora_dist.engine.step import Stepper
 from malora_dist.engine.stop import Agreement, Preempted, deadline_of
 from malora_dist.engine.window import Window
 from malora_dist.errors import ConfigError, NonFiniteError
+from malora_dist.launch.ranks import place_of
 from malora_dist.model import load_tokenizer
 from malora_dist.model_config import read_model_config
 from malora_dist.parallel.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
 from malora_dist.parallel.expert_groups import create_expert_groups
 from malora_dist.parallel.groups import on_main, start_processes
 from malora_dist.parallel.zero import resident_bytes
+from malora_dist.positions import position_notes
 from malora_dist.source import resolve_model
 from malora_dist.trackers import check_trackers
 from malora_dist.vocabulary import check_tokens
@@ -68,7 +73,7 @@ def _start(arguments: Sequence[str]) -> None:
     check_trackers(config.train.report_to)
     if config.train.deterministic:
         use_deterministic_algorithms()
-    position = Position(int(os.environ.get("RANK", "0")))
+    position = Position(place_of(os.environ)[0])
     agreement = Agreement(alive=position.alive)
     with watched(position, config.parallel.timeout_seconds, agreement.request):
         world = start_processes(config.parallel.timeout_seconds)
@@ -102,25 +107,31 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
         base_facts = check_support(config, folder, tokenizer, dtype)
         data = build_data(config.data, tokenizer, look)
         check_tokens(data, base_facts.spare_tokens)
+        lengths = position_notes(data, folder, trust_remote_code=trusted)
     baseline = on_main(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
     outputs = session.open()
     outputs.notes([*check_plan(config, world.size).notes, *notes, *base_facts.notes])
     outputs.data(data)
+    outputs.notes(lengths)
 
     base = base_identity(config, folder, world)
+    if session.start.checkpoint is None:
+        outputs.measured_on({"recipe": decisive(plain_config(config)), "base": base, "rows": data.digests})
     loader = train_loader(config, data, world)
+    outputs.notes(unseen_tasks(config, data, loader))
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
     stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
-    packing = check_packing(stepper.engine, world, config.train.per_device_train_batch_size)
+    samples, longest = config.train.per_device_train_batch_size, config.data.max_seq_length
+    packing = check_packing(stepper.engine, world, samples, longest)
     window = Window(stepper)
     checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
     agreement.background = checkpoints.saver
     best_by = f"{config.train.best_metric} {config.train.best_baseline or ''}".strip()
     session.state = LoopState(best=Best(by=best_by)) if checkpoint is None else checkpoints.restore(checkpoint, best_by)
     if checkpoint is not None:
-        outputs.resumed(session.state.step, str(checkpoint.folder))
+        outputs.resumed(session.state.step, checkpoint, validated=session.state.validated)
     elif session.start.folder is not None:
         outputs.resumed(0, None)
     measure = _Measurement(config, data, stepper, agreement, packing)
@@ -207,7 +218,7 @@ def _build(
     model = base_model(config, folder, world, settings, agreement.check)
     report, wire = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
     outputs.injection(report)
-    steps = config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
+    steps = total_steps(config, loader)
     position.enter("starting DeepSpeed")
     engine = build_engine(
         model,

@@ -5,13 +5,16 @@ import pytest
 
 from malora_dist.cli import main
 from malora_dist.errors import MaloraError
+from malora_dist.launch.ranks import LAUNCHED, free_port
 from tests.commands import malora, malora_without_torch
+
+RANK = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "n0", "MASTER_PORT": "7"}
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "CUDA_VISIBLE_DEVICES"):
+    for name in (*LAUNCHED, "SLURM_STEP_ID", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     assert malora("init", "r.yaml", "--model", "my/model") == 0
     return "r.yaml"
@@ -83,10 +86,15 @@ def test_several_processes_go_through_deepspeed(
     launcher.write_text('#!/bin/sh\necho "started: $*"\nexit 9\n')
     launcher.chmod(0o755)
     monkeypatch.setattr("malora_dist.start.launcher_path", lambda: str(launcher))
-    assert malora("train", recipe, "--num_gpus", "2", "--adapter.r", "6") == 9
+    # What a pod or a batch script has set is no launcher.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    port = str(free_port())
+    assert malora("train", recipe, "--num_gpus", "2", "--master_port", port, "--adapter.r", "6") == 9
     out, err = capfd.readouterr()
-    assert out == "started: --num_gpus 2 --module malora_dist.train r.yaml --adapter.r 6\n"
-    assert f"$ {launcher} --num_gpus 2 --module malora_dist.train r.yaml --adapter.r 6" in err
+    assert out == f"started: --num_gpus 2 --master_port {port} --module malora_dist.train r.yaml --adapter.r 6\n"
+    assert f"$ {launcher} --num_gpus 2 --master_port {port} --module malora_dist.train r.yaml --adapter.r 6" in err
     assert malora("evaluate", "runs/x", "--num_gpus", "2", "--evaluation.split", "validation") == 9
     assert "--module malora_dist.evaluate runs/x --evaluation.split validation\n" in capfd.readouterr().out
     assert malora("evaluate", "--adapter", "a", "--recipe", recipe, "--num_gpus", "2", "--train.seed", "1") == 9
@@ -94,7 +102,8 @@ def test_several_processes_go_through_deepspeed(
 
 
 @pytest.mark.parametrize(
-    ("environment", "arguments"), [({}, ["--num_gpus", "1"]), ({"RANK": "0", "WORLD_SIZE": "4"}, [])]
+    ("environment", "arguments"),
+    [({}, ["--num_gpus", "1"]), ({"WORLD_SIZE": "2"}, ["--num_gpus", "1"]), (RANK, []), (RANK, ["--num_gpus", "4"])],
 )
 def test_one_process_or_a_launchers_rank_trains_here(
     recipe: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], arguments: list[str]
@@ -107,6 +116,18 @@ def test_one_process_or_a_launchers_rank_trains_here(
         monkeypatch.setenv(name, value)
     assert malora("train", recipe, *arguments, "--adapter.r", "6") == 0
     assert seen == [["r.yaml", "--adapter.r", "6"]]
+
+
+def test_a_rank_of_a_launcher_starts_no_other_number(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in RANK.items():
+        monkeypatch.setenv(name, value)
+    assert malora("train", recipe, "--num_gpus", "2") == 2
+    assert "--num_gpus 2: a launcher has started this process" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.delenv("LOCAL_RANK")
+    assert malora("evaluate", "runs/x") == 2
+    assert "WORLD_SIZE=4 are set and LOCAL_RANK is not" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.e2e

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 from typer.testing import CliRunner
 
 from malora_dist.checkpoint.adapter import WEIGHTS, open_adapter
@@ -17,6 +17,7 @@ from malora_dist.errors import CheckpointError
 from malora_dist.inspect.lines import lines
 from malora_dist.inspect.look import inspect
 from malora_dist.metrics import MetricsWriter
+from tests.adapters import edit_weights
 from tests.convert.made import make_checkpoint, make_workspace, run_kind
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -80,13 +81,15 @@ def test_dead_and_duplicate_experts(made: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(made / "runs" / "malora", run)
     shutil.rmtree(run / "checkpoints")
-    tensors = load_file(run / "adapter" / WEIGHTS)
-    P, B = tensors[f"base_model.model.{LAYER}.P"], tensors[f"base_model.model.{LAYER}.B"]
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
-    B[1] = 0
-    P[3], B[3] = turn @ P[0], 2 * B[0] @ turn.T
-    B[3] += 0.1 * B[3].abs().mean()
-    save_file(tensors, run / "adapter" / WEIGHTS)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        P, B = tensors[f"base_model.model.{LAYER}.P"], tensors[f"base_model.model.{LAYER}.B"]
+        turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
+        B[1] = 0
+        P[3], B[3] = turn @ P[0], 2 * B[0] @ turn.T
+        B[3] += 0.1 * B[3].abs().mean()
+
+    edit_weights(run / "adapter", change)
     with MetricsWriter(run / "metrics.jsonl") as writer:
         for step, share in ((5, [0.25] * 4), (10, [0.5, 0.25, 0.01, 0.24])):
             share_of = {"a": {LAYER: share}, "b": {LAYER: share}}
@@ -113,9 +116,7 @@ def cut(path: Path) -> None:
 
 
 def not_finite(path: Path) -> None:
-    tensors = load_file(path)
-    tensors[f"base_model.model.{LAYER}.B"][0, 0, 0] = torch.nan
-    save_file(tensors, path)
+    edit_weights(path.parent, lambda tensors: tensors[f"base_model.model.{LAYER}.B"].view(-1)[:1].fill_(torch.nan))
 
 
 STEP = "runs/malora/checkpoints/step-000007"
@@ -124,6 +125,7 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
     "cut checkpoint": (STEP, "adapter-00001-of-00001.safetensors", cut, "bytes, the manifest says"),
     "no manifest": (STEP, "manifest.json", Path.unlink, "manifest.json"),
     "run": ("runs/malora", "adapter/adapter_model.safetensors", cut, "is damaged: the file ends"),
+    "changed adapter": ("runs/malora/adapter", WEIGHTS, flip, "malora.weights_sha256 says"),
     "adapter": ("runs/malora/adapter", WEIGHTS, not_finite, f"{LAYER}.B holds numbers that are not finite"),
     "model": ("model", "model.safetensors", cut, "is missing or damaged"),
     "config": ("model", "config.json", cut, "cannot be read"),

@@ -15,18 +15,18 @@ FLOORS = {
     8: ["cli", "recipes"],
     7: ["cluster"],
     6: ["train", "evaluate", "prepare", "bench", "start", "convert", "inspect"],
-    5: ["engine"],
-    4: ["parallel", "model", "checkpoint", "scoring"],
-    3: ["nn", "data", "plan", "launch", "summary", "source", "weights", "buffers", "vocabulary"],
+    5: ["engine", "positions"],
+    4: ["parallel", "model", "checkpoint", "scoring", "plan"],
+    3: ["nn", "data", "launch", "summary", "source", "weights", "buffers", "vocabulary"],
     2: ["config", "methods", "report", "trackers", "model_config"],
-    1: ["topology", "metrics", "traffic", "cache", "outcome"],
-    0: ["errors", "atomic", "functional", "cluster_files"],
+    1: ["topology", "metrics", "traffic", "cache", "outcome", "progress"],
+    0: ["errors", "atomic", "functional", "cluster_files", "terminal", "locks", "json_text"],
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 WITHOUT_TORCH = ["cli", "config", "launch", "plan", "summary", "report", "metrics", "trackers", "topology", "traffic"]
-WITHOUT_TORCH += ["methods", "errors", "cache", "outcome", "atomic", "cluster"]
+WITHOUT_TORCH += ["methods", "errors", "cache", "outcome", "atomic", "cluster", "terminal"]
 # Folders of tests that run whole systems and mirror no module.
-WHOLE_SYSTEM = ("slurm", "gpu", "strict", "breaks")
+WHOLE_SYSTEM = ("slurm", "gpu", "strict", "breaks", "fuzz")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from malora_dist.errors import MaloraError
-from malora_dist.metrics import MetricsWriter, Record, read_metrics, without_lost_steps
+from malora_dist.metrics import MetricsWriter, Record, cut_records, read_metrics, without_lost_steps
 
 RECORDS = [
     {"kind": "train", "step": 1, "loss": 2.5, "train/boolq/loss": 1 / 3},
@@ -65,8 +65,32 @@ def test_a_last_line_that_lacks_only_its_newline_counts(path: Path, caplog: pyte
 
 @pytest.mark.parametrize(
     "damage",
-    [b'{"kind": "tr', b"", b"[1, 2]", b'{"step": 1}', b'{"kind": "train", "loss": NaN}', b'{"kind": "\xff"}'],
-    ids=["half", "empty", "list", "no kind", "bare NaN", "not UTF-8"],
+    [
+        b'{"kind": "tr',
+        b"",
+        b"[1, 2]",
+        b'{"step": 1}',
+        b'{"kind": "train", "loss": NaN}',
+        b'{"kind": "\xff"}',
+        b'{"kind": ["train"]}',
+        b'{"kind": "train", "step": "1"}',
+        b'{"kind": "train", "step": true}',
+        b'{"kind": "resume"}',
+        b'{"kind": ' + b"[" * 99_999,
+    ],
+    ids=[
+        "half",
+        "empty",
+        "list",
+        "no kind",
+        "bare NaN",
+        "not UTF-8",
+        "kind no text",
+        "step no number",
+        "step no count",
+        "resumed nowhere",
+        "nested",
+    ],
 )
 def test_damage_elsewhere_names_the_line(path: Path, damage: bytes) -> None:
     first, second, end = path.read_bytes().split(b"\n")
@@ -122,3 +146,42 @@ def test_steps_that_were_lost_and_done_again_are_left_out() -> None:
     # The validation of the step that was resumed from is done a second time, and a third.
     again = [record("eval", 5), record("resume", 5), record("eval", 5, loss=3)]
     assert without_lost_steps([*records, *again]) == [*once, record("eval", 5, loss=3), record("resume", 5)]
+
+
+def records_of(steps: range) -> list[Record]:
+    kinds = ("train", "eval", "routing", "checkpoint")
+    return [{"kind": kind, "step": step} for step in steps for kind in kinds]
+
+
+@pytest.mark.parametrize("lines", range(1, 13))
+def test_what_goes_on_leaves_each_record_once_wherever_it_was_killed(path: Path, lines: int) -> None:
+    """Killed after any line, it goes on from step 2; its validation is done again unless its checkpoint holds it."""
+    whole = [{"kind": "run"}, *records_of(range(1, 4))]
+    for validated in (True, False):
+        path.unlink()
+        with MetricsWriter(path) as writer:
+            for record in [*records_of(range(1, 3)), *whole[9:]][: max(8 if validated else 5, lines)]:
+                writer.write(record)
+            writer.cut(2, () if validated else ("eval", "routing"))
+            for record in [*records_of(range(2, 3))[1:3]] if not validated else []:
+                writer.write(record)
+            if not writer.holds("checkpoint", 2):
+                writer.write({"kind": "checkpoint", "step": 2})
+            for record in whole[9:]:
+                writer.write(record)
+        found = sorted((record["step"], record["kind"]) for record in read_metrics(path))
+        assert found == sorted((record["step"], record["kind"]) for record in whole[1:])
+
+
+def test_the_cut_keeps_facts_and_every_damaged_line(path: Path) -> None:
+    damaged = b"\xff damaged\n"
+    facts: Record = {"kind": "run", "world_size": 2}
+    lines = [facts, *RECORDS, {"kind": "train", "step": 2}, {"kind": "resume", "step": 1}]
+    path.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines) + damaged)
+    before = path.read_bytes()
+    cut_records(path, 1)
+    # An earlier version left step 2, lost before it went on from step 1, in the file.
+    assert path.read_bytes() == before.replace(b'{"kind": "train", "step": 2}\n', b"")
+    cut_records(path, 0)
+    assert [json.loads(line) for line in path.read_bytes().splitlines()[:-1]] == [facts]
+    assert path.read_bytes().endswith(damaged) and [file.name for file in path.parent.iterdir()] == [path.name]

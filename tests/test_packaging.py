@@ -13,6 +13,7 @@ from malora_dist.config.matrix import check_plan, suggest_world_sizes
 from malora_dist.launch.files import cluster_files
 from tests.distributed import ROOT
 
+SUFFIXES = (".py", ".yaml", ".json", ".sh", ".html")
 FOLDERS = ("ds_configs", "launchers", "slurm")
 STUB = '#!/usr/bin/env bash\nprintf "%s" "$(basename "$0")"; printf " [%s]" "$@"; echo\n'
 
@@ -44,7 +45,7 @@ def test_the_wheel_holds_everything(wheel: tuple[Path, Path]) -> None:
         names = set(archive.namelist())
         entry = next(name for name in names if name.endswith("entry_points.txt"))
         assert "malora = malora_dist.cli:main" in archive.read(entry).decode()
-    expected = [path for path in (source / "malora_dist").rglob("*") if path.suffix in (".py", ".yaml", ".json", ".sh")]
+    expected = [path for path in (source / "malora_dist").rglob("*") if path.suffix in SUFFIXES]
     expected += [source / "malora_dist/py.typed", source / "malora_dist/cluster_files/slurm/README.md"]
     missing = {str(path.relative_to(source)) for path in expected} - names
     assert not missing
@@ -99,7 +100,12 @@ def bash(script: str, *arguments: str, env: dict[str, str]) -> subprocess.Comple
         (
             "multi_node.sh",
             {"HOSTFILE": "h"},
-            "malora [launch] [deepspeed] [r.yaml] [--hostfile] [h] [--master_port] [29500] [a b]",
+            "malora [launch] [deepspeed] [r.yaml] [--hostfile] [h] [a b]",
+        ),
+        (
+            "multi_node.sh",
+            {"HOSTFILE": "h", "MASTER_PORT": "7"},
+            "malora [launch] [deepspeed] [r.yaml] [--hostfile] [h] [--master_port] [7] [a b]",
         ),
         (
             "torchrun.sh",

@@ -51,6 +51,22 @@ def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
     assert (loss.step, loss.value) == (7, 1.5)
 
 
+def test_tensorboard_hides_the_steps_that_are_done_again(tmp_path: Path) -> None:
+    import_module("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start in (None, 5):
+        (tracker,) = open_trackers(["tensorboard"], tmp_path, {})
+        if start is not None:
+            tracker.log({"kind": "resume", "step": start, "checkpoint": "step-000005"})
+        for step in range((start or 3) + 1, 8):
+            tracker.log({"kind": "train", "step": step, "loss": 10.0 * (start or 0) + step})
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(4, 4.0), (5, 5.0), (6, 56.0), (7, 57.0)]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
 @pytest.mark.e2e
 def test_wandb_takes_the_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import_module("wandb")

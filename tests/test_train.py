@@ -32,6 +32,7 @@ CHECKPOINT = {
 }  # fmt: skip
 RUN_FILES = {
     "config.yaml", "metrics.jsonl", "eval.json", "data.json", "train.log", "report/index.html", "exit.json", ".lock",
+    "measured_on.json",
     *(f"adapter/{name}" for name in ADAPTER), "checkpoints/latest", "checkpoints/best",
     *(f"checkpoints/step-{step:06d}/{name}" for step in (3, 6) for name in CHECKPOINT),
 }  # fmt: skip
@@ -218,15 +219,34 @@ def train_wrongly(wrong: Sequence[str]) -> None:
 
 
 def test_what_cannot_run_is_refused(folder: Path) -> None:
-    """A tracker that is not installed and an indivisible batch leave no run folder; a target shows with the model."""
+    """A tracker that is not installed, an indivisible batch, a target that the model has not: no run folder is made."""
     wrong = ["train.report_to=tensorboard", "train.global_batch_size=6", "adapter.target_modules=[q_porj]"]
     done = run_alone("tests.test_train:train_wrongly", wrong, folder)
     tracker, batch, target, _ = done.output.split("exit 2\n")
     assert "pip install 'malora_dist[trackers]'" in tracker
     assert "global_batch_size=6 " in batch and "Traceback" not in done.output
     assert "q_porj" in target and "q_proj" in target
-    assert [(folder / "runs" / f"wrong{number}").exists() for number in range(3)] == [False, False, True]
-    assert "q_porj" in (folder / "runs" / "wrong2" / "train.log").read_text()
+    assert not any((folder / "runs" / f"wrong{number}").exists() for number in range(3))
+
+
+def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(folder: Path) -> None:
+    """Numbers that belong to the failed one's recipe do not become the other's."""
+    run = folder / "runs" / "again"
+    short = ["recipe.yaml", *ALONE, "--output_dir", "runs/again", "--train.max_steps", "2", "--train.report_to", "none"]
+    short += ["--train.eval_steps", "null"]
+    done = run_alone("malora_dist.train", [*short, "--adapter.target_modules", "[q_porj]"], folder)
+    assert done.code == 2 and json.loads((run / "exit.json").read_text())["outcome"] == "failed"
+    (run / "eval.json").write_text(
+        json.dumps({"base": {"tasks": {"colour": {"n": 1, "accuracy": 1.0}}, "average": 1.0}})
+    )
+    # What a pod or a batch script leaves in the environment makes no second process.
+    around = {"WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "MASTER_PORT": "1"}
+    done = run_alone("malora_dist.train", short, folder, **around)
+    assert done.code == 0 and "evaluations are done again" in done.output, done.output
+    assert "again, 1 process on cpu" in done.output
+    assert json.loads((run / "eval.json").read_text())["base"]["tasks"]["colour"]["n"] == 37
+    assert [record["step"] for record in records(run, "train")] == [1, 2]
+    assert json.loads((run / "exit.json").read_text())["outcome"] == "finished"
 
 
 def test_a_bad_row_ends_all_ranks_and_is_named(folder: Path) -> None:

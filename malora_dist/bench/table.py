@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from malora_dist.bench.results import Record, Result, Row
 from malora_dist.bench.variants import TOPICS
@@ -51,7 +52,7 @@ class Sheet:
         for index, header in enumerate(self.headers):
             table.add_column(header, justify="right" if index else "left", no_wrap=True)
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         return table
 
     def as_markdown(self) -> str:

@@ -3,6 +3,7 @@
 Whatever holds an adapter is read through `open_adapter`, one tensor at a time; `load_adapter` puts it on a model.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,11 +33,12 @@ from malora_dist.checkpoint.folder import file_in, new_folder
 from malora_dist.checkpoint.found import what_is
 from malora_dist.checkpoint.layout import MANIFEST
 from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.checkpoint.shards import file_record
 from malora_dist.checkpoint.store import CheckpointStore
-from malora_dist.errors import CheckpointError
-from malora_dist.methods import factor_shapes
+from malora_dist.checkpoint.weights_file import check_factors, check_names, check_seal, weights_header
+from malora_dist.errors import CheckpointError, brief
 from malora_dist.nn.inject import adapter_parameters, inject_adapters, remove_adapters
-from malora_dist.weights.tensor_file import TensorPlace, read_elements, read_header, write_tensors
+from malora_dist.weights.tensor_file import TensorPlace, read_elements, write_tensors
 
 __all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_folder", "load_adapter", "open_adapter"]
 __all__ += ["put_adapter", "read_adapter_info", "save_adapter", "write_adapter_folder"]
@@ -84,7 +86,10 @@ def open_adapter(path: AnyPath) -> AdapterTensors:
     folder = _find(Path(path))
     if (folder / MANIFEST).is_file():
         return _open_checkpoint(folder)
-    return open_weights(folder, read_adapter_info(folder))
+    file_in(folder, CONFIG)
+    tensors = open_weights(folder, read_adapter_info(folder))
+    check_seal(folder)
+    return tensors
 
 
 def _find(path: Path) -> Path:
@@ -104,28 +109,16 @@ def _find(path: Path) -> Path:
 
 def open_weights(folder: Path, info: AdapterInfo) -> AdapterTensors:
     """The tensors of an adapter folder whose config says `info`, PEFT's own folders among them. Raises as above."""
-    places, shapes = {}, {}
+    places, shapes = dict[str, TensorPlace](), dict[str, tuple[int, ...]]()
+    path = folder / WEIGHTS
     for key, place in weights_header(folder).items():
         name, alone = model_name(key)
+        if name in places:
+            raise CheckpointError(f"{path}: {brief(key)} is {brief(name)}, which another tensor of the file is too")
         places[name], shapes[name] = place, (1, *place.shape) if alone else place.shape
-    path = folder / WEIGHTS
     tensors = AdapterTensors(info=info, path=path, shapes=shapes, read=partial(_read, path, places, shapes))
-    _check_factors(tensors)
+    check_factors(tensors.path, tensors.info.spec, shapes)
     return tensors
-
-
-def weights_header(folder: Path) -> dict[str, TensorPlace]:
-    """The tensors of an adapter folder by their keys. Raises CheckpointError if the file is no safetensors in it."""
-    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
-        raise CheckpointError(
-            f"{folder / 'adapter_model.bin'} is a pickle, which can run any code when it is read; only {WEIGHTS} is "
-            "read: save the adapter again as safetensors where you trust it"
-        )
-    path = file_in(folder, WEIGHTS)
-    try:
-        return read_header(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def _read(path: Path, places: Mapping[str, TensorPlace], shapes: Mapping[str, tuple[int, ...]], name: str) -> Tensor:
@@ -150,24 +143,8 @@ def _open_checkpoint(folder: Path) -> AdapterTensors:
         read=partial(checkpoint.read, "adapter"),
         checkpoint=checkpoint,
     )
-    _check_factors(tensors)
+    check_factors(tensors.path, tensors.info.spec, tensors.shapes)
     return tensors
-
-
-def _check_factors(tensors: AdapterTensors) -> None:
-    """Every layer has the tensors of the method, and no other."""
-    spec, wanted = tensors.info.spec, dict[str, tuple[int, ...]]()
-    for layer, factors in tensors.layers().items():
-        found = {factor: tensors.shapes[f"{layer}.{factor}"] for factor in factors}
-        inputs = next((found[name][-1] for name in ("shared_A", "A", "gate") if found.get(name)), 0)
-        outputs = found["B"][1] if len(found.get("B", ())) == 3 else 0
-        wanted |= {f"{layer}.{factor}": shape for factor, shape in factor_shapes(spec, inputs, outputs).items()}
-    _check_names(tensors.path, wanted, tensors.shapes, f"a {spec.method} adapter")
-    for name, shape in wanted.items():
-        if tensors.shapes[name] != shape:
-            raise CheckpointError(
-                f"{tensors.path}: {name} has shape {tensors.shapes[name]}, {spec.method} of this config needs {shape}"
-            )
 
 
 def load_adapter(model: nn.Module, path: AnyPath) -> AdapterInfo:
@@ -203,20 +180,13 @@ def put_adapter(
 
 @torch.no_grad()
 def _fill(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> None:
-    _check_names(tensors.path, parameters, tensors.shapes, "this base")
+    check_names(tensors.path, parameters, tensors.shapes, "this base")
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != tensors.shapes[name]:
             raise CheckpointError(
                 f"{tensors.path}: {name} has shape {tensors.shapes[name]}, this base needs {tuple(parameter.shape)}"
             )
         parameter.copy_(tensors.read(name))
-
-
-def _check_names(path: Path, wanted: Iterable[str], found: Iterable[str], whose: str) -> None:
-    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    if missing or unknown:
-        which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which {whose} has not"
-        raise CheckpointError(f"{path} {which} ({len(missing)} missing, {len(unknown)} unknown)")
 
 
 def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:
@@ -230,8 +200,9 @@ def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor]
     partial_file = folder / f"{WEIGHTS}.partial"
     save_file(tensors, partial_file, metadata={"format": "pt"})
     share_file(partial_file)
+    seal = file_record(partial_file).sha256
     partial_file.replace(folder / WEIGHTS)
-    write_text(folder / CONFIG, json.dumps(adapter_config(info), indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(adapter_config(info, seal), indent=2) + "\n")
     write_text(folder / "README.md", card)
 
 
@@ -252,8 +223,9 @@ def fill_adapter_folder(
 ) -> None:
     """The files of `write_adapter_folder` in an empty folder that exists, for callers who rename it themselves."""
     stored = {file_key(info, name): (torch.float32, file_shape(info, shape)) for name, shape in shapes.items()}
-    write_tensors(folder / WEIGHTS, stored, _in_file_form(info, values))
-    write_text(folder / CONFIG, json.dumps(adapter_config(info), indent=2) + "\n")
+    digest = hashlib.sha256()
+    write_tensors(folder / WEIGHTS, stored, _in_file_form(info, values), observe=digest.update)
+    write_text(folder / CONFIG, json.dumps(adapter_config(info, digest.hexdigest()), indent=2) + "\n")
     write_text(folder / "README.md", card)
 
 

@@ -4,13 +4,16 @@ Keys are `base_model.model.<layer>.<factor>`, the layout of PEFT. A `lora` or `d
 other tools load; the routed methods add a block `malora` to the config and keep their own factor names.
 """
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from malora_dist.checkpoint.adapter_rules import check_config, read_spec
+from malora_dist.checkpoint.manifest_rules import OBJECT, POSITIVE, check_rule
 from malora_dist.errors import CheckpointError
-from malora_dist.methods import METHODS, MixtureSpec
+from malora_dist.json_text import parse_json
+from malora_dist.methods import MixtureSpec
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,8 +35,8 @@ class AdapterInfo:
     trust_remote_code: bool = False
 
 
-def adapter_config(info: AdapterInfo) -> dict[str, object]:
-    """The content of adapter_config.json."""
+def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict[str, object]:
+    """The content of adapter_config.json. `weights_sha256` is the checksum of the file of weights beside it."""
     return {
         "peft_type": "LORA" if not info.spec.structure.routed else info.spec.method.upper(),
         "task_type": "CAUSAL_LM",
@@ -50,37 +53,52 @@ def adapter_config(info: AdapterInfo) -> dict[str, object]:
             "format_version": FORMAT_VERSION,
             **asdict(info.spec),
             **({"trust_remote_code": True} if info.trust_remote_code else {}),
+            **_sealed(weights_sha256),
         },
     }
+
+
+def _sealed(weights_sha256: str | None) -> dict[str, str]:
+    return {} if weights_sha256 is None else {"weights_sha256": weights_sha256}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as an object. Raises CheckpointError if it is missing or damaged."""
+    try:
+        config = parse_json((folder / CONFIG).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not an adapter folder: {CONFIG}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / CONFIG} is damaged: it is not a JSON object")
+    return config
 
 
 def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     """Read adapter_config.json. Raises CheckpointError if it is missing, damaged or not from this package."""
     folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        if "peft_type" in config and "malora" not in config:
-            raise CheckpointError(
-                f"{folder} is an adapter of PEFT, without the block `malora` of this package: "
-                f"malora convert {folder} DST --to from-peft makes one of ours of it"
-            )
-        block = dict(config["malora"])
-        version, trusted = block.pop("format_version"), block.pop("trust_remote_code", False) is True
-        if version > FORMAT_VERSION:
-            raise CheckpointError(f"{folder / CONFIG}: format_version {version} is newer than {FORMAT_VERSION}")
-        if block["method"] not in METHODS:
-            raise CheckpointError(f"{folder / CONFIG}: method {block['method']!r} is not one of {', '.join(METHODS)}")
-        return AdapterInfo(
-            spec=MixtureSpec(**block),
-            target_modules=tuple(config["target_modules"]),
-            base_model=config["base_model_name_or_path"],
-            lora_dropout=config["lora_dropout"],
-            trust_remote_code=trusted,
+    config, path = read_config(folder), folder / CONFIG
+    if "malora" not in config:
+        if "peft_type" not in config:
+            raise CheckpointError(f"{path} is damaged or not written by malora_dist: it has no block `malora`")
+        raise CheckpointError(
+            f"{folder} is an adapter of PEFT, without the block `malora` of this package: "
+            f"malora convert {folder} DST --to from-peft makes one of ours of it"
         )
-    except OSError as error:
-        raise CheckpointError(f"{folder} is not an adapter folder: {CONFIG}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is damaged or not written by malora_dist: {error!r}") from error
+    check_rule(path, "malora", config["malora"], OBJECT)
+    version = config["malora"].get("format_version")
+    check_rule(path, "malora.format_version", version, POSITIVE)
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version {version} is newer than {FORMAT_VERSION}")
+    check_config(path, config)
+    return AdapterInfo(
+        spec=read_spec(path, config["malora"]),
+        target_modules=tuple(config["target_modules"]),
+        base_model=config["base_model_name_or_path"],
+        lora_dropout=config["lora_dropout"],
+        trust_remote_code=config["malora"].get("trust_remote_code", False),
+    )
 
 
 def file_key(info: AdapterInfo, name: str) -> str:

@@ -1,14 +1,18 @@
 """Folders that appear whole or not at all, and files that stay inside theirs."""
 
-import fcntl
-import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import Timeout
+
 from malora_dist.atomic import to_disk
 from malora_dist.checkpoint.disk import remove, writing
 from malora_dist.errors import CheckpointError
+from malora_dist.locks import lock_at, marker
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @contextmanager
@@ -37,25 +41,40 @@ def new_folder(target: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """The empty folder `partial`, locked: the lock ends with the process, so a leftover is known from one in use."""
-    partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
+    path = partial.with_name(f"{partial.name}.lock")
+    lock = lock_at(path)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{partial} is being written by another process") from None
-        for path in partial.iterdir():
-            remove(path)
+        lock.acquire(timeout=0)
+    except Timeout:
+        left = f"; if one of another host was killed, remove {marker(path)}" if marker(path).exists() else ""
+        raise CheckpointError(f"{partial} is being written by another process{left}") from None
+    try:
+        partial.mkdir(exist_ok=True)
+        for leftover in partial.iterdir():
+            remove(leftover)
         yield
     finally:
-        os.close(descriptor)
+        # While it is held: whoever has opened it meanwhile finds that it is gone, and makes another.
+        remove(path)
+        lock.release()
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The regular file `name` of a folder. Raises CheckpointError if there is none, or if a link leaves the folder."""
+    """The regular file `name` of a folder. Raises CheckpointError if there is none, or if a link leaves the folder.
+
+    In the hub's cache a file is a link from `snapshots/<commit>` to `blobs` of the same repository.
+    """
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise CheckpointError(f"{path} is a link to {path.resolve()}, outside its folder; put the file itself there")
+    file, places = path.resolve(), [folder.resolve(), *_blobs(folder.resolve())]
+    if not any(file.is_relative_to(place) for place in places):
+        raise CheckpointError(f"{path} is a link to {file}, outside its folder; put the file itself there")
     return path
+
+
+def _blobs(folder: Path) -> Iterator[Path]:
+    """Where the files of a repository in the hub's cache lie, if the folder is, or is in, a snapshot of one."""
+    for commit in (folder, *folder.parents):
+        if commit.parent.name == "snapshots" and COMMIT.fullmatch(commit.name):
+            yield commit.parent.parent / "blobs"

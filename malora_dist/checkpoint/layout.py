@@ -13,6 +13,7 @@ from typing import Any, Self
 from malora_dist.checkpoint.disk import reading, write_text
 from malora_dist.checkpoint.manifest_rules import check_document
 from malora_dist.errors import CheckpointError
+from malora_dist.json_text import parse_json
 
 FORMAT_VERSION = 1
 CHECKPOINTS = "checkpoints"
@@ -125,7 +126,7 @@ def seal(document: dict[str, Any]) -> str:
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(content)
+        document = parse_json(content)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict):

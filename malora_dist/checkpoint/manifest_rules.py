@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, brief, short
 
 Rule = tuple[str, Callable[[Any], bool]]
 
@@ -47,28 +47,28 @@ def check_document(path: Path, document: Mapping[str, Any]) -> None:
     _check_keys(path, "base", document["base"], BASE)
     for name, record in document["files"].items():
         if not PLAIN_NAME.fullmatch(name) or name == path.name:
-            raise CheckpointError(f"{path}: files has {name!r}, which must be the plain name of another file beside it")
-        _check_rule(path, f"files[{name!r}]", record, OBJECT)
-        _check_keys(path, f"files[{name!r}]", record, FILE)
+            raise CheckpointError(f"{path}: files has {short(name)}, must be the plain name of another file")
+        check_rule(path, f"files[{short(name)}]", record, OBJECT)
+        _check_keys(path, f"files[{short(name)}]", record, FILE)
     _check_keys(path, "tensors", document["tensors"], TENSORS)
     for kind, file_of in document["tensors"].items():
         for name, file in file_of.items():
             if not isinstance(file, str) or file not in document["files"]:
-                raise CheckpointError(f"{path}: tensors.{kind}[{name!r}]={file!r} must be one of `files`")
+                raise CheckpointError(f"{path}: tensors.{kind}[{short(name)}]={short(file)} must be one of `files`")
 
 
 def _check_keys(path: Path, where: str, value: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     prefix = f"{where}." if where else ""
     for key in value.keys() - rules.keys():
-        raise CheckpointError(f"{path}: {prefix}{key} is not a key of this format; those are {', '.join(rules)}")
+        raise CheckpointError(f"{path}: {prefix}{brief(key)} is not a key of this format; those are {', '.join(rules)}")
     for key, rule in rules.items():
         if key not in value:
             raise CheckpointError(f"{path}: {prefix}{key} is missing; it {rule[0]}")
-        _check_rule(path, f"{prefix}{key}", value[key], rule)
+        check_rule(path, f"{prefix}{key}", value[key], rule)
 
 
-def _check_rule(path: Path, key: str, value: Any, rule: Rule) -> None:
+def check_rule(path: Path, key: str, value: Any, rule: Rule) -> None:
+    """Raise CheckpointError, naming file, key, value and rule, unless the value keeps the rule."""
     text, holds = rule
     if not holds(value):
-        shown = repr(value)
-        raise CheckpointError(f"{path}: {key}={shown if len(shown) <= 80 else shown[:77] + '...'} {text}")
+        raise CheckpointError(f"{path}: {key}={short(value)} {text}")

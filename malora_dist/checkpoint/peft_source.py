@@ -1,10 +1,9 @@
 """Stock PEFT LoRA folders as a source: read where our one-expert layers are the same function, refused elsewhere."""
 
 import json
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from malora_dist.checkpoint.adapter import (
     AdapterTensors,
     open_adapter,
     open_weights,
-    weights_header,
 )
-from malora_dist.checkpoint.adapter_info import PEFT_NAMES, PREFIX
+from malora_dist.checkpoint.adapter_info import PEFT_NAMES, PREFIX, read_config
 from malora_dist.checkpoint.folder import file_in
-from malora_dist.errors import CheckpointError
+from malora_dist.checkpoint.weights_file import weights_header
+from malora_dist.errors import CheckpointError, brief, short
 from malora_dist.methods import mixture_spec
 
 # What says nothing of the function, or is read below.
@@ -34,9 +33,27 @@ SILENT |= {"fan_in_fan_out"}
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+LARGEST = 2**31
+VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "base_model_name_or_path": ("text or null", lambda value: value is None or isinstance(value, str)),
+    "lora_dropout": (
+        "a number of at least 0 and less than 1",
+        lambda value: value is None or (type(value) in (int, float) and 0 <= value < 1),
+    ),
+    "rank_pattern": ("an object", lambda value: value is None or isinstance(value, dict)),
+    "alpha_pattern": ("an object", lambda value: value is None or isinstance(value, dict)),
+    "target_modules": (
+        "a list of names, or text",
+        lambda value: (
+            isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+        ),
+    ),
+}
+
+
 def is_peft_folder(path: str | os.PathLike[str]) -> bool:
     """Whether the folder holds an adapter of PEFT rather than one of ours."""
-    return (Path(path) / CONFIG).is_file() and "malora" not in _config(Path(path))
+    return (Path(path) / CONFIG).is_file() and "malora" not in read_config(Path(path))
 
 
 def open_lora(path: str | os.PathLike[str]) -> AdapterTensors:
@@ -60,7 +77,7 @@ def open_peft(folder: str | os.PathLike[str]) -> AdapterTensors:
 
 def peft_info(folder: Path, layers: Sequence[str]) -> AdapterInfo:
     """What the folder's adapter_config.json says of a LoRA on these layers. Raises CheckpointError as `open_peft`."""
-    config = _config(folder)
+    config = read_config(folder)
     _check_config(folder, config)
     try:
         rank, alpha = _one_rank_and_alpha(folder, config, layers)
@@ -73,20 +90,10 @@ def peft_info(folder: Path, layers: Sequence[str]) -> AdapterInfo:
             ),
             target_modules=_targets(config, layers),
             base_model=config.get("base_model_name_or_path") or "",
-            lora_dropout=float(config.get("lora_dropout", 0.0)),
+            lora_dropout=float(config.get("lora_dropout") or 0.0),
         )
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged: {error}") from error
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / CONFIG} is damaged: it is not a JSON object")
-    return config
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -97,13 +104,19 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         "task_type": ("CAUSAL_LM", None),
         "bias": ("none", None),
         "init_lora_weights": INITS,
+        "use_dora": (True, False, None),
+        "use_rslora": (True, False, None),
     }
     allowed |= dict.fromkeys(config.keys() - READ - SILENT, (None, False, "none"))
     for key, values in allowed.items():
         value = config.get(key, values[0])
-        if value not in values and value not in ({}, []):
+        # 1 equals true, and is none.
+        if not any(value == known and type(value) is type(known) for known in (*values, {}, [])):
             why = "it changes the base's own weights" if key == "init_lora_weights" else "our layers have no such thing"
-            raise CheckpointError(f"{folder / CONFIG}: {key}={json.dumps(value)} is not read: {why}")
+            raise CheckpointError(f"{folder / CONFIG}: {brief(key)}={brief(json.dumps(value))} is not read: {why}")
+    for key, (rule, holds) in VALUES.items():
+        if not holds(config.get(key)):
+            raise CheckpointError(f"{folder / CONFIG}: {key}={brief(json.dumps(config.get(key)))} must be {rule}")
 
 
 def _one_rank_and_alpha(folder: Path, config: Mapping[str, Any], layers: Sequence[str]) -> tuple[int, float]:
@@ -114,12 +127,14 @@ def _one_rank_and_alpha(folder: Path, config: Mapping[str, Any], layers: Sequenc
         found = {layer: _pattern_value(patterns, layer, config.get(key)) for layer in layers}
         if len(set(found.values())) > 1:
             raise CheckpointError(
-                f"{folder / CONFIG}: {pattern} gives layers {', '.join(map(str, sorted(set(found.values()))))}; "
+                f"{folder / CONFIG}: {pattern} gives layers {brief(', '.join(sorted(map(str, set(found.values())))))}; "
                 f"an adapter of ours has one {key}"
             )
         numbers[key] = next(iter(found.values()))
-        if not isinstance(numbers[key], int | float) or not 0 < numbers[key] < math.inf:
-            raise CheckpointError(f"{folder / CONFIG}: {key}={numbers[key]!r} must be a positive number")
+        known = (int,) if key == "r" else (int, float)
+        if type(numbers[key]) not in known or not 0 < numbers[key] < LARGEST:
+            what = "an integer of at least 1" if key == "r" else "a positive number"
+            raise CheckpointError(f"{folder / CONFIG}: {key}={short(numbers[key])} must be {what}")
     return int(numbers["r"]), float(numbers["lora_alpha"])
 
 
@@ -138,7 +153,7 @@ def _layers(folder: Path) -> list[str]:
     for key in weights_header(folder):
         end = next((name for name in names if key.endswith(name)), None)
         if end is None or not key.startswith(PREFIX):
-            raise CheckpointError(f"{folder / WEIGHTS}: tensor {key} is not part of a linear layer's LoRA")
+            raise CheckpointError(f"{folder / WEIGHTS}: tensor {brief(key)} is not part of a linear layer's LoRA")
         layers[key.removeprefix(PREFIX).removesuffix(end)] = None
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no tensor")

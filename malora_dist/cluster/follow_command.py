@@ -38,7 +38,7 @@ def follow(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Fold
     try:
         code = following.until_the_end()
     except KeyboardInterrupt:
-        typer.echo(f"\n{following.farewell()}")
+        print(f"\n{following.farewell()}")
         raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(code)
 
@@ -116,7 +116,7 @@ class _Following:
     def _print_log(self) -> None:
         text = self.tail.read()
         if text:
-            typer.echo(text, nl=False)
+            print(text, end="", flush=True)
             self.within_line = not text.endswith("\n")
 
     def _slurm(self) -> JobState | None:
@@ -129,7 +129,7 @@ class _Following:
             name = f"job {self.job.job}: {slurm}" if self.job else str(self.run)
             left = f", {duration(seen.eta_seconds)} left" if seen.eta_seconds and seen.state == RUNNING else ""
             steps = "" if seen.state == WAITING else f", step {progress(seen)}{left}"
-            typer.echo("\n" * self.within_line + f"-- {name}; run {seen.state}{steps}")
+            print("\n" * self.within_line + f"-- {name}; run {seen.state}{steps}")
             self.within_line = False
 
 

@@ -26,6 +26,7 @@ from malora_dist.launch.command import (
 )
 from malora_dist.launch.hostfile import Slots, choose_hosts, read_hostfile, slots_per_host
 from malora_dist.launch.pdsh import env_file_text, handed_on, hosts_command, runner_environment
+from malora_dist.launch.ranks import meeting_port
 from malora_dist.launch.reach import check_reachable, is_this_machine
 from malora_dist.start import recipe_first
 from malora_dist.summary import adapter_spec
@@ -35,8 +36,9 @@ LAUNCHER = "pdsh"
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False, help="Its settings follow it.")]
 MasterAddr = Annotated[str | None, typer.Option("--master_addr", "--master-addr", help="The first host's address.")]
+PORT = "A free port of the first host. Default: one that is free here."
 MasterPort = Annotated[
-    int, typer.Option("--master_port", "--master-port", min=1, max=65535, help="A free port of the first host.")
+    int | None, typer.Option("--master_port", "--master-port", min=1, max=65535, help=PORT, show_default=False)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command, and stop.")]
 
@@ -53,7 +55,7 @@ def deepspeed_verb(
         int | None, typer.Option("--num_gpus", "--num-gpus", min=1, help="GPUs of this machine. Default: all visible.")
     ] = None,
     master_addr: MasterAddr = None,
-    master_port: MasterPort = 29500,
+    master_port: MasterPort = None,
     launcher: Annotated[str, typer.Option(help=f"How deepspeed reaches the hosts: {LAUNCHER}.")] = LAUNCHER,
     no_ssh_check: Annotated[bool, typer.Option("--no-ssh-check", help="Do not try to reach the hosts first.")] = False,
     dry_run: DryRun = False,
@@ -62,11 +64,13 @@ def deepspeed_verb(
     if launcher != LAUNCHER:
         raise ConfigError(f"--launcher={launcher}: deepspeed tells the processes who they are with {LAUNCHER} alone")
     path, overrides = recipe_first(recipe, context.args)
-    place = [*(["--master_addr", master_addr] if master_addr else []), "--master_port", str(master_port)]
     chosen = _chosen_hosts(hostfile, include, exclude, num_gpus)
     _check(path, overrides, len(chosen) * slots_per_host(chosen))
     arguments = [path, *overrides]
-    if hostfile is None or _only_this_machine(chosen):
+    here = hostfile is None or _only_this_machine(chosen)
+    port = meeting_port(master_port) if here or master_port is None else master_port
+    place = [*(["--master_addr", master_addr] if master_addr else []), "--master_port", str(port)]
+    if here or hostfile is None:
         (slots,) = chosen.values()
         visible = os.environ if hostfile is None else _visible(slots)
         raise typer.Exit(_run(_local_command(arguments, len(slots), visible, place), os.environ, dry_run))
@@ -90,7 +94,7 @@ def torchrun_verb(
         typer.Option("--nproc_per_node", "--nproc-per-node", min=1, help="Processes here. Default: all visible GPUs."),
     ] = None,
     master_addr: MasterAddr = None,
-    master_port: MasterPort = 29500,
+    master_port: MasterPort = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train with torchrun: on this machine, or as one of several on which the same is called."""

@@ -23,7 +23,7 @@ def begin_command(context: typer.Context, recipe: Recipe) -> None:
     check_plan(config, world_size)
     now = begin(Path(config.output_dir), job)
     nodes = os.environ.get("SLURM_JOB_NODELIST", "this node")
-    typer.echo(f"job {job}, start {now.starts}: {config.output_dir} on {nodes}, {world_size} processes")
+    print(f"job {job}, start {now.starts}: {config.output_dir} on {nodes}, {world_size} processes")
 
 
 def end_command(context: typer.Context, recipe: Recipe) -> None:
@@ -36,7 +36,7 @@ def end_command(context: typer.Context, recipe: Recipe) -> None:
         stop_after_steps=config.train.stop_after_steps,
         exit_code=_left_code(os.environ),
     )
-    typer.echo(verdict.why)
+    print(verdict.why)
     raise typer.Exit(verdict.code)
 
 

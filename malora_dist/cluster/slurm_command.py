@@ -96,7 +96,7 @@ def slurm_command(
         else [_array_stage(options, configs, numbers, wanted)]
     )
     if only_print:
-        typer.echo(dry_run(stages, configs, flags))
+        print(dry_run(stages, configs, flags))
         return
     for config in configs if TRAIN in wanted else ():
         check_no_job(Path(config.output_dir))

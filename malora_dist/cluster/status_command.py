@@ -79,7 +79,7 @@ def status(
     folders = list(paths or found_runs(Path(".")))
     rows = status_rows([run for folder in folders for run in runs_of(folder)])
     if as_json:
-        typer.echo(json.dumps([row.as_dict() for row in rows], indent=1))
+        print(json.dumps([row.as_dict() for row in rows], indent=1))
         return
     console = _console()
     if not rows:

@@ -69,6 +69,22 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     return [Change(key, old, new, _kind(key)) for key, old, new in _differences(before, now, ())]
 
 
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config given as plain nested mappings that a trained number depends on, by their keys."""
+    return {key: value for key, value in _leaves(config, "") if _kind(key) == "refused"}
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{key}[{index}]")
+    else:
+        yield key, value
+
+
 def _differences(before: Any, now: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):

@@ -5,7 +5,6 @@ value; another value is an error that names both. What this package cannot run, 
 """
 
 import difflib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from malora_dist.config.deepspeed_keys import (
     ZERO_KEYS,
 )
 from malora_dist.config.schema import RunConfig
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, brief, short
+from malora_dist.json_text import parse_json
 from malora_dist.topology import accumulation_steps
 
 AUTO = "auto"
@@ -65,15 +65,8 @@ def recipe_values(config: RunConfig, world_size: int) -> dict[str, int | float]:
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file. Raises ConfigError if it is missing, is no JSON object or holds a key twice."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"parallel.ds_config={path}: the key {key!r} is given twice")
-        return dict(pairs)
-
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        data = parse_json(Path(path).read_bytes())
     except OSError as error:
         raise ConfigError(f"parallel.ds_config={path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -88,7 +81,7 @@ def ds_config_problems(config: RunConfig, world_size: int | None, given: dict[st
     file = config.parallel.ds_config
     zero = given.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        yield f"{file}: zero_optimization={zero!r} must be an object"
+        yield f"{file}: zero_optimization={short(zero)} must be an object"
         zero = {}
     yield from _refused(file, given, zero)
     yield from _unknown(file, given, zero)
@@ -101,13 +94,13 @@ def _refused(file: str | None, given: dict[str, Any], zero: dict[str, Any]) -> I
     for prefix, values, refusals in (("", given, REFUSED_KEYS), ("zero_optimization.", zero, REFUSED_ZERO_KEYS)):
         for key, (harmless, reason) in refusals.items():
             if key in values and values[key] not in (harmless, AUTO, None):
-                yield f"{file}: {prefix}{key}={values[key]!r} is refused: {reason}"
+                yield f"{file}: {prefix}{key}={short(values[key])} is refused: {reason}"
     for block in ("bf16", "fp16"):
         value = given.get(block)
         enabled = value.get("enabled", False) if isinstance(value, dict) else value
         if enabled not in (False, None, AUTO):
             yield (
-                f"{file}: {block}.enabled={enabled!r} is refused: the engine runs in fp32, because adapters are "
+                f"{file}: {block}.enabled={short(enabled)} is refused: the engine runs in fp32, because adapters are "
                 "fp32 and the frozen base is cast where it is used. Precision of the base is model.dtype"
             )
 
@@ -125,7 +118,7 @@ def _unknown(file: str | None, given: dict[str, Any], zero: dict[str, Any]) -> I
             if key not in known:
                 close = difflib.get_close_matches(key, sorted(known), n=1)
                 advice = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
-                yield f"{file}: {prefix}{key} is not a key this version passes to DeepSpeed; {advice}"
+                yield f"{file}: {prefix}{brief(key)} is not a key this version passes to DeepSpeed; {advice}"
 
 
 def _contradictions(
@@ -142,11 +135,11 @@ def _contradictions(
         decided["gradient_accumulation_steps"] = ("the recipe's accumulation (derived)", steps)
     for key, (name, value) in decided.items():
         if given.get(key, AUTO) not in (AUTO, value):
-            yield f'{name}={value} but {file}: {key}={given[key]!r}; make them equal or write "auto" in the file'
+            yield f'{name}={value} but {file}: {key}={short(given[key])}; make them equal or write "auto" in the file'
     stage = zero.get("stage", AUTO)
     if stage not in (AUTO, config.parallel.zero_stage) or isinstance(stage, bool):
         yield (
-            f"parallel.zero_stage={config.parallel.zero_stage} but {file}: zero_optimization.stage={stage!r}; "
+            f"parallel.zero_stage={config.parallel.zero_stage} but {file}: zero_optimization.stage={short(stage)}; "
             'make them equal or write "auto" in the file'
         )
 
@@ -177,7 +170,7 @@ def _expert_problems(config: RunConfig, zero: dict[str, Any]) -> Iterator[str]:
     for key, reason in reasons.items():
         if zero.get(key, AUTO) not in (True, AUTO, None):
             yield (
-                f"{config.parallel.ds_config}: zero_optimization.{key}={zero[key]!r} is refused with "
+                f"{config.parallel.ds_config}: zero_optimization.{key}={short(zero[key])} is refused with "
                 f"parallel.ep_size={config.parallel.ep_size} at stage {config.parallel.zero_stage}: {reason}"
             )
 

@@ -12,7 +12,7 @@ from malora_dist.config.names import canonical
 from malora_dist.config.overrides import apply_overrides, parse_overrides
 from malora_dist.config.problems import Lines, Path, Problem, from_pydantic, raise_all, rule_keys
 from malora_dist.config.schema import RunConfig
-from malora_dist.config.yaml_reader import read_yaml
+from malora_dist.config.yaml_reader import RecipeDumper, read_yaml
 
 
 def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
@@ -47,7 +47,7 @@ def config_from_dict(
 
 def config_text(config: RunConfig) -> str:
     """Every key with its value as YAML; loading it gives an equal config. Keys without meaning are left out."""
-    text: str = yaml.safe_dump(plain_config(config), sort_keys=False, allow_unicode=True, width=120)
+    text: str = yaml.dump(plain_config(config), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
     return text
 
 

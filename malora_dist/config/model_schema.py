@@ -145,7 +145,9 @@ class AdapterConfig(Section):
         "mean", description="How the balance losses of all routers become one."
     )
     balance_scope: Literal["global", "local"] = Field(
-        "global", description="Balance experts over the tokens of all processes, or of each process alone."
+        "global",
+        description="Balance experts over all tokens of an optimizer step, or over those of each micro-batch on each "
+        "process; the latter depends on how samples are dealt.",
     )
     normalize_gates: bool = Field(False, description="Scale a token's chosen gates to sum to 1.")
     computation: Literal["auto", "dense", "grouped", "grouped_triton"] = Field(

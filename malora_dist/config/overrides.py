@@ -5,10 +5,10 @@ from typing import Any
 
 from malora_dist.config.base import Section
 from malora_dist.config.names import allows_null, canonical_key, hint, section_of
-from malora_dist.config.problems import Path, Problem
+from malora_dist.config.problems import Path, Problem, dotted
 from malora_dist.config.schema import RunConfig
 from malora_dist.config.yaml_reader import parse_value
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, brief, short
 
 # What --new-run is short for.
 NEW_RUN = "--train.resume_from_checkpoint=null"
@@ -39,13 +39,15 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
         key, equals, text = argument.removeprefix("--").partition("=")
         if not equals:
             if not argument.startswith("--"):
-                raise ConfigError(f"{argument!r} is not an override; write --section.key value or section.key=value")
+                raise ConfigError(
+                    f"{short(argument)} is not an override; write --section.key value or section.key=value"
+                )
             if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"{argument} needs a value: {argument} VALUE")
+                raise ConfigError(f"{brief(argument)} needs a value: {brief(argument)} VALUE")
             text = rest.pop(0)
         if "." not in key and key not in RunConfig.model_fields:
-            raise ConfigError(f"--{key}: {hint(RunConfig, key)} Overrides are written --section.key value")
-        pairs.append((key, parse_value(text)))
+            raise ConfigError(f"--{brief(key)}: {hint(RunConfig, key)} Overrides are written --section.key value")
+        pairs.append((key, parse_value(text, key)))
     return pairs
 
 
@@ -81,9 +83,11 @@ def _set(data: dict[str, Any], parts: list[str], value: Any) -> Path | str:
         if isinstance(target, list):
             index = _task_index(target, rest[0])
             if index is None or len(rest) < 2:
-                names = ", ".join(str(item.get("name")) for item in target)
+                names = ", ".join(map(_task_name, target))
                 return f"name a task and its key: {'.'.join(map(str, path))}.TASK.KEY; the tasks are {names}"
             target, path, rest = target[index], (*path, index), rest[1:]
+        if not isinstance(target, dict):
+            return f"{dotted(path)} is {short(target)}, which has no keys"
         parts = rest
     if rest:
         return f"{name} is a single value, it has no {'.'.join(rest)}"
@@ -97,6 +101,10 @@ def _set(data: dict[str, Any], parts: list[str], value: Any) -> Path | str:
 
 
 def _task_index(tasks: list[Any], name: str) -> int | None:
-    if name.isdigit() and int(name) < len(tasks):
+    if name.isascii() and name.isdigit() and int(name[:9]) < len(tasks):
         return int(name)
-    return next((index for index, task in enumerate(tasks) if task.get("name") == name), None)
+    return next((index for index, name_ in enumerate(map(_task_name, tasks)) if name_ == name), None)
+
+
+def _task_name(task: Any) -> str:
+    return str(task.get("name")) if isinstance(task, dict) else ""

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from malora_dist.config.base import RULE_ERROR, Rule
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, brief, short
 
 Path = tuple[str | int, ...]
 # None: a key that the command line set.
@@ -27,8 +27,8 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"line {self.line}: " if self.line is not None else ""
-        value = "" if self.value is NO_VALUE else f"={_short(self.value)}"
-        return f"{where}{dotted(self.path)}{value}: {self.rule}"
+        value = "" if self.value is NO_VALUE else f"={short(self.value)}"
+        return f"{where}{brief(dotted(self.path))}{value}: {self.rule}"
 
 
 def dotted(path: Path) -> str:
@@ -107,8 +107,3 @@ def _plain(message: str) -> str:
     message = re.sub(r"^Input should be", "must be", message)
     message = re.sub(r"^\w+ should have at least 1 (item|character).*", "must not be empty", message)
     return message[:1].lower() + message[1:]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -28,6 +28,9 @@ __all__ = [
     "TrainConfig",
 ]
 
+# What the system's clocks can wait for: thirty years.
+MOST_SECONDS = 10**9
+
 
 def _tracker_names(value: Any) -> Any:
     return [] if value == "none" else split_commas(value)
@@ -92,7 +95,10 @@ class ParallelConfig(Section):
         1, ge=1, description="Processes that share one set of experts, each owning a part. Above 1, tokens travel."
     )
     timeout_seconds: int = Field(
-        1800, ge=1, description="A process that waits longer than this for the others ends the run with an error."
+        1800,
+        ge=1,
+        le=MOST_SECONDS,
+        description="A process that waits longer than this for the others ends the run with an error.",
     )
     ds_config: str | None = Field(
         None, description="JSON file with DeepSpeed's own settings; 'auto' values come from this recipe."
@@ -180,7 +186,7 @@ class TrainConfig(Section):
     max_hours: float | None = Field(
         None, gt=0, description="Save and end when this process has run so long. In a Slurm job its limit counts too."
     )
-    seed: int = Field(42, ge=0, description="Seed of adapters, dropout and the order of samples.")
+    seed: int = Field(42, ge=0, lt=2**63, description="Seed of adapters, dropout and the order of samples.")
     deterministic: bool = Field(
         False,
         description="The same bits in every run on GPUs too: slower forms of some operations, such as attention's "

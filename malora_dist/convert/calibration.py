@@ -15,6 +15,7 @@ from malora_dist.engine.forward import cross_entropies
 from malora_dist.engine.packing import packing_of
 from malora_dist.errors import DataError
 from malora_dist.functional.routing import Routing
+from malora_dist.progress import tracked
 
 ROW_TOKENS = 2048
 
@@ -67,9 +68,10 @@ def collect(
         return routing
 
     device = next(model.parameters()).device
-    limit = 1 if packing_of(model) is Packing.ALONE else ROW_TOKENS
+    longest = max(len(sample.input_ids) for sample in samples)
+    limit = 1 if packing_of(model, longest=longest) is Packing.ALONE else ROW_TOKENS
     with deciding(model, note):
-        for row in _rows(samples, limit):
+        for row in tracked("measuring gates, rows", _rows(samples, limit)):
             cross_entropies(model, collate(row).to(device))
     return {layer: _on_cpu(statistics) for layer, statistics in found.items()}
 

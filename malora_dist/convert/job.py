@@ -19,6 +19,7 @@ from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.functional.attention_choice import VARLEN
 from malora_dist.model import load_base_model, load_tokenizer
 from malora_dist.model_config import read_model_config
+from malora_dist.progress import Bar
 from malora_dist.source import resolve_model
 from malora_dist.weights.fingerprint import base_fingerprint
 
@@ -127,14 +128,16 @@ class Job:
         # Kernels of packed rows want a GPU and 16 bits.
         wanted = "auto" if wanted in VARLEN else wanted
         attention = attention_for(wanted, read_model_config(folder, trust_remote_code=self.trusted), dtype, device)
-        return load_base_model(
-            folder,
-            dtype=dtype,
-            load_in_4bit=False,
-            attn_implementation=attention,
-            trust_remote_code=self.trusted,
-            device=device,
-        )
+        with Bar("reading the base model, tensors") as bar:
+            return load_base_model(
+                folder,
+                dtype=dtype,
+                load_in_4bit=False,
+                attn_implementation=attention,
+                trust_remote_code=self.trusted,
+                device=device,
+                place=bar.advance,
+            )
 
 
 def check_base(checkpoint: Checkpoint | None, base: Path) -> None:

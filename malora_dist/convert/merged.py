@@ -18,6 +18,7 @@ from malora_dist.convert.verify import logits_of, text_rows
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.model import build_empty_model
 from malora_dist.nn.linears import is_conv1d
+from malora_dist.progress import tracked
 from malora_dist.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
 from malora_dist.weights.stored_names import stored_names
 from malora_dist.weights.tensor_file import read_header, write_tensors
@@ -90,7 +91,7 @@ def _check_base(
 ) -> None:
     """Raises CheckpointError unless the folder is the adapter's base, ConfigError if its weights cannot be added to."""
     with readable(base / "config.json"):
-        config: dict[str, Any] = json.loads((base / "config.json").read_text())
+        config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
         raise ConfigError(f"{base} holds quantised weights; give the unquantised model with --base")
     check_base(adapter.checkpoint, base)
@@ -135,7 +136,7 @@ class _Merge:
         share_file(target)
 
     def _values(self, names: Any) -> Iterator[Tensor]:
-        for name in names:
+        for name in tracked("merging, tensors", names):
             value = self.reader.read([name])
             layer = self.layers.get(name)
             if layer is None:

@@ -19,6 +19,7 @@ from malora_dist.convert.subspace import subspace_of
 from malora_dist.data.build import build_data
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.nn.inject import remove_adapters
+from malora_dist.progress import tracked
 
 LOGITS_TOLERANCE = 1e-4
 WEIGHTS_TOLERANCE = 1e-5
@@ -60,7 +61,8 @@ def logits_of(model: nn.Module, rows: Sequence[Tensor]) -> list[Tensor]:
     device = next(model.parameters()).device
     keep = POSITIONS
     return [
-        model(input_ids=row[None].to(device), use_cache=False, logits_to_keep=keep).logits[0].float() for row in rows
+        model(input_ids=row[None].to(device), use_cache=False, logits_to_keep=keep).logits[0].float()
+        for row in tracked("computing logits, rows", rows)
     ]
 
 

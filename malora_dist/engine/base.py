@@ -17,6 +17,7 @@ from malora_dist.nn.head import install_loss_head
 from malora_dist.parallel.groups import World, from_main, gather_lists, on_main
 from malora_dist.parallel.nodes import this_node
 from malora_dist.parallel.zero import partition_at_once, partition_parts
+from malora_dist.progress import Bar
 from malora_dist.source import native_dtype
 from malora_dist.weights.base_tensor import Weights
 from malora_dist.weights.checkpoint import CheckpointWeights
@@ -42,18 +43,20 @@ def base_model(
     model_config = read_model_config(folder, trust_remote_code=trusted)
     attention = attention_for(config.model.attn_implementation, model_config, dtype, world.device)
     weights, where = _weights(config, folder, dtype, world)
-    model = load_base_model(
-        folder,
-        dtype=dtype,
-        load_in_4bit=config.model.load_in_4bit,
-        double_quant=config.model.bnb_4bit_use_double_quant,
-        attn_implementation=attention,
-        trust_remote_code=trusted,
-        device=world.device,
-        weights=weights,
-        agree=lambda find: on_main(find, world),
-        **_placement(config, world, deepspeed_settings, between, in_parts=isinstance(weights, PreparedWeights)),
-    )
+    with Bar("reading the base model, tensors", active=world.is_main) as bar:
+        before = _after(between, bar.advance)
+        model = load_base_model(
+            folder,
+            dtype=dtype,
+            load_in_4bit=config.model.load_in_4bit,
+            double_quant=config.model.bnb_4bit_use_double_quant,
+            attn_implementation=attention,
+            trust_remote_code=trusted,
+            device=world.device,
+            weights=weights,
+            agree=lambda find: on_main(find, world),
+            **_placement(config, world, deepspeed_settings, before, in_parts=isinstance(weights, PreparedWeights)),
+        )
     logging.getLogger(LOGGER).info("base model: %s; this process read %.1f MiB", where, weights.bytes_read / 2**20)
     logging.getLogger(LOGGER).info("attention: %s%s", attention, _why(config, model, attention))
     if not install_loss_head(model):

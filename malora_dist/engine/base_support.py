@@ -81,7 +81,7 @@ def _empty_base(
     model = build_empty_model(folder, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     if trains:
         check_targets(model, config.adapter.target_modules, adapter_spec(config))
-        check_rows(model.config, config.train.per_device_train_batch_size)
+        check_rows(model.config, config.train.per_device_train_batch_size, config.data.max_seq_length)
     check_stored_format(folder, load_in_4bit=settings.load_in_4bit, double_quant=settings.bnb_4bit_use_double_quant)
     if settings.attn_implementation == "sdpa":
         choose_attention("sdpa", model.config, dtype.itemsize, None, flash_attn=False)

@@ -11,11 +11,11 @@ from torch import nn
 from malora_dist.data.encode import ChoiceItem, Sample
 from malora_dist.data.packed_row import Packing
 from malora_dist.engine.forward import cross_entropies
-from malora_dist.engine.progress import Bar
 from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.nn.inject import mixture_layers
 from malora_dist.nn.packed_attention import is_masked
 from malora_dist.parallel.groups import World, gather_lists
+from malora_dist.progress import Bar
 from malora_dist.scoring import Forward, row_tokens, score_items, scores_of_questions, summarise, task_result
 
 
@@ -43,7 +43,7 @@ def evaluate_tasks(
         bar.update(done, total)
         between()
 
-    with evaluating(engine, use_adapter), Bar(title, 1, world.is_main) as bar:
+    with evaluating(engine, use_adapter), Bar(title, active=world.is_main) as bar:
         mine = score_items(
             forward_of(engine),
             items,

@@ -3,8 +3,9 @@
 import torch
 
 from malora_dist.config import AdapterConfig
+from malora_dist.functional.target_names import ALL_LINEAR
 from malora_dist.model import build_empty_model
-from malora_dist.nn.targets import ALL_LINEAR, all_linear, plain_names
+from malora_dist.nn.targets import all_linear, plain_names
 from malora_dist.source import local_model
 
 

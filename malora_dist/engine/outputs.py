@@ -3,25 +3,28 @@
 What it cannot write ends the run on all processes alike.
 """
 
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
 from safetensors import SafetensorError
 from torch import nn
 
 from malora_dist.atomic import write_json, write_text
 from malora_dist.checkpoint.adapter import AdapterInfo, save_adapter
 from malora_dist.checkpoint.card import model_card
+from malora_dist.checkpoint.layout import CHECKPOINTS
+from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, config_text
 from malora_dist.data.build import PreparedData
 from malora_dist.engine.progress import LOGGER, console, start_logging
-from malora_dist.engine.run_folder import read_evaluations
+from malora_dist.engine.run_folder import MEASURED_ON, forget_evaluations, read_evaluations, read_measured_on
 from malora_dist.engine.selection import Tasks, score
 from malora_dist.errors import TrainingError
-from malora_dist.metrics import MetricsWriter
+from malora_dist.json_text import parse_json
+from malora_dist.metrics import CHECKPOINT, EVAL, ROUTING, MetricsWriter
 from malora_dist.nn.inject import InjectionReport
 from malora_dist.parallel.groups import World, from_main, on_main
 from malora_dist.parallel.zero import gathered_adapter_state
@@ -134,18 +137,44 @@ class RunOutputs:
 
         self._on_main(append)
 
-    def resumed(self, step: int, checkpoint: str | None) -> None:
-        """A record that training goes on after `step`: records of later steps before it in the file are void."""
+    def resumed(self, step: int, checkpoint: Checkpoint | None, *, validated: bool = True) -> None:
+        """Take the records of lost work out of metrics.jsonl, and add one that training goes on after `step`.
+
+        Unless the step is `validated`, its validation will be recorded once more.
+        """
+        self._on_main(lambda: self.metrics.cut(step, () if validated else (EVAL, ROUTING)))
+        folder = None
         if checkpoint is not None:
-            self.log.info("going on after step %d, from %s", step, checkpoint)
-        self.record({"kind": "resume", "step": step, "checkpoint": checkpoint})
+            folder = str(checkpoint.folder)
+            self.log.info("going on after step %d, from %s", step, folder)
+            self._record_checkpoint(checkpoint)
+        self.record({"kind": "resume", "step": step, "checkpoint": folder})
+
+    def _record_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Add the record of a checkpoint of this run whose writer was killed before it could."""
+        step, files = checkpoint.manifest.step, checkpoint.manifest.files.values()
+        if checkpoint.folder.parent == self.folder / CHECKPOINTS and not on_main(
+            lambda: self.metrics.holds(CHECKPOINT, step), self.world
+        ):
+            self.record({"kind": CHECKPOINT, "step": step, "bytes": sum(record.bytes for record in files)})
+
+    def measured_on(self, what: Mapping[str, Any]) -> None:
+        """Forget the evaluations of a start of this run that trained something else: another recipe, base or rows."""
+        path = self.folder / MEASURED_ON
+        before = on_main(lambda: read_measured_on(path), self.world)
+        if before is not None and before != what and self.evaluations:
+            self.notes(["an earlier start of this run was of another recipe, base or rows: evaluations are done again"])
+        if before != what:
+            self.evaluations = {}
+            self._on_main(lambda: forget_evaluations(self.folder))
+            self._write(MEASURED_ON, what)
 
     def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The content of a JSON file of the folder, which is measured and written by the first start of a run."""
         path = self.folder / name
         if not on_main(path.exists, self.world):
             self._write(name, measure())
-        content: dict[str, Any] = on_main(lambda: json.loads(path.read_text(encoding="utf-8")), self.world)
+        content: dict[str, Any] = on_main(lambda: parse_json(path.read_bytes()), self.world)
         return content
 
     def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:
@@ -209,14 +238,13 @@ class RunOutputs:
         terminal = console()
         if self.evaluations:
             terminal.print(print_results(self.evaluations))
-        terminal.print(
+        next_steps = (
             f"\nLook next at\n"
             f"  {self.folder}/report/index.html   pictures: losses, accuracies, routing of tasks to experts\n"
             f"  {self.folder}/adapter/            the adapter, {self.folder}/metrics.jsonl the numbers\n"
-            f"  malora evaluate {self.folder}     measures it again, on any number of processes",
-            soft_wrap=True,
-            highlight=False,
+            f"  malora evaluate {self.folder}     measures it again, on any number of processes"
         )
+        terminal.print(Text(next_steps), soft_wrap=True)
 
     def _write(self, name: str, value: Any) -> None:
         self._on_main(lambda: write_json(self.folder / name, value))

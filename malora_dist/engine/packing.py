@@ -11,8 +11,9 @@ from torch import Tensor
 from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.packed_row import Packing, cumulative_lengths
 from malora_dist.engine.evaluation import evaluating
-from malora_dist.engine.forward import cross_entropies
+from malora_dist.engine.forward import accepted, cross_entropies
 from malora_dist.engine.progress import LOGGER
+from malora_dist.engine.rotations import DYNAMIC, LONGROPE, length_limits
 from malora_dist.errors import ConfigError
 from malora_dist.nn.packed_attention import FULL, is_masked, length_arguments
 from malora_dist.parallel.groups import World, max_over_processes
@@ -30,11 +31,13 @@ ROWS = {
 ROUNDING = 1e-5
 
 
-def most_packing(config: Any, model_class: Any) -> Packing:
-    """Return what a model takes at most, before any weight is read.
+def most_packing(config: Any, model_class: Any, longest: int = 0) -> Packing:
+    """Return what a model takes at most of samples of up to `longest` tokens, before any weight is read.
 
     Branches need an attention that knows places by its mask alone: others may have windows or distances of their own.
     """
+    if any(longest > limit for limit in length_limits(config).values()):
+        return Packing.ALONE
     layers = set(getattr(config.get_text_config(), "layer_types", None) or [FULL])
     if getattr(model_class, "_is_stateful", False) or not layers <= BY_MASK:
         return Packing.ALONE
@@ -42,10 +45,14 @@ def most_packing(config: Any, model_class: Any) -> Packing:
     return Packing.TREES if replaceable else Packing.SEQUENCES
 
 
-def check_rows(config: Any, samples: int) -> None:
-    """Raise ConfigError if a model of this configuration cannot be trained on rows of so many samples."""
+def check_rows(config: Any, samples: int, longest: int = 0) -> None:
+    """Raise ConfigError if a model of this configuration cannot be trained on rows of so many samples.
+
+    longest: tokens of the longest sample.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    _check_rotations(config, samples, longest)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if samples > 1 and most_packing(config, model_class) is Packing.ALONE:
         raise ConfigError(
@@ -54,22 +61,39 @@ def check_rows(config: Any, samples: int) -> None:
         )
 
 
-def check_packing(engine: Any, world: World, samples: int) -> Packing:
+def _check_rotations(config: Any, samples: int, longest: int) -> None:
+    limits, key = length_limits(config), "data.max_seq_length"
+    if longest > limits.get(DYNAMIC, longest):
+        raise ConfigError(
+            f"{key}={longest} must be at most {limits[DYNAMIC]} for this {config.model_type}: its rotary embedding "
+            "(dynamic) changes with the longest sample seen so far, so that no loss could be had again"
+        )
+    if samples > 1 and longest > limits.get(LONGROPE, longest):
+        raise ConfigError(
+            f"{KEY}={samples} must be 1 for this {config.model_type}, or {key}={longest} at most {limits[LONGROPE]}: "
+            "its rotary embedding (longrope) changes for all samples of a row with a longer one in it"
+        )
+
+
+def check_packing(engine: Any, world: World, samples: int, longest: int = 0) -> Packing:
     """Return what the base takes in one row, the same on every process; `samples` are to be trained in one.
+
+    longest: tokens of the longest sample.
 
     Every process calls. Raises ConfigError, on every process alike, for a base that cannot do what it must.
     """
     model = engine.module
     with evaluating(engine, use_adapter=False):
-        differences = packing_differences(engine, world.device)
-    found = _judged(model, max_over_processes(differences), samples)
+        differences = packing_differences(engine, world.device, longest)
+    found = _judged(model, max_over_processes(differences), samples, longest)
     logging.getLogger(LOGGER).info("rows: %s", ROWS[found])
     return found
 
 
-def packing_of(model: Any, samples: int = 1) -> Packing:
+def packing_of(model: Any, samples: int = 1, longest: int = 0) -> Packing:
     """Return what a model that no engine wraps takes in one row. Raises ConfigError as `check_packing`."""
-    return _judged(model, packing_differences(model, next(model.parameters()).device), samples)
+    differences = packing_differences(model, next(model.parameters()).device, longest)
+    return _judged(model, differences, samples, longest)
 
 
 class Differences(NamedTuple):
@@ -88,7 +112,7 @@ class Differences(NamedTuple):
     seen: float
 
 
-def _judged(model: Any, measured: Tensor, samples: int) -> Packing:
+def _judged(model: Any, measured: Tensor, samples: int, longest: int) -> Packing:
     """Return what `packing_differences` allow. Raises ConfigError if it is less than is wanted."""
     found, dtype = Differences(*measured.tolist()), model.get_input_embeddings().weight.dtype
     allowed = tolerance(found, dtype)
@@ -107,11 +131,12 @@ def _judged(model: Any, measured: Tensor, samples: int) -> Packing:
         )
     if not apart:
         return Packing.ALONE
-    return _most(model) if found.branched <= allowed else Packing.SEQUENCES
+    most = _most(model, longest)
+    return Packing.SEQUENCES if most is Packing.TREES and not found.branched <= allowed else most
 
 
-def _most(model: Any) -> Packing:
-    most = most_packing(model.config, type(model))
+def _most(model: Any, longest: int) -> Packing:
+    most = most_packing(model.config, type(model), longest)
     return Packing.SEQUENCES if most is Packing.TREES and not is_masked(model) else most
 
 
@@ -130,11 +155,11 @@ def visible_tolerance(found: Differences, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def packing_differences(engine: Any, device: torch.device) -> Tensor:
+def packing_differences(engine: Any, device: torch.device, longest: int = 0) -> Tensor:
     """Return `Differences`, (6,) fp64. Three short rows, through every process alike."""
     model = getattr(engine, "module", engine)
     prompt, answer, *others = _texts(model.config.get_text_config().vocab_size)
-    n, most = len(answer), _most(model)
+    n, most = len(answer), _most(model, longest)
     parts = [_losses(engine, most, prompt, answer, other, device) for other in others]
     (first, behind, branch), (first_again, behind_another, _) = parts
     own, after = _own(engine, (*prompt, *answer, *others[0], *prompt, *answer), len(prompt), n, device)
@@ -182,8 +207,9 @@ def _question(prompt: tuple[int, ...], *answers: tuple[int, ...]) -> ChoiceItem:
 def _own(engine: Any, ids: tuple[int, ...], start: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the model's own cross-entropies of n tokens from `start` on, and of the last n, by whole logits."""
     ids_T, T = torch.tensor(ids, device=device), len(ids)
-    varlen = not is_masked(getattr(engine, "module", engine))
-    lengths = length_arguments(cumulative_lengths([T]).to(device), T) if varlen else {}
-    logits_TV = engine(input_ids=ids_T[None], use_cache=False, **lengths).logits[0].double()
+    model = getattr(engine, "module", engine)
+    lengths = {} if is_masked(model) else length_arguments(cumulative_lengths([T]).to(device), T)
+    options = accepted(model, {"use_cache": False, **lengths})
+    logits_TV = engine(input_ids=ids_T[None], **options).logits[0].double()
     losses = F.cross_entropy(logits_TV[:-1], ids_T[1:], reduction="none")
     return losses[start - 1 : start - 1 + n], losses[-n:]

@@ -13,7 +13,9 @@ from pathlib import Path
 from malora_dist.engine.progress import LOGGER
 from malora_dist.engine.stop import STOP_SIGNALS, Preempted
 from malora_dist.errors import ConfigError, DataError, MaloraError, TopologyError
+from malora_dist.launch.ranks import place_of
 from malora_dist.outcome import EXIT_FAILED, EXIT_MISTAKE, EXIT_OK, EXIT_PREEMPTED
+from malora_dist.terminal import forgive_output
 
 # How long a rank leaves the word to the one that knows more, whose end makes the launcher end all.
 PATIENCE_SECONDS = 5
@@ -41,6 +43,7 @@ def run_as_process(work: Callable[[], None]) -> int:
     Once the work is done, STOP_SIGNALS are ignored, for good: the code is decided.
     """
     code = EXIT_OK
+    forgive_output()
     try:
         try:
             work()
@@ -50,7 +53,7 @@ def run_as_process(work: Callable[[], None]) -> int:
             signal.signal(number, signal.SIG_IGN)
         _leave_groups()
     except MaloraError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if place_of(os.environ)[0] != 0:
             # Leaving at once would make the launcher end the main rank before it has spoken.
             time.sleep(PATIENCE_SECONDS)
         say("\n  ".join([str(error), *_notes(error)]))
@@ -127,7 +130,8 @@ def _told_to_end(seconds: float) -> bool:
 
 def say(message: str) -> None:
     """Say an error of this process, with its rank if there are several, on stderr and in the run's log."""
-    where = f"[rank {os.environ.get('RANK')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    rank, size = place_of(os.environ)
+    where = f"[rank {rank}] " if size > 1 else ""
     logger = logging.getLogger(LOGGER)
     if logger.handlers:
         logger.error("%s%s", where, message)
@@ -145,7 +149,7 @@ def _leave_groups() -> None:
 
 def _leave(code: int) -> int:
     """End a launched rank without interpreter shutdown, where gloo's threads now and then abort a finished run."""
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if place_of(os.environ)[1] > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,6 +1,6 @@
 """Where a run starts: anew, or from a checkpoint of a run that may go on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, load_config, plain_config
 from malora_dist.config.changes import Change, changes
 from malora_dist.engine.base import base_quantizer
+from malora_dist.engine.run_folder import MEASURED_ON
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.outcome import FINISHED, read_outcome
 from malora_dist.parallel.groups import World, fail_together
@@ -28,25 +29,27 @@ class Start:
 def find_start(config: RunConfig) -> Start:
     """Read train.resume_from_checkpoint and what is on the disk; for the main process, which holds output_dir's lock.
 
-    Raises ConfigError if the run in output_dir is finished or another one, or if the recipe differs from the
-    checkpoint's in what the result depends on; CheckpointError if a checkpoint is damaged.
+    A run without a checkpoint starts again, also by another recipe. Raises ConfigError if the run in output_dir is
+    finished or was begun elsewhere, or if the recipe differs from the checkpoint's in what the result depends on;
+    CheckpointError if a checkpoint is damaged.
     """
     wanted, run = config.train.resume_from_checkpoint, Path(config.output_dir)
     if wanted is None:
         return Start()
     if wanted == "auto":
         return _go_on(config, run) if is_run(run) else Start()
-    if is_run(run):
+    begun = is_run(run)
+    if begun and (is_finished(run) or CheckpointStore(run / CHECKPOINTS).latest() is not None):
         _check_begun_from(Path(wanted), run)
-        if CheckpointStore(run / CHECKPOINTS).latest() is not None:
-            return _go_on(config, run)
+        return _go_on(config, run)
     where = f"train.resume_from_checkpoint={wanted}"
     try:
         folder = _newest_in(Path(wanted))
         before = Checkpoint.open(folder).manifest
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    return Start(str(run) if is_run(run) else None, str(folder), _compare_with_checkpoint(config, before, where))
+    again = (_again(run),) if begun else ()
+    return Start(str(run) if begun else None, str(folder), (*_compare_with_checkpoint(config, before, where), *again))
 
 
 def is_run(folder: Path) -> bool:
@@ -72,18 +75,35 @@ def _check_begun_from(path: Path, run: Path) -> None:
 
 def _go_on(config: RunConfig, run: Path) -> Start:
     newest = CheckpointStore(run / CHECKPOINTS).latest()
-    if is_finished(run) or (newest is None and (run / "adapter").is_dir()):
+    if is_finished(run) or (newest is None and _is_of_old(run)):
         again = f" Or give train.resume_from_checkpoint={newest} and another output_dir." if newest else ""
         raise ConfigError(
             f"output_dir={run}: the run there is finished. --new-run starts another beside it; malora evaluate and "
             f"malora report look at this one.{again}"
         )
     if newest is None:
-        before = plain_config(load_config(run / "config.yaml"))
-        notes = _compare(config, before, f"output_dir={run}")
-        return Start(str(run), None, (*notes, f"{run} has no checkpoint yet: its training starts again"))
+        # Nothing is lost, whatever has changed: most often the mistake that ended the start before.
+        return Start(str(run), None, (*_changed_since(config, run), _again(run)))
     notes = _compare_with_checkpoint(config, Checkpoint.open(newest).manifest, f"output_dir={run}")
     return Start(str(run), str(newest), notes)
+
+
+def _is_of_old(run: Path) -> bool:
+    """Whether a version without checkpoints has finished there; one of now may be killed once it has its adapter."""
+    return (run / "adapter").is_dir() and not (run / MEASURED_ON).exists()
+
+
+def _changed_since(config: RunConfig, run: Path) -> tuple[str, ...]:
+    """Notes on how the recipe differs from that of a start before; none if that one cannot be read any more."""
+    try:
+        before = plain_config(load_config(run / "config.yaml"))
+    except ConfigError:
+        return ()
+    return _notes(changes(before, plain_config(config)))
+
+
+def _again(run: Path) -> str:
+    return f"{run} has no checkpoint yet: its training starts again"
 
 
 def _newest_in(path: Path) -> Path:
@@ -123,6 +143,10 @@ def _compare(config: RunConfig, before: Mapping[str, Any], where: str) -> tuple[
             f"{where}: the run there was started with another recipe, and going on would give another result:\n"
             f"  {listed}\nSet these back to go on, or start a new run: --new-run, or another output_dir"
         )
+    return _notes(found)
+
+
+def _notes(found: Sequence[Change]) -> tuple[str, ...]:
     return tuple(_note(change) for change in found if change.key not in ("output_dir", "train.resume_from_checkpoint"))
 
 

@@ -1,21 +1,25 @@
 """The folder of a run: claimed once, never overwritten, every file whole or absent."""
 
-import json
 import math
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
 from malora_dist.errors import CheckpointError, ConfigError, TrainingError
+from malora_dist.json_text import parse_json
+from malora_dist.locks import lock_at, marker
 from malora_dist.outcome import RUN_FILES
 
+LOCK = ".lock"
 LOCK_SECONDS, LOCK_SHARE = 30, 0.8
+# The recipe, base and rows that eval.json and baseline.json are of, until a checkpoint says so.
+MEASURED_ON = "measured_on.json"
 
 
-def claim_run_folder(output_dir: str | Path) -> tuple[Path, FileLock]:
+def claim_run_folder(output_dir: str | Path) -> tuple[Path, BaseFileLock]:
     """Make `output_dir` the folder of a new run, or `output_dir-2`, `-3`, ... if it is taken; with its lock, held.
 
     A folder that holds nothing of a run is taken over with what is in it: a job's log file, or nothing because the run
@@ -44,7 +48,7 @@ def _is_taken(folder: Path) -> bool:
     return bool({path.name for path in folder.iterdir()} & RUN_FILES)
 
 
-def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock:
+def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> BaseFileLock:
     """Hold the folder against a second run in it until the lock is released or this process ends.
 
     Raises TrainingError if another process has it for `seconds` more: one that was killed may take a while to be gone,
@@ -52,7 +56,9 @@ def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock:
     """
     lock = _lock(folder, seconds)
     if lock is None:
-        raise TrainingError(f"output_dir={folder}: another process is training in it")
+        left = marker(folder / LOCK)
+        or_killed = f"; if one of another host was killed, remove {left}" if left.exists() else ""
+        raise TrainingError(f"output_dir={folder}: another process is training in it{or_killed}")
     return lock
 
 
@@ -66,14 +72,14 @@ def lock_seconds(environment: Mapping[str, str], timeout_seconds: float) -> floa
     return LOCK_SHARE * timeout_seconds if requeued else min(LOCK_SECONDS, LOCK_SHARE * timeout_seconds)
 
 
-def _lock(folder: Path, seconds: float) -> FileLock | None:
-    lock = FileLock(folder / ".lock")
+def _lock(folder: Path, seconds: float) -> BaseFileLock | None:
     try:
+        lock = lock_at(folder / LOCK)
         lock.acquire(timeout=seconds)
     except Timeout:
         return None
-    except (OSError, NotImplementedError) as error:
-        raise ConfigError(f"output_dir={folder}: {folder / '.lock'} cannot be locked: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: {folder / LOCK} cannot be locked: {error}") from error
     return lock
 
 
@@ -86,6 +92,19 @@ def read_evaluations(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(str(found))
     return found
+
+
+def read_measured_on(path: Path) -> Any:
+    """What the evaluations in a run's folder were measured on; None if that is not known."""
+    if not path.exists():
+        return None
+    return _read_json(path)
+
+
+def forget_evaluations(folder: Path) -> None:
+    """Remove what earlier starts of a run without a checkpoint have measured. Raises OSError."""
+    for name in ("eval.json", "baseline.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
@@ -103,7 +122,7 @@ def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except ValueError:
         return f"{path} is damaged, and nobody else's to overwrite"
 

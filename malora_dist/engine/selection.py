@@ -1,6 +1,5 @@
 """Which checkpoint is the best one: a score of each validation, and the highest so far."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.errors import ConfigError
+from malora_dist.json_text import parse_json
 
 Tasks = Mapping[str, Mapping[str, float]]
 
@@ -38,7 +38,7 @@ def read_baseline(path: Path, measured: Sequence[str]) -> Tasks:
     Raises ConfigError if it is no such file, or if it lacks a task of those that are `measured`.
     """
     try:
-        sides = json.loads(path.read_text(encoding="utf-8"))
+        sides = parse_json(path.read_bytes())
         tasks: dict[str, dict[str, float]] = sides["tuned" if "tuned" in sides else "base"]["tasks"]
         for record in tasks.values():
             task_score(record)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock
+from filelock import BaseFileLock
 
 from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name
 from malora_dist.checkpoint.store import CheckpointStore
@@ -40,7 +40,7 @@ class Session:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world, self.state = config, world, LoopState()
         self.outputs: RunOutputs | None = None
-        self._lock: FileLock | None = None
+        self._lock: BaseFileLock | None = None
         self.start: Start = on_main(self._find_start, world)
 
     def _find_start(self) -> Start:

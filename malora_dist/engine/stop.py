@@ -130,7 +130,7 @@ def slurm_end_time() -> float | None:
         return float(os.environ["SLURM_JOB_END_TIME"])
     command = ["squeue", "--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%L"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     left = seconds_of(done.stdout.strip().splitlines()[0] if done.stdout.strip() else "")

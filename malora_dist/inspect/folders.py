@@ -1,6 +1,5 @@
 """Folders that are not an adapter alone: runs, checkpoints, models, and those of DeepSpeed."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.inspect.adapters import Facts, adapter_facts, routing_shares
+from malora_dist.json_text import parse_json
 from malora_dist.weights.reader import INDEX, SINGLE, weight_files
 from malora_dist.weights.tensor_file import TensorPlace, read_header
 
@@ -37,7 +37,10 @@ def checkpoint_facts(folder: Path) -> Facts:
     if facts["damaged"]:
         return facts
     shares = routing_shares(folder.parent.parent / METRICS, checkpoint.manifest.step)
-    return facts | adapter_facts(open_adapter(folder), shares)
+    try:
+        return facts | adapter_facts(open_adapter(folder), shares)
+    except CheckpointError as error:
+        return facts | {"damaged": [str(error)]}
 
 
 def _manifest_facts(manifest: Manifest) -> Facts:
@@ -59,7 +62,7 @@ def run_facts(folder: Path) -> Facts:
         facts |= checkpoints_facts(folder / CHECKPOINTS) | {"kind": "run"}
     if (folder / "exit.json").is_file():
         try:
-            facts["exit"] = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
+            facts["exit"] = parse_json((folder / "exit.json").read_bytes())
         except (OSError, ValueError) as error:
             facts["damaged"].append(f"{folder / 'exit.json'} cannot be read: {error}")
     try:
@@ -89,7 +92,7 @@ def model_facts(folder: Path) -> Facts:
     """Architecture, dtypes and counts of a model folder, from config.json and the headers of its files."""
     facts: Facts = {"kind": "model", "damaged": []}
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_bytes())
         facts |= {name: config.get(name) for name in ("model_type", "architectures")}
         if config.get("quantization_config"):
             facts["quantization"] = config["quantization_config"].get("quant_method", "given")
@@ -109,7 +112,7 @@ def model_facts(folder: Path) -> Facts:
 
 def _json_or_none(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
 

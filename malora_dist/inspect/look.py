@@ -48,7 +48,10 @@ def _nothing(path: Path) -> Facts:
 
 def _adapter(folder: Path) -> Facts:
     """An adapter of ours or of PEFT. What PEFT's says that ours cannot be is a remark and no damage."""
-    peft = is_peft_folder(folder)
+    try:
+        peft = is_peft_folder(folder)
+    except CheckpointError as error:
+        return {"kind": "adapter", "damaged": [str(error)]}
     facts: Facts = {"kind": "adapter of PEFT" if peft else "adapter", "damaged": []}
     try:
         adapter = open_peft(folder) if peft else open_adapter(folder)

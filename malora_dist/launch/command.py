@@ -12,15 +12,8 @@ from malora_dist.launch.environment import allocator_variables
 
 # The deepspeed launcher replaces the list of visible devices by 0..N-1 unless it is told which ones.
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+DEFAULT_PORT = 29500
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def under_launcher(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one of several that a launcher (deepspeed, torchrun, srun) has started."""
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        return True
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
-    return "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1
 
 
 def deepspeed_command(
@@ -47,21 +40,22 @@ def torchrun_command(
     nodes: int = 1,
     node_rank: int | None = None,
     master_addr: str | None = None,
-    master_port: int = 29500,
+    master_port: int | None = None,
     launcher: str = "torchrun",
 ) -> list[str]:
     """argv that runs `python -m module arguments` once for each of `processes` of this machine, one of `nodes`.
 
-    Raises ConfigError if the others could not be found.
+    Machines that are called one by one must be told one port, by default torch's; on a single one torchrun takes a free
+    port. Raises ConfigError if the others could not be found.
     """
-    place = ["--standalone"]
+    place = ["--standalone"] if master_port is None else ["--master_port", str(master_port)]
     if nodes > 1:
         if node_rank is None or node_rank >= nodes:
             raise ConfigError(f"--node_rank={node_rank}: give this machine's number, from 0 to --nnodes {nodes} less 1")
         if master_addr is None:
             raise ConfigError(f"--nnodes={nodes}: give --master_addr, the name of the machine with --node_rank 0")
         place = ["--nnodes", str(nodes), "--node_rank", str(node_rank)]
-        place += ["--master_addr", master_addr, "--master_port", str(master_port)]
+        place += ["--master_addr", master_addr, "--master_port", str(master_port or DEFAULT_PORT)]
     return [launcher, *place, "--nproc_per_node", str(processes), "-m", module, *arguments]
 
 
@@ -91,9 +85,12 @@ def launcher_path(name: str = "deepspeed") -> str:
 
 
 def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the launcher's environment: this Python's scripts (ninja, deepspeed) come first on PATH; the allocator."""
+    """Return the launcher's environment: this Python's scripts (ninja, deepspeed) come first on PATH; the allocator.
+
+    It keeps nothing that it has to say: where nobody reads it, what is left would make its exit code 120.
+    """
     scripts = str(Path(sys.executable).parent)
-    own = {**environment, **allocator_variables(environment)}
+    own = {**environment, **allocator_variables(environment), "PYTHONUNBUFFERED": "1"}
     return {**own, "PATH": os.pathsep.join([scripts, environment.get("PATH", os.defpath)])}
 
 

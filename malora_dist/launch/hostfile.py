@@ -92,8 +92,8 @@ def _entry(place: str, entry: str) -> tuple[str, int]:
     slots = found["slots"]
     if slots is None:
         raise ConfigError(f"{place}: slots=N is missing; {RULE}")
-    if not slots.isdecimal() or int(slots) < 1:
-        raise ConfigError(f"{place}: slots={slots} must be a whole number, at least 1")
+    if not re.fullmatch("[0-9]{1,4}", slots) or int(slots) < 1:
+        raise ConfigError(f"{place}: slots={slots} must be a whole number, at least 1 and at most 9999")
     return found["host"], int(slots)
 
 
@@ -120,7 +120,7 @@ def _named(option: str, text: str, every: Mapping[str, Sequence[int]]) -> Slots:
             raise ConfigError(f"{option}={text}: {host} is named twice; write {host}:0,1,...")
         slots = [slot.strip() for slot in numbers.split(",")] if colon else [str(slot) for slot in every[host]]
         for slot in slots:
-            if not slot.isdecimal() or int(slot) not in every[host]:
+            if not re.fullmatch("[0-9]{1,4}", slot) or int(slot) not in every[host]:
                 highest = len(every[host]) - 1
                 raise ConfigError(f"{option}={text}: {slot!r} is no slot of {host}, which has 0 to {highest}")
         chosen[host] = tuple(sorted({int(slot) for slot in slots}))

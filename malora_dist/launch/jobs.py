@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from malora_dist.json_text import parse_json
+
 JOBS_FILE = "jobs.jsonl"
 # Of a run's folder: scripts, logs and jobs.jsonl.
 SLURM_FOLDER = "slurm"
@@ -96,7 +98,7 @@ def _parse(path: Path, number: int, line: bytes) -> Job | None:
     if not line.strip():
         return None
     try:
-        found = json.loads(line)
+        found = parse_json(line)
         return Job(**{field.name: found[field.name] for field in fields(Job)})
     except (ValueError, TypeError, KeyError) as error:
         logging.getLogger(__name__).warning("%s:%d: damaged, and left out: %r", path, number, error)

@@ -107,7 +107,12 @@ def _ask(command: Sequence[str], ids: Sequence[str]) -> tuple[list[str], str]:
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(
-            [*command, f"--jobs={','.join(ids)}"], capture_output=True, text=True, timeout=SECONDS, env=environment
+            [*command, f"--jobs={','.join(ids)}"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            env=environment,
         )
     except subprocess.TimeoutExpired:
         return [], f"{command[0]} does not answer"

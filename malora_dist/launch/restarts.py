@@ -1,12 +1,12 @@
 """Whether a job starts its run again: it counts the starts that brought no newer checkpoint."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from malora_dist.atomic import write_json
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.json_text import parse_json
 from malora_dist.outcome import (
     EXIT_FAILED,
     EXIT_MISTAKE,
@@ -98,7 +98,7 @@ def read_restarts(run: Path) -> dict[str, Restarts]:
     if not path.exists():
         return {}
     try:
-        jobs = json.loads(path.read_text(encoding="utf-8"))
+        jobs = parse_json(path.read_bytes())
         return {job: Restarts(**{key: int(value) for key, value in own.items()}) for job, own in jobs.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; remove it to start counting again") from error

@@ -43,7 +43,14 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, input=stdin, env=dict(environment), cwd=folder, capture_output=True, text=True, timeout=SECONDS
+            command,
+            input=stdin,
+            env=dict(environment),
+            cwd=folder,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SECONDS,
         )
     except OSError as error:
         raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
+from malora_dist.functional.target_names import ALL_LINEAR, is_pattern
 from malora_dist.methods import MixtureSpec, count_parameters, factor_shapes
 from malora_dist.nn.bitsandbytes_cpu import keep_differentiable
 from malora_dist.nn.kernels import require_triton
@@ -18,7 +19,7 @@ from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.nf4_linear import NF4Linear
 from malora_dist.nn.saving import Injected, release, save_adapters_of
 from malora_dist.nn.siblings import SIBLINGS, join_siblings, part_siblings
-from malora_dist.nn.targets import ALL_LINEAR, find_targets, fused_experts, is_pattern, plain_names
+from malora_dist.nn.targets import find_targets, fused_experts, plain_names
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -50,7 +51,7 @@ class InjectionReport:
 def inject_adapters(
     model: nn.Module,
     spec: MixtureSpec,
-    target_modules: Sequence[str] = DEFAULT_TARGETS,
+    target_modules: Sequence[str] | str = DEFAULT_TARGETS,
     *,
     lora_dropout: float = 0.0,
     computation: str = "auto",
@@ -79,19 +80,24 @@ def inject_adapters(
     _refuse_second(model)
     if computation == "grouped_triton" and spec.structure.routed:
         require_triton(next(model.parameters()).device)
-    matches = find_targets(model, target_modules, spec)
+    targets = (target_modules,) if isinstance(target_modules, str) else target_modules
+    matches = find_targets(model, targets, spec)
     names = plain_names(model, matches)
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     model.requires_grad_(False)
     base_parameters = count_base_parameters(model)
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    places = _places(model)
     for matched in matches.values():
         for name in matched:
-            with whole(model.get_submodule(name)) if spec.structure.magnitude else nullcontext():
-                layer = _wrap(model, name, spec, lora_dropout, computation, seed, init_weights)
+            base = model.get_submodule(name)
+            with whole(base) if spec.structure.magnitude else nullcontext():
+                layer = _adapted(base, name, spec, lora_dropout, computation, seed, init_weights)
+            for parent, leaf in places[id(base)]:
+                setattr(parent, leaf, layer)
             if place is not None:
                 place(layer)
-    rows = [row for target, names in matches.items() for row in _rows(model, spec, target, names)]
+    rows = [row for target, matched in matches.items() for row in _rows(model, spec, target, matched)]
     if fuse_siblings and spec.shared_r is not None:
         join_siblings(model)
     keep_differentiable(model)
@@ -152,8 +158,17 @@ def _refuse_second(model: nn.Module) -> None:
         )
 
 
-def _wrap(
-    model: nn.Module,
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Parents and names in them of every module: one may stand in several places."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for leaf, module in parent._modules.items():
+            places.setdefault(id(module), []).append((parent, leaf))
+    return places
+
+
+def _adapted(
+    base: nn.Module,
     name: str,
     spec: MixtureSpec,
     dropout: float,
@@ -162,7 +177,6 @@ def _wrap(
     init_weights: bool,
 ) -> MixtureLinear:
     parent_name, _, leaf = name.rpartition(".")
-    parent, base = model.get_submodule(parent_name), model.get_submodule(name)
     sizes = linear_sizes(base)
     assert sizes is not None
     with torch.device(_device(base)):
@@ -187,9 +201,7 @@ def _wrap(
             generator=torch.Generator("cpu").manual_seed(layer_seed(seed, name)),
             init_weights=init_weights,
         )
-    layer.train(base.training)
-    setattr(parent, leaf, layer)
-    return layer
+    return layer.train(base.training)
 
 
 def _device(base: nn.Module) -> torch.device:
@@ -222,7 +234,8 @@ def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int,
 def remove_adapters(model: nn.Module) -> None:
     """Put every adapted layer's base back in its place: the model is what `inject_adapters` was given."""
     part_siblings(model)
-    for name, layer in list(mixture_layers(model)):
-        parent_name, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), leaf, layer.base_layer)
+    places = _places(model)
+    for _, layer in list(mixture_layers(model)):
+        for parent, leaf in places[id(layer)]:
+            setattr(parent, leaf, layer.base_layer)
     release(model)

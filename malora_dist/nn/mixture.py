@@ -1,7 +1,7 @@
 """The adapted linear: a frozen base layer plus a mixture of low-rank experts."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +17,8 @@ from malora_dist.functional.triton_ready import triton_ready
 from malora_dist.functional.weight_copies import WeightCopies
 from malora_dist.nn.dora import Magnitude
 from malora_dist.nn.entrance import Entrance
+from malora_dist.nn.meeting import AddExperts, Dispatcher, Entered, EntersTogether
 from malora_dist.nn.recompute import is_recomputing, refuse_reentrant
-
-AddExperts = Callable[[Tensor], Tensor]
-
-
-class Entered(NamedTuple):
-    """A layer's input (T, I) as its base must read it, h (T, D) for the experts, and the routing.
-
-    `through_A`: h (T, E*R) has passed the experts' own A already.
-    """
-
-    x_TI: Tensor
-    h: Tensor
-    routing: Routing | None
-    through_A: bool = False
-
-
-class EntersTogether(Protocol):
-    """Linears that read one tensor."""
-
-    def enter(self, layer: "MixtureLinear", x: Tensor) -> Entered:
-        """What `layer` makes of its input (..., I) before its experts."""
-
-
-class Dispatcher(Protocol):
-    """How the tokens of a layer reach their experts."""
-
-    def start(self, layer: "MixtureLinear", x: Tensor) -> tuple[Tensor, AddExperts]:
-        """Begin with the layer's input (..., I): what the base layer must read (T, I), and what turns its output (T, O)
-        into the layer's output."""
 
 
 class MixtureLinear(nn.Module):

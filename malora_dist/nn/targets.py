@@ -8,21 +8,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from malora_dist.errors import ConfigError
+from malora_dist.functional.target_names import ALL_LINEAR, is_pattern, name_matches
 from malora_dist.methods import MixtureSpec
 from malora_dist.nn.linears import linear_sizes, output_head
 from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.near_names import near_names
 from malora_dist.nn.reach import reached_linears
 
-ALL_LINEAR = "all-linear"
-# Names of modules have none of these.
-PATTERN = re.compile(r"[^\w.\-]")
 KEY = "adapter.target_modules"
-
-
-def is_pattern(target: str) -> bool:
-    """Return whether a target is a regular expression for whole names rather than the end of a name."""
-    return target != ALL_LINEAR and PATTERN.search(target) is not None
 
 
 def find_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> dict[str, list[str]]:
@@ -33,20 +26,8 @@ def find_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) ->
     such as those for pictures: they are not meant.
     Raises ConfigError with all that is wrong at once, and with the linears that the model has.
     """
-    if not targets:
-        raise ConfigError(f"{KEY} is empty: there would be nothing to train")
-    linears = linears_of(model)
-    found = {target: _matches(model, target, linears) for target in targets}
-    if _has_other_parts(model):
-        found = {target: _trained(model, names) for target, names in found.items()}
-    wrong = [text for target, names in found.items() for text in _mistakes(model, target, names, linears)]
-    wrong += _overlaps(found)
-    chosen = {name: linears[name] for names in found.values() for name in names if name in linears}
-    wrong += _too_narrow(chosen, spec)
-    if wrong:
-        fused = next(iter(fused_experts(model)), None)
-        kept = "" if fused is None else f"; experts kept as one 3-D parameter ({fused}) are none"
-        raise ConfigError(f"{KEY}: {'; '.join(wrong)}. The model's linears are {described(linears)}{kept}")
+    found, wrong = _look(model, targets, spec)
+    _refuse(model, wrong)
     return found
 
 
@@ -56,22 +37,47 @@ def check_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -
     That are linears that text never trains, and the output head: a run computes logits of learned tokens alone, so the
     head sees other tokens than the routers of all other layers.
     """
-    found = find_targets(model, targets, spec)
-    for target, matched in found.items():
-        trained = set(_trained(model, matched))
-        idle = [name for name in matched if name not in trained]
+    found, wrong = _look(model, targets, spec)
+    _refuse(model, [*wrong, *_untrainable(model, found)])
+
+
+def _look(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> tuple[dict[str, list[str]], list[str]]:
+    """What each target means, and what is wrong with it."""
+    if not targets:
+        raise ConfigError(f"{KEY} is empty: there would be nothing to train")
+    linears = linears_of(model)
+    found = {target: _matches(model, target, linears) for target in targets}
+    if _has_other_parts(model):
+        reached = reached_linears(model)
+        idle = set() if reached is None else set(linears) - reached
+        found = {target: [name for name in names if name not in idle] for target, names in found.items()}
+    wrong = [text for target, names in found.items() for text in _mistakes(model, target, names, linears)]
+    chosen = {name: linears[name] for names in found.values() for name in names if name in linears}
+    return found, [*wrong, *_overlaps(found), *_too_narrow(chosen, spec)]
+
+
+def _refuse(model: nn.Module, wrong: Sequence[str]) -> None:
+    if wrong:
+        fused = next(iter(fused_experts(model)), None)
+        kept = "" if fused is None else f"; experts kept as one 3-D parameter ({fused}) are none"
+        raise ConfigError(f"{KEY}: {'; '.join(wrong)}. The model's linears are {described(linears_of(model))}{kept}")
+
+
+def _untrainable(model: nn.Module, found: Mapping[str, Sequence[str]]) -> Iterable[str]:
+    reached, head = reached_linears(model), output_head(model)
+    heads = {name for name, module in model.named_modules() if module is head}
+    for target, names in found.items():
+        linears = [name for name in names if linear_sizes(model.get_submodule(name)) is not None]
+        idle = [] if reached is None else [name for name in linears if name not in reached]
         if idle:
-            raise ConfigError(
-                f"{KEY}: {target!r} matches {idle[0]} and {len(idle) - 1} more that text gives no gradient: they "
-                "are not called, or only choose; name the others by more of their names, or by a pattern"
+            yield (
+                f"{target!r} matches {idle[0]} and {len(idle) - 1} more that text gives no gradient: they are not "
+                "called, or only choose; name the others by more of their names, or by a pattern"
             )
-    head = output_head(model)
-    names = {name for name, module in model.named_modules() if module is head}
-    for target, matched in found.items():
-        if names & set(matched):
-            raise ConfigError(
-                f"{KEY}: {target!r} matches {', '.join(names & set(matched))}, the output head, which computes the "
-                f"logits of learned tokens alone and is not adapted; {ALL_LINEAR} means every other linear"
+        for name in heads & set(names):
+            yield (
+                f"{target!r} matches {name}, the output head, which computes the logits of learned tokens alone and is "
+                f"not adapted; {ALL_LINEAR} means every other linear"
             )
 
 
@@ -94,13 +100,9 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 def all_linear(model: nn.Module) -> list[str]:
     """Names of every linear but the output head, and but those that text never trains."""
-    head = output_head(model)
-    return _trained(model, [name for name in linears_of(model) if model.get_submodule(name) is not head])
-
-
-def _trained(model: nn.Module, names: Sequence[str]) -> list[str]:
-    reached = reached_linears(model)
-    return [name for name in names if reached is None or name in reached]
+    head, reached = output_head(model), reached_linears(model)
+    names = [name for name in linears_of(model) if model.get_submodule(name) is not head]
+    return names if reached is None else [name for name in names if name in reached]
 
 
 def _has_other_parts(model: nn.Module) -> bool:
@@ -142,11 +144,10 @@ def _matches(model: nn.Module, target: str, linears: Mapping[str, object]) -> li
         return all_linear(model)
     if is_pattern(target):
         try:
-            pattern = re.compile(target)
+            return [name for name in linears if name_matches(target, name)]
         except re.error as error:
             raise ConfigError(f"{KEY}: {target!r} is no regular expression: {error}") from error
-        return [name for name in linears if pattern.fullmatch(name)]
-    return [name for name, _ in model.named_modules() if name and (name == target or name.endswith(f".{target}"))]
+    return [name for name, _ in model.named_modules() if name and name_matches(target, name)]
 
 
 def _mistakes(model: nn.Module, target: str, names: Sequence[str], linears: Mapping[str, object]) -> Iterable[str]:

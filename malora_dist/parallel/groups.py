@@ -1,7 +1,6 @@
 """Process groups: start them, give every one of them the run's timeout, and reduce over all processes."""
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from malora_dist.errors import MaloraError, TopologyError
 from malora_dist.launch.command import VISIBLE_DEVICES, refuses_gpus
-from malora_dist.launch.environment import allocator_variables, rank_variables
+from malora_dist.launch.environment import allocator_variables
 from malora_dist.launch.interface import interface_variables
+from malora_dist.launch.ranks import free_port, rank_variables
 
 NOTE = "malora_dist/told"
 
@@ -43,11 +43,10 @@ def start_processes(timeout_seconds: float) -> World:
     Every collective of every group fails after `timeout_seconds` instead of hanging. Raises TopologyError if the
     environment describes no run that can start.
     """
-    os.environ.update(rank_variables(os.environ))
+    os.environ.update(rank_variables(os.environ) or _alone())
     # Read when the first memory of a GPU is taken.
     os.environ.update(allocator_variables(os.environ))
     os.environ.update(interface_variables(os.environ))
-    _describe_single_process()
     local_rank = int(os.environ["LOCAL_RANK"])
     if _takes_a_gpu():
         if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
@@ -86,14 +85,10 @@ def _takes_a_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _describe_single_process() -> None:
-    if "RANK" in os.environ:
-        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _alone() -> dict[str, str]:
+    """Return what a launcher would say to a single process, whatever is left of others in the environment."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def set_timeouts(timeout_seconds: float) -> None:

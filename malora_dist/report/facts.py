@@ -1,7 +1,7 @@
 """The facts of a run in words: what was trained, how, and what it cost."""
 
 from collections.abc import Mapping
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
 from malora_dist.metrics import (
@@ -16,6 +16,14 @@ from malora_dist.metrics import (
     WORLD_SIZE,
 )
 from malora_dist.report.inputs import RunFiles
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A value as text, and what is said of it in small letters."""
+
+    value: str
+    note: str = ""
 
 
 def training_seconds(run: RunFiles) -> float:
@@ -37,31 +45,31 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def key_facts(run: RunFiles) -> dict[str, str]:
-    """The few numbers for the top of the page, as HTML; those that are not known are left out."""
+def key_facts(run: RunFiles) -> dict[str, Fact]:
+    """The few numbers for the top of the page; those that are not known are left out."""
     facts = {}
     parameters = run.run.get(TRAINABLE_PARAMETERS, run.parameters)
     if parameters is not None:
-        facts["trainable parameters"] = f"{parameters:,}{_share(parameters, run)}"
+        facts["trainable parameters"] = Fact(f"{parameters:,}", _share(parameters, run))
     if run.train:
-        facts["training time"] = f"{duration(training_seconds(run))} <small>{run.train[-1][STEP]:,} steps</small>"
+        facts["training time"] = Fact(duration(training_seconds(run)), f"{run.train[-1][STEP]:,} steps")
     speeds = run.series(TOKENS_PER_SECOND)[1]
     if speeds:
-        facts["tokens per second"] = f"{sorted(speeds)[len(speeds) // 2]:,.0f} <small>median</small>"
+        facts["tokens per second"] = Fact(f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "median")
     memory = run.series(PEAK_MEMORY_GIB)[1]
     if memory:
-        facts["peak memory"] = f"{max(memory):.2f} GiB <small>a process</small>"
+        facts["peak memory"] = Fact(f"{max(memory):.2f} GiB", "a process")
     return facts
 
 
-def run_facts(run: RunFiles) -> dict[str, str]:
-    """What was run, by name, as HTML; what is not known is left out."""
+def run_facts(run: RunFiles) -> dict[str, Fact]:
+    """What was run, by name; what is not known is left out."""
     setting = run.setting
     facts = {
         "base model": setting("model", "name_or_path") or run.adapter.get("base_model_name_or_path"),
         "base weights": _base_weights(run),
         "method": _method(run),
-        "adapted linears": ", ".join(setting("adapter", "target_modules") or run.adapter.get("target_modules") or []),
+        "adapted linears": _listed(setting("adapter", "target_modules") or run.adapter.get("target_modules")),
         "processes": _processes(run),
         "ZeRO stage": setting("parallel", "zero_stage"),
         "batch": _batch(run),
@@ -70,12 +78,21 @@ def run_facts(run: RunFiles) -> dict[str, str]:
         "loss normalisation": setting("train", "loss_normalization"),
         "seed": setting("train", "seed"),
     }
-    return {name: escape(str(value)) for name, value in facts.items() if value not in (None, "")}
+    return {name: Fact(str(value)) for name, value in facts.items() if value not in (None, "")}
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+
+
+def _short(value: Any) -> str:
+    """A number without needless digits; anything else as it is."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _share(parameters: int, run: RunFiles) -> str:
     base = run.run.get(BASE_PARAMETERS)
-    return f" <small>{100 * parameters / base:.2f} % of the base</small>" if base else ""
+    return f"{100 * parameters / base:.2f} % of the base" if base else ""
 
 
 def _base_weights(run: RunFiles) -> str:
@@ -95,9 +112,9 @@ def _method(run: RunFiles) -> str:
     if "method" not in numbers:
         return ""
     names: tuple[str, ...] = ("r", "shared_r", "lora_alpha")
-    if (numbers.get("num_experts") or 1) > 1:
+    if numbers.get("num_experts") not in (None, 1):
         names = ("num_experts", "top_k", *names)
-    parts = [f"{name} {numbers[name]:g}" for name in names if numbers.get(name) is not None]
+    parts = [f"{name} {_short(numbers[name])}" for name in names if numbers.get(name) is not None]
     return f"{numbers['method']}: {', '.join(parts)}"
 
 
@@ -116,4 +133,4 @@ def _batch(run: RunFiles) -> str:
 
 def _learning_rate(run: RunFiles) -> str:
     rate = run.setting("train", "learning_rate")
-    return "" if rate is None else f"{rate:g}, {run.setting('train', 'lr_scheduler_type')} schedule"
+    return "" if rate is None else f"{_short(rate)}, {run.setting('train', 'lr_scheduler_type')} schedule"

@@ -1,8 +1,7 @@
 """The files of a run folder as one value; what a run did not write is None or empty."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import yaml
 
 from malora_dist.errors import MaloraError
+from malora_dist.json_text import parse_json
 from malora_dist.metrics import EVAL, KIND, ROUTING, RUN, STEP, TASKS, TRAIN, Record, read_metrics, without_lost_steps
+from malora_dist.report.rules import check_adapter, check_config, check_counts, check_evaluations, check_record, clean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class RunFiles:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names in the recipe's order, then any others the files name: the order of every table and colour."""
-        named = [str(task.get("name")) for task in _get(self.config, "data", "tasks") or []]
+        named = [str(task["name"]) for task in _get(self.config, "data", "tasks") or [] if "name" in task]
         for side in self.evaluations.values():
             named += side["tasks"]
         named += [*self.counts, *(self.routing or {}).get(TASKS, ())]
@@ -71,20 +72,20 @@ def read_run(run_dir: Path) -> RunFiles:
         raise MaloraError(f"{run_dir} is not a folder")
     wanted = ("config.yaml", "metrics.jsonl", "eval.json", "data.json", "adapter/adapter_config.json")
     missing = [name for name in wanted if not (run_dir / name).is_file()]
-    records = [] if "metrics.jsonl" in missing else without_lost_steps(read_metrics(run_dir / "metrics.jsonl"))
+    records = [] if "metrics.jsonl" in missing else _records(run_dir / "metrics.jsonl")
     routing = [record for record in records if record[KIND] == ROUTING and record.get(TASKS)]
-    text = "" if "config.yaml" in missing else (run_dir / "config.yaml").read_text(encoding="utf-8")
+    text = "" if "config.yaml" in missing else _text(run_dir / "config.yaml")
     return RunFiles(
-        name=run_dir.resolve().name,
+        name=clean(run_dir.resolve().name),
         config=_yaml(run_dir / "config.yaml", text),
         config_text=text,
         run=next((record for record in records if record[KIND] == RUN), {}),
         train=[record for record in records if record[KIND] == TRAIN],
         validation=[record for record in records if record[KIND] == EVAL],
         routing=routing[-1] if routing else None,
-        evaluations=_json(run_dir / "eval.json"),
-        counts=_json(run_dir / "data.json"),
-        adapter=_json(run_dir / "adapter" / "adapter_config.json"),
+        evaluations=_json(run_dir / "eval.json", check_evaluations),
+        counts=_json(run_dir / "data.json", check_counts),
+        adapter=_json(run_dir / "adapter" / "adapter_config.json", check_adapter),
         parameters=_count_parameters(run_dir / "adapter" / "adapter_model.safetensors"),
         missing=missing,
     )
@@ -95,27 +96,46 @@ def _get(config: dict[str, Any], section: str, key: str) -> Any:
     return values.get(key) if isinstance(values, dict) else None
 
 
+def _records(path: Path) -> list[Record]:
+    records: list[Record] = clean(without_lost_steps(read_metrics(path)))
+    for record in records:
+        check_record(path, record)
+    return records
+
+
+def _text(path: Path) -> str:
+    try:
+        text: str = clean(path.read_text(encoding="utf-8"))
+        return text
+    except (OSError, UnicodeDecodeError) as error:
+        raise MaloraError(f"{path} is damaged, or cannot be read: {error}") from error
+
+
 def _yaml(path: Path, text: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        return _mapping(path, value, check_config)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise MaloraError(f"{path} is damaged, not YAML: {error}") from error
-    return _mapping(path, value)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, check: Callable[[Path, Mapping[str, Any]], None]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return _mapping(path, json.loads(path.read_bytes()))
+        return _mapping(path, parse_json(path.read_bytes()), check)
+    except OSError as error:
+        raise MaloraError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise MaloraError(f"{path} is damaged, not JSON: {error}") from error
 
 
-def _mapping(path: Path, value: Any) -> dict[str, Any]:
+def _mapping(path: Path, value: Any, check: Callable[[Path, Mapping[str, Any]], None]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MaloraError(f"{path} is damaged: it must hold names and values, not a {type(value).__name__}")
-    return value
+    cleaned: dict[str, Any] = clean(value)
+    check(path, cleaned)
+    return cleaned
 
 
 def _count_parameters(path: Path) -> int | None:
@@ -127,8 +147,10 @@ def _count_parameters(path: Path) -> int | None:
         if length > path.stat().st_size:
             raise MaloraError(f"{path} is damaged: its header is longer than the file")
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise MaloraError(f"{path} is damaged: its header is not JSON: {error}") from error
-    shapes: list[list[int]] = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+            header = parse_json(file.read(length))
+            shapes = [
+                [int(size) for size in entry["shape"]] for name, entry in header.items() if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MaloraError(f"{path} is damaged: its header is none of safetensors: {error!r}") from error
     return sum(math.prod(shape) for shape in shapes)

@@ -1,97 +1,94 @@
-"""The report's tables and lists of facts, as HTML."""
+"""The report's tables as values: columns, and a row for each task."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+from typing import Any
 
 from malora_dist.report.results import Results, Score, TaskResult, percent
-from malora_dist.report.theme import task_variable
 
 _COUNTS_FIRST = ("train", "validation", "test", "samples_per_epoch", "rows_read")
 
 
-def results_table(results: Results, tasks: Sequence[str]) -> str:
-    """A row for each task with accuracies, and the mean below them; empty if no accuracy was measured."""
+@dataclass(frozen=True)
+class Measured:
+    """A number with its error, which may be empty."""
+
+    value: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row about a task; `verdict` is said below its name."""
+
+    name: str
+    cells: Sequence[str | Measured]
+    verdict: str | None = None
+    verdict_class: str = "verdict"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows; `foot` is a row below them that is of no task."""
+
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    foot: Row | None = None
+
+
+def results_table(results: Results) -> Table | None:
+    """A row for each task with accuracies, and the mean below them; None if no accuracy was measured."""
     rows = [row for row in results.tasks if _accuracy(row.base) is not None or _accuracy(row.tuned) is not None]
     if not rows:
-        return ""
-    body = "".join(_result_row(row, _task_name(row.task, tasks) + _verdict(row)) for row in rows)
+        return None
     average = results.average
-    foot = ""
-    if average is not None and len(results.compared) > 1:
-        foot = f"<tfoot>{_result_row(average, 'average')}</tfoot>"
-    head = _head("task", "n", "majority", "zero-shot", "tuned", "change")
-    return f'<div class="scroll"><table class="results">{head}<tbody>{body}</tbody>{foot}</table></div>'
+    foot = Row("average", _result_cells(average)) if average is not None and len(results.compared) > 1 else None
+    made = [Row(row.task, _result_cells(row), row.verdict, _verdict_class(row)) for row in rows]
+    return Table(("task", "n", "majority", "zero-shot", "tuned", "change"), made, foot)
 
 
-def loss_table(results: Results, tasks: Sequence[str]) -> str:
-    """Held-out loss per token before and after, and accuracy per character; empty if no loss was measured."""
+def loss_table(results: Results) -> Table | None:
+    """Held-out loss per token before and after, and accuracy per character; None if no loss was measured."""
     rows = [row for row in results.tasks if _loss(row.base) != "–" or _loss(row.tuned) != "–"]
     if not rows:
-        return ""
-    body = "".join(
-        f"<tr><th>{_task_name(row.task, tasks)}</th><td>{row.n}</td>"
-        f"<td>{_loss(row.base)}</td><td>{_loss(row.tuned)}</td><td>{_norm(row.base)}</td><td>{_norm(row.tuned)}</td></tr>"
+        return None
+    made = [
+        Row(row.task, (f"{row.n}", _loss(row.base), _loss(row.tuned), _norm(row.base), _norm(row.tuned)))
         for row in rows
-    )
-    head = _head("task", "n", "loss, zero-shot", "loss, tuned", "per character, zero-shot", "per character, tuned")
-    return f'<div class="scroll"><table class="counts">{head}<tbody>{body}</tbody></table></div>'
+    ]
+    sides = ("loss, zero-shot", "loss, tuned", "per character, zero-shot", "per character, tuned")
+    return Table(("task", "n", *sides), made)
 
 
-def counts_table(counts: Mapping[str, Mapping[str, int]], tasks: Sequence[str]) -> str:
+def counts_table(counts: Mapping[str, Mapping[str, Any]]) -> Table | None:
     """data.json: rows by task and what became of them; columns that are 0 everywhere are left out."""
     names = dict.fromkeys([*_COUNTS_FIRST, *(name for row in counts.values() for name in row)])
     shown = [name for name in names if any(row.get(name) for row in counts.values())]
-    body = "".join(
-        f"<tr><th>{_task_name(task, tasks)}</th>"
-        + "".join(f"<td>{row[name]:,}</td>" if name in row else "<td>–</td>" for name in shown)
-        + "</tr>"
-        for task, row in counts.items()
-    )
-    head = _head("task", *(name.replace("_", " ") for name in shown))
-    return f'<div class="scroll"><table class="counts">{head}<tbody>{body}</tbody></table></div>'
+    rows = [Row(task, [_count(row[name]) if name in row else "–" for name in shown]) for task, row in counts.items()]
+    return Table(("task", *(name.replace("_", " ") for name in shown)), rows) if rows else None
 
 
-def fact_list(facts: Mapping[str, str], css_class: str) -> str:
-    """Names and values as a definition list. Values are HTML."""
-    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    return f'<dl class="{css_class}">{items}</dl>'
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def task_legend(tasks: Sequence[str], order: Sequence[str]) -> str:
-    """Tasks with their colours; `order` is that of the run."""
-    items = "".join(f"<li>{_task_name(task, order)}</li>" for task in tasks)
-    return f'<ul class="legend">{items}</ul>'
-
-
-def _task_name(task: str, tasks: Sequence[str]) -> str:
-    colour = task_variable(tasks.index(task))
-    return f'<span class="task" style="--c: {colour}">{escape(task)}</span>'
-
-
-def _head(*columns: str) -> str:
-    return "<thead><tr>" + "".join(f"<th>{column}</th>" for column in columns) + "</tr></thead>"
-
-
-def _result_row(row: TaskResult, name: str) -> str:
+def _result_cells(row: TaskResult) -> list[str | Measured]:
     difference = percent(row.difference, sign=True)
-    cells = [
+    return [
         f"{row.n:,}",
         percent(row.majority),
         _with_error(percent(_accuracy(row.base)), row.base.stderr if row.base else None),
         _with_error(percent(_accuracy(row.tuned)), row.tuned.stderr if row.tuned else None),
         _with_error(difference, None if row.difference is None else row.difference_stderr),
     ]
-    return f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _verdict(row: TaskResult) -> str:
-    css_class = "verdict good" if row.improved else "verdict bad" if row.worse else "verdict"
-    return f'<span class="{css_class}">{escape(row.verdict)}</span>'
+def _verdict_class(row: TaskResult) -> str:
+    return "verdict good" if row.improved else "verdict bad" if row.worse else "verdict"
 
 
-def _with_error(value: str, stderr: float | None) -> str:
-    error = "" if stderr is None else f"± {percent(stderr)}"
-    return f'{value}<span class="err">{error}</span>'
+def _with_error(value: str, stderr: float | None) -> Measured:
+    return Measured(value, "" if stderr is None else f"± {percent(stderr)}")
 
 
 def _accuracy(score: Score | None) -> float | None:

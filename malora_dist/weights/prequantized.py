@@ -19,7 +19,7 @@ READ = "only bitsandbytes' nf4 in blocks of 64 is read, and weights that are not
 
 def check_stored_format(folder: Path, *, load_in_4bit: bool, double_quant: bool) -> None:
     """Raise ConfigError if config.json tells of a quantisation that is not read, or not the one wanted."""
-    stored = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if stored is None:
         return
     method = stored.get("quant_method", "bitsandbytes" if "load_in_4bit" in stored else None)

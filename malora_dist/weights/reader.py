@@ -22,7 +22,7 @@ def weight_files(folder: Path) -> dict[str, str] | None:
     """
     if (folder / INDEX).is_file():
         with readable(folder / INDEX):
-            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             return weight_map
     if (folder / SINGLE).is_file():
         return None

@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from malora_dist.errors import brief, short
+from malora_dist.json_text import parse_json
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -57,16 +60,19 @@ def read_header(path: Path, others: dict[str, str] | None = None) -> dict[str, T
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == LENGTH_BYTES else size
         if LENGTH_BYTES + length > size:
             raise ValueError("the header is longer than the file")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
     header.pop("__metadata__", None)
-    if others is not None:
-        others |= {name: entry["dtype"] for name, entry in header.items() if _is_of_other_dtype(entry)}
-        header = {name: entry for name, entry in header.items() if name not in others}
-    places = {name: _place(name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
+    foreign = {name: entry["dtype"] for name, entry in header.items() if _is_of_other_dtype(entry)}
+    if others is None:
+        foreign = {}
+    else:
+        others |= foreign
+    places = {name: _place(name, entry, LENGTH_BYTES + length) for name, entry in header.items() if name not in foreign}
     if any(place.end > size for place in places.values()):
         raise ValueError(f"the file ends after {size} bytes, before its last tensor does")
+    _check_offsets(header, size - LENGTH_BYTES - length)
     return places
 
 
@@ -75,19 +81,34 @@ def _is_of_other_dtype(entry: object) -> bool:
     return isinstance(dtype, str) and dtype not in DTYPES
 
 
+def _check_offsets(header: dict[str, object], size: int) -> None:
+    """Raise ValueError unless the tensors lie one behind the other and fill the file, as the format wants."""
+    offsets = [
+        entry["data_offsets"] for entry in header.values() if isinstance(entry, dict) and "data_offsets" in entry
+    ]
+    places = [place for place in offsets if isinstance(place, list) and [type(end) for end in place] == [int, int]]
+    end = 0
+    for start, stop in sorted(places):
+        if start != end or stop < start:
+            raise ValueError(f"a tensor lies at bytes {start} to {stop}, the one before it ends at {end}")
+        end = stop
+    if len(places) == len(header) and end != size:
+        raise ValueError(f"its tensors end after {end} bytes, the file has {size} for them")
+
+
 def _place(name: str, entry: object, data_start: int) -> TensorPlace:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
             pass
         case _:
-            raise ValueError(f"{name} has no dtype, shape and data_offsets in the header")
+            raise ValueError(f"{brief(name)} has no dtype, shape and data_offsets in the header")
     if dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {dtype}; those read are {', '.join(DTYPES)}")
+        raise ValueError(f"{brief(name)} has dtype {brief(dtype)}; those read are {', '.join(DTYPES)}")
     if start < 0 or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"{name} has shape {shape} from byte {start}; sizes must be integers of at least 0")
+        raise ValueError(f"{brief(name)} has shape {short(shape)} from byte {start}; sizes must be integers from 0 on")
     place = TensorPlace(DTYPES[dtype], tuple(shape), data_start + start)
     if place.end != data_start + stop:
-        raise ValueError(f"{name} has another number of bytes than its shape says")
+        raise ValueError(f"{brief(name)} has another number of bytes than its shape says")
     return place
 
 

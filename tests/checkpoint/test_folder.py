@@ -86,6 +86,18 @@ def test_files_stay_in_their_folder(tmp_path: Path) -> None:
     (folder / "link").symlink_to(tmp_path / "outside")
     os.mkfifo(folder / "pipe")
     assert file_in(folder, "file") and file_in(folder, "inside")
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / ("0a" * 20)
+    (snapshot / "sub").mkdir(parents=True)
+    for blobs in (snapshot.parents[1] / "blobs", tmp_path / "hub" / "models--c--d" / "blobs"):
+        blobs.mkdir(parents=True)
+        (blobs / "f00d").touch()
+        for place in (snapshot, snapshot / "sub"):
+            (place / blobs.parent.name).symlink_to(os.path.relpath(blobs / "f00d", place))
+    # As the hub's cache leaves a repository's files; those of another one are outside.
+    assert file_in(snapshot, "models--a--b") and file_in(snapshot / "sub", "models--a--b")
+    for place in (snapshot, snapshot / "sub"):
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            file_in(place, "models--c--d")
     with pytest.raises(CheckpointError, match="outside its folder"):
         file_in(folder, "link")
     for name in ("none", "pipe"):

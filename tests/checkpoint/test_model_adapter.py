@@ -17,8 +17,9 @@ from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.inspect.look import inspect
 from malora_dist.methods import METHODS
 from malora_dist.model import load_base_model, load_tokenizer
-from malora_dist.nn.inject import adapter_state_dict, mixture_layers, remove_adapters
+from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, mixture_layers, remove_adapters
 from malora_dist.report import write_report
+from tests.distributed import ROOT
 from tests.models import byte_tokenizer, save_tiny_llama, tiny_llama
 
 IDS = torch.arange(40)[None] % 61
@@ -165,6 +166,29 @@ def test_trainer_trains_adapters_on_a_base_that_bitsandbytes_has_quantised(tmp_p
         assert torch.equal(model(IDS).logits, trained)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["malora", "dora"])
+def test_a_base_that_accelerate_has_offloaded(tmp_path: Path, method: str) -> None:
+    """Its weights are on no device between forwards; the adapter is where the layer computes."""
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_llama(tmp_path / "base")
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places | {"model.layers.1": "disk"}, offload_folder=tmp_path / "off"
+    )
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    expected = model(IDS).logits
+    adapted(method, model)
+    assert not torch.allclose(model(IDS).logits, expected, atol=1e-2)
+    model(IDS).logits.sum().backward()
+    assert all(parameter.grad is not None for _, parameter in adapter_parameters(model))
+    model.save_pretrained(tmp_path / "adapter")
+    other = tiny_llama()
+    load_adapter(other, tmp_path / "adapter")
+    torch.testing.assert_close(model(IDS).logits, other(IDS).logits)
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_paths_may_be_text(tmp_path: Path, kind: Any) -> None:
     """Every function that README and docs name takes what a person writes."""
@@ -188,3 +212,19 @@ def test_paths_may_be_text(tmp_path: Path, kind: Any) -> None:
             function(folder)
     with pytest.raises(CheckpointError):
         reshard(folder, kind(tmp_path / "target"), 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    save_tiny_llama(tmp_path / "base")
+    names: dict[str, Any] = {
+        "base": tmp_path / "base",
+        "folder": tmp_path / "adapter",
+        "rows": [{"input_ids": IDS[0], "labels": IDS[0]}] * 2,
+        "arguments": TrainingArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to=[]),
+    }
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert torch.equal(names["again"](IDS).logits, names["model"].eval()(IDS).logits)

@@ -3,7 +3,7 @@
 import pytest
 
 from malora_dist.config import config_from_dict, plain_config
-from malora_dist.config.changes import HARMLESS, TOPOLOGY, changes
+from malora_dist.config.changes import HARMLESS, TOPOLOGY, changes, decisive
 from malora_dist.config.names import leaves
 from tests.config.recipes import recipe
 
@@ -48,6 +48,17 @@ def test_a_change_names_its_key_and_both_values(override: str, kind: str) -> Non
     key, _, value = override.removeprefix("--").partition("=")
     assert (change.key, change.kind, str(change.now)) == (key, kind, value)
     assert str(change) == f"{key}: {change.before!r} -> {change.now!r}"
+
+
+def test_the_keys_that_decide_are_those_whose_change_is_refused() -> None:
+    found = decisive(plain_config(config_from_dict(recipe(), ["--data.tasks.piqa.weight=2"])))
+    weights = {key: found.pop(key) for key in list(found) if key.startswith("data.tasks")}
+    assert (
+        set(found) <= REFUSED
+        and found["train.learning_rate"] == 5e-4
+        and {"adapter.r", "model.load_in_4bit"} < set(found)
+    )
+    assert weights["data.tasks[1].weight"] == 2 and all(key.endswith(".weight") for key in weights)
 
 
 def test_nothing_changed_and_keys_of_other_versions() -> None:

@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from malora_dist.config import config_from_dict, config_text, load_config, split_arguments
+from malora_dist.config.yaml_reader import RecipeDumper, parse_value
 from malora_dist.errors import ConfigError
 from tests.config.recipes import recipe
 
@@ -70,7 +72,29 @@ def test_a_rule_that_reads_a_wrong_key_says_nothing() -> None:
         pytest.param(
             "adapter:\n  r: 1\n  r: 2\n", "line 3: adapter.r: is given twice, first on line 2", id="key-twice"
         ),
-        pytest.param("model: [", "is not valid YAML", id="yaml"),
+        pytest.param("model: [", "line 1: is not valid YAML", id="yaml"),
+        pytest.param("a: 1\nb: !!binary aGk=\n", "line 2: the tag '!!binary' has no meaning in a recipe", id="binary"),
+        pytest.param("a: 1\nb: !x 3\n", "line 2: the tag '!x' has no meaning in a recipe", id="tag"),
+        pytest.param("a: !!python/object:os.system ls", "the tag '!!python/object:os.system'", id="python"),
+        pytest.param("\na: !!int 2x\n", "line 2: '2x' is no whole number", id="int"),
+        pytest.param("a: !!int {b: 1}\n", "line 1: !!int must stand before a single word", id="int-structure"),
+        pytest.param("a: !!bool no\n", "'no' is neither true nor false", id="bool"),
+        pytest.param(f"a: {'9' * 5000}\n", "is a number of more than 300 digits", id="digits"),
+        pytest.param("a: b\x07\n", "line 1: is not valid YAML: the character '\\x07' must not be there", id="control"),
+        pytest.param('a:\n - "b\\0c"\n', "line 2: text must not hold the character '\\x00'", id="null"),
+        pytest.param('a: "\\ud83d"\n', "text must not hold the character '\\ud83d'", id="surrogate"),
+        pytest.param("? {a: 1}\n: 2\n", "line 1: a key must be a single word", id="key"),
+        pytest.param("a: " + "[" * 2000, "is nested more than 100 deep", id="deep"),
+        pytest.param("a: &x [1, *x]\n", "is part of itself by an alias", id="cycle"),
+        pytest.param(
+            "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)),
+            "holds more than 100,000 values",
+            id="aliases",
+        ),
+        pytest.param("a: 1\n--- \nb: 2\n", "line 2: is not valid YAML", id="two-documents"),
+        pytest.param("a: 1\n  b: 2\n", "line 2: is not valid YAML: mapping values are not allowed here", id="indent"),
+        pytest.param("a: *b\n", "line 1: is not valid YAML: found undefined alias 'b'", id="alias"),
+        pytest.param("a: {<<: 3}\n", "line 1: is not valid YAML", id="merge"),
         pytest.param("- model\n", "must hold sections", id="list"),
         pytest.param("model: {name_or_path: x}\n", "data: is required", id="missing-section"),
         pytest.param(
@@ -86,14 +110,45 @@ def test_what_a_file_can_get_wrong(tmp_path: Path, text: str, message: str) -> N
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, text))
     assert message in str(error.value)
+    assert "\n" not in str(error.value) or "errors:" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-4", 5e-4), ("1e-4", 1e-4), ("5E-4", 5e-4), ("+5e-4", 5e-4), (".5", 0.5), ("5.", 5.0), ("1.5e3", 1500.0),
+        ("1e3", 1000.0), (".5e-3", 5e-4), ("010", 10), ("1_000", 1000), ("0x10", 16), ("0o17", 15), ("-3", -3),
+        ("0", 0), ("2024-01-31", "2024-01-31"), ("2024-13-45", "2024-13-45"), ("1:30:00", "1:30:00"), ("no", "no"),
+        ("on", "on"),
+        ("y", "y"), ("yes", "yes"), ("true", True), ("False", False), ("null", None), ("~", None), ("", None),
+        ("1e", "1e"), ("0x", "0x"), ("1__0", "1__0"), ("1.2.3", "1.2.3"), ("e5", "e5"), ("-", "-"), ("=", "="),
+        ("'5e-4'", "5e-4"), ("!!str 7", "7"), ("!!float 7", 7.0), ('"\\ud83d\\ude00"', "\U0001f600"),
+        ('"a\\tb"', "a\tb"),
+    ],
+)  # fmt: skip
+def test_words_are_read_as_people_mean_them(text: str, value: object) -> None:
+    if text != "-":
+        assert parse_value(text, "a.b") == value and type(parse_value(text, "a.b")) is type(value)
+    # As text, each is written so that it is read back, by readers of any version of YAML.
+    written = yaml.dump({"a": text}, Dumper=RecipeDumper, allow_unicode=True)
+    assert parse_value(written, "a.b") == yaml.safe_load(written) == {"a": text}
+
+
+def test_a_switch_takes_every_word_for_yes_and_no() -> None:
+    for word in ("yes", "on", "true", "True", "y"):
+        assert config_from_dict(recipe(), [f"--evaluation.base={word}"]).evaluation.base is True
+    for word in ("no", "off", "false", "n"):
+        assert config_from_dict(recipe(), [f"--evaluation.base={word}"]).evaluation.base is False
 
 
 def test_missing_file_and_bad_encoding(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the recipe"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"model: {name_or_path: \xe9}")
-    with pytest.raises(ConfigError, match="cannot read the recipe"):
+    with pytest.raises(ConfigError, match=r"latin.yaml: line 1: is not text in UTF-8 \(byte 0xe9\)"):
         load_config(tmp_path / "latin.yaml")
+    (tmp_path / "signed.yaml").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert load_config(tmp_path / "signed.yaml").adapter.r == 16
 
 
 @pytest.mark.parametrize("adapter", [{}, {"method": "molora"}, {"method": "lora", "r": 64}, {"shared_r": 22}])

@@ -49,7 +49,15 @@ def test_null_takes_the_files_value_away() -> None:
         pytest.param(["--adapter", "3"], "is a section; set one of its keys", id="section"),
         pytest.param(["--adapter.r.x", "3"], "is a single value", id="too-deep"),
         pytest.param(["--data.tasks.none.weight", "3"], "the tasks are boolq, piqa", id="unknown-task"),
-        pytest.param(["--adapter.r", "[1"], "is not a YAML value", id="yaml"),
+        pytest.param(["--adapter.r", "[1"], "--adapter.r='[1': line 1: is not valid YAML", id="yaml"),
+        pytest.param(["--adapter.r=!!binary x"], "line 1: the tag '!!binary' has no meaning", id="tag"),
+        pytest.param(["--output_dir=a\udce9"], "the character '\\udce9' must not be there", id="bytes"),
+        pytest.param(["--data.tasks.\u00b2.weight=3"], "the tasks are boolq, piqa", id="digit"),
+        pytest.param(
+            ["data.tasks=[1]", "data.tasks.0.weight=2"], "data.tasks[0] is 1, which has no keys", id="no-task"
+        ),
+        pytest.param(["--train.seed=99999999999999999999"], "must be less than 9223372036854775808", id="seed"),
+        pytest.param(["--parallel.timeout_seconds=1e300"], "timeout_seconds=1e+300: ", id="timeout"),
         pytest.param(["--adapter.r=0"], "adapter.r=0: must be greater", id="range"),
     ],
 )

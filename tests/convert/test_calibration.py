@@ -32,7 +32,7 @@ def test_moments_over_every_token_of_a_task(workspace: Path, monkeypatch: pytest
     adapter = open_adapter(source)
     downs = {layer: subspace_of(adapter.read_layer(layer)).S_DI for layer in adapter.layers()}
     assert packing_of(model) is Packing.TREES
-    monkeypatch.setattr(calibration, "packing_of", lambda model: packing)
+    monkeypatch.setattr(calibration, "packing_of", lambda model, longest: packing)
     monkeypatch.setattr(calibration, "ROW_TOKENS", 60)
     assert 1 < len(calibration._rows(samples, 60)) < 9
     found = collect(model, samples, downs)

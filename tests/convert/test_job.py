@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from malora_dist.cli import main
 from malora_dist.errors import CheckpointError
 from malora_dist.nn.packed_attention import MASKED
+from tests.adapters import edit_weights
 from tests.config.recipes import recipe
 from tests.convert.made import job_of, make_checkpoint, run_kind
 from tests.families import family_model
@@ -88,9 +89,14 @@ def without(ending: str) -> Adapter:
 
 
 def not_finite(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: next(iter(tensors.values())).view(-1)[3].fill_(float("nan")))
+
+
+def swapped(folder: Path) -> None:
+    """Two tensors of one shape with each other's name."""
     tensors = load_file(folder / WEIGHTS)
-    next(iter(tensors.values())).view(-1)[3] = float("nan")
-    save_file(tensors, folder / WEIGHTS)
+    first, second = [key for key in tensors if key.endswith("q_proj.P")][:2]
+    save_file(tensors | {first: tensors[second], second: tensors[first]}, folder / WEIGHTS)
 
 
 def linked_out(folder: Path) -> None:
@@ -112,7 +118,8 @@ DAMAGES: dict[str, tuple[Adapter, str]] = {
     "link": (linked_out, "outside its folder"),
     "missing tensor": (without("q_proj.P"), r"lacks model.layers.\d.self_attn.q_proj.P \(1 missing, 0 unknown\)"),
     "newer": (edited_config(format_version=99), "format_version 99 is newer"),
-    "other numbers": (edited_config(r=3, num_experts=4), "needs \\(4, 3, 6\\)"),
+    "other numbers": (edited_config(shared_r=5, num_experts=4), "needs \\(5, "),
+    "swapped names": (swapped, "not the file that adapter_config.json belongs to: its SHA-256 is"),
     "not finite": (not_finite, "holds numbers that are not finite"),
     "a folder of weights": (lambda folder: (folder / CONFIG).unlink(), "is no adapter folder"),
 }
@@ -186,7 +193,7 @@ def test_killed_while_writing(workspace: Path, tmp_path: Path) -> None:
     target.parent.mkdir()
     writer = start("tests.convert.test_job:convert_under_a_limit", [source, target], log)
     assert wait([writer]) == [-signal.SIGXFSZ], log.read_text()
-    assert {path.name for path in target.parent.iterdir()} == {".out.partial"}
+    assert {path.name for path in target.parent.iterdir()} == {".out.partial", ".out.partial.lock"}
     run_kind("peft-experts", source, target)
     assert {path.name for path in target.parent.iterdir()} == {"out"}
     assert len(list(target.rglob("*.safetensors"))) == 4

@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another type": (edit(peft_type="LOHA"), 'peft_type="LOHA"'),
     "another task": (edit(task_type="SEQ_CLS"), 'task_type="SEQ_CLS"'),
     "other rank": (edit(r=4), "has shape (1, 3, "),
-    "no JSON": (lambda folder: (folder / CONFIG).write_text("{"), f"{CONFIG} cannot be read"),
+    "no JSON": (lambda folder: (folder / CONFIG).write_text("{"), f"{CONFIG} is damaged"),
     "no object": (lambda folder: (folder / CONFIG).write_text("[1]"), "not a JSON object"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), f"{CONFIG} is missing"),
     "pickle": (to_pickle, "adapter_model.bin is a pickle"),

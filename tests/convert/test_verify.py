@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from malora_dist.checkpoint.adapter import load_adapter, open_adapter
 from malora_dist.convert.gates import Replay, deciding
 from malora_dist.convert.verify import TOKENS, difference, judge, text_rows, verify_routed
 from malora_dist.errors import CheckpointError, ConfigError
+from tests.adapters import edit_weights
 from tests.convert.made import base, job_of, logits, run_kind, token_rows
 
 SOURCE = Path("runs") / "malora"
@@ -21,10 +22,12 @@ def test_a_wrong_weight_or_logit_fails(workspace: Path, tmp_path: Path) -> None:
     """One entry of one B is off by a hundredth of the largest."""
     source = workspace / SOURCE
     shutil.copytree(source / "adapter", tmp_path / "wrong")
-    tensors = load_file(tmp_path / "wrong" / "adapter_model.safetensors")
-    key = next(key for key in tensors if key.endswith(".B"))
-    tensors[key][2, 5, 1] += 0.01 * tensors[key].abs().max()
-    save_file(tensors, tmp_path / "wrong" / "adapter_model.safetensors")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        key = next(key for key in tensors if key.endswith(".B"))
+        tensors[key][2, 5, 1] += 0.01 * tensors[key].abs().max()
+
+    edit_weights(tmp_path / "wrong", change)
     job = job_of("adapter", source, tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"verification failed, .*/out is not written: max \|d logits\|"):
         verify_routed(job, open_adapter(source), open_adapter(tmp_path / "wrong"))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.packed_row import Packing
@@ -19,6 +21,7 @@ from malora_dist.nn.head import install_loss_head
 from malora_dist.nn.packed_attention import TORCH_VARLEN, register_attention
 from malora_dist.scoring import build_row, score_items, scores_of_questions
 from tests.families import families, family_config, family_model
+from tests.models import tiny_config
 from tests.nn.varlen_kernel import kernel_on_cpu
 
 A100 = (8, 0)
@@ -88,24 +91,24 @@ def changes_of(name: str) -> dict[str, Any]:
     return {key: value for key, value in WINDOWS.items() if hasattr(config, key)} | LAYERS.get(name, {})
 
 
-def questions() -> list[ChoiceItem]:
-    """Return prompts longer than a window, and choices of several lengths."""
+def questions(first: int = 9) -> list[ChoiceItem]:
+    """Return prompts longer than a window, the first of so many tokens, and choices of several lengths."""
     draw = torch.Generator().manual_seed(3)
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(5, 60, (length,), generator=draw).tolist())
 
     return [
-        ChoiceItem(0, ids(9), (ids(4), ids(1), ids(6)), (1, 1, 1), 0),
+        ChoiceItem(0, ids(first), (ids(4), ids(1), ids(6)), (1, 1, 1), 0),
         ChoiceItem(0, ids(7), (ids(2), ids(5)), (1, 1), 0),
     ]
 
 
 @torch.no_grad()
-def by_a_plain_loop(model: Any) -> list[float]:
+def by_a_plain_loop(model: Any, first: int = 9) -> list[float]:
     """Return the log-likelihood of each choice, each in a call of its own, of nothing but its tokens."""
     scores = []
-    for item in questions():
+    for item in questions(first):
         for choice in item.choice_ids:
             ids = torch.tensor([item.prompt_ids + choice[:-1]])
             found = model(input_ids=ids, use_cache=False).logits[0, len(item.prompt_ids) - 1 :].log_softmax(-1)
@@ -113,9 +116,9 @@ def by_a_plain_loop(model: Any) -> list[float]:
     return scores
 
 
-def packed(model: Any, packing: Packing) -> list[float]:
-    found = score_items(forward_of(model), questions(), batch_tokens=256, packing=packing)
-    return [score for scores in scores_of_questions(questions(), found) for score in scores]
+def packed(model: Any, packing: Packing, first: int = 9) -> list[float]:
+    found = score_items(forward_of(model), questions(first), batch_tokens=256, packing=packing)
+    return [score for scores in scores_of_questions(questions(first), found) for score in scores]
 
 
 @torch.no_grad()
@@ -173,6 +176,49 @@ def test_one_sample_a_row_is_enough_for_all_others() -> None:
     assert packing_of(family_model("bart"), samples=1) is Packing.ALONE
     for config in (family_config("bart"), family_config("llama"), family_config("gpt_oss")):
         check_rows(config, samples=8)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [8.0] * 4,
+    "original_max_position_embeddings": 18,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+
+def test_rotations_that_change_with_the_longest_text_of_a_row() -> None:
+    """One question is longer than the texts that the base was first trained on, the other is not."""
+    model = family_model("phi3", rope_parameters={**LONGROPE}, original_max_position_embeddings=18)
+    wanted, longest = by_a_plain_loop(model, first=20), 26
+    assert packing_of(model, longest=18) is Packing.TREES and packing_of(model, longest=longest) is Packing.ALONE
+    assert packed(model, Packing.ALONE, first=20) == pytest.approx(wanted, rel=1e-4)
+    assert packed(model, Packing.SEQUENCES, first=20) != pytest.approx(wanted, rel=1e-4)
+    check_rows(model.config, samples=8, longest=18)
+    check_rows(model.config, samples=1, longest=longest)
+    with pytest.raises(ConfigError, match="batch_size=2 must be 1 for this phi3, or data.max_seq_length=26 at most 18"):
+        check_rows(model.config, samples=2, longest=longest)
+    dynamic = family_config("llama", rope_parameters={**DYNAMIC})
+    check_rows(dynamic, samples=8, longest=64)
+    with pytest.raises(ConfigError, match="data.max_seq_length=65 must be at most 64 for this llama"):
+        check_rows(dynamic, samples=1, longest=65)
+
+
+class Narrow(LlamaForCausalLM):
+    """Code as others write it: it knows few options, and makes masks for whole rows."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = True) -> Any:
+        T = input_ids.shape[1]
+        before = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+        return super().forward(input_ids=input_ids, attention_mask=before, use_cache=use_cache)
+
+
+def test_a_model_that_is_told_nothing_gets_one_sample_a_row() -> None:
+    torch.manual_seed(0)
+    model = Narrow(tiny_config()).eval()
+    assert packing_of(model) is Packing.ALONE
+    assert packed(model, Packing.ALONE) == pytest.approx(by_a_plain_loop(model), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "falcon_h1", "lfm2", "rwkv", "recurrent_gemma", "qwen3_next"])

@@ -13,6 +13,7 @@ from malora_dist.engine import process
 from malora_dist.engine.process import run_as_process
 from malora_dist.engine.progress import LOGGER
 from malora_dist.errors import CheckpointError, ConfigError, DataError, TopologyError, TrainingError
+from malora_dist.launch.ranks import LAUNCHED
 from malora_dist.parallel.groups import start_processes, sum_over_processes
 from tests.processes import start_ranks, wait
 
@@ -30,12 +31,14 @@ def no_logging() -> Iterator[None]:
 
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """This process as one of two ranks without a launcher, or alone for None."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    """This process as one of two ranks, or alone for None."""
+    for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     if request.param is not None:
-        monkeypatch.setenv("RANK", str(request.param))
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        for name, value in zip(LAUNCHED, (str(request.param), "2", str(request.param), "n0", "7"), strict=True):
+            monkeypatch.setenv(name, value)
+    # Otherwise a launched rank would end this process.
+    monkeypatch.setattr(os, "_exit", lambda code: None)
 
 
 def fail(error: Exception) -> int:

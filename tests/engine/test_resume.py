@@ -65,6 +65,22 @@ def test_a_run_that_has_saved_nothing_starts_again_in_its_folder(tmp_path: Path)
     assert (start.folder, start.checkpoint) == (str(run), None) and "no checkpoint yet" in start.notes[0]
 
 
+def test_a_start_that_failed_does_not_use_up_the_run(tmp_path: Path) -> None:
+    """Without a checkpoint the corrected recipe starts again there, whatever it changes."""
+    run = tmp_path / "run"
+    begun(run, (), FAILED)
+    start = find_start(config(run, learning_rate=0.1, save_steps=5))
+    assert (start.folder, start.checkpoint) == (str(run), None)
+    changed = ["train.learning_rate: 0.0005 -> 0.1", "train.save_steps: None -> 5"]
+    assert [note for note in start.notes if "changed" in note] == [f"changed since: {text}" for text in changed]
+    # Also from elsewhere, and where what the failed start left cannot be read.
+    begun(tmp_path / "other", (3,))
+    elsewhere = find_start(config(run, resume_from_checkpoint=str(tmp_path / "other")))
+    assert (elsewhere.folder, str(elsewhere.checkpoint)[-11:]) == (str(run), "step-000003")
+    (run / "config.yaml").write_text("train: {lr: [")
+    assert find_start(config(run)).folder == str(run)
+
+
 def test_a_finished_run_is_an_error_with_ways_out(tmp_path: Path) -> None:
     run = tmp_path / "run"
     its_config = begun(run, (10,), FINISHED)
@@ -78,6 +94,9 @@ def test_a_finished_run_is_an_error_with_ways_out(tmp_path: Path) -> None:
     (tmp_path / "old" / "adapter").mkdir()
     with pytest.raises(ConfigError, match="is finished"):
         find_start(config(tmp_path / "old"))
+    # Killed between its adapter and its only checkpoint.
+    (tmp_path / "old" / "measured_on.json").write_text("{}")
+    assert find_start(config(tmp_path / "old")).folder == str(tmp_path / "old")
 
 
 def test_another_recipe_is_refused_and_harmless_changes_are_reported(tmp_path: Path) -> None:
@@ -118,6 +137,7 @@ def test_a_path_is_a_new_run_from_there(tmp_path: Path) -> None:
         find_start(config(new, resume_from_checkpoint=str(run), seed=1))
     # The same command again, in a requeued job, goes on with the run that it began.
     begun(new, (), PREEMPTED, resume_from_checkpoint=str(run))
+    assert "no checkpoint yet" in find_start(config(new, resume_from_checkpoint=str(run))).notes[-1]
     with pytest.raises(ConfigError, match=f"output_dir={run} holds a run already; give another output_dir"):
         find_start(config(run, resume_from_checkpoint=str(run)))
     start = find_start(config(new, resume_from_checkpoint=str(run)))

@@ -18,7 +18,6 @@ from malora_dist.launch.command import (
     launcher_path,
     run_command,
     torchrun_command,
-    under_launcher,
 )
 
 RECIPE = ["r.yaml", "--adapter.r", "16"]
@@ -53,6 +52,9 @@ def test_torchrun_on_one_machine_and_on_several() -> None:
     assert (args.nnodes, args.node_rank, args.master_addr, args.master_port) == ("3", 2, "n0", 7)
     assert (args.nproc_per_node, args.module, args.training_script) == ("2", True, "m")
     assert args.training_script_args == RECIPE
+    command = torchrun_command("m", RECIPE, processes=2, master_port=7)
+    args = import_module("torch.distributed.run").parse_args(command[1:])
+    assert (args.nnodes, args.master_port, args.standalone) == ("1:1", 7, False)
     assert launcher_path("torchrun") == os.path.join(os.path.dirname(sys.executable), "torchrun")
     assert launcher_path("no-such-launcher") == "no-such-launcher"
 
@@ -80,22 +82,6 @@ def test_deepspeeds_own_variable_keeps_a_run_on_the_cpu(monkeypatch: pytest.Monk
 def test_devices_that_cannot_be_had(visible: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         deepspeed_command("m", [], num_gpus=2, environment={"CUDA_VISIBLE_DEVICES": visible})
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, False),
-        ({"RANK": "0"}, True),
-        ({"WORLD_SIZE": "1"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
-        ({"SLURM_PROCID": "0"}, False),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, True),
-        ({"SLURM_NTASKS": "2"}, False),
-    ],
-)
-def test_under_launcher(environment: dict[str, str], expected: bool) -> None:
-    assert under_launcher(environment) is expected
 
 
 @pytest.mark.e2e

@@ -230,6 +230,15 @@ def test_removed_and_injected_again(fuse_siblings: bool) -> None:
     assert all(torch.equal(tensor, first[name]) for name, tensor in adapter_state_dict(model).items())
 
 
+def test_a_linear_that_stands_in_two_places_is_adapted_in_both() -> None:
+    linear = nn.Linear(8, 8)
+    model = nn.Sequential(nn.ModuleDict({"up": linear}), nn.ModuleDict({"up": linear, "down": nn.Linear(8, 4)}))
+    assert inject_adapters(model, mixture_spec("lora", r=2), "up").rows[0].modules == 1
+    assert model[0]["up"] is model[1]["up"] and isinstance(model[1]["up"], MixtureLinear)
+    remove_adapters(model)
+    assert model[0]["up"] is model[1]["up"] is linear
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_conv1d_of_gpt2_is_adapted(method: str) -> None:
     """c_attn, c_proj and c_fc, whose weights lie as (I, O): the same function as linears of the transposed weights."""

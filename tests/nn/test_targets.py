@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from malora_dist.errors import ConfigError
+from malora_dist.functional.target_names import ALL_LINEAR
 from malora_dist.methods import mixture_spec
 from malora_dist.nn import near_names as names_module
 from malora_dist.nn import targets as targets_module
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
 from malora_dist.nn.near_names import near_names
-from malora_dist.nn.targets import ALL_LINEAR, all_linear, check_targets, find_targets, plain_names
+from malora_dist.nn.targets import all_linear, check_targets, find_targets, plain_names
 from tests.families import families, family_model
 from tests.models import tiny_llama
 
@@ -127,11 +128,15 @@ def test_near_names_are_spelled_alike_or_do_the_same_work(target: str, family: s
         ("llama", ["q_proj", "lm_head"], "'lm_head' matches lm_head, the output head.*all-linear means every other"),
         ("bart", ["k_proj"], r"encoder_attn\.k_proj and 1 more that text gives no gradient"),
         ("deepseek_v32", ["wk"], "or only choose"),
+        (
+            "phi",
+            ["gate_proj", "lm_head"],
+            "'gate_proj' matches no module.*; 'lm_head' matches lm_head, the output head",
+        ),
     ],
 )
 def test_what_a_run_cannot_train_is_refused(family: str, targets: list[str], message: str) -> None:
     model = family_model(family)
-    find_targets(model, targets, LORA)
     with pytest.raises(ConfigError, match=f"adapter.target_modules: .*{message}"):
         check_targets(model, targets, LORA)
 

@@ -5,4 +5,4 @@
 set -euo pipefail
 : "${HOSTFILE:?set HOSTFILE to a file with one 'host slots=N' a line}"
 : "${1:?usage: HOSTFILE=hosts multi_node.sh RECIPE.yaml [--section.key value ...]}"
-exec malora launch deepspeed "$1" --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" "${@:2}"
+exec malora launch deepspeed "$1" --hostfile "$HOSTFILE" ${MASTER_PORT:+--master_port "$MASTER_PORT"} "${@:2}"

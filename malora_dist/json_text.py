@@ -1,0 +1,44 @@
+"""JSON of files that others may have written: what Python's reader takes and nobody means is refused in words."""
+
+import json
+from collections import deque
+from typing import Any
+
+DEEPEST = 100
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises ValueError if it is none, holds NaN or an infinity, gives a key twice, or is nested beyond all use.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {DEEPEST} deep") from None
+    _check_depth(value)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:80]!r} is given twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_depth(value: Any) -> None:
+    level = deque([(value, 1)])
+    while level:
+        found, depth = level.popleft()
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+        if isinstance(found, dict | list):
+            inner = found.values() if isinstance(found, dict) else found
+            level.extend((item, depth + 1) for item in inner if isinstance(item, dict | list))
