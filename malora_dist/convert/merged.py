@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from malora_dist.atomic import share_file
 from malora_dist.checkpoint.adapter import AdapterTensors, open_adapter, put_adapter
@@ -79,11 +79,20 @@ def _stored_layers(model: Any, adapter: AdapterTensors, base: Path, reader: Tens
     for layer in adapter.layers():
         if layer not in modules:
             raise CheckpointError(f"{base}: this base has no {layer}, which the adapter is for")
+        others = [name for name, module in modules.items() if _is_tied(module, modules[layer])]
+        if others:
+            raise CheckpointError(f"{layer} of this base is tied to {others[0]}, which a merge would change too")
         place = stored.get(f"{layer}.weight")
         if place is not None and place.conversion is not None:
             raise ConfigError(f"{base} holds {layer}.weight as a part of {', '.join(place.names)}: not merged")
         layers[f"{layer}.weight" if place is None else place.names[0]] = layer
     return layers
+
+
+def _is_tied(module: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have one weight."""
+    weights = module._parameters.get("weight"), other._parameters.get("weight")
+    return module is not other and weights[0] is not None and weights[0] is weights[1]
 
 
 def _check_base(
