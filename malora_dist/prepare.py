@@ -16,6 +16,7 @@ from malora_dist.config import RunConfig, load_config, split_arguments
 from malora_dist.data.build import build_data
 from malora_dist.engine.base_support import check_support
 from malora_dist.model import base_tensors, build_empty_model, load_tokenizer
+from malora_dist.model_config import read_model_config
 from malora_dist.positions import position_notes
 from malora_dist.progress import Bar
 from malora_dist.source import resolve_model
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trusted = config.model.trust_remote_code
     folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
     say(f"model: {folder}")
+    read_model_config(folder, trust_remote_code=trusted)
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     base = check_support(config, folder, tokenizer, prepared_dtype(config))
     for note in base.notes:

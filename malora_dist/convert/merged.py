@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from malora_dist.atomic import share_file
 from malora_dist.checkpoint.adapter import AdapterTensors, open_adapter, put_adapter
@@ -49,7 +49,7 @@ def to_merged(job: Job) -> None:
         if Path(file).name != file:
             raise ConfigError(f"{base / INDEX} names {file!r}, which is no file of its folder")
         merge.write_file(base / file, job.folder / file)
-    _copy_others(base, job.folder)
+    _copy_others(base, job.folder, code=job.trusted)
     write_text(job.folder / "README.md", _card(adapter, job))
     write_text(job.folder / "merged.json", json.dumps(_origin(adapter), indent=2) + "\n")
     job.say(merge.summary())
@@ -79,11 +79,20 @@ def _stored_layers(model: Any, adapter: AdapterTensors, base: Path, reader: Tens
     for layer in adapter.layers():
         if layer not in modules:
             raise CheckpointError(f"{base}: this base has no {layer}, which the adapter is for")
+        others = [name for name, module in modules.items() if _is_tied(module, modules[layer])]
+        if others:
+            raise CheckpointError(f"{layer} of this base is tied to {others[0]}, which a merge would change too")
         place = stored.get(f"{layer}.weight")
         if place is not None and place.conversion is not None:
             raise ConfigError(f"{base} holds {layer}.weight as a part of {', '.join(place.names)}: not merged")
         layers[f"{layer}.weight" if place is None else place.names[0]] = layer
     return layers
+
+
+def _is_tied(module: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have one weight."""
+    weights = module._parameters.get("weight"), other._parameters.get("weight")
+    return module is not other and weights[0] is not None and weights[0] is weights[1]
 
 
 def _check_base(
@@ -166,11 +175,13 @@ class _Merge:
         return f"merged {len(self.layers)} weights in {names}; rounding to it is {lost:.1e} of what the adapter changes"
 
 
-def _copy_others(base: Path, folder: Path) -> None:
+def _copy_others(base: Path, folder: Path, *, code: bool) -> None:
+    """Copy what stands beside the weights; Python files only if the recipe lets them run."""
     if (base / INDEX).is_file():
         shutil.copyfile(base / INDEX, folder / INDEX)
     for path in sorted(base.iterdir()):
-        if path.is_file() and COPIED.fullmatch(path.name) and not (folder / path.name).exists():
+        wanted = COPIED.fullmatch(path.name) or (code and path.suffix == ".py")
+        if path.is_file() and wanted and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
             share_file(folder / path.name)
     if (base / TEMPLATES).is_dir():

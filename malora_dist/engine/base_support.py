@@ -12,7 +12,7 @@ from malora_dist.engine.attention import choose_attention
 from malora_dist.engine.packing import check_rows
 from malora_dist.errors import ConfigError
 from malora_dist.model import build_empty_model, load_tokenizer
-from malora_dist.model_config import own_code
+from malora_dist.model_config import own_code, read_model_config
 from malora_dist.nn.targets import check_targets
 from malora_dist.source import local_model
 from malora_dist.summary import adapter_spec
@@ -63,6 +63,7 @@ def check_local_support(config: RunConfig) -> tuple[str, ...]:
         waits = Path(settings.name_or_path).is_file()
         note = f"{settings.name_or_path} is not prepared yet: it was not compared with adapter.target_modules"
         return (note,) if waits else ()
+    read_model_config(folder, trust_remote_code=trusted)
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         _empty_base(config, folder, torch.bfloat16, trains=True)
         return ()

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from malora_dist.checkpoint.adapter import load_adapter, open_adapter
+from malora_dist.checkpoint.adapter import AdapterInfo, load_adapter, open_adapter, save_adapter
 from malora_dist.convert.merged import merged_weight
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.methods import mixture_spec
-from malora_dist.nn.inject import adapter_parameters, inject_adapters
+from malora_dist.model import load_base_model
+from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters, remove_adapters
 from malora_dist.weights.reader import INDEX, SINGLE
 from tests.convert.made import base, logits, make_checkpoint, run_kind, token_rows
 from tests.families import family_model
@@ -73,6 +74,7 @@ def test_names_of_the_file_stay_and_all_of_the_tokenizer(workspace: Path, tmp_pa
     tensors = load_file(tmp_path / "model" / SINGLE)
     renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     save_file(renamed, tmp_path / "model" / SINGLE, metadata={"format": "pt"})
+    (tmp_path / "model" / "modeling_own.py").write_text("")
     texts = ("chat_template.jinja", "merges.txt", "vocab.txt", "own.tiktoken", "additional_chat_templates/tool.jinja")
     (tmp_path / "model" / "additional_chat_templates").mkdir()
     for name in texts:
@@ -84,6 +86,7 @@ def test_names_of_the_file_stay_and_all_of_the_tokenizer(workspace: Path, tmp_pa
     assert merged.keys() == renamed.keys()
     assert all(torch.equal(tensor, merged[name.removeprefix("model.")]) for name, tensor in plain.items())
     assert all((tmp_path / "merged" / name).read_text() == name for name in texts)
+    assert not list((tmp_path / "merged").glob("*.py"))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -141,6 +144,24 @@ def test_another_base_is_refused(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds quantised weights; give the unquantised model with --base"):
         run_kind("merged", workspace / "runs" / "lora", tmp_path / "merged", base=str(tmp_path / "model"))
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))
+
+
+def test_a_weight_of_two_layers_is_not_merged_into(tmp_path: Path) -> None:
+    """Zamba's attention layers share their weights, and each has an adapter of its own."""
+    family_model("zamba").save_pretrained(tmp_path / "model")
+    model, spec = load_base_model(tmp_path / "model", load_in_4bit=False), mixture_spec("lora", r=2)
+    for targets, merges in (("o_proj",), False), (("layers.0.mamba.out_proj",), True):
+        targets_of = inject_adapters(model, spec, targets).target_modules
+        info = AdapterInfo(spec=spec, target_modules=targets_of, base_model=str(tmp_path / "model"), lora_dropout=0.0)
+        save_adapter(tmp_path / targets[0], info, adapter_state_dict(model), "card")
+        remove_adapters(model)
+        if merges:
+            run_kind("merged", tmp_path / targets[0], tmp_path / "merged")
+        else:
+            with pytest.raises(
+                CheckpointError, match=r"self_attn.o_proj of this base is tied to model.layers.\d.shared"
+            ):
+                run_kind("merged", tmp_path / targets[0], tmp_path / "merged")
 
 
 def test_an_index_cannot_lead_out_of_the_folder(workspace: Path, tmp_path: Path) -> None:
