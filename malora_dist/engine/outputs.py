@@ -227,7 +227,11 @@ class RunOutputs:
     def _finish(self) -> None:
         write_text(self.folder / "adapter" / "README.md", self._card())
         self._close()
-        write_report(self.folder)
+        try:
+            write_report(self.folder)
+        except Exception as error:
+            # All that was trained and measured is there, and another start would train nothing more.
+            self.log.error("%s has no report (%r); malora report %s writes it", self.folder, error, self.folder)
         terminal = console()
         if self.evaluations:
             terminal.print(print_results(self.evaluations))
