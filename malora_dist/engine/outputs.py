@@ -168,7 +168,7 @@ class RunOutputs:
         path = self.folder / name
         if not on_main(path.exists, self.world):
             self._write(name, measure())
-        content: dict[str, Any] = on_main(lambda: parse_json(path.read_bytes()), self.world)
+        content: dict[str, Any] = on_main(lambda: parse_json(path.read_bytes(), non_finite=True), self.world)
         return content
 
     def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:
