@@ -4,9 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from malora_dist.checkpoint.adapter import load_adapter
     from malora_dist.config import load_config
     from malora_dist.errors import MaloraError
-    from malora_dist.methods import MixtureSpec
+    from malora_dist.methods import MixtureSpec, mixture_spec
     from malora_dist.nn.inject import adapter_state_dict, inject_adapters
 
 __version__ = "0.1.0"
@@ -17,7 +18,9 @@ __all__ = [
     "__version__",
     "adapter_state_dict",
     "inject_adapters",
+    "load_adapter",
     "load_config",
+    "mixture_spec",
 ]
 
 _HOME = {
@@ -25,7 +28,9 @@ _HOME = {
     "MixtureSpec": "malora_dist.methods",
     "adapter_state_dict": "malora_dist.nn.inject",
     "inject_adapters": "malora_dist.nn.inject",
+    "load_adapter": "malora_dist.checkpoint.adapter",
     "load_config": "malora_dist.config",
+    "mixture_spec": "malora_dist.methods",
 }
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +17,14 @@ from malora_dist.bench.app import Json, Markdown, Repeats, Warmup, bench
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.variants import TOPICS, recipe_variant
 from malora_dist.cluster.app import launch
-from malora_dist.config import NEW_RUN, load_config
+from malora_dist.config import NEW_RUN, RunConfig, load_config
 from malora_dist.config.matrix import check_plan, suggest_world_sizes
 from malora_dist.config.template import recipe_text
 from malora_dist.convert.command import EPILOG
 from malora_dist.convert.command import command as convert_command
 from malora_dist.errors import ConfigError, MaloraError
 from malora_dist.launch.files import write_new_files
+from malora_dist.plan.shapes import local_config
 from malora_dist.start import recipe_first, start
 from malora_dist.summary import adapter_spec, missing_files, summary_table
 from malora_dist.terminal import forgive_output
@@ -92,9 +94,26 @@ def init(
 ) -> None:
     """Write a commented recipe to start from. Nothing is ever overwritten."""
     console = Console()
-    for written in write_new_files(path, recipe_text(model), with_cluster_files=with_cluster_files):
+    targets = None if model is None else _family_targets(model)
+    for written in write_new_files(path, recipe_text(model, targets), with_cluster_files=with_cluster_files):
         console.print(Text(f"wrote {written}"), soft_wrap=True)
+    if model is not None and targets is None:
+        console.print(
+            Text(
+                f"note: {model} is not on this machine, or torch is not: adapter.target_modules names Llama's linears; "
+                "`malora prepare` compares them with the model's"
+            ),
+            soft_wrap=True,
+        )
     console.print(Text(f"next: put your tasks under data:, then  malora validate {path}"), soft_wrap=True)
+
+
+def _family_targets(model: str) -> tuple[str, ...] | None:
+    """The linears of a model for a new recipe, None if that cannot be known here."""
+    if local_config(model) is None or find_spec("torch") is None:
+        return None
+    targets: tuple[str, ...] | None = import_module("malora_dist.engine.family").family_targets(model)
+    return targets
 
 
 @app.command(context_settings=OVERRIDES)
@@ -105,16 +124,31 @@ def validate(
         int | None, typer.Option("--world-size", "--world_size", min=1, help="Number of processes to check for.")
     ] = None,
 ) -> None:
-    """Check a recipe without loading anything: names, values, batch arithmetic, and whether the plan can run."""
+    """Check a recipe: names, values, batch arithmetic, whether the plan can run, and the model if it is here.
+
+    No weight is read.
+    """
     config = load_config(*recipe_first(recipe, context.args))
     worlds = suggest_world_sizes(config)
     plan = check_plan(config, world_size or (worlds[0] if worlds else 1))
+    base_notes = _base_notes(config)
     console = Console()
     console.print(Text(f"{recipe} is valid", style="green"), soft_wrap=True)
     console.print(summary_table(config, plan, worlds, world_size_given=world_size is not None))
-    notes = [*(plan.notes if world_size is not None else ()), *missing_files(config)]
+    notes = [*(plan.notes if world_size is not None else ()), *missing_files(config), *base_notes]
     for note in notes:
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def _base_notes(config: RunConfig) -> tuple[str, ...]:
+    """What is to be said of the recipe's model. Raises ConfigError if it cannot be trained on."""
+    name = config.model.name_or_path
+    if local_config(name, config.model.revision) is None:
+        return (f"{name} is not on this machine: it was not compared with adapter.target_modules",)
+    if find_spec("torch") is None:
+        return (f"torch is not on this machine: {name} was not compared with adapter.target_modules",)
+    notes: tuple[str, ...] = import_module("malora_dist.engine.base_support").check_local_support(config)
+    return notes
 
 
 @app.command(context_settings=OVERRIDES)
@@ -145,7 +179,10 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
-    """Memory, traffic and time of a run before it starts, what fits, and what is fastest. Needs no GPU and no torch."""
+    """Memory, traffic and time of a run before it starts, what fits, and what is fastest. Needs no GPU and no weights.
+
+    Nor torch for models laid out as Llama, Mistral and Qwen 2 and 3 are; others are built empty by transformers.
+    """
     from malora_dist.plan import Lengths, Report, find_shape, hardware_of
 
     config = load_config(*recipe_first(recipe, context.args))

@@ -22,6 +22,7 @@ from malora_dist.config.matrix import suggest_world_sizes
 from malora_dist.data.build import build_data
 from malora_dist.engine.attention import attention_for
 from malora_dist.engine.base import base_dtype, base_model
+from malora_dist.engine.base_support import check_support
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.device_check import check_device, check_memory
 from malora_dist.engine.evaluation import evaluate_tasks
@@ -32,12 +33,15 @@ from malora_dist.engine.progress import LOGGER, console, start_logging
 from malora_dist.engine.run_folder import evaluation_file
 from malora_dist.engine.setup import engine_config
 from malora_dist.errors import ConfigError
-from malora_dist.model import load_tokenizer, read_model_config
+from malora_dist.model import load_tokenizer
+from malora_dist.model_config import read_model_config
 from malora_dist.parallel.consistency import check_consistency, start_facts
 from malora_dist.parallel.groups import World
 from malora_dist.parallel.zero import gathered
+from malora_dist.positions import position_notes
 from malora_dist.report import print_results
 from malora_dist.source import resolve_model
+from malora_dist.vocabulary import check_tokens
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,12 +117,17 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
 
     Experts are not spread (`parallel.ep_size` is of no effect), so that any number of processes will do.
     """
-    folder = resolve_model(config.model.name_or_path, config.model.revision)
-    attention = config.model.attn_implementation
-    attention_for(attention, read_model_config(folder), base_dtype(config, world), world.device)
-    data = build_data(config.data, load_tokenizer(folder))
+    trusted, dtype = config.model.trust_remote_code, base_dtype(config, world)
+    folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
+    model_config = read_model_config(folder, trust_remote_code=trusted)
+    attention_for(config.model.attn_implementation, model_config, dtype, world.device)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+    base = check_support(config, folder, tokenizer, dtype, trains=False)
+    data = build_data(config.data, tokenizer)
+    check_tokens(data, base.spare_tokens)
     fitting = _with_fitting_batch(config, world.size)
-    for note in check_memory(fitting, folder, world, None):
+    lengths = position_notes(data, folder, trust_remote_code=trusted)
+    for note in (*base.notes, *lengths, *check_memory(fitting, folder, world, None)):
         logging.getLogger(LOGGER).info("note: %s", note)
     position.enter("loading the base model")
     settings = engine_config(fitting, world)
@@ -133,7 +142,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     )
     position.follow(engine.module)
     position.enter("evaluation")
-    check_packing(engine, world)
+    packing = check_packing(engine, world, samples=1, longest=config.data.max_seq_length)
     sides = {"base": config.evaluation.base, "tuned": config.evaluation.tuned}
     return {
         side: evaluate_tasks(
@@ -142,6 +151,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
             world,
             batch_tokens=config.evaluation.batch_tokens,
             title=f"evaluating ({side})",
+            packing=packing,
             use_adapter=side == "tuned",
         )
         for side, wanted in sides.items()

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
 
 from malora_dist.config import RunConfig, load_config, split_arguments
 from malora_dist.data.build import build_data
+from malora_dist.engine.base_support import check_support
 from malora_dist.model import base_tensors, build_empty_model, load_tokenizer
+from malora_dist.positions import position_notes
+from malora_dist.progress import Bar
 from malora_dist.source import resolve_model
+from malora_dist.vocabulary import check_tokens
 from malora_dist.weights.checkpoint import CheckpointWeights
 from malora_dist.weights.prepared import prepared_folder, write_prepared
-from malora_dist.weights.prequantized import check_stored_format
+from malora_dist.weights.ties import untie
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,18 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def say(line: str, style: str = "") -> None:
         console.print(Text(line, style=style), soft_wrap=True, highlight=False)
 
-    folder = resolve_model(config.model.name_or_path, config.model.revision)
+    trusted = config.model.trust_remote_code
+    folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
     say(f"model: {folder}")
-    data = build_data(config.data, load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+    base = check_support(config, folder, tokenizer, prepared_dtype(config))
+    for note in base.notes:
+        say(f"note: {note}", style="yellow")
+    data = build_data(config.data, tokenizer)
+    check_tokens(data, base.spare_tokens)
     sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
     say(f"training samples, tokenised: {sizes}")
-    for warning in data.warnings():
+    for warning in [*data.warnings(), *position_notes(data, folder, trust_remote_code=trusted)]:
         say(f"note: {warning}", style="yellow")
     if not config.model.load_in_4bit:
         say("base: model.load_in_4bit=false, so runs read it as it is")
         return 0
     dtype = prepared_dtype(config)
-    prepared, written = prepare_base(config, folder, dtype, console)
+    prepared, written = prepare_base(config, folder, dtype)
     size = sum(file.stat().st_size for file in prepared.iterdir()) / 2**30
     say(f"base: {prepared} ({size:.2f} GiB, {'written' if written else 'was there'})")
     if config.model.dtype == "auto":
@@ -59,19 +68,17 @@ def prepared_dtype(config: RunConfig) -> torch.dtype:
     return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
 
 
-def prepare_base(config: RunConfig, folder: Path, dtype: torch.dtype, console: Console) -> tuple[Path, bool]:
+def prepare_base(config: RunConfig, folder: Path, dtype: torch.dtype) -> tuple[Path, bool]:
     """The folder of the prepared 4-bit base, and whether it was written now rather than found.
 
     Raises ConfigError if the model's weights are damaged or stored in a format that is not read.
     """
-    double_quant = config.model.bnb_4bit_use_double_quant
-    check_stored_format(folder, load_in_4bit=True, double_quant=double_quant)
-    model = build_empty_model(folder, dtype=dtype)
-    tensors = dict.fromkeys(base_tensors(model, load_in_4bit=True, double_quant=double_quant).values())
+    double_quant, trusted = config.model.bnb_4bit_use_double_quant, config.model.trust_remote_code
+    model, weights = build_empty_model(folder, dtype=dtype, trust_remote_code=trusted), CheckpointWeights(folder)
+    untie(model, weights.untied_names(model))
+    named = base_tensors(model, weights.stored_names(model), load_in_4bit=True, double_quant=double_quant)
+    tensors = dict.fromkeys(named.values())
     prepared, identity = prepared_folder(folder, dtype=dtype, double_quant=double_quant)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("quantising", total=len(tensors))
-        written = write_prepared(
-            prepared, identity, tensors, CheckpointWeights(folder), advance=lambda: progress.advance(bar)
-        )
+    with Bar("quantising the base", len(tensors)) as bar:
+        written = write_prepared(prepared, identity, tensors, weights, advance=bar.advance)
     return prepared, written

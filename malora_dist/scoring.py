@@ -1,14 +1,15 @@
 """Accuracy by log-likelihood: the choice a model finds most probable, in sum or per character.
 
-Questions are packed into rows of about `batch_tokens` tokens, without padding. With `share_prompt` a question's prompt
-stands once in its row and every choice attends to it (a tree-shaped mask); otherwise, for attention that takes no
-mask, each choice carries its own copy of the prompt. Both give the same scores.
+Questions are packed into rows of about `batch_tokens` tokens, without padding. Where the model takes `Packing.TREES`, a
+question's prompt stands once in its row and every choice attends to it; else each choice carries its own copy of the
+prompt, and has a row of its own where the model takes ALONE. All give the same scores.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.mixture import Indices
-from malora_dist.data.packed_row import PackedRow, cumulative_lengths
+from malora_dist.data.packed_row import PackedRow, Packing, cumulative_lengths
 
 # A row -> (N,) cross-entropy of each of its targets.
 Forward = Callable[[PackedRow], Tensor]
@@ -107,16 +108,20 @@ def build_row(items: Sequence[ChoiceItem], members: tuple[int, ...], share_promp
     )
 
 
-def score_row(forward: Forward, row: Row, items: Sequence[ChoiceItem]) -> dict[int, list[float]]:
-    """Sum log-probabilities of every choice, by question. The sums are made on the host, always in the same order."""
+def choices_alone(items: Sequence[ChoiceItem]) -> list[ChoiceItem]:
+    """Return every choice of every question as a question of its own."""
+    return [
+        replace(item, choice_ids=(ids,), choice_lengths=(length,), label=0)
+        for item in items
+        for ids, length in zip(item.choice_ids, item.choice_lengths, strict=True)
+    ]
+
+
+def score_row(forward: Forward, row: Row) -> list[float]:
+    """Sum log-probabilities of every choice. The sums are made on the host, always in the same order."""
     losses_N = forward(row).double().cpu().numpy()
-    sums = (-np.bincount(row.choice_of_target, losses_N)).tolist()
-    scores, start = {}, 0
-    for member in row.items:
-        end = start + len(items[member].choice_ids)
-        scores[member] = sums[start:end]
-        start = end
-    return scores
+    sums: list[float] = (-np.bincount(row.choice_of_target, losses_N)).tolist()
+    return sums
 
 
 def score_items(
@@ -124,28 +129,42 @@ def score_items(
     items: Sequence[ChoiceItem],
     *,
     batch_tokens: int,
-    share_prompt: bool = True,
+    packing: Packing = Packing.TREES,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[int, list[float]]:
-    """Scores of this process's part of the questions.
+) -> dict[int, float]:
+    """Scores of this process's part of the choices, by their number, counted through all questions.
 
     Every process makes the same number of forwards, as ZeRO-3 needs: one that has no row left repeats another's and
     drops the result.
     """
+    share_prompt = packing is Packing.TREES
+    if packing is Packing.ALONE:
+        items, batch_tokens = choices_alone(items), 1
     rows = plan_rows(items, batch_tokens, share_prompt)
+    first = list(accumulate((len(item.choice_ids) for item in items), initial=0))
     rounds = math.ceil(len(rows) / world_size)
-    scores: dict[int, list[float]] = {}
+    scores: dict[int, float] = {}
     for number in range(rounds):
         mine = number * world_size + rank
         row = build_row(items, rows[mine % len(rows)], share_prompt).to(device)
-        result = score_row(forward, row, items)
+        result = score_row(forward, row)
         if mine < len(rows):
-            scores |= result
+            choices = [choice for item in row.items for choice in range(first[item], first[item + 1])]
+            scores |= dict(zip(choices, result, strict=True))
         progress(number + 1, rounds)
     return scores
+
+
+def scores_of_questions(items: Sequence[ChoiceItem], scores: Mapping[int, float]) -> list[list[float]]:
+    """Return the scores of each question's choices, out of those that `score_items` found on all processes."""
+    ends = accumulate(len(item.choice_ids) for item in items)
+    return [
+        [scores[choice] for choice in range(end - len(item.choice_ids), end)]
+        for item, end in zip(items, ends, strict=True)
+    ]
 
 
 def task_result(items: Sequence[ChoiceItem], scores: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -4,19 +4,34 @@ import hashlib
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from malora_dist.cache import build_once, default_cache_dir
 from malora_dist.errors import ConfigError
+from malora_dist.progress import tell
+
+# Weights, tokenizers in all their forms, chat templates.
+DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe"]
+# Pickles run code when they are read; weights in other formats are not read.
+NEVER = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.onnx"]
+CODE = ["*.py", "*.so"]
 
 
-def resolve_model(name_or_path: str, revision: str | None = None, cache_dir: Path | None = None) -> Path:
+def resolve_model(
+    name_or_path: str,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Path:
     """A local folder in Hugging Face layout. A GGUF file is converted once, a hub id downloaded once.
 
-    Safe to call on every process: a file lock lets one work while the others wait, and no collective is held open.
-    Raises ConfigError if there is no such model.
+    Python files of a hub id are downloaded only with `trust_remote_code`. Safe to call on every process: a file lock
+    lets one work while the others wait, and no collective is held open. Raises ConfigError if there is no such model.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -27,18 +42,47 @@ def resolve_model(name_or_path: str, revision: str | None = None, cache_dir: Pat
         return _convert_gguf(path, cache_dir or default_cache_dir())
     if path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
         raise ConfigError(f"model.name_or_path={name_or_path!r}: there is no such folder")
-    return _download(name_or_path, revision)
+    return _download(name_or_path, revision, trust_remote_code)
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def local_model(
+    name_or_path: str,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Path | None:
+    """The folder that `resolve_model` would give without any work, None if there is some to do."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        target = _converted_folder(path, cache_dir or default_cache_dir()) if path.is_file() else None
+        return target if target is not None and target.is_dir() else None
+    try:
+        patterns = _patterns(trust_remote_code)
+        return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True, **patterns))
+    except (ValueError, OSError):  # no such id, or nothing of it on this machine
+        return None
+
+
+def _patterns(code: bool) -> dict[str, Any]:
+    """Which files of a hub id are downloaded."""
+    if code:
+        return {"allow_patterns": [*DOWNLOADED, *CODE], "ignore_patterns": NEVER}
+    return {"allow_patterns": DOWNLOADED, "ignore_patterns": [*NEVER, *CODE]}
+
+
+def _download(repository: str, revision: str | None, code: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     said = f"model.name_or_path={repository!r}"
     page = f"{constants.ENDPOINT}/{repository}"
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model"]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision, **_patterns(code)))
     except GatedRepoError as error:
         raise ConfigError(
             f"{said} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account"
@@ -58,30 +102,49 @@ def _download(repository: str, revision: str | None) -> Path:
 
 def _convert_gguf(path: Path, cache_dir: Path) -> Path:
     """Cached safetensors folder of a GGUF file, named by the file's content."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    target = cache_dir / "gguf" / f"{path.stem}-{digest}"
+    target = _converted_folder(path, cache_dir)
     build_once(target, partial(_write_converted, path.resolve()))
     return target
+
+
+def _converted_folder(path: Path, cache_dir: Path) -> Path:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return cache_dir / "gguf" / f"{path.stem}-{digest}"
 
 
 def _write_converted(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    tell(f"converting {path.name} to a model folder in the cache, once")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except Exception as error:  # of many families, for a file that anybody may have written
+        raise ConfigError(
+            f"model.name_or_path={str(path)!r}: transformers cannot read this GGUF file: {error}"
+        ) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
     # Not model.save_pretrained, which writes nothing on any process but the main one, and refuses GGUF models.
-    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored_tensors(model), target / "model.safetensors", metadata={"format": "pt"})
     # safetensors makes files for their owner only; a cache may be shared.
     (target / "model.safetensors").chmod(target.stat().st_mode & 0o666)
     model.config.save_pretrained(target)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: its parameters, of tied ones the first, and the buffers that it must keep."""
+    held: dict[str, Tensor] = dict(model.named_parameters())
+    held |= {name: tensor for name, tensor in model.named_buffers() if name in model.state_dict()}
+    return {name: tensor.detach().contiguous() for name, tensor in held.items()}
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

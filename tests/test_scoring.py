@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.data.encode import ChoiceItem
-from malora_dist.data.packed_row import PackedRow
+from malora_dist.data.packed_row import PackedRow, Packing
 from malora_dist.engine.forward import cross_entropies
 from malora_dist.methods import mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
-from malora_dist.nn.packed_attention import TORCH_VARLEN, register_attention, takes_mask
-from malora_dist.scoring import Forward, build_row, plan_rows, row_tokens, score_items, summarise, task_result
+from malora_dist.nn.packed_attention import TORCH_VARLEN, register_attention
+from malora_dist.scoring import (
+    Forward,
+    build_row,
+    plan_rows,
+    row_tokens,
+    score_items,
+    scores_of_questions,
+    summarise,
+    task_result,
+)
 from tests.models import tiny_llama
 from tests.nn.varlen_kernel import kernel_on_cpu
 
@@ -70,20 +79,23 @@ def naive_scores(model: Any, items: list[ChoiceItem]) -> list[list[float]]:
     return scores
 
 
-def assert_same(found: dict[int, list[float]], wanted: list[list[float]]) -> None:
-    assert sorted(found) == list(range(len(wanted)))
-    for index, row in enumerate(wanted):
-        assert found[index] == pytest.approx(row, abs=1e-5, rel=0), index
+def assert_same(items: list[ChoiceItem], found: dict[int, float], wanted: list[list[float]]) -> None:
+    assert sorted(found) == list(range(sum(map(len, wanted))))
+    for index, (row, wanted_row) in enumerate(zip(scores_of_questions(items, found), wanted, strict=True)):
+        assert row == pytest.approx(wanted_row, abs=1e-5, rel=0), index
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("packing", Packing)
 @pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
 def test_packed_scores_equal_one_sequence_at_a_time(
-    model: Any, items: list[ChoiceItem], share_prompt: bool, batch_tokens: int
+    model: Any, items: list[ChoiceItem], packing: Packing, batch_tokens: int
 ) -> None:
     count: Counter[str] = Counter()
-    found = score_items(counting(model, count), items, batch_tokens=batch_tokens, share_prompt=share_prompt)
-    assert_same(found, naive_scores(model, items))
+    found = score_items(counting(model, count), items, batch_tokens=batch_tokens, packing=packing)
+    assert_same(items, found, naive_scores(model, items))
+    if packing is Packing.ALONE:
+        assert count["forwards"] == sum(len(choices) for _, choices in SHAPES)
+        return
     expected = {1: len(items), 4096: 1}.get(batch_tokens)
     assert count["forwards"] == expected if expected else 1 < count["forwards"] < len(items)
 
@@ -92,28 +104,31 @@ def test_scores_by_varlen_attention(model: Any, items: list[ChoiceItem]) -> None
     wanted = naive_scores(model, items)
     register_attention()
     model.set_attn_implementation(TORCH_VARLEN)
-    assert not takes_mask(model)
     with kernel_on_cpu():
-        assert_same(score_items(counting(model, Counter()), items, batch_tokens=40, share_prompt=False), wanted)
+        found = score_items(counting(model, Counter()), items, batch_tokens=40, packing=Packing.SEQUENCES)
+    assert_same(items, found, wanted)
 
 
+@pytest.mark.parametrize("packing", [Packing.TREES, Packing.ALONE])
 @pytest.mark.parametrize("number", [1, 2, 5, 11])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_the_questions_with_equal_forwards(
-    model: Any, items: list[ChoiceItem], number: int, world_size: int
+    model: Any, items: list[ChoiceItem], number: int, world_size: int, packing: Packing
 ) -> None:
     """As ZeRO-3 needs: the same number of forwards on every rank, also for one that has nothing left to score."""
     some, wanted = items[:number], naive_scores(model, items[:number])
-    found: dict[int, list[float]] = {}
+    found: dict[int, float] = {}
     forwards = []
     for rank in range(world_size):
         count: Counter[str] = Counter()
-        mine = score_items(counting(model, count), some, batch_tokens=20, rank=rank, world_size=world_size)
+        place = {"rank": rank, "world_size": world_size}
+        mine = score_items(counting(model, count), some, batch_tokens=20, packing=packing, **place)
         assert not mine.keys() & found.keys()
         found |= mine
         forwards.append(count["forwards"])
-    assert_same(found, wanted)
-    rows = len(plan_rows(some, 20, True))
+    assert_same(some, found, wanted)
+    choices = sum(len(item.choice_ids) for item in some)
+    rows = choices if packing is Packing.ALONE else len(plan_rows(some, 20, True))
     assert forwards == [-(-rows // world_size)] * world_size
 
 

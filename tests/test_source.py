@@ -9,8 +9,9 @@ import torch
 from malora_dist.cache import default_cache_dir
 from malora_dist.errors import ConfigError
 from malora_dist.parallel.groups import World
-from malora_dist.source import resolve_model
+from malora_dist.source import local_model, resolve_model, stored_tensors
 from tests.distributed import run_distributed
+from tests.families import family_model
 from tests.hub import local_hub
 from tests.models import smollm2_file
 
@@ -56,6 +57,54 @@ def test_a_model_that_needs_a_token_says_so(monkeypatch: pytest.MonkeyPatch, mod
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
         with pytest.raises(ConfigError, match=message.format(url=url)):
             resolve_model(model)
+
+
+@pytest.mark.parametrize("code", [False, True])
+def test_what_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: bool) -> None:
+    """All that tokenizers and chat templates need; pickles never, code only where the recipe wants it."""
+    wanted = {"config.json", "model.safetensors", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja"}
+    wanted |= {"tokenizer.model", "qwen.tiktoken", "target.spm", "tokenizer_config.json"}
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in (*wanted, "modeling_own.py", "tokenizer_own.py", "pytorch_model.bin", "tokenizer.pkl", "README.md"):
+        (repository / name).write_text(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with local_hub({"org/tiny": repository}) as url:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        assert local_model("org/tiny") is None
+        folder = resolve_model("org/tiny", trust_remote_code=code)
+    assert {file.name for file in folder.iterdir()} == wanted | (
+        {"modeling_own.py", "tokenizer_own.py"} if code else set()
+    )
+    assert local_model("org/tiny", trust_remote_code=code) == folder
+
+
+def test_a_gguf_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ConfigError, match=f"model.name_or_path='{file}': transformers cannot read this GGUF file"):
+        resolve_model(str(file), cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("gguf/m-*[0-9a-f]"))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minimax", "gpt2", "llama"])
+def test_what_is_stored_of_a_model_is_all_of_it(family: str) -> None:
+    """Routers have biases that are no parameters."""
+    model = family_model(family)
+    held, state = stored_tensors(model), model.state_dict()
+    again = family_model(family, noise=0.0, scale=1.0)
+    again.load_state_dict(held, strict=False)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def test_a_model_that_is_here(tmp_path: Path) -> None:
+    assert local_model(str(tmp_path)) == tmp_path
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert local_model(str(tmp_path / "m.gguf"), cache_dir=tmp_path) is None
+    assert local_model(str(tmp_path / "gone.gguf")) is None
+    assert local_model("a/b/c") is None
 
 
 def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,15 +225,14 @@ def train_wrongly(wrong: Sequence[str]) -> None:
 
 
 def test_what_cannot_run_is_refused(folder: Path) -> None:
-    """A tracker that is not installed and an indivisible batch leave no run folder; a target shows with the model."""
+    """A tracker that is not installed, an indivisible batch, a target that the model has not: no run folder is made."""
     wrong = ["train.report_to=tensorboard", "train.global_batch_size=6", "adapter.target_modules=[q_porj]"]
     done = run_alone("tests.test_train:train_wrongly", wrong, folder)
     tracker, batch, target, _ = done.output.split("exit 2\n")
     assert "pip install 'malora_dist[trackers]'" in tracker
     assert "global_batch_size=6 " in batch and "Traceback" not in done.output
     assert "q_porj" in target and "q_proj" in target
-    assert [(folder / "runs" / f"wrong{number}").exists() for number in range(3)] == [False, False, True]
-    assert "q_porj" in (folder / "runs" / "wrong2" / "train.log").read_text()
+    assert not any((folder / "runs" / f"wrong{number}").exists() for number in range(3))
 
 
 def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(folder: Path) -> None:

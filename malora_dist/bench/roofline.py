@@ -85,11 +85,15 @@ class Roofline:
 
     def step_kernels(self, subject: Subject) -> list[Kernel]:
         """The whole step; a kernel's count says in how many blocks it runs."""
-        block = [kernel for linear in self.shape.linears for kernel in self.linear_kernels(subject, linear)]
-        block += [*_attention(self.shape, self.tokens, self.length, masked=self.masked)]
+        kernels = [
+            replace(kernel, count=kernel.count * self.shape.copies(linear))
+            for linear in self.shape.linears
+            for kernel in self.linear_kernels(subject, linear)
+        ]
+        block = [*_attention(self.shape, self.tokens, self.length, masked=self.masked)]
         block += _rest_of_block(self.shape, self.tokens)
         layers = [replace(kernel, count=kernel.count * self.shape.num_layers) for kernel in block]
-        return [*layers, *_head(self.shape, self.tokens)]
+        return [*kernels, *layers, *_head(self.shape, self.tokens)]
 
     def seconds(self, kernels: Sequence[Kernel], phase: str | None = None) -> float:
         """Bound of those kernels of a phase, or of all."""

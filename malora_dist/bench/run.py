@@ -118,8 +118,9 @@ def _measure(options: Options, config: RunConfig, world: World, selection: Selec
     for sentence in selection.left_out:
         _say(world, f"left out: {sentence}")
     load = os.getloadavg()[0]
-    folder = resolve_model(config.model.name_or_path, config.model.revision)
-    data = build_data(config.data, load_tokenizer(folder))
+    trusted = config.model.trust_remote_code
+    folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
+    data = build_data(config.data, load_tokenizer(folder, trust_remote_code=trusted))
     loader = train_loader(config, data, world)
     for note in check_memory(selection.variants[0].of(config), folder, world, first_lengths(loader, data.train)):
         _say(world, f"note: {note}")

@@ -5,6 +5,7 @@ Whatever holds an adapter is read through `open_adapter`, one tensor at a time; 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from malora_dist.weights.tensor_file import TensorPlace, read_elements, write_te
 __all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_folder", "load_adapter", "open_adapter"]
 __all__ += ["put_adapter", "read_adapter_info", "save_adapter", "write_adapter_folder"]
 
+AnyPath = str | os.PathLike[str]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTensors:
@@ -74,13 +77,13 @@ class AdapterTensors:
         }
 
 
-def open_adapter(path: Path) -> AdapterTensors:
+def open_adapter(path: AnyPath) -> AdapterTensors:
     """The adapter of an adapter folder, of a checkpoint, or of a run: its `adapter`, else its newest checkpoint.
 
     Raises CheckpointError if there is none, if a file is damaged or outside the folder, and if a layer lacks a tensor
     of its method, has one too many or one of another shape.
     """
-    folder = _find(path)
+    folder = _find(Path(path))
     if (folder / MANIFEST).is_file():
         return _open_checkpoint(folder)
     file_in(folder, CONFIG)
@@ -144,7 +147,7 @@ def _open_checkpoint(folder: Path) -> AdapterTensors:
     return tensors
 
 
-def load_adapter(model: nn.Module, path: Path) -> AdapterInfo:
+def load_adapter(model: nn.Module, path: AnyPath) -> AdapterInfo:
     """Put the adapter of a folder, checkpoint or run on a base model.
 
     Raises CheckpointError as `open_adapter` does, and if the adapter's layers are not those of this base.
@@ -186,8 +189,9 @@ def _fill(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> No
         parameter.copy_(tensors.read(name))
 
 
-def save_adapter(folder: Path, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:
+def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:
     """Write the folder so that each file is either whole or absent; a former adapter there is replaced."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         file_key(info, name): tensor.reshape(file_shape(info, tuple(tensor.shape))).contiguous()
@@ -203,14 +207,14 @@ def save_adapter(folder: Path, info: AdapterInfo, state: Mapping[str, Tensor], c
 
 
 def write_adapter_folder(
-    folder: Path, info: AdapterInfo, shapes: Mapping[str, tuple[int, ...]], values: Iterable[Tensor], card: str
+    folder: AnyPath, info: AdapterInfo, shapes: Mapping[str, tuple[int, ...]], values: Iterable[Tensor], card: str
 ) -> None:
     """A new adapter folder, whole or not there, of fp32 tensors that are asked for one at a time.
 
     `shapes` has the experts on dim 0 and names `<layer>.<factor>`; `values` come in its order. Raises CheckpointError
     if `folder` exists or cannot be written.
     """
-    with new_folder(folder) as partial_folder:
+    with new_folder(Path(folder)) as partial_folder:
         fill_adapter_folder(partial_folder, info, shapes, values, card)
 
 

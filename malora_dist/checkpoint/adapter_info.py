@@ -4,6 +4,7 @@ Keys are `base_model.model.<layer>.<factor>`, the layout of PEFT. A `lora` or `d
 other tools load; the routed methods add a block `malora` to the config and keep their own factor names.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ PEFT_NAMES = PEFT_LORA | {"magnitude": "lora_magnitude_vector"}
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """What an adapter folder says of its tensors."""
+    """What an adapter folder says of its tensors. trust_remote_code: whether code of the base's folder made them."""
 
     spec: MixtureSpec
     target_modules: tuple[str, ...]
     base_model: str
     lora_dropout: float
+    trust_remote_code: bool = False
 
 
 def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict[str, object]:
@@ -47,7 +49,12 @@ def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict
         "use_dora": info.spec.structure.magnitude,
         "bias": "none",
         "inference_mode": True,
-        "malora": {"format_version": FORMAT_VERSION, **asdict(info.spec)} | _sealed(weights_sha256),
+        "malora": {
+            "format_version": FORMAT_VERSION,
+            **asdict(info.spec),
+            **({"trust_remote_code": True} if info.trust_remote_code else {}),
+            **_sealed(weights_sha256),
+        },
     }
 
 
@@ -68,8 +75,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_adapter_info(folder: Path) -> AdapterInfo:
+def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     """Read adapter_config.json. Raises CheckpointError if it is missing, damaged or not from this package."""
+    folder = Path(folder)
     config, path = read_config(folder), folder / CONFIG
     if "malora" not in config:
         if "peft_type" not in config:
@@ -89,6 +97,7 @@ def read_adapter_info(folder: Path) -> AdapterInfo:
         target_modules=tuple(config["target_modules"]),
         base_model=config["base_model_name_or_path"],
         lora_dropout=config["lora_dropout"],
+        trust_remote_code=config["malora"].get("trust_remote_code", False),
     )
 
 

@@ -1,6 +1,7 @@
 """Stock PEFT LoRA folders as a source: read where our one-expert layers are the same function, refused elsewhere."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from malora_dist.methods import mixture_spec
 READ = {"peft_type", "task_type", "base_model_name_or_path", "revision", "target_modules", "r", "lora_alpha"}
 READ |= {"lora_dropout", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "init_lora_weights"}
 SILENT = {"auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "eva_config"}
+# How the base's own weights lie, which its layers say themselves.
+SILENT |= {"fan_in_fan_out"}
 # Initial values that leave the base's own weights as they are.
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -48,22 +51,23 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def is_peft_folder(path: Path) -> bool:
+def is_peft_folder(path: str | os.PathLike[str]) -> bool:
     """Whether the folder holds an adapter of PEFT rather than one of ours."""
-    return (path / CONFIG).is_file() and "malora" not in read_config(path)
+    return (Path(path) / CONFIG).is_file() and "malora" not in read_config(Path(path))
 
 
-def open_lora(path: Path) -> AdapterTensors:
+def open_lora(path: str | os.PathLike[str]) -> AdapterTensors:
     """The adapter of a PEFT folder, or of whatever `open_adapter` takes."""
     return open_peft(path) if is_peft_folder(path) else open_adapter(path)
 
 
-def open_peft(folder: Path) -> AdapterTensors:
+def open_peft(folder: str | os.PathLike[str]) -> AdapterTensors:
     """The LoRA or DoRA of a PEFT folder, as if it were a `lora` or `dora` adapter of ours.
 
     Raises CheckpointError if a file is missing, damaged, a pickle or outside the folder, or if the adapter is not
     exactly such a function; the message names the key of its config or file. `base_model` is "" where PEFT names none.
     """
+    folder = Path(folder)
     file_in(folder, CONFIG)
     info = peft_info(folder, _layers(folder))
     tensors = open_weights(folder, info)

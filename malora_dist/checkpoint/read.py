@@ -31,12 +31,13 @@ class Checkpoint:
         self._places = places
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: str | os.PathLike[str]) -> "Checkpoint":
         """Read the manifest and the headers of all shards, and check that they agree; no tensor is read.
 
         Raises CheckpointError if this is no checkpoint, is of a newer format, or if a file is missing, cut short, a
         link or holds other tensors than the manifest says. Damage inside tensors is for `verify` to find.
         """
+        folder = Path(folder)
         with reading(folder):
             if not (folder / MANIFEST).is_file():
                 raise CheckpointError(f"{folder} is not a checkpoint, it has no {MANIFEST}: {what_is(folder)}")

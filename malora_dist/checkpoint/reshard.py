@@ -4,6 +4,7 @@ Names are global and tensors whole, so a checkpoint serves every number of proce
 only the number of files that a reader or a file system likes may differ.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,12 +24,13 @@ from malora_dist.errors import CheckpointError
 SHARDED = ("adapter", "optimizer")
 
 
-def reshard(source: Path, target: Path, shards: int) -> Path:
+def reshard(source: str | os.PathLike[str], target: str | os.PathLike[str], shards: int) -> Path:
     """Write the checkpoint `source` to `target` with `shards` files for the adapter and as many for the optimizer.
 
     A kind of fewer tensors gets as many files as it has tensors. One tensor is in memory at a time. `target` appears
     whole or not at all. Raises CheckpointError if `target` exists, `source` is damaged, or on a full disk.
     """
+    target = Path(target)
     if shards < 1:
         raise CheckpointError(f"shards={shards} must be at least 1")
     checkpoint = Checkpoint.open(source)

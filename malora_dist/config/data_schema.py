@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from malora_dist.config.base import Rule, Section
 
+MOST_CHOICES = 26
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -19,13 +21,35 @@ def _as_list(value: Any) -> Any:
 Files = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list), Field(min_length=1)]
 
 
+def _texts(value: Any) -> Any:
+    """Numbers as the texts they look like. YAML has turned an unquoted yes or no into a truth value by now."""
+    if isinstance(value, list | tuple):
+        if any(isinstance(item, bool) for item in value):
+            raise PydanticCustomError("truth_for_text", 'must be texts: write "yes", "no", "true", "false" in quotes')
+        return [str(item) if isinstance(item, int | float) else item for item in value]
+    return value
+
+
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_as_list)]
+Choices = Annotated[tuple[str, ...], BeforeValidator(_texts)]
+
+
 class RowFields(Section):
-    """Which field of a row holds what."""
+    """Which field of a row holds what; `a.b` is the field b inside of a."""
 
     prompt: str = Field("prompt", min_length=1, description="Field with the question.")
-    choices: str = Field("choices", min_length=1, description="Field with the list of answers to choose from.")
-    label: str = Field("label", min_length=1, description="Field with the right answer's number, from 0, or its text.")
+    choices: Name | tuple[Name, ...] = Field(
+        "choices", description="Field with the list of answers to choose from, or a list of fields with one each."
+    )
+    label: str = Field(
+        "label", min_length=1, description="Field with the right answer's number, from first_label, or its text."
+    )
     response: str = Field("response", min_length=1, description="Field with the answer to learn, for kind completion.")
+
+    def rules(self) -> Iterator[Rule]:
+        if not isinstance(self.choices, str) and not 2 <= len(set(self.choices)) == len(self.choices) <= MOST_CHOICES:
+            yield Rule(("choices",), f"must be one field, or 2 to {MOST_CHOICES} fields with a choice each")
 
 
 class TaskConfig(Section):
@@ -69,7 +93,16 @@ class TaskConfig(Section):
         "Question: {prompt}\nAnswer:", description="Text of the prompt around the row's prompt."
     )
     response_template: str = Field(" {response}", description="Text of the answer, which is what the model learns.")
-    fields: RowFields = Field(RowFields(), description="Names of the row's fields.")
+    fields: RowFields = Field(
+        RowFields(),
+        description="Names of the row's fields: prompt, choices (one, or a list of fields with a choice each), label, "
+        "response. a.b is the field b inside of a.",
+    )
+    optional_fields: Names = Field((), description="Fields of the templates that a row may lack or leave empty.")
+    choices: Choices | None = Field(
+        None, description="The answers to choose from, where the rows hold none and all have the same."
+    )
+    first_label: Literal[0, 1] = Field(0, description="The number of the first choice, where labels are numbers.")
     weight: float = Field(1.0, gt=0, description="Multiplies this task's share of the mixture.")
     max_train_samples: int | None = Field(None, ge=1, description="Use at most this many training rows.")
     max_eval_samples: int | None = Field(None, ge=1, description="Use at most this many rows of each evaluation split.")
@@ -81,10 +114,22 @@ class TaskConfig(Section):
         if not TASK_NAME.fullmatch(self.name):
             yield Rule(("name",), "must be letters, digits, '.', '_' or '-', start with a letter or digit, at most 64")
         yield from self._size_rules()
+        yield from self._choice_rules()
         yield from _template_rules("prompt_template", self.prompt_template, "prompt")
         yield from _template_rules("response_template", self.response_template, "response")
         if self.scoring == "letter" and self.kind == "completion":
             yield Rule(("scoring", "kind"), "letters need choices; kind is completion")
+
+    def _choice_rules(self) -> Iterator[Rule]:
+        texts = [choice.strip() for choice in self.choices or ()]
+        if self.choices is not None and (not 2 <= len(texts) <= MOST_CHOICES or "" in texts):
+            yield Rule(("choices",), f"must be 2 to {MOST_CHOICES} texts, none of them empty")
+        if len(set(texts)) < len(texts):
+            yield Rule(("choices",), "must not hold a choice twice")
+        if self.choices is not None and self.kind == "completion":
+            yield Rule(("choices", "kind"), "have no meaning for kind=completion")
+        if self.choices is not None and self.fields.choices != "choices":
+            yield Rule(("choices", "fields"), f"give either these or fields.choices={self.fields.choices!r}, not both")
 
     def _size_rules(self) -> Iterator[Rule]:
         for split in ("validation", "test"):
@@ -100,9 +145,22 @@ class TaskConfig(Section):
             yield Rule(("validation_size", "test_size"), f"with test_size={self.test_size} leaves no row to train on")
 
 
+def template_names(template: str) -> list[str]:
+    """The names of fields in a template, in order. Raises ValueError if it cannot be filled with texts."""
+    names = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if conversion not in (None, "r", "s", "a"):
+            raise ValueError(f"{{{name}!{conversion}}}: the conversions are !r, !s and !a")
+        format("", spec or "")
+        names.append(name)
+    return names
+
+
 def _template_rules(key: str, template: str, needed: str) -> Iterator[Rule]:
     try:
-        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        names = template_names(template)
     except ValueError as error:
         yield Rule((key,), f"is not a template: {error} (write {{{{ for a brace)")
         return

@@ -1,18 +1,27 @@
 """The `model` and `adapter` sections of a recipe: the frozen base and what is trained on it."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from malora_dist.config.base import Rule, Section, split_commas
+from malora_dist.config.base import Rule, Section
 from malora_dist.functional.attention_choice import VARLEN
 
 DTYPE_NAMES = {"bf16": "bfloat16", "torch.bfloat16": "bfloat16", "fp32": "float32", "torch.float32": "float32"}
 
+# A comma after which no bracket is closed that was not opened.
+OUTER_COMMA = re.compile(r",(?![^(\[{]*[)\]}])")
+
 
 def _dtype_name(value: Any) -> Any:
     return DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+
+
+def _split_targets(value: Any) -> Any:
+    """`a,b` as a list, but no regular expression at the commas inside of its brackets."""
+    return [part.strip() for part in OUTER_COMMA.split(value) if part.strip()] if isinstance(value, str) else value
 
 
 class ModelConfig(Section):
@@ -32,6 +41,11 @@ class ModelConfig(Section):
         min_length=1, description="Hub id, local folder, or .gguf file of a causal language model."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id.")
+    trust_remote_code: bool = Field(
+        False,
+        description="Run Python code that the model's folder brings, with all rights that you have. Otherwise it is "
+        "never run, and never asked about.",
+    )
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], BeforeValidator(_dtype_name)] = Field(
         "auto",
         description="Precision of the frozen base. auto: bfloat16 where the hardware multiplies it, else float32. "
@@ -120,17 +134,20 @@ class AdapterConfig(Section):
     lora_dropout: float = Field(
         0.05, ge=0, lt=1, description="Dropout before the down-projection; the router sees all."
     )
-    target_modules: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_split_targets)] = Field(
         ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
-        description="Last parts of the names of the linear layers to adapt.",
+        description="Linear layers to adapt: last parts of their names, regular expressions that match whole names, or "
+        "all-linear, which is all but the output head.",
     )
     router_aux_loss_coef: float = Field(0.01, ge=0, description="Weight of the load-balancing loss.")
     router_aux_loss_reduction: Literal["mean", "sum"] = Field(
         "mean", description="How the balance losses of all routers become one."
     )
     balance_scope: Literal["global", "local"] = Field(
-        "global", description="Balance experts over the tokens of all processes, or of each process alone."
+        "global",
+        description="Balance experts over all tokens of an optimizer step, or over those of each micro-batch on each "
+        "process; the latter depends on how samples are dealt.",
     )
     normalize_gates: bool = Field(False, description="Scale a token's chosen gates to sum to 1.")
     computation: Literal["auto", "dense", "grouped", "grouped_triton"] = Field(
@@ -152,6 +169,11 @@ class AdapterConfig(Section):
             yield Rule(("target_modules",), "must not name a module twice")
         if any(not name.strip() for name in self.target_modules):
             yield Rule(("target_modules",), "must not hold an empty name")
+        for name in self.target_modules:
+            try:
+                re.compile(name)
+            except re.error as error:
+                yield Rule(("target_modules",), f"{name!r} is no regular expression: {error}")
 
     def without_meaning(self) -> dict[str, str]:
         return {key: f"has no meaning for adapter.method={self.method}" for key in WITHOUT_MEANING[self.method]}

@@ -90,8 +90,11 @@ EXAMPLE_TASKS = """\
 """
 
 
-def recipe_text(model: str | None = None) -> str:
-    """A recipe that loads as it stands. `model` is the base model's id; None writes a small public one."""
+def recipe_text(model: str | None = None, target_modules: tuple[str, ...] | None = None) -> str:
+    """A recipe that loads as it stands. `model` is the base model's id; None writes a small public one.
+
+    `target_modules` are the model's linears to adapt; None writes the default.
+    """
     lines = [
         "# A run of malora_dist. A line such as '#seed: 42' holds a key's default; remove the '#' to change it.",
         "# Check it with:  malora validate THIS_FILE --world-size 8      Train with:  malora train THIS_FILE",
@@ -103,18 +106,20 @@ def recipe_text(model: str | None = None) -> str:
             lines += _leaf((key,), field)
             continue
         lines += [f"{key}:  # {field.description}"]
-        lines += _section_lines(section, key, model)
+        lines += _section_lines(section, key, {"name_or_path": model, "target_modules": target_modules})
         lines.append("")
     return "\n".join(lines) + "\n"
 
 
-def _section_lines(section: type[Section], name: str, model: str | None) -> list[str]:
+def _section_lines(section: type[Section], name: str, values: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for key, field in section.model_fields.items():
         if section is DataConfig and key == "tasks":
             lines += [*EXAMPLE_TASKS.splitlines(), *_task_keys(), ""]
         elif (name, key) == ("model", "name_or_path"):
-            lines += _leaf((name, key), field, model or PLACEHOLDER_MODEL)
+            lines += _leaf((name, key), field, values[key] or PLACEHOLDER_MODEL)
+        elif (name, key) == ("adapter", "target_modules"):
+            lines += _leaf((name, key), field, values[key])
         else:
             lines += _leaf((name, key), field)
     return lines

@@ -6,8 +6,10 @@ from typing import Any
 
 from malora_dist.data.encode import ChoiceItem, Sample
 from malora_dist.engine.evaluation import as_question, forward_of
-from malora_dist.nn.packed_attention import is_masked, takes_mask
-from malora_dist.scoring import row_tokens, score_items, task_result
+from malora_dist.engine.packing import packing_of
+from malora_dist.nn.packed_attention import is_masked
+from malora_dist.progress import Bar
+from malora_dist.scoring import row_tokens, score_items, scores_of_questions, task_result
 
 GAP_HEADER = f"{'task':<16} {'n':>5}  {'measure':<10} {'routed':>8} {'static':>8} {'change':>8}"
 
@@ -24,14 +26,17 @@ def measure(model: Any, rows: Sequence[ChoiceItem] | Sequence[Sample], batch_tok
     """Return the record of the model as it is now; `batch_tokens` may be `auto`."""
     items = [as_question(row) for row in rows]
     device = next(model.parameters()).device
-    scores = score_items(
-        forward_of(model),
-        items,
-        batch_tokens=row_tokens(batch_tokens, device, is_masked(model)),
-        share_prompt=takes_mask(model),
-        device=device,
-    )
-    return task_result(items, [scores[number] for number in range(len(items))])
+    longest = max(len(item.prompt_ids) + len(ids) for item in items for ids in item.choice_ids)
+    with Bar("measuring accuracy, forwards") as bar:
+        scores = score_items(
+            forward_of(model),
+            items,
+            batch_tokens=row_tokens(batch_tokens, device, is_masked(model)),
+            packing=packing_of(model, longest=longest),
+            device=device,
+            progress=bar.update,
+        )
+    return task_result(items, scores_of_questions(items, scores))
 
 
 def gap_line(task: str, gap: Gap) -> str:

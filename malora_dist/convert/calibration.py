@@ -10,8 +10,12 @@ from malora_dist.convert.gates import deciding
 from malora_dist.data.build import PreparedData
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
+from malora_dist.data.packed_row import Packing
+from malora_dist.engine.forward import cross_entropies
+from malora_dist.engine.packing import packing_of
 from malora_dist.errors import DataError
 from malora_dist.functional.routing import Routing
+from malora_dist.progress import tracked
 
 ROW_TOKENS = 2048
 
@@ -64,17 +68,11 @@ def collect(
         return routing
 
     device = next(model.parameters()).device
+    longest = max(len(sample.input_ids) for sample in samples)
+    limit = 1 if packing_of(model, longest=longest) is Packing.ALONE else ROW_TOKENS
     with deciding(model, note):
-        for row in _rows(samples):
-            batch = collate(row).to(device)
-            # Without a mask or cache, transformers keeps packed samples apart by their positions.
-            model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=None,
-                use_cache=False,
-                logits_to_keep=1,
-            )
+        for row in tracked("measuring gates, rows", _rows(samples, limit)):
+            cross_entropies(model, collate(row).to(device))
     return {layer: _on_cpu(statistics) for layer, statistics in found.items()}
 
 
@@ -90,12 +88,12 @@ def _sum(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
     return LayerStatistics(a.tokens + b.tokens, a.gates_E + b.gates_E, moment, gated)
 
 
-def _rows(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples packed into rows of about ROW_TOKENS."""
+def _rows(samples: Sequence[Sample], limit: int) -> list[list[Sample]]:
+    """Samples packed into rows of about `limit` tokens, at least one."""
     rows: list[list[Sample]] = []
-    filled = ROW_TOKENS
+    filled = limit
     for sample in samples:
-        if filled + len(sample.input_ids) > ROW_TOKENS:
+        if filled + len(sample.input_ids) > limit:
             rows.append([])
             filled = 0
         rows[-1].append(sample)

@@ -14,7 +14,6 @@ from malora_dist.convert.subspace import subspace_of
 from malora_dist.convert.verify import Factors, logits_of, text_rows, verify_peft
 from malora_dist.data.build import build_data
 from malora_dist.errors import ConfigError
-from malora_dist.model import load_tokenizer
 from malora_dist.nn.inject import remove_adapters
 
 GATES = ("one", "mean")
@@ -61,7 +60,7 @@ def _ones(adapter: AdapterTensors) -> Gates:
 
 def _mean_gates(job: Job, adapter: AdapterTensors) -> Gates:
     """E[g_t] of every layer over as many samples of each task."""
-    data = build_data(job.needed_recipe().data, load_tokenizer(job.base_folder(adapter.info)))
+    data = build_data(job.needed_recipe().data, job.tokenizer(adapter.info))
     count = job.options.calibration or CALIBRATION
     samples = [sample for task in range(len(data.task_names)) for sample in calibration_samples(data, task, count)]
     model = job.load_base(adapter.info)

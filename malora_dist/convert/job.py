@@ -14,13 +14,17 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.load import config_from_dict
 from malora_dist.convert.kinds import KINDS, Options, check_options, find_kind, kinds_for, methods_that_fit
+from malora_dist.engine.attention import attention_for
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.model import load_base_model
+from malora_dist.functional.attention_choice import VARLEN
+from malora_dist.model import load_base_model, load_tokenizer
+from malora_dist.model_config import read_model_config
+from malora_dist.progress import Bar
 from malora_dist.source import resolve_model
 from malora_dist.weights.fingerprint import base_fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,21 +96,48 @@ class Job:
 
     def base_folder(self, info: AdapterInfo) -> Path:
         """The folder of the base: --base, else the recipe's, else what the adapter names."""
-        if self.options.base is not None:
-            return resolve_model(self.options.base)
         recipe = self.recipe()
-        if recipe is not None:
-            return resolve_model(recipe.model.name_or_path, recipe.model.revision)
-        return resolve_model(info.base_model)
+        if self.options.base is not None or recipe is None:
+            return resolve_model(self.options.base or info.base_model, trust_remote_code=self.trusted)
+        model = recipe.model
+        return resolve_model(model.name_or_path, model.revision, trust_remote_code=self.trusted)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the recipe lets code of the base's folder run."""
+        recipe = self.recipe()
+        return recipe is not None and recipe.model.trust_remote_code
+
+    def tokenizer(self, info: AdapterInfo) -> "PreTrainedTokenizerBase":
+        """The base's tokenizer."""
+        return load_tokenizer(self.base_folder(info), trust_remote_code=self.trusted)
 
     def load_base(self, info: AdapterInfo) -> "PreTrainedModel":
-        """The base in float32, not quantised, on --device (the CPU).
+        """The base in float32, not quantised, on --device (the CPU), with the recipe's attention where that runs here.
 
         Raises CheckpointError if SRC is a checkpoint that was trained on another base.
         """
-        folder, device = self.base_folder(info), self.options.device or "cpu"
+        folder = self.base_folder(info)
         check_base(self._checkpoint, folder)
-        return load_base_model(folder, dtype=torch.float32, load_in_4bit=False, device=device)
+        return self.load_model(folder)
+
+    def load_model(self, folder: Path) -> "PreTrainedModel":
+        """As `load_base`, of any model folder."""
+        recipe, device, dtype = self.recipe(), torch.device(self.options.device or "cpu"), torch.float32
+        wanted = "auto" if recipe is None else recipe.model.attn_implementation
+        # Kernels of packed rows want a GPU and 16 bits.
+        wanted = "auto" if wanted in VARLEN else wanted
+        attention = attention_for(wanted, read_model_config(folder, trust_remote_code=self.trusted), dtype, device)
+        with Bar("reading the base model, tensors") as bar:
+            return load_base_model(
+                folder,
+                dtype=dtype,
+                load_in_4bit=False,
+                attn_implementation=attention,
+                trust_remote_code=self.trusted,
+                device=device,
+                place=bar.advance,
+            )
 
 
 def check_base(checkpoint: Checkpoint | None, base: Path) -> None:

@@ -16,12 +16,18 @@ from malora_dist.checkpoint.disk import write_text
 from malora_dist.convert.job import Job, check_base
 from malora_dist.convert.verify import logits_of, text_rows
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.model import load_base_model
+from malora_dist.model import build_empty_model
+from malora_dist.nn.linears import is_conv1d
+from malora_dist.progress import tracked
 from malora_dist.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
+from malora_dist.weights.stored_names import stored_names
 from malora_dist.weights.tensor_file import read_header, write_tensors
 
 # What stands beside the weights in a model folder: config, tokenizer, templates, terms.
-COPIED = re.compile(r"(?!adapter_config)[^.][^/]*\.(json|txt|model|jinja)|(LICENSE|NOTICE|USE_POLICY)[^/]*")
+COPIED = re.compile(
+    r"(?!adapter_config)[^.][^/]*\.(json|txt|model|jinja|tiktoken|spm|bpe)|(LICENSE|NOTICE|USE_POLICY)[^/]*"
+)
+TEMPLATES = "additional_chat_templates"
 
 
 def to_merged(job: Job) -> None:
@@ -32,8 +38,12 @@ def to_merged(job: Job) -> None:
     """
     adapter = _one_expert(job)
     base = job.base_folder(adapter.info)
-    _check_base(adapter, base)
-    merge = _Merge(adapter, TensorReader(base))
+    reader = TensorReader(base)
+    model = build_empty_model(base, dtype=torch.float32, trust_remote_code=job.trusted)
+    layers = _stored_layers(model, adapter, base, reader)
+    transposed = {layer for layer in adapter.layers() if is_conv1d(model.get_submodule(layer))}
+    _check_base(adapter, base, reader, layers, transposed)
+    merge = _Merge(adapter, reader, layers, transposed)
     file_of = weight_files(base)
     for file in [SINGLE] if file_of is None else dict.fromkeys(file_of.values()):
         if Path(file).name != file:
@@ -62,19 +72,35 @@ def _one_expert(job: Job) -> AdapterTensors:
     return job.open_adapter()
 
 
-def _check_base(adapter: AdapterTensors, base: Path) -> None:
+def _stored_layers(model: Any, adapter: AdapterTensors, base: Path, reader: TensorReader) -> dict[str, str]:
+    """By the names that the base's files give their weights, the adapted layers. Raises ConfigError for one apart."""
+    stored, modules = stored_names(model, reader.names()), dict(model.named_modules())
+    layers = {}
+    for layer in adapter.layers():
+        if layer not in modules:
+            raise CheckpointError(f"{base}: this base has no {layer}, which the adapter is for")
+        place = stored.get(f"{layer}.weight")
+        if place is not None and place.conversion is not None:
+            raise ConfigError(f"{base} holds {layer}.weight as a part of {', '.join(place.names)}: not merged")
+        layers[f"{layer}.weight" if place is None else place.names[0]] = layer
+    return layers
+
+
+def _check_base(
+    adapter: AdapterTensors, base: Path, reader: TensorReader, layers: dict[str, str], transposed: set[str]
+) -> None:
     """Raises CheckpointError unless the folder is the adapter's base, ConfigError if its weights cannot be added to."""
     with readable(base / "config.json"):
         config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
         raise ConfigError(f"{base} holds quantised weights; give the unquantised model with --base")
     check_base(adapter.checkpoint, base)
-    reader = TensorReader(base)
-    for layer in adapter.layers():
+    for name, layer in layers.items():
         if config.get("tie_word_embeddings") and layer.rpartition(".")[2] == "lm_head":
             raise CheckpointError(f"{layer} of this base is tied to the embedding, which a merge would change too")
-        place = reader.place([f"{layer}.weight"])
+        place = reader.place([name])
         shape = (adapter.shapes[f"{layer}.B"][1], adapter.shapes[f"{layer}.A"][2])
+        shape = shape[::-1] if layer in transposed else shape
         if place.shape != shape or not place.dtype.is_floating_point:
             raise CheckpointError(
                 f"{base}: {layer}.weight is {place.dtype} of shape {place.shape}, the adapter needs numbers of {shape}"
@@ -93,9 +119,11 @@ def merged_weight(weight_OI: Tensor, factors: dict[str, Tensor], scaling: float)
 class _Merge:
     """Writes files of the base anew, and sums up what the adapter changes and what rounding takes of it."""
 
-    def __init__(self, adapter: AdapterTensors, reader: TensorReader) -> None:
-        self.adapter, self.reader = adapter, reader
-        self.layers = {f"{layer}.weight": layer for layer in adapter.layers()}
+    def __init__(
+        self, adapter: AdapterTensors, reader: TensorReader, layers: dict[str, str], transposed: set[str]
+    ) -> None:
+        """`transposed` are the layers whose weights lie as (I, O), as those of transformers' Conv1D."""
+        self.adapter, self.reader, self.layers, self.transposed = adapter, reader, layers, transposed
         self.dtypes: set[torch.dtype] = set()
         self.change = self.loss = 0.0
 
@@ -108,9 +136,15 @@ class _Merge:
         share_file(target)
 
     def _values(self, names: Any) -> Iterator[Tensor]:
-        for name in names:
+        for name in tracked("merging, tensors", names):
             value = self.reader.read([name])
-            yield self._merged(value, self.layers[name]) if name in self.layers else value
+            layer = self.layers.get(name)
+            if layer is None:
+                yield value
+            elif layer in self.transposed:
+                yield self._merged(value.T, layer).T
+            else:
+                yield self._merged(value, layer)
 
     def _merged(self, weight_OI: Tensor, layer: str) -> Tensor:
         exact_OI = merged_weight(weight_OI, self.adapter.read_layer(layer), self.adapter.info.spec.scaling)
@@ -139,6 +173,8 @@ def _copy_others(base: Path, folder: Path) -> None:
         if path.is_file() and COPIED.fullmatch(path.name) and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
             share_file(folder / path.name)
+    if (base / TEMPLATES).is_dir():
+        shutil.copytree(base / TEMPLATES, folder / TEMPLATES)
 
 
 def _origin(adapter: AdapterTensors) -> dict[str, Any]:
@@ -168,8 +204,7 @@ def _verify(job: Job, adapter: AdapterTensors, merge: _Merge) -> None:
     put_adapter(model, adapter)
     wanted = torch.cat(logits_of(model, rows))
     del model
-    merged = load_base_model(job.folder, dtype=torch.float32, load_in_4bit=False, device=job.options.device or "cpu")
-    found = torch.cat(logits_of(merged, rows))
+    found = torch.cat(logits_of(job.load_model(job.folder), rows))
     apart, limit = (found - wanted).abs().max().item(), max(1e-4, 8 * merge.epsilon) * wanted.abs().max().item()
     text = f"max |d logits| {apart:.1e} (tolerance {limit:.1e})"
     if not apart <= limit:

@@ -15,6 +15,7 @@ from malora_dist.atomic import share_file
 from malora_dist.checkpoint.adapter import CONFIG, WEIGHTS, AdapterInfo
 from malora_dist.checkpoint.adapter_info import PREFIX
 from malora_dist.checkpoint.disk import write_text
+from malora_dist.progress import tracked
 from malora_dist.weights.tensor_file import write_tensors
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -50,7 +51,9 @@ def fill_peft_folder(
         "inference_mode": True,
     }
     stored = {f"{PREFIX}{name}": (torch.float32, shape) for name, shape in shapes.items()}
-    write_tensors(folder / WEIGHTS, stored, (value.float() for value in values))
+    write_tensors(
+        folder / WEIGHTS, stored, (value.float() for value in tracked("writing, tensors", values, len(stored)))
+    )
     share_file(folder / WEIGHTS)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     write_text(folder / "README.md", card)

@@ -17,7 +17,6 @@ from malora_dist.convert.subspace import down_shape, subspace_of
 from malora_dist.convert.verify import Factors, logits_of, text_rows, verify_peft
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.errors import ConfigError
-from malora_dist.model import load_tokenizer
 from malora_dist.nn.inject import remove_adapters
 
 FITS = ("lstsq", "mean")
@@ -37,7 +36,7 @@ def to_peft_tasks(job: Job) -> None:
     """
     adapter, recipe = job.open_adapter(), job.needed_recipe()
     fit, rank = _checked(job, adapter)
-    data = build_data(recipe.data, load_tokenizer(job.base_folder(adapter.info)))
+    data = build_data(recipe.data, job.tokenizer(adapter.info))
     model = job.load_base(adapter.info)
     put_adapter(model, adapter)
     statistics: dict[str, Statistics] = {}

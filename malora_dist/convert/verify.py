@@ -18,8 +18,8 @@ from malora_dist.convert.job import Job
 from malora_dist.convert.subspace import subspace_of
 from malora_dist.data.build import build_data
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.model import load_tokenizer
 from malora_dist.nn.inject import remove_adapters
+from malora_dist.progress import tracked
 
 LOGITS_TOLERANCE = 1e-4
 WEIGHTS_TOLERANCE = 1e-5
@@ -36,7 +36,7 @@ def text_rows(job: Job, info: AdapterInfo) -> list[Tensor]:
 
     Raises ConfigError if there is neither.
     """
-    tokenizer = load_tokenizer(job.base_folder(info))
+    tokenizer = job.tokenizer(info)
     if job.options.text is not None:
         try:
             text = job.options.text.read_text(encoding="utf-8")
@@ -61,7 +61,8 @@ def logits_of(model: nn.Module, rows: Sequence[Tensor]) -> list[Tensor]:
     device = next(model.parameters()).device
     keep = POSITIONS
     return [
-        model(input_ids=row[None].to(device), use_cache=False, logits_to_keep=keep).logits[0].float() for row in rows
+        model(input_ids=row[None].to(device), use_cache=False, logits_to_keep=keep).logits[0].float()
+        for row in tracked("computing logits, rows", rows)
     ]
 
 

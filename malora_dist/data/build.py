@@ -1,16 +1,19 @@
 """All data of a run from its `data` section: the mixture to train on and the questions to evaluate with."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from malora_dist.cache import default_cache_dir
 from malora_dist.config.data_schema import DataConfig, TaskConfig
 from malora_dist.data.encode import ChoiceItem, Encoder, Sample
-from malora_dist.data.mixture import epoch_counts, mixture_shares
+from malora_dist.data.mixture import Indices, epoch_counts, mixture_shares
 from malora_dist.data.store import TaskTokens, TrainStore
 from malora_dist.data.tokenize import (
     EVALUATION_SPLITS,
@@ -19,6 +22,7 @@ from malora_dist.data.tokenize import (
     read_task,
     tokenizer_fingerprint,
 )
+from malora_dist.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,29 @@ class PreparedData:
             "leaked_duplicates_removed": "training rows repeat an evaluation row and were removed",
             "near_duplicates_removed": "training rows nearly repeat an evaluation row and were removed",
             "duplicates_removed": "training rows repeat another and were removed",
+            "labels_from_1": "labels are numbers from 1 on, none is 0, and 1 is taken for the second choice: if it "
+            "is the first one, set first_label: 1",
         }
         return [
             f"task {task}: {counts[name]} {text}"
             for task, counts in self.counts.items()
             for name, text in sentences.items()
             if counts.get(name)
-        ]
+        ] + list(self._rare_tasks())
+
+    def lengths(self, task: str) -> Indices:
+        """Tokens of each sample of a task and of each of its questions with the longest choice."""
+        evaluated = [row.tokens for split in self.evaluation.values() for row in split[task]]
+        return np.concatenate([self.train.lengths(self.task_names.index(task)), np.asarray(evaluated, dtype=np.int64)])
+
+    def _rare_tasks(self) -> Iterator[str]:
+        for task, share in zip(self.task_names, self.shares, strict=True):
+            samples = share * sum(self.train_sizes)
+            if samples < 1:
+                yield (
+                    f"task {task}: its share of the mixture is {samples:.2g} samples an epoch, one in about "
+                    f"{1 / samples:.0f} epochs; see data.mixture and the task's weight"
+                )
 
 
 def build_data(
@@ -64,20 +84,35 @@ def build_data(
 ) -> PreparedData:
     """Read, check, split and tokenise all tasks, or load them from the cache. Safe to call on all ranks at once.
 
-    `look` is called often; it may raise to end the work, of which finished tasks are kept.
+    `look` is called often; it may raise to end the work, of which finished tasks are kept. The process that does it
+    shows how far it is.
     Raises DataError as `malora_dist.data.tasks.load_task` does.
     """
     cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir is not None else default_cache_dir()
     tasks: list[TaskTokens] = []
     tokenizer_key = tokenizer_fingerprint(tokenizer)
-    for task_id, task in enumerate(data.tasks):
-        encoder = Encoder(
-            tokenizer, data.max_seq_length, task.prompt_template, task.response_template, task.scoring, look
-        )
-        folder, _ = prepare_task(_task_settings(data, task), encoder, cache_dir, tokenizer_key=tokenizer_key)
-        first_id = sum(len(earlier.train) for earlier in tasks)
-        tasks.append(read_task(folder, task_id=task_id, first_id=first_id))
+    with Bar("preparing the tasks") as bar:
+        for task_id, task in enumerate(data.tasks):
+            encoder = Encoder(
+                tokenizer,
+                data.max_seq_length,
+                task.prompt_template,
+                task.response_template,
+                task.scoring,
+                partial(_watch, look, bar, task.name),
+                data.on_bad_row == "skip",
+            )
+            folder, _ = prepare_task(_task_settings(data, task), encoder, cache_dir, tokenizer_key=tokenizer_key)
+            first_id = sum(len(earlier.train) for earlier in tasks)
+            tasks.append(read_task(folder, task_id=task_id, first_id=first_id))
     return _prepared(data, tasks)
+
+
+def _watch(look: Callable[[], None], bar: Bar, task: str, work: str, done: int, total: int) -> None:
+    look()
+    # Of the processes that wait one at most may say so.
+    if done or total or os.environ.get("RANK", "0") == "0":
+        bar.update(done, total, f"task {task}: {work}")
 
 
 def _task_settings(data: DataConfig, task: TaskConfig) -> dict[str, object]:
@@ -92,6 +127,9 @@ def _task_settings(data: DataConfig, task: TaskConfig) -> dict[str, object]:
         "group_by": task.group_by,
         "kind": task.kind,
         "fields": task.fields.model_dump(),
+        "choices": task.choices,
+        "optional_fields": task.optional_fields,
+        "first_label": task.first_label,
         "max_train_samples": task.max_train_samples,
         "max_eval_samples": task.max_eval_samples,
         "on_bad_row": data.on_bad_row,

@@ -1,7 +1,7 @@
-"""Examples as token ids. Prompt and answer are tokenised apart, so training and evaluation cut between them alike."""
+"""Examples as token ids, cut between prompt and answer where training and evaluation cut alike."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +9,16 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from malora_dist.data.boundary import (
+    Tokens,
+    encode_texts,
+    missing_end,
+    special_tokens,
+    split_answers,
+    without_start,
+)
 from malora_dist.data.example import Example
+from malora_dist.data.row import BadRow
 from malora_dist.data.templates import (
     PROMPT_TEMPLATE,
     RESPONSE_TEMPLATE,
@@ -18,15 +27,16 @@ from malora_dist.data.templates import (
     prompt_text,
     response_text,
 )
+from malora_dist.data.watch import Watch, unwatched
 from malora_dist.errors import DataError
 
 Ids = npt.NDArray[np.int32]
-BATCH_TEXTS = 1000
+BATCH_EXAMPLES = 250
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One training sample. All ids from `prompt_length` on are learned; the last is EOS unless it was cut.
+    """One training sample. All ids from `prompt_length` on are learned; EOS ends them unless they were cut.
 
     `sample_id` is unique over all tasks of the mixture and the same on every rank.
     """
@@ -35,6 +45,11 @@ class Sample:
     task_id: int
     input_ids: Ids
     prompt_length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.input_ids)
 
 
 @dataclass(frozen=True)
@@ -47,13 +62,29 @@ class ChoiceItem:
     choice_lengths: tuple[int, ...]
     label: int
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt with the longest choice."""
+        return len(self.prompt_ids) + max(map(len, self.choice_ids))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """An example's prompt and answers, as texts and as ids; without choices there is one answer."""
+
+    example: Example
+    texts: tuple[str, ...]
+    prompt: Tokens
+    answers: list[Tokens]
+
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns examples into token ids of at most `max_seq_length`.
+    """Turns examples into token ids of at most `max_seq_length`, cut as `malora_dist.data.boundary` says.
 
-    A prompt that is too long loses its start (never a leading BOS). A response that alone is too long loses its end:
-    `counts` reports both, `prompts_cut` and `responses_cut`. `look` is called every thousand texts; it may raise.
+    What the tokenizer puts around a text stands around it once, also where a template writes it too. A prompt that is
+    too long loses its start (never what every text begins with). A response that alone is too long loses its end:
+    `counts` reports both, `prompts_cut` and `responses_cut`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -61,71 +92,98 @@ class Encoder:
     prompt_template: str = PROMPT_TEMPLATE
     response_template: str = RESPONSE_TEMPLATE
     scoring: str = TEXT
-    look: Callable[[], None] = lambda: None
+    watch: Watch = unwatched
+    skip_bad_rows: bool = False
 
     def samples(self, examples: Sequence[Example], task_id: int, counts: Counter[str]) -> list[Sample]:
-        """Training samples with sample_id 0, 1, ...; adds to `counts`. Raises DataError for a text of no tokens."""
-        prompts = self._tokens([prompt_text(example, self.prompt_template, self.scoring) for example in examples])
-        answers = [response_text(example, self.response_template, self.scoring) for example in examples]
+        """Training samples with sample_id 0, 1, ...; adds to `counts`.
+
+        Raises BadRow for a text of no tokens, unless such rows are skipped.
+        """
         samples = []
-        for number, (example, prompt, response) in enumerate(
-            zip(examples, prompts, self._tokens(answers), strict=True)
-        ):
-            prompt, (response,) = self._fit(example, prompt, [response], counts, ending=[self.end_of_text])
+        for number, cut in enumerate(self._usable(examples, counts)):
+            label = cut.example.label or 0
+            answer = [*cut.answers[label], *self._ending(cut.answers[label], cut.texts[label])]
+            prompt, (response,) = self._fit(cut, [answer], counts)
             ids = np.asarray(prompt + response, dtype=np.int32)
             samples.append(Sample(number, task_id, ids, len(prompt)))
         return samples
 
     def choice_items(self, examples: Sequence[Example], task_id: int, counts: Counter[str]) -> list[ChoiceItem]:
-        """Evaluation questions; adds to `counts`. Raises DataError for a text of no tokens."""
-        prompts = self._tokens([prompt_text(example, self.prompt_template, self.scoring) for example in examples])
-        texts = [choice_texts(example, self.response_template, self.scoring) for example in examples]
-        choices = iter(self._tokens([text for row in texts for text in row]))
+        """Evaluation questions; adds to `counts`. Raises BadRow as `samples` does."""
         items = []
-        for example, prompt, row in zip(examples, prompts, texts, strict=True):
-            assert example.label is not None
-            prompt, ids = self._fit(example, prompt, [next(choices) for _ in row], counts)
-            lengths = tuple(len(text.strip()) for text in row)
-            items.append(ChoiceItem(task_id, tuple(prompt), tuple(map(tuple, ids)), lengths, example.label))
+        for cut in self._usable(examples, counts):
+            assert cut.example.label is not None
+            prompt, ids = self._fit(cut, cut.answers, counts)
+            lengths = tuple(len(text.strip()) for text in cut.texts)
+            items.append(ChoiceItem(task_id, tuple(prompt), tuple(map(tuple, ids)), lengths, cut.example.label))
         return items
 
     @cached_property
-    def start_of_text(self) -> list[int]:
-        """[BOS] for a tokenizer that begins every text with it, else nothing."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
+    def start_of_text(self) -> Tokens:
+        """What the tokenizer puts before every text: BOS, or other tokens, or nothing."""
+        return special_tokens(self.tokenizer)[0]
 
     @cached_property
-    def end_of_text(self) -> int:
-        """The id that ends a response. Raises DataError if the tokenizer has none."""
+    def end_of_text(self) -> Tokens:
+        """What ends a response: what the tokenizer puts behind a text, EOS at least.
+
+        Raises DataError if the tokenizer has no EOS.
+        """
         eos = self.tokenizer.eos_token_id
         if not isinstance(eos, int):
             raise DataError(f"the tokenizer {self.tokenizer.name_or_path!r} has no end-of-text token (eos_token)")
-        return eos
+        end = special_tokens(self.tokenizer)[1]
+        return end if eos in end else [*end, eos]
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = []
-        for start in range(0, len(texts), BATCH_TEXTS):
-            self.look()
-            batch = texts[start : start + BATCH_TEXTS]
-            ids += self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def _usable(self, examples: Sequence[Example], counts: Counter[str]) -> Iterator[_Cut]:
+        for cut in self._cuts(examples):
+            has_prompt = bool(self._start(cut.prompt)[1])
+            if has_prompt and all(cut.answers):
+                yield cut
+            elif self.skip_bad_rows:
+                counts["bad_rows_skipped"] += 1
+            else:
+                what = "response" if has_prompt else "prompt"
+                raise BadRow(f"{cut.example.source}: the {what} has no tokens of its own")
 
-    def _fit(
-        self,
-        example: Example,
-        prompt: list[int],
-        responses: list[list[int]],
-        counts: Counter[str],
-        ending: Sequence[int] = (),
-    ) -> tuple[list[int], list[list[int]]]:
+    def _cuts(self, examples: Sequence[Example]) -> Iterator[_Cut]:
+        for first in range(0, len(examples), BATCH_EXAMPLES):
+            self.watch("tokenising", first, len(examples))
+            batch = examples[first : first + BATCH_EXAMPLES]
+            prompts = [prompt_text(example, self.prompt_template, self.scoring) for example in batch]
+            answers = [self._answer_texts(example) for example in batch]
+            pairs = [(prompt, text) for prompt, row in zip(prompts, answers, strict=True) for text in row]
+            encoded = iter(encode_texts(self.tokenizer, pairs))
+            for example, texts in zip(batch, answers, strict=True):
+                yield _Cut(example, texts, *split_answers([next(encoded) for _ in texts]))
+
+    def _answer_texts(self, example: Example) -> tuple[str, ...]:
+        if example.label is None:
+            return (response_text(example, self.response_template, self.scoring),)
+        return choice_texts(example, self.response_template, self.scoring)
+
+    def _ending(self, answer: Tokens, text: str) -> Tokens:
+        """What is still to be put behind an answer; a template may have ended it, and broken the line behind that."""
+        eos = self.tokenizer.eos_token_id
+        if eos in answer and text.rstrip().endswith(str(self.tokenizer.eos_token)):
+            return []
+        return missing_end(answer, self.end_of_text)
+
+    def _fit(self, cut: _Cut, responses: list[Tokens], counts: Counter[str]) -> tuple[Tokens, list[Tokens]]:
         """Prompt and responses within the budget; the prompt keeps at least one token to predict from."""
-        if not prompt or not all(responses):
-            raise DataError(f"{example.source}: prompt or response has no tokens")
-        start = self.start_of_text
+        start, prompt = self._start(cut.prompt)
         room = self.max_seq_length - len(start) - 1
-        counts["responses_cut"] += any(len(response) + len(ending) > room for response in responses)
-        responses = [[*response, *ending][:room] for response in responses]
+        counts["responses_cut"] += any(len(response) > room for response in responses)
+        responses = [response[:room] for response in responses]
         left = self.max_seq_length - len(start) - max(map(len, responses))
         counts["prompts_cut"] += len(prompt) > left
         return [*start, *prompt[-left:]], responses
+
+    def _start(self, prompt: Tokens) -> tuple[Tokens, Tokens]:
+        """What the text begins with whatever is cut, and the rest of the prompt."""
+        start = self.start_of_text
+        bos = self.tokenizer.bos_token_id
+        if not start and bos is not None and prompt[:1] == [bos]:
+            start = [bos]
+        return start, without_start(prompt, start)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from malora_dist.data.encode import Sample
-from malora_dist.data.mixture import Indices, epoch_order, mixture_shares
+from malora_dist.data.mixture import EpochCounts, Indices, epoch_order, mixture_shares
 from malora_dist.data.packed_row import PackedRow, cumulative_lengths
 from malora_dist.errors import CheckpointError, DataError, TopologyError
 
@@ -53,6 +53,10 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         max_length=int(lengths.max()),
         tasks_and_targets=tuple(zip(tasks, counts.tolist(), strict=True)),
     )
+
+
+# How samples follow one another. 1, of states that name none: an epoch did not carry remainders to the next.
+ORDER = 2
 
 
 class TrainLoader(Iterator[list[MicroBatch]]):
@@ -97,6 +101,7 @@ class TrainLoader(Iterator[list[MicroBatch]]):
         self._seed = seed
         self._fingerprint = fingerprint if fingerprint is not None else fingerprint_of(samples)
         self._consumed = 0
+        self._counts = EpochCounts(self._shares, len(samples))
         self._order = lru_cache(maxsize=2)(self._epoch_order)
         self.global_batch_size = global_batch_size
 
@@ -136,12 +141,19 @@ class TrainLoader(Iterator[list[MicroBatch]]):
         return np.concatenate(parts)
 
     def _epoch_order(self, epoch: int) -> Indices:
-        return epoch_order(self._sizes, self._shares, seed=self._seed, epoch=epoch)
+        return epoch_order(self._sizes, self._shares, seed=self._seed, epoch=epoch, counts=self._counts)
+
+    def drawn(self, steps: int) -> tuple[int, ...]:
+        """Samples of each task in the first so many optimizer steps of a run."""
+        epoch, position = divmod(steps * self.global_batch_size, self.epoch_size)
+        last = self._order(epoch)[:position]
+        counts = np.histogram(last, bins=np.cumsum([0, *self._sizes]))[0]
+        return tuple(int(before + count) for before, count in zip(self._counts.before(epoch), counts, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch begins. Plain values, the same on all ranks and for any number of them."""
         epoch, position = divmod(self._consumed, self.epoch_size)
-        return {"epoch": epoch, "position": position, **self._identity()}
+        return {"epoch": epoch, "position": position, "order": ORDER, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> Self:
         """Go on where `state` was taken. Raises CheckpointError if it belongs to other data, shares or another seed."""
@@ -151,8 +163,22 @@ class TrainLoader(Iterator[list[MicroBatch]]):
                     f"the data's state was saved with {name}={state.get(name)!r}, this run has {value!r}; "
                     "the same samples would not follow"
                 )
-        self._consumed = int(state["epoch"]) * self.epoch_size + int(state["position"])
+        epoch, position = int(state["epoch"]), int(state["position"])
+        self._check_order(state.get("order", 1), epoch + (position > 0))
+        self._consumed = epoch * self.epoch_size + position
         return self
+
+    def _check_order(self, order: int, epochs: int) -> None:
+        """Raise CheckpointError unless the samples of the epochs seen were drawn as this version draws them."""
+        if order == ORDER:
+            return
+        first = self._counts.of(0)
+        if order != 1 or any(self._counts.of(epoch) != first for epoch in range(1, epochs)):
+            raise CheckpointError(
+                f"the data's state was saved with order={order!r} by another version of malora_dist, which draws the "
+                f"samples of epochs in another way than this one (order={ORDER}); go on with that version, or start a "
+                "new run"
+            )
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from enum import Enum
 from typing import Any, Self
 
 import numpy as np
@@ -10,6 +11,14 @@ from torch import Tensor
 
 from malora_dist.data.mixture import Indices
 from malora_dist.functional.transfer import to_device
+
+
+class Packing(Enum):
+    """What may stand in one row of a model, so that each sequence gets what it gets alone. Each allows the last."""
+
+    ALONE = 1  # one sequence
+    SEQUENCES = 2  # several
+    TREES = 3  # several, of which each may branch: choices behind one prompt
 
 
 @dataclass(frozen=True, eq=False)

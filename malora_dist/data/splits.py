@@ -1,11 +1,12 @@
 """Train, validation and test kept apart: cut by group, and cleaned of rows that an evaluation split repeats."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from malora_dist.data.example import Example
 from malora_dist.data.similarity import NearDuplicateIndex, normalized
+from malora_dist.data.watch import Watch, unwatched
 from malora_dist.errors import DataError
 
 Size = int | float
@@ -103,7 +104,7 @@ def _exact_text(example: Example) -> str:
 
 
 def remove_leaks(
-    splits: Splits, *, near_duplicate_threshold: float | None, look: Callable[[], None] = lambda: None
+    splits: Splits, *, near_duplicate_threshold: float | None, watch: Watch = unwatched
 ) -> tuple[Splits, dict[str, int]]:
     """Take out of train every row that validation or test repeats; they themselves stay as they are.
 
@@ -119,8 +120,8 @@ def remove_leaks(
     if near_duplicate_threshold is not None and texts:
         index = NearDuplicateIndex(sorted(texts), near_duplicate_threshold)
         kept = []
-        for example in unequal:
-            look()
+        for number, example in enumerate(unequal):
+            watch("comparing with held-out rows", number, len(unequal))
             if not index.similar(comparison_text(example)):
                 kept.append(example)
     counts = {

@@ -26,6 +26,10 @@ class SampleStore(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._prompt_lengths)
 
+    def lengths(self) -> Array:
+        """Tokens of each sample."""
+        return np.diff(self._offsets)
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -43,6 +47,10 @@ class TrainStore(Sequence[Sample]):
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def lengths(self, task_id: int) -> Array:
+        """Tokens of each sample of a task."""
+        return self._tasks[task_id].lengths()
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

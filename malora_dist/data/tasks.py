@@ -1,18 +1,20 @@
 """A task from its files to checked, clean, separate splits."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from malora_dist.data.checks import BadRow, check_row, kind_of
+from malora_dist.data.checks import DEFAULT_FIELDS, RowRules
+from malora_dist.data.choices import Field
 from malora_dist.data.example import COMPLETION, MULTIPLE_CHOICE, Example
+from malora_dist.data.row import BadRow
 from malora_dist.data.rows import find_files, read_rows
 from malora_dist.data.splits import Size, Splits, cap, cut_splits, drop_repeated, remove_leaks
+from malora_dist.data.watch import Watch, unwatched
 from malora_dist.errors import DataError
 
 __all__ = ["COMPLETION", "DEFAULT_FIELDS", "MULTIPLE_CHOICE", "Example", "TaskData", "load_task"]
 
-DEFAULT_FIELDS: Mapping[str, str] = {role: role for role in ("prompt", "choices", "label", "response")}
 MAX_PROBLEMS_SHOWN = 5
 
 
@@ -33,13 +35,12 @@ class TaskData:
 class _Reader:
     """Reads the files of one task; the kind is settled by its first usable row."""
 
-    task: str
+    rules: RowRules
     kind: str | None
-    fields: Mapping[str, str]
-    template_fields: Sequence[str]
-    group_by: str | None
     skip_bad_rows: bool
     counts: Counter[str]
+    labels: Counter[int | None]
+    watch: Watch
 
     def read(self, patterns: Sequence[str] | None) -> tuple[Example, ...]:
         """All examples of the files. Raises DataError on the first bad rows, unless they are skipped."""
@@ -47,19 +48,13 @@ class _Reader:
             return ()
         examples: list[Example] = []
         problems: list[str] = []
-        files = find_files(patterns, task=self.task)
+        files = find_files(patterns, task=self.rules.task)
         for row in (row for path in files for row in read_rows(path)):
+            self.watch("reading rows", self.counts["rows_read"], 0)
             self.counts["rows_read"] += 1
             try:
-                kind = self.kind or kind_of(row, self.fields)
-                example = check_row(
-                    row,
-                    task=self.task,
-                    kind=kind,
-                    fields=self.fields,
-                    template_fields=self.template_fields,
-                    group_by=self.group_by,
-                )
+                kind = self.kind or self.rules.kind_of(row)
+                example = self.rules.read(row, kind)
             except BadRow as problem:
                 problems.append(str(problem))
                 if not self.skip_bad_rows and len(problems) == MAX_PROBLEMS_SHOWN:
@@ -67,17 +62,23 @@ class _Reader:
                 continue
             self.kind = kind
             examples.append(example)
+            self.labels[self.rules.counted_label(row, example)] += 1
         self._report(problems, examples, ", ".join(map(str, files)))
         return tuple(examples)
+
+    def labels_from_1(self) -> int:
+        """How many labels are numbers from 1 on, where none is 0: they may be meant to count from 1."""
+        numbers = [label for label in self.labels if label is not None]
+        return sum(self.labels[label] for label in numbers) if numbers and min(numbers) == 1 else 0
 
     def _report(self, problems: list[str], examples: list[Example], files: str) -> None:
         if problems and not self.skip_bad_rows:
             lines = "\n  ".join(problems)
-            raise DataError(f"task {self.task!r}: bad rows (on_bad_row: skip leaves them out):\n  {lines}")
+            raise DataError(f"task {self.rules.task!r}: bad rows (on_bad_row: skip leaves them out):\n  {lines}")
         self.counts["bad_rows_skipped"] += len(problems)
         if not examples:
             why = f"all {len(problems)} rows are bad, the first: {problems[0]}" if problems else "no rows"
-            raise DataError(f"task {self.task!r}: {files}: {why}")
+            raise DataError(f"task {self.rules.task!r}: {files}: {why}")
 
 
 def load_task(
@@ -91,24 +92,27 @@ def load_task(
     group_by: str | None = None,
     kind: str | None = None,
     scoring: str = "text",
-    fields: Mapping[str, str] = DEFAULT_FIELDS,
+    fields: Mapping[str, Field] = DEFAULT_FIELDS,
     template_fields: Sequence[str] = (),
+    optional_fields: Sequence[str] = (),
+    choices: Sequence[str] | None = None,
+    first_label: int = 0,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     on_bad_row: str = "error",
     near_duplicate_threshold: float | None = 0.8,
     split_seed: int = 0,
-    look: Callable[[], None] = lambda: None,
+    watch: Watch = unwatched,
 ) -> TaskData:
-    """Read, check and split one task; paths may be globs, `template_fields` are further fields to keep.
+    """Read, check and split one task; paths may be globs. How a row is read is told by `RowRules`.
 
-    `look` is called often and may raise.
     `kind` None is settled by the first row. Validation and test are files, or are cut from `train` by the sizes.
     Raises DataError naming file, line and field of bad rows (with on_bad_row="skip" they are counted instead),
     for missing or empty files, and when no row is left to train on.
     """
     counts: Counter[str] = Counter()
-    reader = _Reader(name, kind, fields, template_fields, group_by, on_bad_row == "skip", counts)
+    rules = RowRules(name, fields, template_fields, optional_fields, group_by, choices, first_label)
+    reader = _Reader(rules, kind, on_bad_row == "skip", counts, Counter(), watch)
     rows = reader.read(_as_list(train))
     unique = drop_repeated(rows)
     counts["duplicates_removed"] = len(rows) - len(unique)
@@ -118,7 +122,7 @@ def load_task(
         reader.read(_as_list(validation)) if validation is not None else cut.validation,
         reader.read(_as_list(test)) if test is not None else cut.test,
     )
-    splits, removed = remove_leaks(splits, near_duplicate_threshold=near_duplicate_threshold, look=look)
+    splits, removed = remove_leaks(splits, near_duplicate_threshold=near_duplicate_threshold, watch=watch)
     counts.update(removed)
     if not splits.train:
         raise DataError(f"task {name!r}: evaluation rows repeat every training row ({dict(removed)}); none is left")
@@ -130,6 +134,8 @@ def load_task(
         "validation": cap(splits.validation, max_eval_samples, split_seed),
         "test": cap(splits.test, max_eval_samples, split_seed),
     }
+    if reader.labels_from_1():
+        counts["labels_from_1"] = reader.labels_from_1()
     counts["over_the_cap"] = sum(len(getattr(splits, split)) - len(part) for split, part in parts.items())
     counts.update({split: len(part) for split, part in parts.items()})
     return TaskData(name=name, kind=reader.kind, scoring=scoring, counts=dict(counts), **parts)

@@ -1,9 +1,12 @@
 """An example's texts: the prompt, the answer to learn, and the answers to choose from."""
 
+import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from malora_dist.data.checks import LETTERS
+from malora_dist.config.data_schema import template_names
+from malora_dist.data.choices import LETTERS
 from malora_dist.data.example import Example
 from malora_dist.errors import DataError
 
@@ -11,27 +14,38 @@ PROMPT_TEMPLATE = "Question: {prompt}\nAnswer:"
 RESPONSE_TEMPLATE = " {response}"
 TEXT = "text"
 LETTER = "letter"
+# A field of the row, or one inside of it: question.stem, answers.text.0.
+FIELD = re.compile(r"[^\W\d]\w*(\.([^\W_]\w*))*")
 
 
 def template_fields(template: str) -> tuple[str, ...]:
     """Names of the fields in a template, in order. Raises DataError for a broken template or an unnamed field."""
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        names = template_names(template)
     except ValueError as error:
         raise DataError(f"template {template!r}: {error} (write {{{{ for a brace)") from error
     for name in names:
-        if not name.isidentifier():
+        if not FIELD.fullmatch(name):
             raise DataError(f"template {template!r}: {{{name}}} must be the plain name of a field")
     return tuple(dict.fromkeys(names))
 
 
 def fill(template: str, values: Mapping[str, str], source: str = "") -> str:
     """The template with its fields filled in. Raises DataError naming a field that `values` lacks."""
-    missing = [name for name in template_fields(template) if name not in values]
-    if missing:
+    try:
+        return _Filler().vformat(template, (), values)
+    except KeyError as error:
+        template_fields(template)
         place = f"{source}: " if source else ""
-        raise DataError(f"{place}template {template!r}: no field {missing[0]!r}; known here: {sorted(values)}")
-    return template.format_map(dict(values))
+        known = f"known here: {sorted(values)}"
+        raise DataError(f"{place}template {template!r}: no field {error.args[0]!r}; {known}") from error
+
+
+class _Filler(string.Formatter):
+    """Takes a dotted name for the name of a value, and not for an attribute of one."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return kwargs[field_name], field_name
 
 
 def prompt_text(example: Example, prompt_template: str = PROMPT_TEMPLATE, scoring: str = TEXT) -> str:

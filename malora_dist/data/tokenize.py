@@ -49,10 +49,10 @@ def prepare_task(
     folder = cache_dir / "data" / f"{settings['name']}-{key[:20]}"
 
     def build(target: Path) -> None:
-        _write_task(target, load_task(**settings, look=encoder.look), encoder)
+        _write_task(target, load_task(**settings, watch=encoder.watch), encoder)
 
     try:
-        build_once(folder, build, encoder.look)
+        build_once(folder, build, lambda: encoder.watch("waiting for the process that prepares it", 0, 0))
     except OSError as error:
         raise DataError(f"data.cache_dir: {folder.parent} cannot be written: {error}") from error
     return folder, key
@@ -73,13 +73,16 @@ def read_task(folder: Path, *, task_id: int, first_id: int) -> TaskTokens:
 
 def _write_task(folder: Path, task: TaskData, encoder: Encoder) -> None:
     counts = Counter(task.counts)
-    write_samples(folder, "train", encoder.samples(task.train, 0, counts))
-    for split in EVALUATION_SPLITS:
+    for split in SPLITS:
         examples = getattr(task, split)
-        if task.kind == MULTIPLE_CHOICE:
-            write_choice_items(folder, split, encoder.choice_items(examples, 0, counts))
+        if task.kind == MULTIPLE_CHOICE and split != "train":
+            items = encoder.choice_items(examples, 0, counts)
+            write_choice_items(folder, split, items)
+            counts[split] = len(items)
         else:
-            write_samples(folder, split, encoder.samples(examples, 0, counts))
+            samples = encoder.samples(examples, 0, counts)
+            write_samples(folder, split, samples)
+            counts[split] = len(samples)
     digests = {split: split_digest(folder, split) for split in SPLITS}
     write_summary(folder, kind=task.kind, scoring=task.scoring, counts=dict(counts), digests=digests)
 

@@ -15,6 +15,8 @@ FIRST_CAPABILITY = (8, 0)
 VARLEN_LAYERS = {FULL, "sliding_attention"}
 # Models that hand the lengths of samples to no attention.
 WITHOUT_LENGTHS = ("nemotron",)
+# Models that make a mask out of the mask they are given, and look at what follows a token where they are given none.
+WITH_MASKS = ("doge",)
 
 
 def attention_for(requested: str, config: Any, dtype: torch.dtype, device: torch.device) -> str:
@@ -51,6 +53,8 @@ def choose_attention(
         if not for_model:
             return TORCH_VARLEN if requested == "varlen" or not flash_attn else FLASH_VARLEN
         if requested == "flash_attention_2":
+            if not getattr(model_class, "_supports_flash_attn", False):
+                raise ConfigError(f"{KEY}=flash_attention_2: {for_model}; choose auto or eager")
             return requested
     found = "eager" if requested == "eager" else _masked(config, model_class)
     if requested == "sdpa" and found == "eager":
@@ -62,7 +66,7 @@ def _masked(config: Any, model_class: Any) -> str:
     """SDPA with the mask of `nn.packed_attention`; with transformers' masks where layers need several; or eager."""
     if not getattr(model_class, "_supports_sdpa", True):
         return "eager"
-    replaceable = getattr(model_class, "_supports_attention_backend", False)
+    replaceable = getattr(model_class, "_supports_attention_backend", False) and config.model_type not in WITH_MASKS
     return MASKED if replaceable and one_mask_fits(config) else "sdpa"
 
 

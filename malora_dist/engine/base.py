@@ -11,11 +11,13 @@ from malora_dist.config import RunConfig
 from malora_dist.engine.attention import attention_for
 from malora_dist.engine.progress import LOGGER
 from malora_dist.functional.nf4 import QUANTIZER
-from malora_dist.model import load_base_model, read_model_config
+from malora_dist.model import load_base_model
+from malora_dist.model_config import read_model_config
 from malora_dist.nn.head import install_loss_head
 from malora_dist.parallel.groups import World, from_main, gather_lists, on_main
 from malora_dist.parallel.nodes import this_node
 from malora_dist.parallel.zero import partition_at_once, partition_parts
+from malora_dist.progress import Bar
 from malora_dist.source import native_dtype
 from malora_dist.weights.base_tensor import Weights
 from malora_dist.weights.checkpoint import CheckpointWeights
@@ -37,27 +39,39 @@ def base_model(
     can give the loss itself (`nn.head`), where the model returns plain logits.
     `between` is called before each tensor is placed, by every process alike; it may raise.
     """
-    dtype = base_dtype(config, world)
-    attention = attention_for(config.model.attn_implementation, read_model_config(folder), dtype, world.device)
+    dtype, trusted = base_dtype(config, world), config.model.trust_remote_code
+    model_config = read_model_config(folder, trust_remote_code=trusted)
+    attention = attention_for(config.model.attn_implementation, model_config, dtype, world.device)
     weights, where = _weights(config, folder, dtype, world)
-    model = load_base_model(
-        folder,
-        dtype=dtype,
-        load_in_4bit=config.model.load_in_4bit,
-        double_quant=config.model.bnb_4bit_use_double_quant,
-        attn_implementation=attention,
-        device=world.device,
-        weights=weights,
-        **_placement(config, world, deepspeed_settings, between, in_parts=isinstance(weights, PreparedWeights)),
-    )
+    with Bar("reading the base model, tensors", active=world.is_main) as bar:
+        before = _after(between, bar.advance)
+        model = load_base_model(
+            folder,
+            dtype=dtype,
+            load_in_4bit=config.model.load_in_4bit,
+            double_quant=config.model.bnb_4bit_use_double_quant,
+            attn_implementation=attention,
+            trust_remote_code=trusted,
+            device=world.device,
+            weights=weights,
+            agree=lambda find: on_main(find, world),
+            **_placement(config, world, deepspeed_settings, before, in_parts=isinstance(weights, PreparedWeights)),
+        )
     logging.getLogger(LOGGER).info("base model: %s; this process read %.1f MiB", where, weights.bytes_read / 2**20)
-    logging.getLogger(LOGGER).info("attention: %s", attention)
+    logging.getLogger(LOGGER).info("attention: %s%s", attention, _why(config, model, attention))
     if not install_loss_head(model):
         logging.getLogger(LOGGER).info("loss: from whole logits, as the head of %s is not plain", type(model).__name__)
     if config.train.gradient_checkpointing:
         # Reentrant checkpointing would run forward without a graph and lose the balance loss's gradient.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _why(config: RunConfig, model: Any, attention: str) -> str:
+    """What the log adds where `auto` is less than elsewhere."""
+    if config.model.attn_implementation != "auto" or attention != "eager":
+        return ""
+    return f", as {type(model).__name__} has no other here"
 
 
 def _weights(config: RunConfig, folder: Path, dtype: torch.dtype, world: World) -> tuple[Weights, str]:

@@ -53,7 +53,14 @@ class RunCheckpoints:
         `best_by` is how this run scores; the best of one that scored otherwise, or in another folder, is forgotten.
         """
         state = restore_training(
-            checkpoint, self.stepper.engine, self.optimizer, self.tensors, self.loader, self.window, self.stepper.world
+            checkpoint,
+            self.stepper.engine,
+            self.optimizer,
+            self.stepper.balance,
+            self.tensors,
+            self.loader,
+            self.window,
+            self.stepper.world,
         )
         if state.best.by != best_by or checkpoint.folder.parent != self.saver.folder:
             state.best = Best(by=best_by)
@@ -63,7 +70,7 @@ class RunCheckpoints:
     def save(self, state: LoopState, best: bool) -> None:
         """Begin to save the state after the last completed step."""
         self.stepper.position.enter(f"saving {checkpoint_name(state.step)}")
-        content = training_state(self.stepper.engine, self.optimizer, state, self.window)
+        content = training_state(self.stepper.engine, self.optimizer, self.stepper.balance, state, self.window)
         self.saver.save(state.step, {**content, **self.beside}, state.random, best=best)
 
     def complete(self) -> None:

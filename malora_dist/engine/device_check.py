@@ -106,15 +106,16 @@ def memory_notes(
     """Return a note if less is free on the GPU than the plan needs. Raises ConfigError if the plan
     exceeds the whole GPU by more than `PLAN_ERROR`.
 
-    Nothing is said of a model whose layout the plan does not know.
+    Nothing is said of a model whose shapes the plan cannot know.
     """
-    try:
-        shape = find_shape(str(folder))
-    except ConfigError:
-        return []
     config = _as_it_runs(config, dtype, trains=lengths is not None)
     spec, hardware = adapter_spec(config), Hardware(nodes=1, gpus_per_node=world_size, hbm=gpu.total)
-    memory, _ = bytes_per_rank(run_of(config, spec, shape, world_size, lengths=lengths or Lengths(1, 1)))
+    try:
+        shape = find_shape(str(folder))
+        run = run_of(config, spec, shape, world_size, lengths=lengths or Lengths(1, 1))
+    except ConfigError:
+        return []
+    memory, _ = bytes_per_rank(run)
     needed = memory["total"] if lengths is not None else sum(memory[kind] for kind in HELD)
     sentence = f"by `malora plan` a process needs {show_bytes(needed)} of GPU memory, and {gpu.name} has"
     if needed > (1 + PLAN_ERROR) * gpu.total:

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from malora_dist.data.encode import ChoiceItem, Sample
+from malora_dist.data.packed_row import Packing
 from malora_dist.engine.forward import cross_entropies
-from malora_dist.engine.progress import Bar
 from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.nn.inject import mixture_layers
-from malora_dist.nn.packed_attention import is_masked, takes_mask
+from malora_dist.nn.packed_attention import is_masked
 from malora_dist.parallel.groups import World, gather_lists
-from malora_dist.scoring import Forward, row_tokens, score_items, summarise, task_result
+from malora_dist.progress import Bar
+from malora_dist.scoring import Forward, row_tokens, score_items, scores_of_questions, summarise, task_result
 
 
 def evaluate_tasks(
@@ -25,17 +26,16 @@ def evaluate_tasks(
     *,
     batch_tokens: int | str,
     title: str,
-    share_prompt: bool | None = None,
+    packing: Packing,
     use_adapter: bool = True,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """One side of eval.json, the same on every process; tasks without rows are left out.
 
     All tasks' questions are scored in one pass, so that rows are full and processes evenly loaded. `batch_tokens` may
-    be `auto`. `share_prompt` None: if the engine's attention takes a mask. `between` is called after each forward, as
+    be `auto`. packing: what `engine.packing` found that the model takes. `between` is called after each forward, as
     often on every process; what it raises leaves the engine as it was.
     """
-    share_prompt = takes_mask(engine.module) if share_prompt is None else share_prompt
     questions = {task: [as_question(row) for row in rows] for task, rows in evaluation.items() if rows}
     items = [item for rows in questions.values() for item in rows]
 
@@ -43,21 +43,21 @@ def evaluate_tasks(
         bar.update(done, total)
         between()
 
-    with evaluating(engine, use_adapter), Bar(title, 1, world.is_main) as bar:
+    with evaluating(engine, use_adapter), Bar(title, active=world.is_main) as bar:
         mine = score_items(
             forward_of(engine),
             items,
             batch_tokens=row_tokens(batch_tokens, world.device, is_masked(engine.module)),
-            share_prompt=share_prompt,
+            packing=packing,
             rank=world.rank,
             world_size=world.size,
             device=world.device,
             progress=progress,
         )
-    scores = dict(gather_lists(list(mine.items())))
+    scores = scores_of_questions(items, dict(gather_lists(list(mine.items()))))
     results, start = {}, 0
     for task, rows in questions.items():
-        results[task] = task_result(rows, [scores[index] for index in range(start, start + len(rows))])
+        results[task] = task_result(rows, scores[start : start + len(rows)])
         start += len(rows)
     return summarise(results)
 

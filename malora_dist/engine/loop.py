@@ -11,13 +11,14 @@ from torch import Tensor
 
 from malora_dist.data.loader import MicroBatch, TrainLoader
 from malora_dist.engine.position import Position
-from malora_dist.engine.progress import LOGGER, Bar, time_left
+from malora_dist.engine.progress import LOGGER, time_left
 from malora_dist.engine.random_state import random_state
 from malora_dist.engine.selection import Best
 from malora_dist.engine.step import Stepper
 from malora_dist.engine.stop import ENOUGH_STEPS, Agreement, Preempted
 from malora_dist.engine.window import Record, Window
 from malora_dist.errors import TrainingError
+from malora_dist.progress import Bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def train_loop(
     stepper.between = agreement.check
     loop = _Loop(stepper, loader, window, settings, state, actions)
     try:
-        with Bar("training", settings.max_steps, stepper.world.is_main) as bar:
+        with Bar("training", settings.max_steps, stepper.world.is_main, after=0) as bar:
             if not state.validated:
                 loop.save(best=loop.validate())
             while state.step < settings.max_steps:

@@ -89,6 +89,12 @@ class RunOutputs:
             100 * report.quantized_parameters / base,
             100 * report.adapted_parameters / base,
         )
+        if report.fused_experts:
+            self.log.info(
+                "not adapted, because they are no linears: experts kept as one 3-D parameter, %s and %d more",
+                report.fused_experts[0],
+                len(report.fused_experts) - 1,
+            )
 
     def placement(self, dtype: str, resident: dict[str, int], steps: int, steps_per_epoch: float) -> None:
         """What this process holds once DeepSpeed has placed everything."""
@@ -203,9 +209,10 @@ class RunOutputs:
         adapter = self.config.adapter
         return AdapterInfo(
             spec=adapter_spec(self.config),
-            target_modules=tuple(adapter.target_modules),
+            target_modules=adapter.target_modules if self.report is None else self.report.target_modules,
             base_model=self.config.model.name_or_path,
             lora_dropout=adapter.lora_dropout,
+            trust_remote_code=self.config.model.trust_remote_code,
         )
 
     def _card(self) -> str:

@@ -1,19 +1,15 @@
-"""What a run says while it goes: one line a log step, in a file and, on a terminal, under a progress bar."""
+"""What a run says while it goes: one line a log step, in a file and on the terminal."""
 
 import logging
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LOGGER = "malora_dist"
 
@@ -65,42 +61,6 @@ def peak_memory_gib(device: torch.device) -> float:
         # Not ru_maxrss, which starts at the size of the process that started this one.
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class Bar(AbstractContextManager["Bar"]):
-    """A progress bar on a terminal; a line every half minute elsewhere; nothing on other ranks."""
-
-    def __init__(self, title: str, total: int, active: bool) -> None:
-        self.title, self.total, self.active = title, total, active
-        self.started = self.said = time.monotonic()
-        self.progress: Progress | None = None
-        if active and sys.stdout.isatty():
-            columns: Sequence[TextColumn | BarColumn | MofNCompleteColumn | TimeRemainingColumn] = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self.progress = Progress(*columns, transient=True)
-            self.task = self.progress.add_task(title, total=total)
-
-    def __enter__(self) -> "Bar":
-        if self.progress is not None:
-            self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-    def update(self, done: int, total: int | None = None) -> None:
-        if self.progress is not None:
-            self.progress.update(self.task, completed=done, total=total or self.total)
-        elif self.active and time.monotonic() - self.said > 30:
-            self.said = time.monotonic()
-            logging.getLogger(LOGGER).info("%s: %d of %d", self.title, done, total or self.total)
 
 
 def time_left(started: float, done: int, total: int) -> str:

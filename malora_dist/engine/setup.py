@@ -10,8 +10,8 @@ from malora_dist.config import RunConfig
 from malora_dist.config.deepspeed import deepspeed_config
 from malora_dist.data.build import PreparedData
 from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.balance import BalanceSettings
 from malora_dist.engine.build import OptimizerSettings
-from malora_dist.engine.forward import BalanceSettings
 from malora_dist.engine.position import Position
 from malora_dist.engine.step import Stepper
 from malora_dist.nn.inject import InjectionReport, inject_adapters
@@ -101,6 +101,24 @@ def train_loader(config: RunConfig, data: PreparedData, world: World) -> TrainLo
         seed=config.train.seed,
         fingerprint=data.fingerprint,
     )
+
+
+def total_steps(config: RunConfig, loader: TrainLoader) -> int:
+    """Return the optimizer steps of the whole run."""
+    return config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
+
+
+def unseen_tasks(config: RunConfig, data: PreparedData, loader: TrainLoader) -> list[str]:
+    """Return a note on each task of which the run draws no sample."""
+    steps = total_steps(config, loader)
+    return [
+        f"task {task}: none of its {size} samples is drawn in the {steps} steps of this run, its share of the mixture "
+        f"is {share:.2g}; see data.mixture and the task's weight"
+        for task, size, share, drawn in zip(
+            data.task_names, data.train_sizes, data.shares, loader.drawn(steps), strict=True
+        )
+        if drawn == 0
+    ]
 
 
 def new_stepper(

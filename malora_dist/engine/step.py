@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from malora_dist.data.loader import MicroBatch
-from malora_dist.engine.forward import BalanceSettings, balance_loss, cross_entropies, set_token_keys
+from malora_dist.engine.balance import BalanceSettings, StepBalance
+from malora_dist.engine.forward import cross_entropies, set_token_keys
 from malora_dist.engine.guard import GradientGuard, first_nonfinite_layer, stop_if_nonfinite
 from malora_dist.engine.position import Position
 from malora_dist.errors import NonFiniteError, TrainingError
@@ -48,8 +49,8 @@ class StepResult:
 class Stepper:
     """Runs optimizer steps on an engine.
 
-    loss = sum of weighted cross-entropies over the whole global batch (`functional.loss`) + coefficient x balance loss
-    averaged over micro-batches. DeepSpeed divides by the accumulation steps and averages over processes, so each
+    loss = sum of weighted cross-entropies over the whole global batch (`functional.loss`) + coefficient x its balance
+    loss (`engine.balance`). DeepSpeed divides by the accumulation steps and averages over processes, so each
     process back-propagates its weighted sum times both. `between` is called before each micro-batch; what it raises
     leaves the step undone. The host waits for the device once a step, when the numbers that must be finite are read.
     """
@@ -72,7 +73,8 @@ class Stepper:
         self.position = position or Position(world.rank)
         self.position.follow(engine.module)
         self.engine, self.world, self.task_names = engine, world, task_names
-        self.balance, self.normalization, self.seed = balance, normalization, seed
+        self.balance = StepBalance(engine.module, balance, len(task_names), world.size, world.device)
+        self.normalization, self.seed = normalization, seed
         self.zero_stage, self.max_grad_norm = zero_stage, max_grad_norm
         self.between: Callable[[], None] = lambda: None
         self.trained = [p for _, p in adapter_parameters(engine.module) if p.requires_grad]
@@ -90,6 +92,7 @@ class Stepper:
         self.guard.clear()
         sent_before = self._sent_bytes()
         step_counts = self._step_counts(batches)
+        self.balance.start(step_counts.tokens, len(batches))
         learning_rate = float(self.engine.optimizer.param_groups[0]["lr"])
         sums = _Sums(len(self.task_names), self.world.device)
         with kept_weight_copies(self.engine.module):
@@ -112,7 +115,7 @@ class Stepper:
             tokens=int(totals.tokens),
             task_loss_sums=totals.task_loss_sums,
             task_token_counts=totals.task_token_counts,
-            expert_counts_GLE=sums.expert_counts_GLE,
+            expert_counts_GLE=self.balance.counts_GLE,
             exchange_bytes=self._sent_bytes() - sent_before,
         )
 
@@ -134,31 +137,30 @@ class Stepper:
         self.position.enter("forward")
         set_token_keys(self.engine.module, batch, self.seed, number)
         ce_N = cross_entropies(self.engine, batch)
-        aux, expert_counts_GLE = balance_loss(
-            self.engine.module, batch, len(self.task_names), self.balance, self.world.size
-        )
+        balance = self.balance.add(batch)
         weights_N = target_weights(
             batch.target_sample, batch.task_ids, batch.target_counts, step_counts.supervised, self.normalization
         )
         loss = (ce_N * weights_N).sum()
-        share = loss * accumulation + self.balance.coefficient * aux
+        share = loss + self.balance.settings.coefficient * balance
         self.position.enter("backward")
-        self.engine.backward(share * self.world.size)
+        self.engine.backward(share * accumulation * self.world.size)
         self.guard.collect()
-        sums.add(batch, ce_N.detach(), loss.detach(), aux.detach() / accumulation, expert_counts_GLE)
+        sums.add(batch, ce_N.detach(), loss.detach())
 
     def _check(
         self, number: int, batches: Sequence[MicroBatch], sums: "_Sums", step_counts: "_StepCounts"
     ) -> "_Totals":
         """Read the step's sums over all processes on the host at once; raises if one of them is not finite."""
-        summed = sum_over_processes(torch.cat([sums.vector(), self.guard.norms_P]))
-        supervised, tokens = step_counts.supervised[:-1], step_counts.tokens.reshape(1)
+        own = [sums.vector(), self.guard.norms_P, self.balance.sums()]
+        losses, norms, balance = sum_over_processes(torch.cat(own)).split([len(part) for part in own])
+        aux, tokens = self.balance.finish(balance).reshape(1), step_counts.tokens.reshape(1)
         G = len(self.task_names)
-        loss, aux, *rest = torch.cat([summed, supervised, tokens]).tolist()
-        totals = _Totals(loss, aux, rest[:G], rest[-G - 1 : -1], rest[-1])
+        aux_loss, loss, *rest = torch.cat([aux, losses, norms, step_counts.supervised[:-1], tokens]).tolist()
+        totals = _Totals(loss, aux_loss, rest[:G], rest[-G - 1 : -1], rest[-1])
         stop_if_nonfinite(
             number,
-            (loss, aux),
+            (loss, aux_loss),
             totals.task_loss_sums,
             self.task_names,
             where=lambda: first_nonfinite_layer(self.engine, batches, self.world.device, seed=self.seed, step=number),
@@ -208,18 +210,14 @@ class _Sums:
 
     def __init__(self, num_tasks: int, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.aux = torch.zeros((), dtype=torch.float64, device=device)
         self.task_loss_G = torch.zeros(num_tasks, dtype=torch.float64, device=device)
-        self.expert_counts_GLE = torch.zeros(())
 
-    def add(self, batch: MicroBatch, ce_N: Tensor, loss: Tensor, aux: Tensor, expert_counts_GLE: Tensor) -> None:
+    def add(self, batch: MicroBatch, ce_N: Tensor, loss: Tensor) -> None:
         self.loss += loss
-        self.aux += aux
         self.task_loss_G += sum_by_group(ce_N, batch.task_ids[batch.target_sample], len(self.task_loss_G))
-        self.expert_counts_GLE = self.expert_counts_GLE + expert_counts_GLE
 
     def vector(self) -> Tensor:
-        return torch.cat([self.loss.reshape(1), self.aux.reshape(1), self.task_loss_G])
+        return torch.cat([self.loss.reshape(1), self.task_loss_G])
 
 
 def sum_by_group(value_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:

@@ -1,11 +1,14 @@
 """What a checkpoint says beside tensors, taken from an engine and put back into one of any topology."""
 
+import logging
 import math
 from typing import Any
 
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.data.loader import TrainLoader
+from malora_dist.engine.balance import StepBalance
 from malora_dist.engine.loop import LoopState
+from malora_dist.engine.progress import LOGGER
 from malora_dist.engine.random_state import random_state, set_random_state
 from malora_dist.engine.selection import Best
 from malora_dist.engine.window import Window
@@ -17,7 +20,9 @@ from malora_dist.parallel.snapshot import Whole, restore
 GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 
 
-def training_state(engine: Any, optimizer: OptimizerState, loop: LoopState, window: Window) -> dict[str, Any]:
+def training_state(
+    engine: Any, optimizer: OptimizerState, balance: StepBalance, loop: LoopState, window: Window
+) -> dict[str, Any]:
     """Plain JSON of everything that decides how training goes on from here, alike on every process.
 
     Every process must call it.
@@ -30,6 +35,7 @@ def training_state(engine: Any, optimizer: OptimizerState, loop: LoopState, wind
             **{key: list(group[key]) if key == "betas" else group[key] for key in GROUP_KEYS},
         },
         "scheduler": {"last_epoch": engine.lr_scheduler.last_epoch},
+        "balance": balance.state_dict(),
         "loader": loop.loader,
         "window": window.state_dict(),
         "validated": loop.validated,
@@ -41,6 +47,7 @@ def restore_training(
     checkpoint: Checkpoint,
     engine: Any,
     optimizer: OptimizerState,
+    balance: StepBalance,
     tensors: list[Whole],
     loader: TrainLoader,
     window: Window,
@@ -58,6 +65,7 @@ def restore_training(
     _restore_schedule(checkpoint, engine, optimizer)
     engine.global_steps, engine.global_samples = step, step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
+    _restore_balance(checkpoint, balance)
     window.load_state_dict(state["window"])
     set_random_state(_random_state_of(checkpoint, world.rank))
     return LoopState(step, state["validated"], loader.state_dict(), random_state(), Best(**state["best"]))
@@ -77,6 +85,16 @@ def check_tensors(checkpoint: Checkpoint, tensors: list[Whole]) -> None:
     missing = sorted(trained - set(checkpoint.names("optimizer")))
     if missing:
         raise CheckpointError(f"{checkpoint.folder} has no {missing[0]}: that tensor was not trained there")
+
+
+def _restore_balance(checkpoint: Checkpoint, balance: StepBalance) -> None:
+    """Take up the expert counts of the last step. Older checkpoints have none: then as before step 1."""
+    if "balance" in checkpoint.manifest.state:
+        balance.load_state_dict(checkpoint.manifest.state["balance"], str(checkpoint.folder))
+    else:
+        logging.getLogger(LOGGER).info(
+            "%s has no expert counts, so the first step from here does not balance experts", checkpoint.folder
+        )
 
 
 def _restore_schedule(checkpoint: Checkpoint, engine: Any, optimizer: OptimizerState) -> None:

@@ -52,5 +52,15 @@ def load_balancing_loss(counts_LE: Tensor, prob_sum_LE: Tensor, num_tokens: Tens
     the ranks' results is the loss of one process that saw all tokens.
     """
     tokens = torch.as_tensor(num_tokens, dtype=prob_sum_LE.dtype, device=prob_sum_LE.device).clamp(min=1)
-    f_LE = counts_LE / (top_k * tokens)
-    return prob_sum_LE.shape[-1] * (f_LE * (prob_sum_LE / tokens)).sum(dim=-1)
+    return balance_of_shares(counts_LE / (top_k * tokens), prob_sum_LE / tokens)
+
+
+def balance_of_shares(share_LE: Tensor, mean_prob_LE: Tensor) -> Tensor:
+    """N * sum_e f_e P_e, shape (L,), from each expert's share of the choices and its mean probability."""
+    return share_LE.shape[-1] * (share_LE * mean_prob_LE).sum(dim=-1)
+
+
+def choice_shares(counts_LE: Tensor) -> Tensor:
+    """f: the share of each router's choices that fell on each expert, (L, E); all alike where nothing was counted."""
+    total_L1 = counts_LE.sum(dim=-1, keepdim=True)
+    return torch.where(total_L1 > 0, counts_LE / total_L1.clamp(min=1), 1 / max(1, counts_LE.shape[-1]))

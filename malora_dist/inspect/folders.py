@@ -125,12 +125,15 @@ def _headers(folder: Path, damaged: list[str]) -> Mapping[str, TensorPlace]:
         damaged.append(str(error))
         return {}
     places: dict[str, TensorPlace] = {}
+    others: dict[str, str] = {}
     for file in [SINGLE] if file_of is None else dict.fromkeys(file_of.values()):
         try:
-            places |= read_header(folder / file)
+            places |= read_header(folder / file, others)
         except (OSError, ValueError) as error:
             damaged.append(f"{folder / file} is missing or damaged: {error}")
-    lacking = [name for name, file in (file_of or {}).items() if name not in places and (folder / file).is_file()]
+    lacking = [
+        name for name, file in (file_of or {}).items() if name not in places | others and (folder / file).is_file()
+    ]
     if lacking and not damaged:
         damaged.append(f"{folder / INDEX} names {lacking[0]}, which no file holds")
     return places

@@ -1,5 +1,6 @@
 """Which kind of thing a path is, and the facts of its kind."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from malora_dist.inspect.adapters import Facts, adapter_facts, routing_shares
 GGUF_MAGIC = b"GGUF"
 
 
-def inspect(path: Path) -> Facts:
+def inspect(path: str | os.PathLike[str]) -> Facts:
     """Facts for `malora inspect`: plain JSON with `path`, `kind` and `damaged`, the files that cannot be used.
 
     Raises CheckpointError if there is nothing at the path, or nothing that is known.
     """
+    path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     return {"path": str(path)} | (_folder(path) if path.is_dir() else _file(path))

@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from malora_dist.nn.bitsandbytes_cpu import unpack
+from malora_dist.nn.linears import is_conv1d
 from malora_dist.nn.nf4_linear import NF4Linear
+
+ROWS = 1024
 
 
 class Magnitude(nn.Module):
@@ -29,9 +33,23 @@ class Magnitude(nn.Module):
 
     @torch.no_grad()
     def measure(self, base_layer: Any) -> None:
-        """Set ||W||^2 (fp32, or fp64 for an fp64 base) from a base layer whose weight is whole and in memory."""
-        weight = base_layer.dequantize(torch.float32) if isinstance(base_layer, NF4Linear) else base_layer.weight
-        self.base_squares = weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(dim=1)
+        """Set ||W||^2 (fp32, or fp64 for an fp64 base) from a base layer whose weight is whole."""
+        weight_OI = _weight(base_layer)
+        device = self.magnitude.device
+        if weight_OI is None:
+            self.base_squares = _squares_by_forward(base_layer, len(self.magnitude), device)
+        else:
+            wide = torch.promote_types(weight_OI.dtype, torch.float32)
+            self.base_squares = weight_OI.to(wide).square().sum(dim=1).to(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Magnitude":
+        """Move; ||W||^2 is never rounded, since what is left of it after a difference is a norm."""
+        squares_O = self.base_squares
+        super()._apply(fn, recurse)
+        moved_O = self.base_squares
+        if moved_O.dtype != torch.promote_types(moved_O.dtype, squares_O.dtype):
+            self.base_squares = squares_O.to(moved_O.device)
+        return self
 
     def forward(
         self, base_layer: Any, base_TO: Tensor, h_TI: Tensor, A_ERI: Tensor, B_EOR: Tensor, scaling: float, same: bool
@@ -51,3 +69,30 @@ class Magnitude(nn.Module):
         squares_O = self.base_squares + 2 * (B * WA_RO.T).sum(dim=1) + (B * (B @ (A @ A.T))).sum(dim=1)
         # A row of zeros has magnitude 0, and no output either way.
         return squares_O.clamp(min=torch.finfo(squares_O.dtype).tiny).sqrt(), bias_O
+
+
+def _weight(base_layer: Any) -> Tensor | None:
+    """The weight (O, I) as the layer computes with it, None where only the layer itself can unpack it."""
+    if isinstance(base_layer, NF4Linear):
+        return base_layer.dequantize(torch.float32)
+    unpack(base_layer)
+    weight: Tensor = base_layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        unpacked: Tensor = dequantize_4bit(weight.data, state)
+        return unpacked.view(state.shape)
+    if weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
+        return None
+    return weight.T if is_conv1d(base_layer) else weight
+
+
+def _squares_by_forward(base_layer: Any, out_features: int, device: torch.device) -> Tensor:
+    """||W||^2 (O,) from what the layer makes of the rows of the identity."""
+    squares_O = torch.zeros(out_features, device=device)
+    bias_O = base_layer(torch.zeros(1, base_layer.in_features, device=device))[0]
+    for columns in torch.arange(base_layer.in_features, device=device).split(ROWS):
+        rows = F.one_hot(columns, base_layer.in_features).float()
+        squares_O += (base_layer(rows) - bias_O).float().square().sum(dim=0)
+    return squares_O

@@ -85,7 +85,7 @@ def _returns_what_the_head_gives(model: Any, name: str, head: nn.Linear) -> bool
     shows: it makes another tensor, or a new version of this one. A forward that needs more of its parts
     counts as one that changes logits.
     """
-    logits = torch.zeros(1, 2, 1, dtype=head.weight.dtype)
+    logits = torch.zeros(1, 1, 1, dtype=head.weight.dtype)
     probe = copy.copy(model)
     decoder = _Decoder(torch.zeros(1, 2, head.in_features, dtype=head.weight.dtype))
     probe._modules = model._modules | {model.base_model_prefix: decoder, name: _Fixed(logits)}
@@ -112,5 +112,7 @@ class _Fixed(nn.Module):
         super().__init__()
         self.output = output
 
-    def forward(self, _: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.shape[:2] != self.output.shape[:2]:
+            raise ValueError("a model that hands its head all rows, whichever are asked for")
         return self.output

@@ -1,7 +1,7 @@
 """Putting adapters on a model, and reading them off it."""
 
-import difflib
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,18 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
+from malora_dist.functional.target_names import ALL_LINEAR, is_pattern
 from malora_dist.methods import MixtureSpec, count_parameters, factor_shapes
+from malora_dist.nn.bitsandbytes_cpu import keep_differentiable
 from malora_dist.nn.kernels import require_triton
+from malora_dist.nn.linears import linear_sizes
 from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.nf4_linear import NF4Linear
+from malora_dist.nn.saving import Injected, release, save_adapters_of
 from malora_dist.nn.siblings import SIBLINGS, join_siblings, part_siblings
+from malora_dist.nn.targets import find_targets, fused_experts, plain_names
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class InjectionRow:
-    """One kind of target: how many modules matched, and their parameters."""
+    """Targets of one name and size: how many modules they are, and their parameters."""
 
     target: str
     modules: int
@@ -32,19 +37,21 @@ class InjectionRow:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What `inject_adapters` did."""
+    """What `inject_adapters` did. `target_modules` are ends of names, as files of PEFT's layout name them."""
 
     rows: tuple[InjectionRow, ...]
     trainable_parameters: int
     base_parameters: int
     adapted_parameters: int
     quantized_parameters: int
+    target_modules: tuple[str, ...] = ()
+    fused_experts: tuple[str, ...] = ()
 
 
 def inject_adapters(
     model: nn.Module,
     spec: MixtureSpec,
-    target_modules: Sequence[str] = DEFAULT_TARGETS,
+    target_modules: Sequence[str] | str = DEFAULT_TARGETS,
     *,
     lora_dropout: float = 0.0,
     computation: str = "auto",
@@ -54,7 +61,10 @@ def inject_adapters(
     place: Callable[[MixtureLinear], None] | None = None,
     whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
 ) -> InjectionReport:
-    """Freeze `model` and wrap each linear whose name ends in one of `target_modules` in a MixtureLinear, in place.
+    """Freeze `model` and wrap each linear that `target_modules` means in a MixtureLinear, in place.
+
+    A target is the end of a name, a regular expression for whole names, or `all-linear` (`nn.targets`). A model of
+    transformers then saves its adapter alone, wherever transformers would save the model.
 
     Adapters are fp32, built on the device of the layer they wrap. Their initial values depend on the seed and the
     module's name alone, so every process builds the same ones (DoRA's magnitude depends on the base's weight too, which
@@ -63,34 +73,43 @@ def inject_adapters(
     process, before the next layer is built; the report counts whole layers all the same. Without `init_weights` no
     initial value is computed: the factors are memory that the caller must fill, every one.
 
-    Raises ConfigError if `computation` is grouped_triton where Triton cannot run, if a target matches nothing or
-    matches a module that is not a linear, or if the model keeps its experts as fused 3-D parameters, which linears
-    cannot reach.
+    Raises ConfigError if `computation` is grouped_triton where Triton cannot run, if the model has adapters already, or
+    if a target matches nothing or matches a module that is not a linear. Experts that a model keeps as one 3-D
+    parameter are no linears; the report names them.
     """
-    _refuse_fused_experts(model)
+    _refuse_second(model)
     if computation == "grouped_triton" and spec.structure.routed:
         require_triton(next(model.parameters()).device)
-    matches = {target: _find_targets(model, target) for target in target_modules}
-    _check_matches(model, matches, spec)
+    targets = (target_modules,) if isinstance(target_modules, str) else target_modules
+    matches = find_targets(model, targets, spec)
+    names = plain_names(model, matches)
+    trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     model.requires_grad_(False)
     base_parameters = count_base_parameters(model)
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
-    rows = []
-    for target, names in matches.items():
-        for name in names:
-            with whole(model.get_submodule(name)) if spec.structure.magnitude else nullcontext():
-                layer = _wrap(model, name, spec, lora_dropout, computation, seed, init_weights)
+    places = _places(model)
+    for matched in matches.values():
+        for name in matched:
+            base = model.get_submodule(name)
+            with whole(base) if spec.structure.magnitude else nullcontext():
+                layer = _adapted(base, name, spec, lora_dropout, computation, seed, init_weights)
+            for parent, leaf in places[id(base)]:
+                setattr(parent, leaf, layer)
             if place is not None:
                 place(layer)
-        rows.append(_row(model, spec, target, names))
+    rows = [row for target, matched in matches.items() for row in _rows(model, spec, target, matched)]
     if fuse_siblings and spec.shared_r is not None:
         join_siblings(model)
+    keep_differentiable(model)
+    save_adapters_of(model, Injected(spec, names, lora_dropout, trained))
     return InjectionReport(
         rows=tuple(rows),
         trainable_parameters=sum(row.trainable_parameters for row in rows),
         base_parameters=base_parameters,
         adapted_parameters=sum(row.modules * row.in_features * row.out_features for row in rows),
         quantized_parameters=quantized,
+        target_modules=names,
+        fused_experts=tuple(fused_experts(model)),
     )
 
 
@@ -131,53 +150,25 @@ def layer_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "big") >> 1
 
 
-def _find_targets(model: nn.Module, target: str) -> list[str]:
-    candidates = {name: m for name, m in model.named_modules() if name == target or name.endswith(f".{target}")}
-    if not candidates:
-        linears = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)})
-        near = difflib.get_close_matches(target, linears, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"the model's linears are {', '.join(linears)}"
-        raise ConfigError(f"adapter.target_modules: {target!r} matches no module of the model; {hint}")
-    wrong = [f"{name} ({type(m).__name__})" for name, m in candidates.items() if not _is_linear(m)]
-    if wrong:
-        raise ConfigError(f"adapter.target_modules: {target!r} matches {wrong[0]}, which is not a linear layer")
-    return list(candidates)
+def _refuse_second(model: nn.Module) -> None:
+    for name, layer in mixture_layers(model):
+        raise ConfigError(
+            f"the model has adapters: {name} is a {type(layer).__name__}. One set of adapters is trained, saved and "
+            "balanced as a whole; malora_dist.nn.inject.remove_adapters takes it off first"
+        )
 
 
-def _check_matches(model: nn.Module, matches: dict[str, list[str]], spec: MixtureSpec) -> None:
-    """Refuse what cannot be built, before anything of the model is changed."""
-    if not matches:
-        raise ConfigError("adapter.target_modules is empty: there would be nothing to train")
-    target_of: dict[str, str] = {}
-    for target, names in matches.items():
-        for name in names:
-            if name in target_of:
-                raise ConfigError(f"adapter.target_modules: {target_of[name]!r} and {target!r} both match {name}")
-            target_of[name] = target
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear | NF4Linear)
-            if spec.shared_r is not None and spec.shared_r > linear.in_features:
-                raise ConfigError(
-                    f"adapter.shared_r={spec.shared_r} must be at most the {linear.in_features} inputs of {name}: "
-                    "S_A is made of that many orthogonal rows"
-                )
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Parents and names in them of every module: one may stand in several places."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for leaf, module in parent._modules.items():
+            places.setdefault(id(module), []).append((parent, leaf))
+    return places
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, NF4Linear))
-
-
-def _refuse_fused_experts(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3 and not name.endswith((".P", ".A", ".B")):
-            raise ConfigError(
-                f"{type(model).__name__} keeps experts as one 3-D parameter ({name}), which adapters on linears would "
-                "silently miss; this base is not supported"
-            )
-
-
-def _wrap(
-    model: nn.Module,
+def _adapted(
+    base: nn.Module,
     name: str,
     spec: MixtureSpec,
     dropout: float,
@@ -186,14 +177,13 @@ def _wrap(
     init_weights: bool,
 ) -> MixtureLinear:
     parent_name, _, leaf = name.rpartition(".")
-    parent, base = model.get_submodule(parent_name), model.get_submodule(name)
-    assert isinstance(base, (nn.Linear, NF4Linear))
-    device = next(base.parameters()).device
-    with torch.device(device):
+    sizes = linear_sizes(base)
+    assert sizes is not None
+    with torch.device(_device(base)):
         layer = MixtureLinear(
             base,
-            in_features=base.in_features,
-            out_features=base.out_features,
+            in_features=sizes[0],
+            out_features=sizes[1],
             num_experts=spec.num_experts,
             top_k=spec.top_k,
             r=spec.r,
@@ -211,14 +201,25 @@ def _wrap(
             generator=torch.Generator("cpu").manual_seed(layer_seed(seed, name)),
             init_weights=init_weights,
         )
-    layer.train(base.training)
-    setattr(parent, leaf, layer)
-    return layer
+    return layer.train(base.training)
 
 
-def _row(model: nn.Module, spec: MixtureSpec, target: str, names: list[str]) -> InjectionRow:
-    sizes = [(layer.in_features, layer.out_features) for name, layer in mixture_layers(model) if name in set(names)]
-    return InjectionRow(target, len(names), *sizes[0], sum(count_parameters(spec, *size) for size in sizes))
+def _device(base: nn.Module) -> torch.device:
+    """Where the layer computes: accelerate keeps the weights of a layer that it offloads on no device."""
+    device = next(base.parameters()).device
+    executes_on = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+    return device if device.type != "meta" or executes_on is None else torch.device(executes_on)
+
+
+def _rows(model: nn.Module, spec: MixtureSpec, target: str, names: Sequence[str]) -> Iterator[InjectionRow]:
+    """By size, and by the last part of the name where the target is none."""
+    layers = dict(mixture_layers(model))
+    kinds = Counter[tuple[str, int, int]]()
+    for name in names:
+        shown = name.rpartition(".")[2] if target == ALL_LINEAR or is_pattern(target) else target
+        kinds[shown, layers[name].in_features, layers[name].out_features] += 1
+    for (shown, inputs, outputs), count in kinds.items():
+        yield InjectionRow(shown, count, inputs, outputs, count * count_parameters(spec, inputs, outputs))
 
 
 def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int, ...]]:
@@ -233,6 +234,8 @@ def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int,
 def remove_adapters(model: nn.Module) -> None:
     """Put every adapted layer's base back in its place: the model is what `inject_adapters` was given."""
     part_siblings(model)
-    for name, layer in list(mixture_layers(model)):
-        parent_name, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), leaf, layer.base_layer)
+    places = _places(model)
+    for _, layer in list(mixture_layers(model)):
+        for parent, leaf in places[id(layer)]:
+            setattr(parent, leaf, layer.base_layer)
+    release(model)

@@ -1,7 +1,7 @@
 """The adapted linear: a frozen base layer plus a mixture of low-rank experts."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,35 +17,8 @@ from malora_dist.functional.triton_ready import triton_ready
 from malora_dist.functional.weight_copies import WeightCopies
 from malora_dist.nn.dora import Magnitude
 from malora_dist.nn.entrance import Entrance
-
-AddExperts = Callable[[Tensor], Tensor]
-
-
-class Entered(NamedTuple):
-    """A layer's input (T, I) as its base must read it, h (T, D) for the experts, and the routing.
-
-    `through_A`: h (T, E*R) has passed the experts' own A already.
-    """
-
-    x_TI: Tensor
-    h: Tensor
-    routing: Routing | None
-    through_A: bool = False
-
-
-class EntersTogether(Protocol):
-    """Linears that read one tensor."""
-
-    def enter(self, layer: "MixtureLinear", x: Tensor) -> Entered:
-        """What `layer` makes of its input (..., I) before its experts."""
-
-
-class Dispatcher(Protocol):
-    """How the tokens of a layer reach their experts."""
-
-    def start(self, layer: "MixtureLinear", x: Tensor) -> tuple[Tensor, AddExperts]:
-        """Begin with the layer's input (..., I): what the base layer must read (T, I), and what turns its output (T, O)
-        into the layer's output."""
+from malora_dist.nn.meeting import AddExperts, Dispatcher, Entered, EntersTogether
+from malora_dist.nn.recompute import is_recomputing, refuse_reentrant
 
 
 class MixtureLinear(nn.Module):
@@ -125,11 +98,27 @@ class MixtureLinear(nn.Module):
             self.dora.measure(base_layer)
         if not self.B.is_meta and init_weights:
             self.reset_parameters(generator)
+        if self.dora is not None:
+            self.register_load_state_dict_post_hook(_measure_again)
 
     @property
     def core(self) -> nn.Parameter | None:
         """What leads into the experts' ranks: P (E, r, D), A (E, r, I) without S_A, or nothing."""
         return None if self.core_name is None else self.get_parameter(self.core_name)
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight, for code that looks at it; the experts are not in it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base's bias, or None."""
+        return self.base_layer.bias
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, or a pickle: everything but what belongs to the last forward."""
+        return self.__dict__ | {"routing": None, "token_keys": None, "weight_copies": None}
 
     def set_experts(self, core: nn.Parameter | None, B: nn.Parameter) -> None:
         """Hold these experts, all or a slice of them."""
@@ -216,7 +205,11 @@ class MixtureLinear(nn.Module):
 
     def _keep(self, routing: Routing | None) -> None:
         # Recomputation in backward must not: its routing would keep a block's graph alive until the next forward.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling():
+            self.routing = routing
+        elif not is_recomputing():
+            if self.balanced:
+                refuse_reentrant(self.training)
             self.routing = routing
 
     def _start(self, x: Tensor) -> tuple[Tensor, AddExperts]:
@@ -258,3 +251,10 @@ class MixtureLinear(nn.Module):
             f"num_experts={self.num_experts}, top_k={self.top_k}, r={self.r}, shared_r={self.shared_r}, "
             f"scaling={self.scaling}, form={self.form}"
         )
+
+
+def _measure_again(layer: MixtureLinear, _: object) -> None:
+    """DoRA's norms are those of the base, which a state dict may have replaced."""
+    assert layer.dora is not None
+    if not layer.B.is_meta and all(parameter.numel() for parameter in layer.base_layer.parameters()):
+        layer.dora.measure(layer.base_layer)

@@ -1,8 +1,8 @@
 """Attention of packed rows: samples behind one another in one row, none of which may attend to another.
 
-Two forms are registered with transformers. Varlen kernels (FlashAttention) take the cumulative lengths of the samples
-and compute each sample alone: sum of length^2 instead of T^2, and no mask. SDPA takes a mask, which is made once for
-all layers. For both transformers makes no mask of its own, so the host waits for nothing.
+Varlen kernels (FlashAttention) take the cumulative lengths of the samples and compute each sample alone: sum of
+length^2 instead of T^2, and no mask. SDPA and eager attention take masks, which `nn.packed_masks` makes. For neither
+the host waits.
 """
 
 import inspect
@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
+from malora_dist.nn.packed_masks import MASKED, Row, Window, register_masks
 
-MASKED = "malora_sdpa"
 TORCH_VARLEN = "malora_varlen"
 FLASH_VARLEN = "malora_varlen_fa2"
 FULL = "full_attention"
-# Models that fail where they are given a mask of four dimensions.
-OWN_MASKS = ("bloom",)
 OTHER = "choose model.attn_implementation=sdpa or eager"
 
 # (q (T,H,D), k (T,G,D), v (T,G,D), cumulative lengths (S+1,), longest, scale, window or None) -> (T,H,D), causal
@@ -29,13 +27,14 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tens
 
 
 def register_attention() -> None:
-    """Make the forms known to transformers, under names that its mask functions do not know."""
+    """Make the forms known to transformers."""
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(MASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
     AttentionInterface.register(TORCH_VARLEN, partial(varlen_attention, torch_varlen))
     AttentionInterface.register(FLASH_VARLEN, partial(varlen_attention, flash_attn_varlen))
+    register_masks(TORCH_VARLEN, FLASH_VARLEN)
 
 
 def varlen_attention(
@@ -44,7 +43,7 @@ def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Window | None,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -54,13 +53,14 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """Compute the attention of a transformers model's layer: q (1,H,T,D), k and v (1,G,T,D) -> (1,T,H,D).
 
-    Raises ConfigError if the model asks for what these kernels do not compute, or hands no lengths on.
+    The window is the one that the model has asked a mask for; not all models name it here. Raises ConfigError if the
+    model asks for what these kernels do not compute, or hands no lengths on.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise ConfigError(f"{type(module).__name__} hands no lengths of samples to its attention: {OTHER}")
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     unknown += ["v of another width"] if value.shape[-1] != query.shape[-1] else []
-    unknown += ["attention_mask"] if attention_mask is not None else []
+    unknown += ["attention_mask"] if isinstance(attention_mask, Tensor) else []
     unknown += (
         [] if getattr(module, "is_causal", True) and others.get("is_causal") is not False else ["is_causal=False"]
     )
@@ -69,7 +69,8 @@ def varlen_attention(
         raise ConfigError(f"{type(module).__name__}: varlen attention has no {', '.join(unknown)}: {OTHER}")
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, sliding_window)[None], None
+    window = attention_mask.tokens if isinstance(attention_mask, Window) else sliding_window
+    return kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, window)[None].contiguous(), None
 
 
 def torch_varlen(
@@ -136,47 +137,30 @@ def one_mask_fits(config: Any) -> bool:
     return layers == {FULL} and limits == [None, None]
 
 
-def takes_mask(model: Any) -> bool:
-    """Return whether the model, as it is loaded, attends by whatever mask it is given."""
-    return is_masked(model) and one_mask_fits(model.config) and model.config.model_type not in OWN_MASKS
-
-
 def is_masked(model: Any) -> bool:
     """Return whether the model's attention works on (T, T) masks, be they given or its own."""
     return model.config._attn_implementation in (MASKED, "sdpa", "eager")
 
 
-def attention_arguments(
-    model: Any,
-    cu_seq_lens: Tensor,
-    max_length: int,
-    token_sample: Tensor,
-    token_branch: Tensor | None = None,
-) -> dict[str, Any]:
-    """Return what the model's forward is to be told of a packed row; without waiting for the device.
+def is_varlen(model: Any) -> bool:
+    """Return whether the model's attention is one of those of this file, which computes each sample alone."""
+    return model.config._attn_implementation in (TORCH_VARLEN, FLASH_VARLEN)
 
-    `token_branch` makes a tree of each sample: its tokens of branch 0, then branches that see 0 and themselves. Only
-    where `takes_mask`.
+
+def attention_arguments(model: Any, row: Row) -> dict[str, Any]:
+    """Return what the model's forward is to be told of a packed row, inside `packed_row`; the device is not waited for.
+
+    A mask that hides nothing, for else transformers would look for samples in the positions.
     """
-    if takes_mask(model) and (token_branch is not None or len(cu_seq_lens) > 2):
-        dtype = model.get_input_embeddings().weight.dtype
-        return {"attention_mask": packed_mask(token_sample, token_branch, dtype)}
-    assert token_branch is None
+    shown = {"attention_mask": torch.ones_like(row.position_ids)}
     if is_masked(model):
-        return {"attention_mask": None}
+        return shown
+    assert row.token_branch is None
+    lengths = length_arguments(row.cu_seq_lens, row.max_length)
+    return lengths | (shown if is_varlen(model) else {"attention_mask": None})
+
+
+def length_arguments(cu_seq_lens: Tensor, max_length: int) -> dict[str, Any]:
+    """Return what varlen kernels are to be told: where each sample begins, and how long the longest is."""
     lengths = {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
-    return {"attention_mask": None, **lengths, "max_length_q": max_length, "max_length_k": max_length}
-
-
-def packed_mask(token_sample_T: Tensor, token_branch_T: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return what is added to scores, (1, 1, T, T): 0 where a token sees another, else -inf.
-
-    Kernels that convert or copy masks would do it in every layer: so it has the dtype of the scores, and rows that
-    begin at multiples of 16 numbers.
-    """
-    T = len(token_sample_T)
-    seen = (token_sample_T[:, None] == token_sample_T).tril_()
-    if token_branch_T is not None:
-        seen &= (token_branch_T == 0) | (token_branch_T[:, None] == token_branch_T)
-    mask = torch.zeros(T, -(-T // 16) * 16, dtype=dtype, device=token_sample_T.device)[:, :T]
-    return mask.masked_fill_(~seen, float("-inf"))[None, None]
+    return lengths | {"max_length_q": max_length, "max_length_k": max_length}

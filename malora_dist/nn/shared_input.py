@@ -1,7 +1,7 @@
 """What several layers make together of the one tensor they all read."""
 
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ class SharedInput(Generic[Part]):
         self._input: _Memory | None = None
         self._mode = (False, False)
         self._parts: dict[int, Part] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, or a pickle: no tensor of a forward."""
+        return self.__dict__ | {"_input": None, "_parts": {}}
 
     def take(self, layer: nn.Module, x: Tensor) -> Part:
         """This layer's part, once."""

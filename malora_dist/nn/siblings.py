@@ -8,7 +8,8 @@ from malora_dist.functional.entrance import autocast, enter
 from malora_dist.functional.routing import Routing, choose
 from malora_dist.functional.weight_copies import WeightCopies
 from malora_dist.nn.entrance import Entrance
-from malora_dist.nn.mixture import Entered, MixtureLinear
+from malora_dist.nn.meeting import Entered
+from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.shared_input import SharedInput
 
 # Linears of one parent module that read the same tensor.

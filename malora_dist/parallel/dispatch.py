@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from malora_dist.functional.routing import Routing
-from malora_dist.nn.mixture import AddExperts, MixtureLinear
+from malora_dist.nn.meeting import AddExperts
+from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.shared_input import SharedInput
 from malora_dist.parallel.exchange import Combine, Homeward, SendRows, Spread, Wire
 from malora_dist.parallel.routes import Positions, Routes, make_routes

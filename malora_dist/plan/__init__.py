@@ -1,4 +1,4 @@
-"""Memory, traffic and time of a run before it starts. Arithmetic only: no torch, no GPU, nothing is loaded."""
+"""Memory, traffic and time of a run before it starts. Arithmetic alone: no GPU, no weights; `families` needs torch."""
 
 from typing import Any
 

@@ -4,6 +4,8 @@ s is the bytes of a number of the base's dtype. A tensor that several operations
 count; copies of them in another dtype or layout do.
 """
 
+import math
+
 from malora_dist.functional.loss_chunks import chunk_rows
 from malora_dist.plan.parameters import FP32
 from malora_dist.plan.run import Run, is_grouped
@@ -11,6 +13,8 @@ from malora_dist.plan.shapes import Linear
 from malora_dist.traffic import rows_per_token
 
 INDEX = 8
+# Linears that read one tensor, by what they have in common.
+SHARED = {"q_proj": "q k v", "k_proj": "q k v", "v_proj": "q k v", "gate_proj": "gate up", "up_proj": "gate up"}
 
 
 def activation_bytes(run: Run) -> int:
@@ -25,7 +29,8 @@ def activation_bytes(run: Run) -> int:
     mask = _mask_bytes(run)
     if not run.checkpointing:
         return L * block_bytes(run) + mask + final_norm + rotary
-    inputs = L * (run.tokens * run.shape.hidden_size * s + len(run.adapted) * _routing_bytes(run))
+    routers = sum(run.shape.copies(linear) for linear in run.adapted)
+    inputs = L * run.tokens * run.shape.hidden_size * s + routers * _routing_bytes(run)
     return inputs + mask + block_bytes(run) + final_norm + rotary
 
 
@@ -41,10 +46,13 @@ def saved_logit_bytes(run: Run) -> int:
 
 
 def block_bytes(run: Run) -> int:
-    """One decoder block: two norms, attention, the gated MLP, and the adapters on its linears."""
+    """One decoder block: two norms, attention, the gated MLP, and the adapters on its linears.
+
+    Where blocks differ, their mean.
+    """
     norms = 2 * run.tokens * (run.shape.hidden_size + 1) * FP32
     mlp = 3 * run.tokens * run.shape.intermediate_size * run.itemsize
-    adapters = sum(_adapter_bytes(run, linear) for linear in run.adapted)
+    adapters = math.ceil(sum(_a_block(run, linear) * _adapter_bytes(run, linear) for linear in run.adapted))
     return norms + _attention_bytes(run) + mlp + _input_bytes(run) + adapters
 
 
@@ -75,13 +83,19 @@ def _input_bytes(run: Run) -> int:
     """
     if run.dropout > 0 and run.spec.structure.magnitude:
         return 0
-    names = {linear.name for linear in run.adapted}
-    widths = [
-        run.shape.hidden_size if names & {"q_proj", "k_proj", "v_proj"} else 0,
-        run.shape.hidden_size if names & {"gate_proj", "up_proj"} else 0,
-        run.shape.intermediate_size if "down_proj" in names else 0,
-    ]
-    return run.tokens * sum(widths) * run.itemsize
+    alone, shared = 0.0, dict[str, float]()
+    for linear in run.adapted:
+        width, group = _a_block(run, linear) * linear.in_features, SHARED.get(linear.name)
+        if group is not None:
+            shared[group] = max(width, shared.get(group, 0.0))
+        elif linear.name != "o_proj":
+            alone += width
+    return math.ceil(run.tokens * (alone + sum(shared.values())) * run.itemsize)
+
+
+def _a_block(run: Run, linear: Linear) -> float:
+    """How many linears of a kind a block has, in the mean."""
+    return run.shape.copies(linear) / run.shape.num_layers
 
 
 def _routing_bytes(run: Run) -> int:

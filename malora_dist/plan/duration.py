@@ -49,12 +49,12 @@ def step_flops(run: Run) -> float:
     checkpointing runs all but the head forward again. DoRA multiplies the dropped input by the frozen weight too.
     """
     T, shape, again = run.tokens, run.shape, 1 if run.checkpointing else 0
-    frozen = 2 * T * sum(linear.weights for linear in shape.linears)
+    frozen = 2 * T * (sum(shape.copies(each) * each.weights for each in shape.linears) + shape.expert_multiplications)
     if run.spec.structure.magnitude and run.dropout > 0:
-        frozen += 2 * T * sum(linear.weights for linear in run.adapted)
-    trained = 2 * T * sum(_adapter_multiplications(run, linear) for linear in run.adapted)
-    block = (2 + again) * frozen + (3 + again) * (trained + _attention_flops(run))
-    return run.accumulation * (shape.num_layers * block + 2 * 2 * run.targets * shape.embedding_numel)
+        frozen += 2 * T * sum(shape.copies(linear) * linear.weights for linear in run.adapted)
+    trained = 2 * T * sum(shape.copies(linear) * _adapter_multiplications(run, linear) for linear in run.adapted)
+    blocks = (2 + again) * frozen + (3 + again) * (trained + shape.num_layers * _attention_flops(run))
+    return run.accumulation * (blocks + 2 * 2 * run.targets * shape.embedding_numel)
 
 
 def _attention_flops(run: Run) -> float:

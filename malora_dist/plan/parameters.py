@@ -41,16 +41,16 @@ class Stored:
 def stored_tensors(run: Run) -> list[Stored]:
     """Every parameter of the model that a rank is responsible for, whole."""
     shape, W = run.shape, run.world_size
-    L, s = shape.num_layers, run.itemsize
-    tensors = [Stored("base_other", numel, s, W, L) for numel in shape.vectors]
-    tensors.append(Stored("base_other", shape.hidden_size, s, W))
+    s = run.itemsize
+    tensors = [Stored("base_other", numel, s, W, copies) for numel, copies in shape.others]
     heads = 1 if shape.tied_head else 2
     tensors.append(Stored("base_other", shape.embedding_numel, s, W, heads, is_embedding=True))
     for linear in shape.linears:
+        copies = shape.copies(linear)
         if run.load_in_4bit:
-            tensors.append(Stored("base_4bit", nf4_blob_bytes(linear.weights, run.double_quant), 1, W, L))
+            tensors.append(Stored("base_4bit", nf4_blob_bytes(linear.weights, run.double_quant), 1, W, copies))
         else:
-            tensors.append(Stored("base_other", linear.weights, s, W, L))
+            tensors.append(Stored("base_other", linear.weights, s, W, copies))
     for linear in run.adapted:
         tensors += _adapter_tensors(run, linear)
     return tensors
@@ -61,7 +61,7 @@ def _adapter_tensors(run: Run, linear: Linear) -> Iterator[Stored]:
         is_expert = factor in EXPERT_FACTORS and run.ep_size > 1
         numel = math.prod(shape) // (run.ep_size if is_expert else 1)
         group = run.expert_group if is_expert else run.world_size
-        yield Stored("adapters", numel, FP32, group, run.shape.num_layers, trained=True)
+        yield Stored("adapters", numel, FP32, group, run.shape.copies(linear), trained=True)
 
 
 def weight_copy_bytes(run: Run) -> int:
@@ -72,13 +72,14 @@ def weight_copy_bytes(run: Run) -> int:
     """
     if run.itemsize == FP32 or run.spec.structure.magnitude:
         return 0
-    per_block = 0
+    numel = 0
     for linear in run.adapted:
         in_tiles = EXPERT_FACTORS if run.computation != "grouped" and is_grouped(run, linear) else ()
         for factor, shape in factor_shapes(run.spec, linear.in_features, linear.out_features).items():
             if factor not in in_tiles:
-                per_block += math.prod(shape) // (run.ep_size if factor in EXPERT_FACTORS else 1)
-    return run.shape.num_layers * per_block * run.itemsize
+                part = math.prod(shape) // (run.ep_size if factor in EXPERT_FACTORS else 1)
+                numel += run.shape.copies(linear) * part
+    return numel * run.itemsize
 
 
 def nf4_blob_bytes(numel: int, double_quant: bool) -> int:
@@ -90,8 +91,10 @@ def nf4_blob_bytes(numel: int, double_quant: bool) -> int:
 
 def trainable_parameters(run: Run) -> int:
     """Trained numbers of the whole model, over all ranks."""
-    per_block = sum(count_parameters(run.spec, linear.in_features, linear.out_features) for linear in run.adapted)
-    return run.shape.num_layers * per_block
+    return sum(
+        run.shape.copies(linear) * count_parameters(run.spec, linear.in_features, linear.out_features)
+        for linear in run.adapted
+    )
 
 
 def persists(run: Run, tensor: Stored) -> bool:

@@ -1,7 +1,7 @@
 """The facts of a run that memory, traffic and time follow from, taken out of the recipe once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from malora_dist.config import RunConfig
@@ -10,6 +10,7 @@ from malora_dist.config.matrix import check_plan
 from malora_dist.errors import ConfigError
 from malora_dist.functional.attention_choice import VARLEN, attention_on_cuda
 from malora_dist.functional.cost import prefer_grouped
+from malora_dist.functional.target_names import name_matches
 from malora_dist.methods import MixtureSpec
 from malora_dist.plan.shapes import Linear, ModelShape
 
@@ -153,16 +154,18 @@ def _device(block: Any) -> str:
 
 
 def _adapted(shape: ModelShape, targets: tuple[str, ...]) -> tuple[Linear, ...]:
-    """The linears of a block that `targets` name by the ends of their full names, as injection matches them."""
-    paths = {linear: f".{'mlp' if linear.name in _MLP else 'self_attn'}.{linear.name}" for linear in shape.linears}
+    """The linears that `targets` mean by their names, as injection matches them."""
+    names = {linear: shape.names_of(linear) for linear in shape.linears if linear.is_trained_by_text}
     for target in targets:
-        if not any(path.endswith(f".{target}") for path in paths.values()):
-            names = ", ".join(linear.name for linear in shape.linears)
-            raise ConfigError(f"adapter.target_modules: {target!r} is none of the linears of a block: {names}")
-    return tuple(linear for linear, path in paths.items() if any(path.endswith(f".{target}") for target in targets))
-
-
-_MLP = ("gate_proj", "up_proj", "down_proj")
+        if not any(name_matches(target, name) for kind in names.values() for name in kind):
+            known = ", ".join(dict.fromkeys(linear.name for linear in shape.linears))
+            raise ConfigError(f"adapter.target_modules: {target!r} is none of the linears of a block: {known}")
+    found = []
+    for linear, kind in names.items():
+        meant = tuple(name for name in kind if any(name_matches(target, name) for target in targets))
+        if meant:
+            found.append(linear if meant == kind else replace(linear, names=meant))
+    return tuple(found)
 
 
 def is_grouped(run: Run, linear: Linear) -> bool:

@@ -13,12 +13,14 @@ ASK_FOR_CONFIG = "give its config.json: --model path/to/config.json (or the mode
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear of a block: O = out_features, I = in_features."""
+    """A kind of linear: O = out_features, I = in_features. `names`: those of the model; without any, one a block."""
 
     name: str
     in_features: int
     out_features: int
     bias: bool = False
+    names: tuple[str, ...] = ()
+    is_trained_by_text: bool = True
 
     @property
     def weights(self) -> int:
@@ -69,6 +71,25 @@ class ModelShape:
         return norms + tuple(linear.out_features for linear in self.linears if linear.bias)
 
     @property
+    def others(self) -> tuple[tuple[int, int], ...]:
+        """Length, and number in the whole model, of what is neither a linear's weight nor embedding nor head."""
+        return tuple((length, self.num_layers) for length in self.vectors) + ((self.hidden_size, 1),)
+
+    @property
+    def expert_multiplications(self) -> int:
+        """Multiplications of a token in experts of the base that are no linears."""
+        return 0
+
+    def copies(self, linear: Linear) -> int:
+        """How many linears of the whole model are of a kind."""
+        return len(linear.names) or self.num_layers
+
+    def names_of(self, linear: Linear) -> tuple[str, ...]:
+        """The whole names of the linears of a kind."""
+        part = "mlp" if linear.name in MLP else "self_attn"
+        return linear.names or tuple(f"model.layers.{n}.{part}.{linear.name}" for n in range(self.num_layers))
+
+    @property
     def embedding_numel(self) -> int:
         """Weights of the embedding, and of the head where it is not tied to it."""
         return self.vocab_size * self.hidden_size
@@ -81,6 +102,7 @@ class ModelShape:
         return self.num_layers * block + embeddings + self.hidden_size
 
 
+MLP = ("gate_proj", "up_proj", "down_proj")
 # What a config.json may leave to its model_type, by key of the file; True where the type has it always.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -96,16 +118,28 @@ def find_shape(name_or_path: str, revision: str | None = None) -> ModelShape:
     Nothing is downloaded. Raises ConfigError if there is no configuration here or its layout is not known.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return read_config(path / "config.json")
     if path.suffix == ".json":
         return read_config(path)
     if path.suffix == ".gguf":
         return read_gguf(path)
-    cached = _cached_config(name_or_path, revision)
-    if cached is None:
+    folder = path if path.is_dir() else local_config(name_or_path, revision)
+    if folder is None:
         raise ConfigError(f"model.name_or_path={name_or_path!r} is not on this machine: {ASK_FOR_CONFIG}")
-    return read_config(cached)
+    return read_config(folder / "config.json")
+
+
+def local_config(name_or_path: str, revision: str | None = None) -> Path | None:
+    """The folder with the config.json of a model that a recipe names, or its GGUF file; None if it is not here.
+
+    Nothing is downloaded.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path if (path / "config.json").is_file() else None
+    if path.suffix == ".gguf":
+        return path if path.is_file() else None
+    cached = _cached_config(name_or_path, revision)
+    return None if cached is None else cached.parent
 
 
 def read_config(path: Path) -> ModelShape:
@@ -122,12 +156,13 @@ def read_config(path: Path) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], source: str) -> ModelShape:
-    """The shape in the keys of a config.json; `source` names it in errors."""
+    """The shape in the keys of a config.json; `source` names it in errors. Types beyond LAYOUTS need transformers."""
     model_type = config.get("model_type")
     if model_type not in LAYOUTS:
-        raise ConfigError(
-            f"{source}: model_type={model_type!r} has a layout that plan does not know; it knows {', '.join(LAYOUTS)}"
-        )
+        # It needs torch, and is built on what is here.
+        from malora_dist.plan.families import family_shape
+
+        return family_shape(config, source)
     layout = LAYOUTS[model_type]
     heads = _integer(config, "num_attention_heads", source)
     hidden = _integer(config, "hidden_size", source)
@@ -180,6 +215,10 @@ def read_gguf(path: Path) -> ModelShape:
     }
     config = {key: fields[name].contents() for key, name in keys.items() if name in fields}
     config["model_type"] = fields["architecture"].contents() if "architecture" in fields else None
+    if config["model_type"] not in LAYOUTS:
+        raise ConfigError(
+            f"{path}: {config['model_type']!r} is a kind of GGUF file that plan does not know; {ASK_FOR_CONFIG}"
+        )
     config["tie_word_embeddings"] = "output.weight" not in tensors
     if "vocab_size" not in config and "ggml.tokens" in fields:
         config["vocab_size"] = len(fields["ggml.tokens"].data)

@@ -76,7 +76,7 @@ def _token_bytes(run: Run, sent: list[int], received: list[int]) -> int:
             recompute=run.checkpointing,
         ).total
 
-    return run.accumulation * run.shape.num_layers * sum(layer(linear) for linear in run.adapted)
+    return run.accumulation * sum(run.shape.copies(linear) * layer(linear) for linear in run.adapted)
 
 
 def _exchange(run: Run) -> Iterator[Flow]:

@@ -1,5 +1,6 @@
 """Tables and pictures of a run, from the files in its folder. Needs no torch; matplotlib is imported when drawing."""
 
+import os
 from pathlib import Path
 
 from malora_dist.atomic import write_text
@@ -11,12 +12,13 @@ from malora_dist.report.terminal import print_results
 __all__ = ["print_results", "write_report"]
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Write `run_dir/report/index.html`, one file that needs no other, and return its path.
 
     What the run did not write is left out, with a sentence saying so. Raises MaloraError if `run_dir` is no folder, if
     a file in it is damaged, or if the report cannot be written.
     """
+    run_dir = Path(run_dir)
     page = build_page(read_run(run_dir))
     path = run_dir / "report" / "index.html"
     try:

@@ -2,20 +2,25 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from malora_dist.functional.nf4 import nf4_bytes
+from malora_dist.weights.stored_names import Conversion, StoredAs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class BaseTensor:
     """One frozen tensor of the base model.
 
-    `name` is its own in the loaded model, `sources` are the names a checkpoint may hold it under, `weight_shape` and
-    `weight_dtype` those of the weight it stands for. A quantized one is kept as the bytes of functional.nf4.
+    `name` is its own in the loaded model, `sources` are the names a checkpoint may hold it under, or with `conversion`
+    those of the parts it is made of; `weight_shape` and `weight_dtype` those of the weight it stands for. A quantized
+    one is kept as the bytes of functional.nf4.
     """
 
     name: str
@@ -24,6 +29,7 @@ class BaseTensor:
     weight_dtype: torch.dtype
     quantized: bool = False
     double_quant: bool = False
+    conversion: Conversion | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,6 +58,12 @@ class Weights(Protocol):
     @property
     def bytes_read(self) -> int:
         """Bytes this process took from files so far."""
+
+    def stored_names(self, model: "PreTrainedModel") -> dict[str, StoredAs]:
+        """Where the tensors of an empty model are, by their names; none where they are under their own."""
+
+    def untied_names(self, model: "PreTrainedModel") -> list[str]:
+        """Names of tied parameters of an empty model that have a value of their own."""
 
     def read(self, tensor: BaseTensor) -> Tensor:
         """The whole tensor."""

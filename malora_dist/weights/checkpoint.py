@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from malora_dist.functional.nf4 import quantize_nf4
 from malora_dist.weights.base_tensor import BaseTensor
 from malora_dist.weights.prequantized import is_stored_in_4bit, stored_blob
 from malora_dist.weights.reader import TensorReader
+from malora_dist.weights.stored_names import StoredAs, stored_names
+from malora_dist.weights.ties import differing_ties
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CheckpointWeights:
@@ -28,12 +34,17 @@ class CheckpointWeights:
     def bytes_read(self) -> int:
         return self.reader.bytes_read
 
+    def stored_names(self, model: "PreTrainedModel") -> dict[str, StoredAs]:
+        return stored_names(model, self.reader.names())
+
+    def untied_names(self, model: "PreTrainedModel") -> list[str]:
+        return differing_ties(model, self.stored_names(model), self.reader)
+
     def read(self, tensor: BaseTensor) -> Tensor:
         if tensor.quantized and is_stored_in_4bit(self.reader, tensor):
             return stored_blob(self.reader, tensor).to(self.device)
-        self._check_shape(tensor)
         # Rounded to the model's dtype before it is quantised, as transformers does.
-        weight = self.reader.read(tensor.sources).to(device=self.device, dtype=tensor.weight_dtype)
+        weight = self._whole(tensor).to(device=self.device, dtype=tensor.weight_dtype)
         if not tensor.quantized:
             return weight
         blob = quantize_nf4(weight, tensor.double_quant)
@@ -43,15 +54,28 @@ class CheckpointWeights:
 
     def read_part(self, tensor: BaseTensor, start: int, stop: int) -> Tensor:
         assert not tensor.quantized, "the scales of a part need the blocks around it"
-        self._check_shape(tensor)
+        if tensor.conversion is not None:
+            return self._whole(tensor).reshape(-1)[start:stop].to(tensor.weight_dtype)
+        _check_shape(tensor, self.reader.place(tensor.sources).shape)
         return self.reader.read_part(tensor.sources, start, stop).to(tensor.weight_dtype)
 
-    def _check_shape(self, tensor: BaseTensor) -> None:
-        stored = self.reader.place(tensor.sources).shape
-        if stored != tensor.weight_shape:
+    def _whole(self, tensor: BaseTensor) -> Tensor:
+        if tensor.conversion is None:
+            _check_shape(tensor, self.reader.place(tensor.sources).shape)
+            return self.reader.read(tensor.sources)
+        try:
+            made = tensor.conversion(lambda name: self.reader.read([name]).to(tensor.weight_dtype))
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"weight {tensor.sources[0]} has shape {stored}, the config says {tuple(tensor.weight_shape)}"
-            )
+                f"{self.reader.folder}: {tensor.name} cannot be made of {', '.join(tensor.sources)}: {error}"
+            ) from error
+        _check_shape(tensor, tuple(made.shape))
+        return made
+
+
+def _check_shape(tensor: BaseTensor, found: tuple[int, ...]) -> None:
+    if found != tensor.weight_shape:
+        raise ConfigError(f"weight {tensor.sources[0]} has shape {found}, the config says {tuple(tensor.weight_shape)}")
 
 
 def _return_freed_memory() -> None:

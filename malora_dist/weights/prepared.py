@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,14 @@ from malora_dist.functional.nf4 import BLOCK, QUANTIZER, SCALE_BLOCK
 from malora_dist.weights.base_tensor import BaseTensor, Weights
 from malora_dist.weights.fingerprint import content_samples
 from malora_dist.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
+from malora_dist.weights.stored_names import StoredAs
 from malora_dist.weights.tensor_file import write_tensors
+from malora_dist.weights.ties import tied_names
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 FILE_BYTES = 4 * 2**30
 
@@ -137,6 +142,13 @@ class PreparedWeights:
     @property
     def bytes_read(self) -> int:
         return self.reader.bytes_read
+
+    def stored_names(self, model: "PreTrainedModel") -> dict[str, StoredAs]:
+        return {}
+
+    def untied_names(self, model: "PreTrainedModel") -> list[str]:
+        pairs = tied_names(model).items()
+        return [name for name, source in pairs if self.reader.holds(name) and self.reader.holds(source)]
 
     def read(self, tensor: BaseTensor) -> Tensor:
         return self.read_part(tensor, 0, tensor.numel).view(tensor.shape)

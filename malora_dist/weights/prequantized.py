@@ -54,6 +54,8 @@ def stored_blob(reader: TensorReader, tensor: BaseTensor) -> Tensor:
     Codes and scales of both are the same numbers; only their places in the file differ.
     """
     name = next(name for name in tensor.sources if reader.holds(f"{name}.{STATE}"))
+    if tensor.conversion is not None:
+        raise ConfigError(f"{name} is stored in 4 bits, and {tensor.name} is only a part of it or laid out otherwise")
     parts = ["absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE]
     stored = {part: reader.read([f"{name}.{part}"]) for part in parts if reader.holds(f"{name}.{part}")}
     state = bnb.QuantState.from_dict(stored, torch.device("cpu"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from malora_dist.errors import ConfigError
-from malora_dist.weights.tensor_file import TensorPlace, read_elements, read_header
+from malora_dist.weights.tensor_file import DTYPES, TensorPlace, read_elements, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,10 +39,15 @@ class TensorReader:
         self.folder = folder
         self.bytes_read = 0
         self._headers: dict[str, dict[str, TensorPlace]] = {}
-        self._file_of = weight_files(folder) or dict.fromkeys(self._header(SINGLE), SINGLE)
+        self._other_dtypes: dict[str, str] = {}
+        self._file_of = weight_files(folder) or dict.fromkeys([*self._header(SINGLE), *self._other_dtypes], SINGLE)
 
     def holds(self, name: str) -> bool:
         return name in self._file_of
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._file_of)
 
     def place(self, names: Sequence[str]) -> TensorPlace:
         """Dtype and shape of the tensor that `read` reads."""
@@ -67,6 +72,11 @@ class TensorReader:
             if name in self._file_of:
                 file = self._file_of[name]
                 header = self._header(file)
+                if name in self._other_dtypes:
+                    raise ConfigError(
+                        f"{self.folder / file}: {name} has dtype {self._other_dtypes[name]}; those read are "
+                        f"{', '.join(DTYPES)}"
+                    )
                 if name not in header:
                     raise ConfigError(f"{self.folder / file} is missing or damaged: it holds no {name}")
                 return self.folder / file, header[name]
@@ -78,8 +88,8 @@ class TensorReader:
         if file not in self._headers:
             path = self.folder / file
             with readable(path):
-                self._headers[file] = read_header(path)
-                self.bytes_read += min(place.start for place in self._headers[file].values())
+                self._headers[file] = read_header(path, self._other_dtypes)
+                self.bytes_read += min((place.start for place in self._headers[file].values()), default=0)
         return self._headers[file]
 
 

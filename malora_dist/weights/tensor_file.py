@@ -24,7 +24,10 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 LENGTH_BYTES = 8
 
@@ -46,8 +49,11 @@ class TensorPlace:
         return self.start + self.numel * self.dtype.itemsize
 
 
-def read_header(path: Path) -> dict[str, TensorPlace]:
-    """The tensors of a file. Raises OSError, or ValueError if the file is damaged or cut short."""
+def read_header(path: Path, others: dict[str, str] | None = None) -> dict[str, TensorPlace]:
+    """The tensors of a file. Raises OSError, or ValueError if the file is damaged or cut short.
+
+    A dtype that is not read is a ValueError too, unless `others` takes name and dtype of such tensors.
+    """
     size = path.stat().st_size
     with path.open("rb", buffering=0) as file:
         prefix = file.read(LENGTH_BYTES)
@@ -58,11 +64,21 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
     header.pop("__metadata__", None)
-    places = {name: _place(name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
+    foreign = {name: entry["dtype"] for name, entry in header.items() if _is_of_other_dtype(entry)}
+    if others is None:
+        foreign = {}
+    else:
+        others |= foreign
+    places = {name: _place(name, entry, LENGTH_BYTES + length) for name, entry in header.items() if name not in foreign}
     if any(place.end > size for place in places.values()):
         raise ValueError(f"the file ends after {size} bytes, before its last tensor does")
     _check_offsets(header, size - LENGTH_BYTES - length)
     return places
+
+
+def _is_of_other_dtype(entry: object) -> bool:
+    dtype = entry.get("dtype") if isinstance(entry, dict) else None
+    return isinstance(dtype, str) and dtype not in DTYPES
 
 
 def _check_offsets(header: dict[str, object], size: int) -> None:

@@ -8,7 +8,8 @@ from malora_dist.config.names import leaves
 from tests.config.recipes import recipe
 
 REFUSED = {
-    "evaluation.split", "model.load_in_4bit", "model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant",
+    "evaluation.split", "model.trust_remote_code",
+    "model.load_in_4bit", "model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant",
     "adapter.method", "adapter.num_experts", "adapter.top_k", "adapter.r", "adapter.shared_r",
     "adapter.compression_ratio", "adapter.lora_alpha", "adapter.use_rslora", "adapter.beta", "adapter.lora_dropout",
     "adapter.target_modules", "adapter.router_aux_loss_coef", "adapter.router_aux_loss_reduction",

@@ -1,9 +1,11 @@
 import math
 import re
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from malora_dist.config import config_from_dict
+from malora_dist.config import AdapterConfig, config_from_dict
 from malora_dist.config.names import leaves, section_of
 from malora_dist.config.schema import RunConfig
 from malora_dist.errors import ConfigError
@@ -86,7 +88,18 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
         broken("data", {"tasks": [{**TASK, "test_size": 0.5, "validation_size": 0.5}]}, "leaves no row"),
         broken("data", {"tasks": [{**TASK, "prompt_template": "Q: {question}"}]}, "must contain {prompt}"),
         broken("data", {"tasks": [{**TASK, "prompt_template": "{prompt} }"}]}, "is not a template"),
+        broken(
+            "data", {"tasks": [{**TASK, "prompt_template": "{prompt:d}"}]}, "is not a template: Unknown format code"
+        ),
+        broken("data", {"tasks": [{**TASK, "response_template": "{response!x}"}]}, "is not a template: {response!x}"),
         broken("data", {"tasks": [{**TASK, "weight": 0}]}, "data.tasks[0].weight=0", "greater than 0"),
+        broken("data", {"tasks": [{**TASK, "choices": [False, True]}]}, "data.tasks[0].choices", 'write "yes", "no"'),
+        broken("data", {"tasks": [{**TASK, "choices": ["a"]}]}, "data.tasks[0].choices", "must be 2 to 26 texts"),
+        broken("data", {"tasks": [{**TASK, "choices": ["a", "a "]}]}, "must not hold a choice twice"),
+        broken("data", {"tasks": [{**TASK, "choices": ["a", "b"], "kind": "completion"}]}, "no meaning for kind"),
+        broken("data", {"tasks": [{**TASK, "choices": ["a", "b"], "fields": {"choices": "x"}}]}, "not both"),
+        broken("data", {"tasks": [{**TASK, "first_label": 2}]}, "data.tasks[0].first_label=2", "must be 0 or 1"),
+        broken("data", {"tasks": [{**TASK, "fields": {"choices": []}}]}, "fields.choices=[]", "2 to 26 fields"),
         broken("data", {"tasks": {"boolq": TASK}}, "data.tasks=", "must be a list"),
         broken("data", {"temperature": 3}, "no meaning for data.mixture=proportional"),
         broken("parallel", {"zero_stage": 4}, "parallel.zero_stage=4", "less than or equal to 3"),
@@ -111,6 +124,19 @@ def test_a_broken_rule_names_key_value_and_rule(section: str, values: dict[str, 
     assert not re.search(r"has \d+ errors", str(error.value)), "one mistake, one error"
 
 
+def test_fields_and_choices_of_a_task() -> None:
+    task = {**TASK, "fields": {"prompt": "question.stem", "choices": ["A", "B"]}, "optional_fields": "input"}
+    (read,) = config_from_dict(recipe(data={"tasks": [task]})).data.tasks
+    assert (read.fields.choices, read.optional_fields, read.choices, read.first_label) == (
+        ("A", "B"),
+        ("input",),
+        None,
+        0,
+    )
+    (read,) = config_from_dict(recipe(data={"tasks": [{**TASK, "choices": ["yes", 1, 2.5]}]})).data.tasks
+    assert read.choices == ("yes", "1", "2.5") and read.fields.choices == "choices"
+
+
 def test_values_people_write() -> None:
     config = config_from_dict(
         recipe(model={"dtype": "bf16"}, adapter={"target_modules": "q_proj, v_proj"}, train={"report_to": "none"})
@@ -118,3 +144,22 @@ def test_values_people_write() -> None:
     assert config.model.dtype == "bfloat16"
     assert config.adapter.target_modules == ("q_proj", "v_proj")
     assert config.train.report_to == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "targets"),
+    [
+        ("all-linear", ("all-linear",)),
+        ("q_proj, v_proj", ("q_proj", "v_proj")),
+        (r".*\.(q_proj|v_proj)", (r".*\.(q_proj|v_proj)",)),
+        (r".*\.layers\.\d{1,2}\.mlp\..*,o_proj", (r".*\.layers\.\d{1,2}\.mlp\..*", "o_proj")),
+        (["q_proj", r".*[0,1]\.mlp.*"], ("q_proj", r".*[0,1]\.mlp.*")),
+    ],
+)
+def test_targets_are_names_patterns_or_all(given: Any, targets: tuple[str, ...]) -> None:
+    assert AdapterConfig(target_modules=given).target_modules == targets
+
+
+def test_a_pattern_that_is_none_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"is no regular expression: missing \)"):
+        AdapterConfig(target_modules=[r".*\.(q_proj"])

@@ -13,12 +13,15 @@ from malora_dist.convert.calibration import calibration_samples, collect
 from malora_dist.convert.gates import deciding
 from malora_dist.convert.subspace import subspace_of
 from malora_dist.data.build import build_data
+from malora_dist.data.packed_row import Packing
+from malora_dist.engine.packing import packing_of
 from malora_dist.functional.routing import Routing
 from malora_dist.model import load_tokenizer
 from tests.convert.made import base
 
 
-def test_moments_over_every_token_of_a_task(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packing", [Packing.TREES, Packing.ALONE])
+def test_moments_over_every_token_of_a_task(workspace: Path, monkeypatch: pytest.MonkeyPatch, packing: Packing) -> None:
     source = workspace / "runs" / "malora"
     data = build_data(load_config(source / "config.yaml").data, load_tokenizer(workspace / "model"))
     samples = calibration_samples(data, 1, 9)
@@ -28,8 +31,10 @@ def test_moments_over_every_token_of_a_task(workspace: Path, monkeypatch: pytest
     load_adapter(model, source)
     adapter = open_adapter(source)
     downs = {layer: subspace_of(adapter.read_layer(layer)).S_DI for layer in adapter.layers()}
+    assert packing_of(model) is Packing.TREES
+    monkeypatch.setattr(calibration, "packing_of", lambda model, longest: packing)
     monkeypatch.setattr(calibration, "ROW_TOKENS", 60)
-    assert 1 < len(calibration._rows(samples)) < 9
+    assert 1 < len(calibration._rows(samples, 60)) < 9
     found = collect(model, samples, downs)
 
     seen: dict[str, list[tuple[Tensor, Routing]]] = {layer: [] for layer in downs}

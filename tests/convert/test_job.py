@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from malora_dist.cli import main
 from malora_dist.errors import CheckpointError
+from malora_dist.nn.packed_attention import MASKED
 from tests.adapters import edit_weights
-from tests.convert.made import make_checkpoint, run_kind
+from tests.config.recipes import recipe
+from tests.convert.made import job_of, make_checkpoint, run_kind
+from tests.families import family_model
 from tests.processes import start, wait
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -130,6 +134,22 @@ def test_damaged_sources(workspace: Path, tmp_path: Path, damage: str) -> None:
         run_kind("molora", tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted", "attention"),
+    [("bloom", None, "eager"), ("llama", None, MASKED), ("llama", "eager", "eager"), ("llama", "varlen", MASKED)],
+)
+def test_the_attention_is_the_recipes_or_what_the_family_has(
+    tmp_path: Path, family: str, wanted: str | None, attention: str
+) -> None:
+    family_model(family).save_pretrained(tmp_path / "model")
+    job = job_of("merged", tmp_path, tmp_path)
+    if wanted is not None:
+        recipe_file = tmp_path / "config.yaml"
+        model = {"name_or_path": str(tmp_path / "model"), "attn_implementation": wanted}
+        recipe_file.write_text(yaml.safe_dump(recipe(model=model)))
+    assert job.load_model(tmp_path / "model").config._attn_implementation == attention
 
 
 def test_another_base_is_refused(workspace: Path, tmp_path: Path) -> None:

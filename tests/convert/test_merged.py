@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from malora_dist.checkpoint.adapter import load_adapter, open_adapter
 from malora_dist.convert.merged import merged_weight
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.methods import mixture_spec
+from malora_dist.nn.inject import adapter_parameters, inject_adapters
 from malora_dist.weights.reader import INDEX, SINGLE
 from tests.convert.made import base, logits, make_checkpoint, run_kind, token_rows
+from tests.families import family_model
 
 ADAPTED = ("q_proj.weight", "v_proj.weight", "down_proj.weight")
 
@@ -62,6 +65,41 @@ def test_shards_and_dtype_stay(workspace: Path, tmp_path: Path) -> None:
                 assert (tensor - wanted).abs().le(wanted.abs() * 2**-8 + 1e-30).all() and not tensor.equal(stored[name])
             else:
                 assert torch.equal(tensor, stored[name])
+
+
+def test_names_of_the_file_stay_and_all_of_the_tokenizer(workspace: Path, tmp_path: Path) -> None:
+    """A file may name tensors otherwise than the model does, and a folder hold templates of its own."""
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / SINGLE)
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "model" / SINGLE, metadata={"format": "pt"})
+    texts = ("chat_template.jinja", "merges.txt", "vocab.txt", "own.tiktoken", "additional_chat_templates/tool.jinja")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    for name in texts:
+        (tmp_path / "model" / name).write_text(name)
+    base_folder = str(tmp_path / "model")
+    run_kind("merged", workspace / "runs" / "lora", tmp_path / "merged", base=base_folder, verify=True)
+    run_kind("merged", workspace / "runs" / "lora", tmp_path / "plain")
+    merged, plain = load_file(tmp_path / "merged" / SINGLE), load_file(tmp_path / "plain" / SINGLE)
+    assert merged.keys() == renamed.keys()
+    assert all(torch.equal(tensor, merged[name.removeprefix("model.")]) for name, tensor in plain.items())
+    assert all((tmp_path / "merged" / name).read_text() == name for name in texts)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_weights_of_conv1d_are_merged_as_they_lie(tmp_path: Path, method: str) -> None:
+    """Those of GPT-2 lie as (I, O), square ones too."""
+    model = family_model("gpt2", scale=4.0)
+    model.save_pretrained(tmp_path / "model")
+    inject_adapters(model, mixture_spec(method, r=3), ["c_attn", "c_proj"])
+    for name, parameter in adapter_parameters(model):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "adapter")
+    run_kind("merged", tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "model"))
+    rows = [torch.arange(3, 33)]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged, rows), logits(model, rows), atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(logits(family_model("gpt2", scale=4.0), rows), logits(model, rows), atol=1e-2)
 
 
 def test_dora_rows_have_their_magnitudes() -> None:

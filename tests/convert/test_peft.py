@@ -16,6 +16,7 @@ from malora_dist.checkpoint.adapter import CONFIG, WEIGHTS, load_adapter, open_a
 from malora_dist.checkpoint.peft_source import open_peft
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.convert.made import base, logits, make_checkpoint, run_kind, token_rows
+from tests.families import family_model
 
 SWITCHES = {
     "lora": {},
@@ -125,7 +126,6 @@ KEY = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "bias": (edit(bias="all"), 'bias="all" is not read'),
     "modules_to_save": (edit(modules_to_save=["lm_head"]), 'modules_to_save=["lm_head"]'),
-    "fan_in_fan_out": (edit(fan_in_fan_out=True), "fan_in_fan_out=true"),
     "target_parameters": (edit(target_parameters=["experts.w"]), "target_parameters"),
     "layers_to_transform": (edit(layers_to_transform=[0]), "layers_to_transform=[0]"),
     "qalora": (edit(use_qalora=True), "use_qalora=true"),
@@ -196,3 +196,20 @@ def test_a_checkpoint_is_a_source_too(workspace: Path, tmp_path: Path) -> None:
     run_kind("peft", step, tmp_path / "peft")
     theirs, ours = open_peft(tmp_path / "peft"), open_adapter(workspace / "runs" / "dora")
     assert all(torch.equal(theirs.read(name), ours.read(name)) for name in ours.shapes)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_of_gpt2_comes_and_goes(tmp_path: Path) -> None:
+    """PEFT notes of Conv1D that the base's weights lie the other way round; the factors do not."""
+    family_model("gpt2").save_pretrained(tmp_path / "model")
+    config = LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    theirs = get_peft_model(family_model("gpt2"), config)
+    theirs.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
+    theirs.save_pretrained(tmp_path / "stock")
+    run_kind("from-peft", tmp_path / "stock", tmp_path / "ours")
+    run_kind("peft", tmp_path / "ours", tmp_path / "again")
+    ours, rows = family_model("gpt2"), [torch.arange(3, 33)]
+    load_adapter(ours, tmp_path / "ours")
+    torch.testing.assert_close(logits(ours, rows), logits(theirs.eval(), rows), atol=2e-5, rtol=1e-4)
+    again = PeftModel.from_pretrained(family_model("gpt2"), tmp_path / "again")
+    assert torch.equal(logits(again, rows), logits(theirs, rows))

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from malora_dist.data.tasks import load_task
+from malora_dist.errors import DataError
 from tests.models import byte_tokenizer, smollm2_file
 
 
@@ -18,6 +20,18 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     file = smollm2_file()
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+@pytest.fixture(scope="session")
+def refusal() -> Callable[..., str]:
+    """What a task of one file, which cannot be used, is refused with."""
+
+    def message(path: Path, **options: Any) -> str:
+        with pytest.raises(DataError) as error:
+            load_task(name="t", train=str(path), **options)
+        return str(error.value)
+
+    return message
 
 
 @pytest.fixture

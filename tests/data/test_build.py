@@ -1,5 +1,7 @@
 """The `data` section as a whole: ids, shares, counts, caching, and the loader on top of it."""
 
+import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,50 @@ def test_two_tasks(data_section: dict[str, Any], tokenizer: PreTrainedTokenizerB
     assert data.evaluation["test"]["completion"] == data.evaluation["validation"]["choice"] == []
     cut = data.counts["completion"]["prompts_cut"]
     assert data.warnings() == [f"task completion: {cut} prompts lost their start to fit max_seq_length"]
+
+
+def test_it_says_how_far_it_is(
+    data_section: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: 31.0 * next(seconds))
+    data = build(data_section, tokenizer)
+    said = capsys.readouterr().err
+    for line in (
+        "choice: reading rows: 2",
+        "choice: comparing with held-out rows: 29 of 30",
+        "completion: tokenising: 0",
+    ):
+        assert f"task {line}" in said
+    assert f"task completion: tokenising: 0 of {data.train_sizes[1]}\n" in said
+    build(data_section, tokenizer)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_task_that_is_hardly_seen_is_named(data_section: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    choice, completion = data_section["tasks"]
+    section = data_section | {"tasks": [{**choice, "weight": 0.001}, completion], "mixture": "proportional"}
+    (sentence,) = [text for text in build(section, tokenizer).warnings() if text.startswith("task choice")]
+    assert sentence.startswith("task choice: its share of the mixture is 0.04 samples an epoch, one in about 25 epochs")
+
+
+def test_labels_that_may_count_from_1_are_named(
+    data_section: dict[str, Any], tokenizer: PreTrainedTokenizerBase, write_jsonl: Any
+) -> None:
+    def warned(labels: list[Any], **more: Any) -> list[str]:
+        rows = [{"prompt": f"q{i}", "choices": ["no", "yes", "2"], "label": label} for i, label in enumerate(labels)]
+        task = {"name": "t", "train": write_jsonl("t.jsonl", rows), **more}
+        return build(data_section | {"tasks": [task], "max_seq_length": 99}, tokenizer).warnings()
+
+    (sentence,) = warned([1, "1", 1.0, "B", 1])
+    assert sentence.startswith(
+        "task t: 4 labels are numbers from 1 on, none is 0, and 1 is taken for the second choice"
+    )
+    assert warned([1, 0, 1]) == warned([2, 2]) == warned(["B", "yes"]) == warned([1, 2, 3], first_label=1) == []
+    assert warned(["2", "2"]) == []  # the choice's own text
 
 
 def test_the_second_time_loads_the_same(

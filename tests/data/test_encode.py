@@ -81,6 +81,31 @@ def test_bos_is_kept_where_the_tokenizer_adds_it(tokenizer: PreTrainedTokenizerB
     assert encode(tokenizer, Example("t", "abcdefgh", "WXYZ"), 10)[0] == "defgh"
 
 
+def test_a_row_without_tokens_is_named_or_skipped_and_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    import copy
+
+    from tokenizers.normalizers import Replace
+    from tokenizers.processors import TemplateProcessing
+
+    blind = copy.deepcopy(tokenizer)
+    blind.backend_tokenizer.normalizer = Replace("\N{ZERO WIDTH SPACE}", "")
+    # What every text begins with is no question.
+    blind.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    gone = "\N{ZERO WIDTH SPACE}"
+    rows = [
+        Example("t", "p", "r"),
+        Example("t", gone, "r", source="t.jsonl:2"),
+        Example("t", "p", gone, source="t.jsonl:3"),
+    ]
+    for row, what in ((rows[1], r"t\.jsonl:2: the prompt has"), (rows[2], r"t\.jsonl:3: the response has")):
+        with pytest.raises(DataError, match=f"{what} no tokens"):
+            Encoder(blind, 16, "{prompt}", "{response}").samples([row], 0, Counter())
+    counts: Counter[str] = Counter()
+    encoder = Encoder(blind, 16, "{prompt}", "{response}", skip_bad_rows=True)
+    assert [sample.sample_id for sample in encoder.samples([*rows, rows[0]], 0, counts)] == [0, 1]
+    assert counts["bad_rows_skipped"] == 2
+
+
 def test_a_tokenizer_without_end_of_text_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     import copy
 

@@ -130,6 +130,34 @@ def test_state_of_other_data_is_refused() -> None:
         make_loader(shares=mixture_shares(SIZES, "uniform")).load_state_dict(state)
 
 
+def old_state(epoch: int, position: int, **options: object) -> dict[str, object]:
+    """A state of a version that did not carry remainders from an epoch to the next."""
+    state = make_loader(**options).state_dict() | {"epoch": epoch, "position": position}
+    return {name: value for name, value in state.items() if name != "order"}
+
+
+def test_a_state_of_an_older_version_goes_on_or_is_refused() -> None:
+    uniform = {"shares": mixture_shares(SIZES, "uniform")}
+    for options, epoch, position in (({}, 7, 3), (uniform, 0, 40), (uniform, 1, 0)):
+        resumed = make_loader(**options).load_state_dict(old_state(epoch, position, **options))
+        fresh = make_loader(**options)
+        while fresh.state_dict()["epoch"] < epoch or fresh.state_dict()["position"] < position:
+            fresh._consumed += 1
+        assert ids(next(resumed)) == ids(next(fresh))
+    for state in (old_state(1, 1, **uniform), old_state(0, 0) | {"order": 3}):
+        with pytest.raises(CheckpointError, match="another version of malora_dist, which draws the samples of epochs"):
+            make_loader(**(uniform if "order" not in state else {})).load_state_dict(state)
+
+
+def test_samples_drawn_by_task() -> None:
+    loader = make_loader(shares=mixture_shares(SIZES, "uniform"))
+    tasks = np.repeat(np.arange(3), SIZES)
+    counts = np.zeros(3, dtype=int)
+    for steps in range(14):
+        assert loader.drawn(steps) == tuple(counts)
+        counts += np.bincount(tasks[loader.global_batch(8 * steps)], minlength=3)
+
+
 def test_wrong_numbers_are_refused() -> None:
     with pytest.raises(TopologyError, match="global_batch_size=8 must be a multiple of .*=2 times 3 processes"):
         make_loader(world_size=3)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from malora_dist.data.mixture import epoch_counts, epoch_order, mixture_shares
+from malora_dist.data.mixture import EpochCounts, epoch_counts, epoch_order, mixture_shares
 from malora_dist.errors import DataError
 
 SIZES = (1000, 250, 10)
@@ -35,14 +35,30 @@ def test_an_empty_task_is_refused() -> None:
         mixture_shares((5, 0))
 
 
-def test_counts_are_the_shares_rounded() -> None:
+def test_counts_are_the_shares_rounded_in_each_epoch_and_over_all() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
-        shares = rng.dirichlet(np.ones(rng.integers(1, 9))).tolist()
+        shares = rng.dirichlet(np.full(rng.integers(1, 9), rng.choice([0.1, 1.0, 9.0])))
         size = int(rng.integers(1, 500))
-        counts = epoch_counts(shares, size)
-        assert sum(counts) == size
-        assert all(abs(count - share * size) < 1 for count, share in zip(counts, shares, strict=True))
+        counts, total = EpochCounts(shares.tolist(), size), np.zeros(len(shares))
+        first = counts.of(0)
+        assert all(abs(count - share * size) < 1 for count, share in zip(first, shares, strict=True))
+        for epoch in range(40):
+            assert np.array_equal(counts.before(epoch), total)
+            here = np.asarray(counts.of(epoch))
+            assert tuple(here) == epoch_counts(shares.tolist(), size, epoch)
+            total += here
+            assert here.sum() == size and here.min() >= 0
+            assert np.abs(total - shares * size * (epoch + 1)).max() < 1.5
+        assert counts.of(0) == first and counts.before(40) == tuple(total)
+
+
+def test_a_task_whose_share_is_below_one_sample_gets_its_turn() -> None:
+    sizes, weights = (2000, 3), (1.0, 0.1)
+    shares = mixture_shares(sizes, weights=weights)
+    seen = Counter(int(i) for epoch in range(50) for i in epoch_order(sizes, shares, seed=42, epoch=epoch) if i >= 2000)
+    assert sum(seen.values()) == pytest.approx(50 * 2003 * shares[1], abs=1) == pytest.approx(15, abs=0.1)
+    assert set(seen.values()) == {5}
 
 
 @pytest.mark.parametrize("mixture", ["proportional", "uniform", "temperature"])

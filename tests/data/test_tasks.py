@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
-from datasets import Dataset
+from pyarrow import parquet
 
 from malora_dist.data.tasks import Example, load_task
 from malora_dist.errors import DataError
@@ -29,7 +30,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "rows.json": lambda path: path.write_text(json.dumps(ROWS)),
     "rows.csv": write_csv,
     "rows.tsv": lambda path: write_csv(path, "\t"),
-    "rows.parquet": lambda path: Dataset.from_list(ROWS).to_parquet(path),
+    "rows.parquet": lambda path: parquet.write_table(pyarrow.Table.from_pylist(ROWS), path),
 }
 
 
@@ -53,6 +54,16 @@ def test_all_formats_give_the_same_examples(name: str, tmp_path: Path) -> None:
         (["B", "A"], "B", 0),  # a choice's text goes before a letter
         (["2", "1"], "1", 1),  # and before a number
         ({"text": ["no", "yes"], "label": ["1", "2"]}, "2", 1),  # a key goes before a number
+        ([{"text": "no", "label": "x"}, {"text": "yes", "label": "y"}], "y", 1),
+        ({"text": ["no", "yes"], "label": [1, 2]}, 1, 0),  # also of a number
+        ({"text": ["no", "yes"], "label": ["A", "B"]}, 1, 1),
+        ('["no", "yes"]', 1, 1),
+        (["no", "yes"], 1.0, 1),  # a whole column is of fractions where one number is missing
+        (["no", "yes"], "1.0", 1),
+        (["no", "yes"], True, 1),
+        (["Yes", "No"], True, 0),
+        (["no", "yes"], "False", 0),
+        (["maybe", "true", "false"], False, 2),
     ],
 )
 def test_ways_to_write_a_label(write_jsonl: Any, choices: Any, label: Any, expected: int) -> None:
@@ -69,9 +80,13 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "label too large": ({**GOOD, "label": 2}, "field 'label': 2 is not among the 2 choices"),
     "label negative": ({**GOOD, "label": -1}, "field 'label': -1 is not among"),
     "label letter too far": ({**GOOD, "label": "C"}, "field 'label': 'C' is not among"),
+    "label beside keys": (
+        {**GOOD, "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "label": 0},
+        "field 'label': 0 is not among",
+    ),
     "label text unknown": ({**GOOD, "label": "maybe"}, "field 'label': 'maybe' is not among"),
-    "label true": ({**GOOD, "label": True}, "field 'label' must be a number, a letter or a choice"),
-    "label fraction": ({**GOOD, "label": 1.0}, "field 'label' must be a number, a letter or a choice"),
+    "label true": ({**GOOD, "choices": ["a", "b"], "label": True}, "field 'label': True is not among the 2 choices"),
+    "label fraction": ({**GOOD, "label": 1.5}, "field 'label' must be a number, a letter or a choice, is float 1.5"),
     "choices no list": ({**GOOD, "choices": "no, yes"}, "field 'choices' must be a list"),
     "choices not text": ({**GOOD, "choices": [1, 2]}, "field 'choices' must be a list of texts"),
     "one choice": ({**GOOD, "choices": ["no"]}, "field 'choices' must hold 2 to 26 choices, holds 1"),

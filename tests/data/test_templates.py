@@ -27,12 +27,21 @@ def test_other_fields_and_braces() -> None:
     assert prompt_text(QUESTION, template) == "{sums}|{2 + 2?}|2 + 2?"
 
 
+def test_a_dotted_name_is_a_field_and_no_attribute() -> None:
+    template = "{question.stem}|{answers.text.0!r:>5}|{prompt}"
+    assert template_fields(template) == ("question.stem", "answers.text.0", "prompt")
+    values = {"question.stem": "why?", "answers.text.0": "so", "prompt": "p"}
+    assert fill(template, values) == "why?| 'so'|p"
+
+
 def test_completion() -> None:
     example = Example("t", "p", "{r}\n")
     assert response_text(example, "<{response}>") == "<{r}\n>"
 
 
-@pytest.mark.parametrize("template", ["{", "{}", "{0}", "{prompt.__class__}", "{prompt[0]}"])
+@pytest.mark.parametrize(
+    "template", ["{", "{}", "{0}", "{prompt.__class__}", "{prompt[0]}", "{prompt:d}", "{prompt!x}"]
+)
 def test_broken_templates(template: str) -> None:
     with pytest.raises(DataError, match="template"):
         template_fields(template)

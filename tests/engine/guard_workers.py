@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
+from malora_dist.engine.balance import BalanceSettings
 from malora_dist.engine.build import OptimizerSettings, build_engine
-from malora_dist.engine.forward import BalanceSettings
 from malora_dist.engine.step import Stepper
 from malora_dist.errors import TrainingError
 from malora_dist.nn.inject import mixture_layers

@@ -11,7 +11,6 @@ from malora_dist.data.loader import collate
 from malora_dist.engine.forward import set_token_keys
 from malora_dist.nn.inject import adapter_parameters, mixture_layers
 from tests.engine.workers import (
-    ACCUMULATION,
     COEFFICIENT,
     EPSILON,
     LEARNING_RATE,
@@ -24,6 +23,9 @@ from tests.engine.workers import (
 )
 from tests.reference import adamw_reference_step, balance_reference, clip_reference, loss_reference
 
+# Of one layer: the probabilities (T, E) and the chosen experts (T, K) of all tokens.
+Routed = tuple[Tensor, Tensor]
+
 
 def reference_run(folder: str, case: dict[str, Any]) -> dict[str, Any]:
     """The same five steps in one process without DeepSpeed, packing or ranks: one sample a forward, naive sums."""
@@ -32,15 +34,14 @@ def reference_run(folder: str, case: dict[str, Any]) -> dict[str, Any]:
     parameters = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     losses, aux_losses, grad_norms, state = [], [], [], {}
+    earlier: list[Tensor] = []
     for step in range(1, STEPS + 1):
         samples = step_samples(step, case.get("lengths", LENGTHS))
-        size = len(samples) // case.get("accumulation", ACCUMULATION)
-        micro = [samples[start : start + size] for start in range(0, len(samples), size)]
-        ce, aux = zip(*[_micro_batch(model, part, step) for part in micro], strict=True)
-        tasks = [[[[s.task_id for s in part] for part in micro]]]
-        loss = loss_reference([[list(ce)]], case.get("normalization", "token"), tasks)[0]
-        balance = torch.stack(aux).mean()
-        gradients = torch.autograd.grad(loss + COEFFICIENT * balance, parameters)
+        ce, routed = _forward(model, samples, step)
+        tasks = [[[[sample.task_id for sample in samples]]]]
+        loss = loss_reference([[[ce]]], case.get("normalization", "token"), tasks)[0]
+        gradients = torch.autograd.grad(loss + COEFFICIENT * _balance(routed, earlier), parameters)
+        earlier = [ids_TK for _, ids_TK in routed]
         state |= {f"gradient.{step}.{name}": g for name, g in zip(names, gradients, strict=True)}
         clipped, norm = clip_reference(gradients, MAX_NORM)
         with torch.no_grad():
@@ -57,15 +58,15 @@ def reference_run(folder: str, case: dict[str, Any]) -> dict[str, Any]:
                 parameter.copy_(new)
                 moments[i] = (moments_i[0], moments_i[1])
         losses.append(float(loss.detach()))
-        aux_losses.append(float(balance.detach()))
+        aux_losses.append(float(_balance(routed).detach()))
         grad_norms.append(float(norm))
     for name, parameter, (first, second) in zip(names, parameters, moments, strict=True):
         state |= {name: parameter.detach(), f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
     return {"losses": losses, "aux_losses": aux_losses, "grad_norms": grad_norms, "state": state}
 
 
-def _micro_batch(model: nn.Module, samples: Sequence[Sample], step: int) -> tuple[list[Tensor], Tensor]:
-    """Cross-entropies of each sample, run on its own, and the balance loss over all their tokens."""
+def _forward(model: nn.Module, samples: Sequence[Sample], step: int) -> tuple[list[Tensor], list[Routed]]:
+    """Cross-entropies of each sample, run on its own; probabilities and choices of all their tokens, by layer."""
     layers = [layer for _, layer in mixture_layers(model)]
     ce, routings = [], []
     for sample in samples:
@@ -75,14 +76,16 @@ def _micro_batch(model: nn.Module, samples: Sequence[Sample], step: int) -> tupl
         targets = ids[sample.prompt_length :]
         predicted = logits[sample.prompt_length - 1 : len(ids) - 1]
         ce.append(nn.functional.cross_entropy(predicted, targets, reduction="none"))
-        routings.append([layer.routing for layer in layers])
-    if not layers[0].balanced:
-        return ce, torch.zeros(())
-    losses = [
-        balance_reference(
-            torch.cat([routing[i].probs_TE for routing in routings]),
-            torch.cat([routing[i].expert_ids_TK for routing in routings]),
-        )
-        for i in range(len(layers))
+        routings.append([layer.routing for layer in layers if layer.balanced])
+    routed = [
+        (torch.cat([routing.probs_TE for routing in of_layer]), torch.cat([r.expert_ids_TK for r in of_layer]))
+        for of_layer in zip(*routings, strict=True)
     ]
-    return ce, torch.stack(losses).mean()
+    return ce, routed
+
+
+def _balance(routed: list[Routed], earlier: list[Tensor] | None = None) -> Tensor:
+    """The mean balance loss of all layers, with the choices of `earlier` tokens if they are given."""
+    before = [None] * len(routed) if earlier is None else earlier or [torch.zeros(0, 1)] * len(routed)
+    losses = [balance_reference(*of_layer, None, ids_TK) for of_layer, ids_TK in zip(routed, before, strict=True)]
+    return torch.stack(losses).mean() if losses else torch.zeros(())

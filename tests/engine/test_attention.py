@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
     DeepseekV3Config,
+    DogeConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3Config,
@@ -43,6 +45,7 @@ A100, V100, CPU = (8, 0), (7, 0), None
         ("auto", LlamaConfig(head_dim=100), 2, A100, False, MASKED),
         ("auto", NemotronConfig(), 2, A100, False, MASKED),
         ("auto", Gemma3Config(), 2, CPU, False, "sdpa"),
+        ("auto", DogeConfig(), 2, A100, True, "sdpa"),
         ("auto", MambaConfig(), 2, A100, False, "eager"),
         ("auto", Gemma2Config(), 2, A100, True, "eager"),
         ("auto", GptOssConfig(), 2, A100, True, "eager"),
@@ -71,6 +74,7 @@ def test_the_attention_of_a_model_on_a_machine(
         ("varlen", DeepseekV3Config(), 2, A100, "values of deepseek_v3 have heads of a width of their own"),
         ("varlen", GptOssConfig(), 2, A100, "the attention of gpt_oss cannot be replaced"),
         ("sdpa", Gemma2Config(), 2, A100, "Gemma2ForCausalLM does not compute with it; choose eager"),
+        ("sdpa", BloomConfig(), 4, CPU, "BloomForCausalLM does not compute with it; choose eager"),
     ],
 )
 def test_what_cannot_be_is_one_error(
@@ -78,6 +82,11 @@ def test_what_cannot_be_is_one_error(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^model.attn_implementation={requested}.*{rule}"):
         choose_attention(requested, config, itemsize, capability, flash_attn=False)
+
+
+def test_flash_attention_of_a_family_without_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match="flash_attention_2: the attention of bloom cannot be replaced; choose auto"):
+        choose_attention("flash_attention_2", BloomConfig(), 2, A100, flash_attn=True)
 
 
 def test_this_machine_has_no_gpu_for_a_cpu_device() -> None:

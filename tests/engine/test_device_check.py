@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,9 +84,14 @@ def test_a_base_in_float32_is_counted_so(config: RunConfig) -> None:
         memory_notes(replicated, MODEL, 4, torch.float32, gpu, None)
 
 
-def test_nothing_is_said_of_a_layout_that_the_plan_does_not_know(config: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    assert memory_notes(config, tmp_path, 4, BF16, replace(H100, total=1), SHORT) == []
+def test_nothing_is_said_of_a_model_that_the_plan_does_not_know(config: RunConfig, tmp_path: Path) -> None:
+    """Nor of targets that it does not have, which are named where they are checked."""
+    for model_type in ("nobodys", "gpt2"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        assert memory_notes(config, tmp_path, 4, BF16, replace(H100, total=1), SHORT) == []
+    adapter = config.adapter.model_copy(update={"target_modules": ("c_attn",)})
+    with pytest.raises(ConfigError, match="a process needs"):
+        memory_notes(config.model_copy(update={"adapter": adapter}), tmp_path, 4, BF16, replace(H100, total=1), SHORT)
 
 
 def test_lengths_are_those_of_the_first_batch() -> None:

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from malora_dist.data.encode import ChoiceItem, Sample
-from malora_dist.data.packed_row import PackedRow
+from malora_dist.data.packed_row import PackedRow, Packing
 from malora_dist.engine.build import build_engine
 from malora_dist.engine.evaluation import evaluate_tasks
 from malora_dist.nn.inject import adapter_parameters, mixture_layers
 from malora_dist.parallel.groups import World
-from malora_dist.scoring import score_items, summarise, task_result
+from malora_dist.scoring import score_items, scores_of_questions, summarise, task_result
 from tests.distributed import run_distributed
 from tests.engine.guard_workers import deepspeed_settings
 from tests.engine.workers import build_model, make_model
@@ -34,6 +34,8 @@ SIZES: dict[str, tuple[dict[str, int], int]] = {
     "one": ({"a": 1}, 4096),
     "apart": ({"b": 3, "text": 2}, 1),
 }
+# Where prompts are not shared.
+PACKING = {"uneven": Packing.ALONE, "one": Packing.SEQUENCES, "apart": Packing.SEQUENCES}
 
 
 def questions(sizes: dict[str, int]) -> dict[str, Sequence[ChoiceItem] | Sequence[Sample]]:
@@ -69,7 +71,8 @@ def evaluate_cases(world: World, folder: str) -> dict[str, dict[str, Any]]:
         for training in (True, False):
             engine.train(training)
             for name, (sizes, batch_tokens) in SIZES.items():
-                options = {"batch_tokens": batch_tokens, "share_prompt": training, "title": name}
+                packing = Packing.TREES if training else PACKING[name]
+                options = {"batch_tokens": batch_tokens, "packing": packing, "title": name}
                 sides = [
                     evaluate_tasks(engine, questions(sizes), world, use_adapter=use_adapter, **options)
                     for use_adapter in (True, False, True)
@@ -81,7 +84,7 @@ def evaluate_cases(world: World, folder: str) -> dict[str, dict[str, Any]]:
 
 
 def expected(model: Any, sizes: dict[str, int]) -> dict[str, Any]:
-    """The same numbers from a model in this process, one question a row."""
+    """The same numbers from a model in this process, one choice a row."""
 
     def forward(row: PackedRow) -> Tensor:
         output = model(row.input_ids, position_ids=row.position_ids, use_cache=False, logits_to_keep=row.target_index)
@@ -92,9 +95,9 @@ def expected(model: Any, sizes: dict[str, int]) -> dict[str, Any]:
         if task == "text":
             texts = [tuple(row.input_ids.tolist()) for row in rows]
             rows = [ChoiceItem(1, ids[:4], (ids[4:],), (1,), 0) for ids in texts]
-        scores = score_items(forward, rows, batch_tokens=1, share_prompt=False)
+        found = score_items(forward, rows, batch_tokens=1, packing=Packing.ALONE)
         if rows:
-            results[task] = task_result(rows, [scores[i] for i in range(len(rows))])
+            results[task] = task_result(rows, scores_of_questions(rows, found))
     return summarise(results)
 
 

@@ -1,30 +1,15 @@
 """What a run says: plain lines in the log, errors on stderr, nothing from other ranks, and how long it still takes."""
 
 import logging
-import os
-import pty
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from select import select
 
 import psutil
 import pytest
 import torch
 
-from malora_dist.engine.progress import LOGGER, Bar, peak_memory_gib, start_logging, time_left
-from tests.processes import start, wait
-
-
-def run_on_a_terminal(log: Path) -> None:
-    """Three steps of a run that logs to the file, each with a line of its own."""
-    start_logging(log)
-    with Bar("training", 3, True) as bar:
-        for step in range(1, 4):
-            logging.getLogger(LOGGER).info("step %d said", step)
-            bar.update(step)
-            time.sleep(0.3)
+from malora_dist.engine.progress import LOGGER, peak_memory_gib, start_logging, time_left
 
 
 @pytest.fixture(autouse=True)
@@ -58,39 +43,6 @@ def test_other_ranks_say_errors_only(capsys: pytest.CaptureFixture[str]) -> None
     start_logging(None)
     say_both()
     assert capsys.readouterr() == ("", "a mistake\n")
-
-
-def test_a_bar_in_a_file_is_a_line_every_half_minute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start_logging(tmp_path / "train.log")
-    for active in (True, False):
-        with Bar("evaluating", 1, active) as bar:
-            bar.update(1, 8)
-            bar.said -= 31
-            bar.update(2, 8)
-            bar.update(3, 8)
-    assert [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()] == ["evaluating: 2 of 8"]
-
-
-@pytest.mark.distributed
-def test_on_a_terminal_lines_stand_above_a_bar_and_the_log_stays_plain(tmp_path: Path) -> None:
-    main, other = pty.openpty()
-    run = start(
-        "tests.engine.test_progress:run_on_a_terminal",
-        [tmp_path / "train.log"],
-        Path(os.ttyname(other)),
-        environment={"TERM": "xterm", "COLUMNS": "100"},
-    )
-    shown = b""
-    while run.is_alive() or select([main], [], [], 0)[0]:
-        if select([main], [], [], 0.1)[0]:
-            shown += os.read(main, 4096)
-    assert wait([run]) == [0], shown.decode()
-    os.close(other)
-    os.close(main)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert all(words in text for words in ("training", "━", "3/3", "step 1 said", "step 2 said", "step 3 said")), text
-    log = (tmp_path / "train.log").read_text()
-    assert log.count("\n") == 3 and "\x1b" not in log
 
 
 def test_time_left_goes_by_the_steps_done() -> None:

@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from malora_dist.config import load_config
-from malora_dist.engine.setup import engine_config, optimizer_settings
+from malora_dist.data.build import PreparedData
+from malora_dist.data.encode import Sample
+from malora_dist.data.loader import TrainLoader
+from malora_dist.data.mixture import mixture_shares
+from malora_dist.data.store import TrainStore
+from malora_dist.engine.setup import engine_config, optimizer_settings, unseen_tasks
 from malora_dist.parallel.groups import World
 from malora_dist.source import native_dtype
 from tests.config.recipes import RECIPES
@@ -17,6 +23,21 @@ def test_warm_up_is_rounded_up_to_whole_steps() -> None:
     config = load_config(RECIPE, ["--train.warmup_ratio", "0.07"])
     assert optimizer_settings(config, 101).warmup_steps == 8
     assert optimizer_settings(config, 101).total_steps == 101
+
+
+def test_a_task_that_the_run_never_draws_is_named() -> None:
+    samples = [Sample(i, int(i >= 200), np.array([5, 2], np.int32), 1) for i in range(203)]
+    sizes = (200, 3)
+    shares = mixture_shares(sizes, weights=(1.0, 0.1))
+    loader = TrainLoader(samples, task_sizes=sizes, shares=shares, global_batch_size=4, micro_batch_size=2)
+    data = PreparedData(("large", "small"), ("completion",) * 2, TrainStore([]), sizes, shares, {}, {}, "", {})
+
+    def notes(steps: int) -> list[str]:
+        return unseen_tasks(load_config(RECIPE, ["--train.max_steps", str(steps)]), data, loader)
+
+    (note,) = notes(50)
+    assert note.startswith("task small: none of its 3 samples is drawn in the 50 steps of this run, its share of the")
+    assert notes(200) == []
 
 
 def test_engine_runs_in_fp32_and_keeps_the_plain_linear() -> None:

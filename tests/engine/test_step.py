@@ -41,6 +41,11 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2-bf16-base": {"zero_stage": 2, "dtype": "bfloat16", "method": "molora", "computation": "grouped"},
     "zero3-bf16-base": {"zero_stage": 3, "dtype": "bfloat16", "load_in_4bit": True, "gradient_checkpointing": True},
 }
+# The whole step's balance loss, however its samples are dealt: 8 of them at once, or one at a time.
+CASES |= {
+    f"zero{stage}-{accumulation}-micro-batches": {"zero_stage": stage, "accumulation": accumulation}
+    for stage, accumulation in ((0, 1), (1, 4), (2, 1), (3, 4))
+}
 # A bf16 base whose products round the weights each anew.
 NO_COPIES = {f"{name}-no-copies": case | {"no_copies": True} for name, case in CASES.items() if "bf16" in name}
 

@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.engine import step as step_module
+from malora_dist.engine.balance import BalanceSettings
 from malora_dist.engine.build import OptimizerSettings, build_engine
-from malora_dist.engine.forward import BalanceSettings
 from malora_dist.engine.step import Stepper, StepResult
 from malora_dist.methods import mixture_spec
 from malora_dist.model import load_base_model, stay
@@ -33,7 +33,7 @@ from malora_dist.parallel.zero import gathered, gathered_adapter_state, join_exp
 from tests.models import tiny_config
 
 STEPS, ACCUMULATION = 5, 2
-LEARNING_RATE, MAX_NORM, COEFFICIENT, SEED = 1e-3, 0.1, 0.01, 7
+LEARNING_RATE, MAX_NORM, COEFFICIENT, SEED = 1e-3, 0.1, 0.3, 7
 # With Adam's usual epsilon, the rounding of gradients near 0 would grow a thousandfold in the weights.
 EPSILON = 1e-5
 # Prompt and response lengths of the samples of one step: counts from 0 to 60, so that one of two ranks has no

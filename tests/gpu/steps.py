@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
-from malora_dist.engine.forward import BalanceSettings, balance_loss, cross_entropies, set_token_keys
+from malora_dist.engine.balance import BalanceSettings, StepBalance
+from malora_dist.engine.forward import cross_entropies, set_token_keys
 from malora_dist.functional.dropout import keep_mask, token_keys
 from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.methods import METHODS, mixture_spec
@@ -83,7 +84,7 @@ class Step:
         self.model.zero_grad(set_to_none=True)
         with kept_weight_copies(self.model):
             loss = cross_entropies(self.model, self.batch).mean()
-            aux, _ = balance_loss(self.model, self.batch, 2, BALANCE, 1)
+            aux = StepBalance(self.model, BALANCE, 2, 1, self.batch.input_ids.device).add(self.batch)
             total = loss + aux
             total.backward()
         return total.detach()

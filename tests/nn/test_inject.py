@@ -1,11 +1,15 @@
 """Putting adapters on a model: what matches, what is refused, what is trained; and the model under checkpointing."""
 
+import copy
+import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from malora_dist.errors import ConfigError
 from malora_dist.functional.balance import expert_statistics, load_balancing_loss
@@ -21,9 +25,11 @@ from malora_dist.nn.inject import (
     inject_adapters,
     layer_seed,
     mixture_layers,
+    remove_adapters,
 )
 from malora_dist.nn.mixture import MixtureLinear
 from malora_dist.nn.nf4_linear import NF4Linear
+from tests.families import family_model
 from tests.models import tiny_llama
 
 MALORA = mixture_spec("malora", num_experts=4, r=3, shared_r=6)
@@ -177,18 +183,17 @@ def test_a_wrong_target_is_named_and_nothing_is_changed(target: str, named: list
     assert not list(mixture_layers(model)) and all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
-def test_fused_experts_are_refused_by_name(family: str) -> None:
-    import transformers
-
-    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
-    experts = {"num_local_experts": 2} if family == "Mixtral" else {"num_experts": 2, "moe_intermediate_size": 8}
-    config = getattr(transformers, f"{family}Config")(**sizes, **experts)
-    with torch.device("meta"):
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
-    with pytest.raises(ConfigError, match=rf"{family}ForCausalLM.*model\.layers\.0\.mlp\.experts\."):
-        inject_adapters(model, MALORA, ["q_proj"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_fused_experts_are_named_and_the_linears_beside_them_adapted(family: str) -> None:
+    """transformers keeps the experts of a layer as one 3-D parameter, which no linear is."""
+    model = family_model(family)
+    report = inject_adapters(model, MALORA, ["q_proj"])
+    assert report.fused_experts[0] == "model.layers.0.mlp.experts.gate_up_proj" and len(report.fused_experts) == 4
+    assert [row.modules for row in report.rows] == [2]
+    with pytest.raises(
+        ConfigError, match=r"gate_up_proj.*matches no.*as one 3-D parameter \(model\.layers\.0\.mlp\.experts"
+    ):
+        inject_adapters(family_model(family), MALORA, ["gate_up_proj"])
 
 
 def test_a_shared_rank_above_the_inputs_is_named() -> None:
@@ -199,11 +204,114 @@ def test_a_shared_rank_above_the_inputs_is_named() -> None:
         inject_adapters(tiny_llama(), mixture_spec("malora", r=3, shared_r=49), ["q_proj"])
 
 
-def test_injecting_twice_is_refused() -> None:
+@pytest.mark.parametrize("second", ["q_proj", "v_proj"])
+def test_injecting_twice_is_refused(second: str) -> None:
+    """Other targets too: the first adapters would be frozen, and saved with the numbers of the second."""
     model = tiny_llama()
     inject_adapters(model, MALORA, ["q_proj"])
-    with pytest.raises(ConfigError, match="q_proj.*MixtureLinear"):
-        inject_adapters(model, MALORA, ["q_proj"])
+    with pytest.raises(ConfigError, match="has adapters.*q_proj is a MixtureLinear.*remove_adapters"):
+        inject_adapters(model, mixture_spec("lora", r=2), [second])
+
+
+@pytest.mark.parametrize("fuse_siblings", [False, True])
+def test_removed_and_injected_again(fuse_siblings: bool) -> None:
+    """The model is again what it was, whatever of it was trained; and the second adapters are the first's equals."""
+    model = tiny_llama()
+    model.lm_head.requires_grad_(False)
+    trained, expected = [p.requires_grad for p in model.parameters()], model(IDS).logits
+    inject_adapters(model, MALORA, fuse_siblings=fuse_siblings)
+    first = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    for layer in dict(mixture_layers(model)).values():
+        nn.init.ones_(layer.B)
+    remove_adapters(model)
+    assert [p.requires_grad for p in model.parameters()] == trained and not vars(model).keys() & {"save_pretrained"}
+    assert torch.equal(model(IDS).logits, expected) and type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    inject_adapters(model, MALORA, fuse_siblings=fuse_siblings)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in adapter_state_dict(model).items())
+
+
+def test_a_linear_that_stands_in_two_places_is_adapted_in_both() -> None:
+    linear = nn.Linear(8, 8)
+    model = nn.Sequential(nn.ModuleDict({"up": linear}), nn.ModuleDict({"up": linear, "down": nn.Linear(8, 4)}))
+    assert inject_adapters(model, mixture_spec("lora", r=2), "up").rows[0].modules == 1
+    assert model[0]["up"] is model[1]["up"] and isinstance(model[1]["up"], MixtureLinear)
+    remove_adapters(model)
+    assert model[0]["up"] is model[1]["up"] is linear
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_conv1d_of_gpt2_is_adapted(method: str) -> None:
+    """c_attn, c_proj and c_fc, whose weights lie as (I, O): the same function as linears of the transposed weights."""
+    model, plain = family_model("gpt2"), family_model("gpt2")
+    for name, conv in [(n, m) for n, m in plain.named_modules() if isinstance(m, Conv1D)]:
+        linear = nn.Linear(conv.nx, conv.nf)
+        linear.weight, linear.bias = nn.Parameter(conv.weight.detach().T.contiguous()), conv.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(plain.get_submodule(parent), leaf, linear)
+    spec = mixture_spec(method, num_experts=4, r=3, shared_r=6 if method == "malora" else None)
+    targets = ["c_attn", "c_fc", "c_proj"]
+    reports = [inject_adapters(each, spec, targets) for each in (model, plain)]
+    assert reports[0] == reports[1] and [row.modules for row in reports[0].rows] == [2, 2, 2, 2]
+    for each in (model, plain):
+        for number, (_, layer) in enumerate(mixture_layers(each)):
+            nn.init.normal_(layer.B, std=0.1, generator=torch.Generator().manual_seed(number))
+        each(IDS).logits.square().mean().backward()
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+    gradients = [{name: p.grad for name, p in adapter_parameters(each)} for each in (model, plain)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_code_reads_off_a_linear_it_reads_off_an_adapted_one() -> None:
+    """T5 asks its last linear for the dtype of `weight`."""
+    model = tiny_llama(attention_bias=True)
+    linear = model.model.layers[0].self_attn.q_proj
+    inject_adapters(model, MALORA)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert (layer.in_features, layer.out_features) == (48, 48)
+    assert not {"weight", "bias"} & {name.rpartition(".")[2] for name, _ in adapter_parameters(model)}
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_after_a_step_is_a_model_of_its_own(method: str, duplicate: Callable[[Any], Any]) -> None:
+    model = tiny_llama().train()
+    inject_adapters(model, mixture_spec(method, num_experts=4, r=3), fuse_siblings=True, lora_dropout=0.1)
+    # Half of a set of siblings has been asked: its memory of the input is not the copy's.
+    model.model.layers[0].self_attn.q_proj(torch.ones(3, 48, requires_grad=True))
+    model(IDS).logits.square().mean().backward()
+    twin = duplicate(model)
+    assert twin.save_pretrained.model is twin
+    assert torch.equal(twin.eval()(IDS).logits, model.eval()(IDS).logits)
+    for _, parameter in adapter_parameters(twin):
+        parameter.data.add_(1)
+    state = adapter_state_dict(model)
+    assert all(not torch.equal(tensor, state[name]) for name, tensor in adapter_state_dict(twin).items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_dict_comes_back(method: str) -> None:
+    """Onto a model of another base, too: DoRA's norms are then those of the new base."""
+    spec = mixture_spec(method, num_experts=4, r=3)
+    model, other = tiny_llama(), tiny_llama(scale=7.0)
+    for each in (model, other):
+        inject_adapters(each, spec, fuse_siblings=True)
+    for _, layer in mixture_layers(model):
+        nn.init.normal_(layer.B, std=0.1, generator=torch.Generator().manual_seed(layer.in_features))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapted_model_moved_to_another_dtype_starts_as_its_base(method: str, dtype: torch.dtype) -> None:
+    model, base = tiny_llama(), tiny_llama(dtype)
+    inject_adapters(model, mixture_spec(method, num_experts=4, r=3))
+    model.to(dtype)
+    close = {"rtol": 0.02, "atol": 0.04} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(model(IDS).logits, base(IDS).logits, **close)
+    norms = [layer.dora.base_squares.dtype for _, layer in mixture_layers(model) if layer.dora is not None]
+    assert set(norms) <= {torch.promote_types(dtype, torch.float32)}
 
 
 # ------------------------------------------------------------------------------------------ activation checkpointing

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,15 @@ from malora_dist.data.loader import MicroBatch, collate
 from malora_dist.engine.forward import cross_entropies
 from malora_dist.errors import ConfigError
 from malora_dist.nn.packed_attention import (
-    MASKED,
     TORCH_VARLEN,
     attention_arguments,
     flash_attn_varlen,
-    packed_mask,
     register_attention,
-    takes_mask,
     torch_varlen,
     varlen_attention,
 )
+from malora_dist.nn.packed_masks import MASKED, Window
+from tests.families import family_config
 from tests.models import SIZES, tiny_config
 from tests.nn.varlen_kernel import kernel_on_cpu
 from tests.reference import gradients, packed_attention_reference
@@ -39,6 +38,18 @@ CONFIGS: dict[str, Any] = {
     "one-windowed-layer": Qwen3Config(
         **SIZES, head_dim=12, use_sliding_window=True, sliding_window=4, layer_types=LAYERS
     ),
+    # Which say nothing of positions where they ask for masks, or have no other attention, or chunks.
+    "falcon": family_config("falcon"),
+    "opt": family_config("opt", dropout=0.0),
+    "gpt_oss": family_config("gpt_oss", sliding_window=3),
+    "gemma2": family_config("gemma2", sliding_window=3),
+    "llama4": family_config("llama4_text", attention_chunk_size=3),
+}
+ATTENTIONS: dict[str, tuple[str, ...]] = {
+    "llama": (TORCH_VARLEN, MASKED, "eager"),
+    "gpt_oss": ("eager",),
+    "gemma2": ("eager",),
+    **dict.fromkeys(("falcon", "llama4"), ("sdpa", "eager")),
 }
 
 
@@ -69,6 +80,7 @@ def losses_and_gradients(model: Any, batches: list[MicroBatch]) -> list[Tensor]:
     ("name", "lengths", "checkpointing"),
     [
         *((name, lengths, False) for name in CONFIGS for lengths in ((7, 1, 12, 2), (9,))),
+        ("gpt_oss", (7, 4), True),
         ("llama", (1, 1), False),
         ("window", (5, 6), True),
     ],
@@ -76,7 +88,7 @@ def losses_and_gradients(model: Any, batches: list[MicroBatch]) -> list[Tensor]:
 def test_a_packed_row_is_its_samples_alone(name: str, lengths: tuple[int, ...], checkpointing: bool) -> None:
     samples = samples_of(lengths)
     alone = losses_and_gradients(model_of(name, "eager"), [collate([sample]) for sample in samples])
-    for attention in (TORCH_VARLEN, MASKED if name == "llama" else "sdpa", "eager"):
+    for attention in ATTENTIONS.get(name, (TORCH_VARLEN, "sdpa", "eager")):
         model = model_of(name, attention)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -162,24 +174,30 @@ def test_the_signature_of_older_versions(monkeypatch: pytest.MonkeyPatch, heads:
         torch_varlen(*states, starts, 9, 0.3, None)
 
 
-def test_a_mask_is_what_a_token_sees() -> None:
-    mask = packed_mask(torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 1, 2]), torch.bfloat16)
-    seen = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
-    assert mask.dtype == torch.bfloat16 and mask.shape == (1, 1, 5, 5) and mask.stride()[2:] == (16, 1)
-    assert (mask[0, 0] == 0).int().tolist() == seen
-    assert (mask[0, 0] == float("-inf")).int().tolist() == [[1 - n for n in row] for row in seen]
-
-
 def test_who_gets_which_arguments() -> None:
-    """A mask only for several samples and where one fits all layers; lengths for varlen; else transformers' own."""
-    for name, attention, takes in [("llama", MASKED, True), ("window", "sdpa", False), ("llama", TORCH_VARLEN, False)]:
-        model = model_of(name, attention)
-        assert takes_mask(model) == takes
-        for lengths in ((3,), (3, 2)):
-            batch = collate(samples_of(lengths))
-            given = attention_arguments(model, batch.cu_seq_lens, batch.max_length, batch.token_sample)
-            assert (given["attention_mask"] is not None) == (takes and len(lengths) > 1)
-            assert ("cu_seq_lens_q" in given) == (attention == TORCH_VARLEN)
+    """A mask that hides nothing, in the place of which transformers makes ours; and lengths for varlen kernels."""
+    batch = collate(samples_of((3, 2)))
+    for attention in (MASKED, "sdpa", "eager", TORCH_VARLEN, "flash_attention_2"):
+        model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
+        given = attention_arguments(model, batch)
+        shown = given.pop("attention_mask")
+        assert (shown is None) if attention == "flash_attention_2" else (shown.tolist() == [[1] * 5])
+        lengths = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+        assert set(given) == (lengths if attention in (TORCH_VARLEN, "flash_attention_2") else set())
+
+
+def test_the_window_is_the_mask_s() -> None:
+    """Some models name their window to whoever makes masks, and not to their attention."""
+    seen: list[int | None] = []
+
+    def kernel(q: Tensor, *others: Any) -> Tensor:
+        seen.append(others[-1])
+        return q
+
+    row, lengths = torch.zeros(1, 2, 3, 4), {"cu_seq_lens_q": torch.tensor([0, 3]), "max_length_q": 3}
+    for mask, named in ((Window(2), None), (Window(2), 2), (None, 7), (None, None)):
+        varlen_attention(kernel, nn.Module(), row, row, row, mask, sliding_window=named, **lengths)
+    assert seen == [2, 2, 7, None]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from malora_dist.functional.weight_copies import kept_weight_copies
 from malora_dist.model import load_base_model
 from malora_dist.nn.head import install_loss_head
 from malora_dist.nn.inject import inject_adapters
-from malora_dist.nn.packed_attention import MASKED, TORCH_VARLEN, attention_arguments
+from malora_dist.nn.packed_attention import TORCH_VARLEN, attention_arguments
+from malora_dist.nn.packed_masks import MASKED, packed_row
 from malora_dist.plan.activations import (
     INDEX,
     activation_bytes,
@@ -136,8 +137,9 @@ def measured(folder: Path, name: str, layers: int = LAYERS, checkpointing: bool 
         if loss:
             return saved_bytes(model, lambda: cross_entropies(model, batch))
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-        inputs |= attention_arguments(model, batch.cu_seq_lens, batch.max_length, batch.token_sample)
-        return saved_bytes(model, lambda: model.model(**inputs).last_hidden_state)
+        inputs |= attention_arguments(model, batch)
+        with packed_row(batch):
+            return saved_bytes(model, lambda: model.model(**inputs).last_hidden_state)
 
 
 @pytest.mark.parametrize("name", CASES)

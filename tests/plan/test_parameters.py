@@ -9,14 +9,21 @@ import torch
 
 from malora_dist.config import config_from_dict
 from malora_dist.functional.nf4 import nf4_bytes
+from malora_dist.functional.target_names import name_matches
 from malora_dist.methods import METHODS
 from malora_dist.model import build_empty_model
 from malora_dist.nn.inject import inject_adapters
+from malora_dist.nn.targets import all_linear, plain_names
+from malora_dist.plan.duration import step_flops
+from malora_dist.plan.families import family_shape
+from malora_dist.plan.memory import bytes_per_rank
 from malora_dist.plan.parameters import nf4_blob_bytes, stored_tensors, trainable_parameters
 from malora_dist.plan.run import Lengths, run_of
-from malora_dist.plan.shapes import find_shape
+from malora_dist.plan.shapes import find_shape, shape_of
+from malora_dist.plan.steps import step_bytes
 from malora_dist.summary import adapter_spec
 from tests.config.recipes import recipe
+from tests.families import family_config
 
 LLAMA = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "vocab_size": 61}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -48,6 +55,38 @@ def test_equal_to_the_built_model(tmp_path: Path, model: str, method: str) -> No
     assert found == wanted
     assert run.shape.num_parameters == base
     assert trainable_parameters(run) == report.trainable_parameters
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], [r".*\.1\..*"]])
+@pytest.mark.parametrize(
+    "family", ["phi", "gpt2", "gpt_neox", "bloom", "gemma2", "falcon", "mixtral", "deepseek_v3", "gemma3", "opt", "mpt"]
+)
+def test_equal_to_the_built_model_of_any_family(tmp_path: Path, family: str, targets: list[str]) -> None:
+    """Blocks that differ, fused experts, Conv1D, and targets in some of the blocks."""
+    family_config(family).save_pretrained(tmp_path)
+    config = config_from_dict(recipe(model={"load_in_4bit": False}, adapter={"r": 2, "target_modules": targets}))
+    run = run_of(config, adapter_spec(config), find_shape(str(tmp_path)), 1, lengths=Lengths())
+    built = build_empty_model(tmp_path, dtype=torch.bfloat16)
+    base = sum(parameter.numel() for parameter in built.parameters())
+    names = [name for name in all_linear(built) if any(name_matches(target, name) for target in targets)]
+    report = inject_adapters(built, adapter_spec(config), plain_names(built, {"all-linear": names}))
+    found = sorted(t.numel for t in stored_tensors(run) for _ in range(t.copies))
+    assert run.shape.num_parameters == base
+    assert found == sorted(parameter.numel() for parameter in built.parameters())
+    assert trainable_parameters(run) == report.trainable_parameters
+    assert all(value >= 0 for value in bytes_per_rank(run)[0].values()) and step_flops(run) > 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_both_ways_to_a_shape_lead_to_the_same_run(tmp_path: Path, model: str) -> None:
+    """Known layouts are counted without torch, others off the model: bytes, traffic and operations agree."""
+    config = config_from_dict(
+        recipe(adapter={"target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]})
+    )
+    shapes = shape_of(MODELS[model], "here"), family_shape(MODELS[model], "here")
+    runs = [run_of(config, adapter_spec(config), shape, 2, lengths=Lengths()) for shape in shapes]
+    for count in (bytes_per_rank, step_bytes, step_flops, trainable_parameters):
+        assert count(runs[0]) == count(runs[1]), count
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

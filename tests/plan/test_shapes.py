@@ -36,7 +36,8 @@ def test_a_gguf_file_is_read_without_conversion() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral' has a layout that plan does not know; it knows llama"),
+        ({"model_type": "nobodys"}, "model_type='nobodys' is none of transformers'"),
+        ({"model_type": "phi", "hidden_size": "48"}, "transformers cannot build this model: "),
         ({"hidden_size": None}, "hidden_size=None must be a whole number above 0"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers='3' must be a whole number"),
         ({"vocab_size": True}, "vocab_size=True must be a whole number"),

@@ -10,7 +10,8 @@ from torch import Tensor
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
-from malora_dist.engine.forward import BalanceSettings, balance_loss, cross_entropies, set_token_keys
+from malora_dist.engine.balance import BalanceSettings, StepBalance
+from malora_dist.engine.forward import cross_entropies, set_token_keys
 from malora_dist.functional.loss import batch_counts, target_weights
 from malora_dist.methods import METHODS, mixture_spec
 from malora_dist.nn.head import install_loss_head
@@ -65,7 +66,7 @@ def numbers(case: dict[str, Any], device: str) -> dict[str, Tensor]:
     model.train()
     set_token_keys(model, batch, 3, 1)
     ce_N = cross_entropies(model, batch)
-    aux, _ = balance_loss(model, batch, 2, BALANCE, 1)
+    aux = StepBalance(model, BALANCE, 2, 1, torch.device(device)).add(batch)
     counts = batch_counts(batch.tasks_and_targets, 2).to(device)
     weights_N = target_weights(batch.target_sample, batch.task_ids, batch.target_counts, counts, "token")
     loss = (ce_N * weights_N).sum()

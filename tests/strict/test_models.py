@@ -60,7 +60,7 @@ def answers(folder: Path, base: dict[str, Any], device: str) -> dict[str, Tensor
         "tokens": model.generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0
         ),
-        "scores": torch.tensor([score for item in range(len(items)) for score in scores[item]]),
+        "scores": torch.tensor([scores[choice] for choice in sorted(scores)]),
     }
     remove_adapters(model)
     found["bare logits"] = model(input_ids=ids, use_cache=False).logits.float()

@@ -71,9 +71,6 @@ def _header(entry: str) -> bytes:
             _header('{"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}') + b"12345678",
             id="size",
         ),
-        pytest.param(
-            "model.safetensors", _header('{"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}') + b"1", id="fp8"
-        ),
         pytest.param("model.safetensors.index.json", b"{}", id="index-without-map"),
         pytest.param("model.safetensors.index.json", b"{", id="broken-index"),
     ],
@@ -82,6 +79,21 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"{name} is missing or damaged"):
         TensorReader(tmp_path)
+
+
+def test_a_dtype_that_is_not_read_matters_where_it_is_asked_for(tmp_path: Path) -> None:
+    """Old files hold masks of booleans, or scales of formats that other tools know."""
+    header = (
+        b'{"mask": {"dtype": "BOOL", "shape": [2], "data_offsets": [0, 2]},'
+        b' "scale": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [2, 3]},'
+        b' "a": {"dtype": "U8", "shape": [1], "data_offsets": [3, 4]}}'
+    )
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x00\x01\x02\x03")
+    reader = TensorReader(tmp_path)
+    assert reader.names() == ["mask", "a", "scale"]
+    assert reader.read(["mask"]).tolist() == [False, True] and reader.read(["a"]).tolist() == [3]
+    with pytest.raises(ConfigError, match="model.safetensors: scale has dtype F8_E8M0; those read are F64"):
+        reader.read(["scale"])
 
 
 def test_a_shard_that_is_missing_or_holds_something_else_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,15 @@ from safetensors.torch import load_file
 from malora_dist.weights.tensor_file import DTYPES, read_elements, read_header, write_tensors
 
 
+def test_other_dtypes_can_be_set_apart(tmp_path: Path) -> None:
+    header = json.dumps({"a": ENTRY, "b": {"dtype": "F4", "shape": [2], "data_offsets": [24, 25]}}).encode()
+    (tmp_path / "file").write_bytes(struct.pack("<Q", len(header)) + header + bytes(25))
+    others: dict[str, str] = {}
+    assert list(read_header(tmp_path / "file", others)) == ["a"] and others == {"b": "F4"}
+    with pytest.raises(ValueError, match="b has dtype F4"):
+        read_header(tmp_path / "file")
+
+
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
     tensors = {
         f"{name}.{i}": torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)

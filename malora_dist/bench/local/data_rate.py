@@ -64,8 +64,9 @@ def _start(options: DataOptions, output: Output) -> None:
 
 
 def _measure(options: DataOptions, config: RunConfig, world: World, position: Position) -> list[Record]:
-    folder = resolve_model(config.model.name_or_path, config.model.revision)
-    tokenizer = load_tokenizer(folder)
+    trusted = config.model.trust_remote_code
+    folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     position.enter("preparing the data")
     data, preparing = prepare_twice(config.data, tokenizer)
     loader = train_loader(config, data, world)

@@ -39,7 +39,7 @@ def _random_llama(dtype: torch.dtype, device: torch.device) -> nn.Module:
     config = LlamaConfig(**RANDOM_SIZES, use_cache=False)
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model.requires_grad_(False)
 
 

@@ -1,0 +1,94 @@
+"""The choices of a row, in the ways that data sets write them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from malora_dist.data.json_rows import NotJson, parse_whole
+from malora_dist.data.row import (
+    MISSING,
+    BadRow,
+    Row,
+    find_field,
+    needed_field,
+    refuse_half_characters,
+    shown,
+    what_row_has,
+)
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+Texts = tuple[str, ...]
+Field = str | Sequence[str]
+
+
+def has_choices(row: Row, field: Field, fixed: Sequence[str] | None) -> bool:
+    """Whether the row or its task has choices."""
+    names = [field] if isinstance(field, str) else field
+    return fixed is not None or any(find_field(row.fields, name) not in (None, MISSING) for name in names)
+
+
+def read_choices(row: Row, field: Field, fixed: Sequence[str] | None) -> tuple[Texts, Texts]:
+    """Texts of the choices, without outer blanks, and their keys where the row names them.
+
+    `fixed` are the task's own; else one field holds them all, or several hold one each. Raises BadRow for fewer than
+    two, more than there are letters, an empty one or one that is there twice.
+    """
+    if fixed is not None:
+        if has_choices(row, field, None):
+            raise BadRow(f"{row.source}: field {field!r} holds choices, and the task has its own: `choices`")
+        return tuple(choice.strip() for choice in fixed), ()
+    if isinstance(field, str):
+        (values, keys), where = _listed(row, field), f"field {field!r}"
+    else:
+        (values, keys), where = _columns(row, field), f"fields {list(field)}"
+    choices = tuple(choice.strip() for choice in values)
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise BadRow(f"{row.source}: {where} must hold 2 to {len(LETTERS)} choices, holds {len(choices)}")
+    if "" in choices:
+        raise BadRow(f"{row.source}: {where} holds an empty choice")
+    if len(set(choices)) < len(choices):
+        twice = next(choice for choice in choices if choices.count(choice) > 1)
+        raise BadRow(f"{row.source}: {where} holds the choice {twice!r} twice")
+    return choices, keys
+
+
+def _columns(row: Row, names: Sequence[str]) -> tuple[list[str], Texts]:
+    """One choice from each field, which is its key. The last ones may be empty: other rows have more choices."""
+    values = [find_field(row.fields, name) for name in names]
+    while values and (values[-1] is None or (isinstance(values[-1], str) and not values[-1].strip())):
+        values.pop()
+    for name, value in zip(names, values, strict=False):
+        if value is MISSING:
+            raise BadRow(f"{row.source}: field {name!r} is missing; {what_row_has(row, 'choices')}")
+        if value is not None and not isinstance(value, str):
+            raise BadRow(f"{row.source}: field {name!r} must be text, is {shown(value)}")
+        refuse_half_characters(row, name, value or "")
+    return [value or "" for value in values], tuple(names[: len(values)])
+
+
+def _listed(row: Row, name: str) -> tuple[list[str], Texts]:
+    """Texts in a list; of {"text": ..., "label": ...} each; or in {"text": [...], "label": [...]}. Or JSON of these."""
+    value = needed_field(row, name, "choices")
+    if isinstance(value, str):
+        value = _from_json(row, name, value)
+    keys: Any = ()
+    if isinstance(value, dict) and "text" in value:
+        value, keys = value["text"], value.get("label")
+    elif isinstance(value, list) and value and all(isinstance(item, dict) and "text" in item for item in value):
+        value, keys = [item["text"] for item in value], [item.get("label") for item in value]
+    if not isinstance(value, list | tuple) or not all(isinstance(choice, str) for choice in value):
+        raise BadRow(f"{row.source}: field {name!r} must be a list of texts, is {shown(value)}")
+    for choice in value:
+        refuse_half_characters(row, name, choice)
+    named = isinstance(keys, list | tuple) and len(keys) == len(value) and all(isinstance(k, str | int) for k in keys)
+    return list(value), tuple(str(key).strip() for key in keys) if named else ()
+
+
+def _from_json(row: Row, name: str, value: str) -> Any:
+    try:
+        return parse_whole(value)
+    except NotJson:
+        raise BadRow(
+            f"{row.source}: field {name!r} must be a list, or a JSON list as text, is {shown(value)} "
+            "(several fields with a choice each: `fields: {choices: [A, B, ...]}`)"
+        ) from None

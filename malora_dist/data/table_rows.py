@@ -1,0 +1,121 @@
+"""Rows out of tables: CSV, TSV and Parquet. A row that does not fit the table is a bad row and moves no other."""
+
+import csv
+import glob
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from malora_dist.data.row import Row, broken_character
+from malora_dist.errors import DataError
+
+ROWS_AT_ONCE = 1000
+
+
+def read_csv(path: Path) -> Iterator[Row]:
+    """All rows of a table in text, every cell as text. Raises DataError if the first line names no columns.
+
+    Columns without a name, such as the row numbers that pandas writes, are left out.
+    """
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    # A broken byte becomes a character that no text holds, so that its row alone is bad.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file, _cells_of_any_length():
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        names: list[str] | None = None
+        number = 0
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                if names is None:
+                    raise DataError(f"{path}:{line}: cannot be read as a table: {error}") from None
+                number += 1
+                yield Row(f"{path}: row {number}", {}, f"cannot be read, from line {line} on: {error}")
+                continue
+            if _is_blank(cells):
+                continue
+            if names is None:
+                names = _column_names(path, line, cells)
+                continue
+            number += 1
+            yield _table_row(f"{path}: row {number}", names, cells)
+
+
+@contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _is_blank(cells: Sequence[str]) -> bool:
+    return not cells or (len(cells) == 1 and not cells[0].strip())
+
+
+def _column_names(path: Path, line: int, cells: Sequence[str]) -> list[str]:
+    named = [name for name in cells if name.strip()]
+    if not named:
+        raise DataError(f"{path}:{line}: the first line must name the columns, all its {len(cells)} cells are empty")
+    if broken_character("".join(cells)) is not None:
+        raise DataError(f"{path}:{line}: invalid UTF-8 in the names of the columns")
+    _refuse_twice(path, named)
+    return list(cells)
+
+
+def _refuse_twice(path: Path, names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: two columns have the name {twice!r}")
+
+
+def _table_row(source: str, names: Sequence[str], cells: Sequence[str]) -> Row:
+    if len(cells) != len(names):
+        return Row(source, {}, f"has {len(cells)} cells where the first line names {len(names)} columns")
+    if broken_character("".join(cells)) is not None:
+        return Row(source, {}, "invalid UTF-8")
+    return Row(source, {name: cell for name, cell in zip(names, cells, strict=True) if name.strip()})
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """All rows of a Parquet file. Raises DataError if it is none."""
+    # Imported late: it takes seconds, and JSONL files do not need it.
+    from datasets import load_dataset
+
+    number = 0
+    try:
+        # Streaming: without it `datasets` writes a second copy of the rows to its own cache. As Arrow has them, since
+        # a column with a null would become one of fractions.
+        escaped = glob.escape(str(path.resolve()))
+        rows = load_dataset("parquet", data_files=escaped, split="train", streaming=True).with_format("arrow")
+        for batch in rows.iter(batch_size=ROWS_AT_ONCE):
+            for row in _values(batch):
+                number += 1
+                source = f"{path}: row {number}"
+                yield Row(source, {}, row) if isinstance(row, str) else Row(source, row)
+    except DataError:
+        raise
+    except Exception as error:
+        behind = f", behind row {number}" if number else ""
+        why = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{path}: cannot be read as parquet{behind}: {why}") from error
+
+
+def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Each row of a batch as Python values, or why it has none."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, ArithmeticError):
+        for place in range(batch.num_rows):
+            try:
+                yield from batch.slice(place, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield "invalid UTF-8"
+            except (ValueError, ArithmeticError) as error:
+                yield f"cannot be read: {error}"

@@ -1,0 +1,111 @@
+"""A model folder's config.json and tokenizer, read by transformers' own code alone unless a recipe allows the folder's.
+
+A folder may name Python files of its own (`auto_map`). transformers would ask on the terminal whether to run them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from malora_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+KEY = "model.trust_remote_code"
+SUPPORTED = "docs/models.md lists the families that are supported"
+NOT_RUN = (
+    f"code of a model folder is not run unless the recipe says {KEY}: true, which gives it all rights that you have"
+)
+
+
+def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedConfig":
+    """Read a folder's config.json, without what a frozen base does not have.
+
+    Raises ConfigError without one, and for one that is of no causal language model of transformers.
+    """
+    from transformers import AutoConfig
+
+    content = _config_json(folder)
+    if not trust_remote_code:
+        _check_family(folder, content)
+    config = _read(
+        folder, "config.json", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    )
+    config.use_cache = False
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0  # RWKV would halve weights in place, and 4-bit ones cannot be
+    for name, value in vars(config).items():
+        # The base is frozen, and its masks would depend on how samples are dealt to processes.
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            setattr(config, name, 0.0)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # says how files are stored, not how this model computes
+    return config
+
+
+def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Read a folder's tokenizer. Raises ConfigError if transformers cannot."""
+    from transformers import AutoTokenizer
+
+    return _read(
+        folder, "the tokenizer", lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    )
+
+
+def own_code(folder: Path) -> list[str]:
+    """The Python classes that a model folder names as its own, in config.json or tokenizer_config.json."""
+    found: list[str] = []
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        auto_map = content.get("auto_map") if isinstance(content, dict) else None
+        values = auto_map.values() if isinstance(auto_map, dict) else auto_map if isinstance(auto_map, list) else ()
+        classes = [entry for value in values for entry in (value if isinstance(value, list) else [value])]
+        found += [entry for entry in classes if isinstance(entry, str) and entry not in found]
+    return found
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a model folder: it holds no config.json")
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{folder / 'config.json'} is not a JSON object")
+    return content
+
+
+def _check_family(folder: Path, content: dict[str, Any]) -> None:
+    """Raise ConfigError unless transformers itself has a causal language model of this type."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = content.get("model_type")
+    said = f"{folder / 'config.json'}: model_type={kind!r}"
+    known = isinstance(kind, str)
+    if known and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    code = own_code(folder)
+    if code:
+        raise ConfigError(f"{said} is code of its own ({', '.join(code)}); {NOT_RUN}")
+    if known and kind in CONFIG_MAPPING:
+        raise ConfigError(f"{said} is no causal language model; {SUPPORTED}")
+    raise ConfigError(f"{said} is no model type of transformers {transformers.__version__}; {SUPPORTED}")
+
+
+def _read(folder: Path, what: str, read: Callable[[], Any]) -> Any:
+    """What transformers reads of a folder. Raises ConfigError for whatever it raises."""
+    try:
+        return read()
+    except Exception as error:  # code of some 200 families, for files that anybody may have written
+        code = own_code(folder)
+        if code and "trust_remote_code" in str(error):
+            raise ConfigError(f"{folder}: {what} is code of its own ({', '.join(code)}); {NOT_RUN}") from error
+        raise ConfigError(f"{folder}: transformers cannot read {what}: {error}") from error

@@ -1,0 +1,35 @@
+"""What activation checkpointing does to a forward: which pass it is, and the form of it that loses the balance loss."""
+
+import sys
+from types import FrameType
+
+import torch
+
+from malora_dist.errors import TrainingError
+
+REENTRANT = "CheckpointFunction.forward"
+
+
+def is_recomputing() -> bool:
+    """Return whether this forward runs inside a backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def refuse_reentrant(training: bool) -> None:
+    """Raise TrainingError in a forward of reentrant checkpointing, which runs without a graph.
+
+    What a router says there can have no gradient, and its balance loss would train nothing. Every such checkpointing,
+    PyTorch's, DeepSpeed's or Megatron's, is an autograd function of this name.
+    """
+    if not training or torch.is_grad_enabled():
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_qualname.endswith(REENTRANT):
+            raise TrainingError(
+                "reentrant activation checkpointing (use_reentrant=True) runs layers without a graph, so that routers "
+                "would get no gradient of the balance loss: choose use_reentrant=False, in transformers "
+                'model.gradient_checkpointing_enable({"use_reentrant": False}) or '
+                'TrainingArguments(gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
+        frame = frame.f_back

@@ -1,0 +1,142 @@
+"""Shapes of models whose layout is not known by heart: read off the model without weights that transformers builds."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from malora_dist.errors import ConfigError
+from malora_dist.plan.shapes import LAYOUTS, Linear, ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyShape(ModelShape):
+    """A model of any family: its linears by kind, and all else by length, as they were counted.
+
+    What a block computes beside them is counted as in a Llama.
+    """
+
+    kinds: tuple[Linear, ...]
+    lengths: tuple[tuple[int, int], ...]
+    embedding: int
+    parameters: int
+    expert_products: int
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The kinds of linears of the whole model, without the head."""
+        return self.kinds
+
+    @property
+    def others(self) -> tuple[tuple[int, int], ...]:
+        """Length and number of what is neither a linear's weight nor embedding nor head."""
+        return self.lengths
+
+    @property
+    def expert_multiplications(self) -> int:
+        """Multiplications of a token in the experts that a model keeps as one parameter."""
+        return self.expert_products
+
+    @property
+    def embedding_numel(self) -> int:
+        """Weights of the embedding."""
+        return self.embedding
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights of the base model."""
+        return self.parameters
+
+
+def family_shape(config: Mapping[str, Any], source: str) -> FamilyShape:
+    """The shape of a config.json of any causal language model of transformers.
+
+    Raises ConfigError for a type that transformers has not, and where torch or transformers is missing.
+    """
+    model = _empty_model(config, source)
+    text = model.config.get_text_config()
+    hidden, heads = _number(text, "hidden_size", 1), _number(text, "num_attention_heads", 1)
+    embedding, head = model.get_input_embeddings().weight, _head_weight(model)
+    kinds, weights = _kinds(model)
+    counted = weights | {id(embedding)}
+    if head is not None and head.numel() == embedding.numel():
+        counted.add(id(head))
+    lengths = Counter(parameter.numel() for parameter in model.parameters() if id(parameter) not in counted)
+    return FamilyShape(
+        source=source,
+        hidden_size=hidden,
+        intermediate_size=_number(text, "intermediate_size", 4 * hidden),
+        num_layers=_number(text, "num_hidden_layers", 1),
+        num_heads=heads,
+        num_kv_heads=_number(text, "num_key_value_heads", heads),
+        head_dim=_number(text, "head_dim", max(1, hidden // heads)),
+        vocab_size=embedding.shape[0],
+        tied_head=head is None or id(head) == id(embedding) or id(head) not in counted,
+        kinds=kinds,
+        lengths=tuple(lengths.items()),
+        embedding=embedding.numel(),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        expert_products=_expert_products(model, text),
+    )
+
+
+def _empty_model(config: Mapping[str, Any], source: str) -> Any:
+    model_type = config.get("model_type")
+    try:
+        import torch
+        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    except ImportError as error:
+        raise ConfigError(
+            f"{source}: the shapes of model_type={model_type!r} are read off the model that transformers builds, but "
+            f"{error}. Without torch and transformers the plan knows {', '.join(LAYOUTS)}"
+        ) from error
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"{source}: model_type={model_type!r} is none of transformers'")
+    try:
+        settings = CONFIG_MAPPING[model_type].from_dict(dict(config))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    except Exception as error:  # code of some 200 families, for numbers that nobody has tried together
+        raise ConfigError(f"{source}: transformers cannot build this model: {error}") from error
+
+
+def _kinds(model: Any) -> tuple[tuple[Linear, ...], set[int]]:
+    """The linears by name and size, without the head, and which parameters are their weights."""
+    from malora_dist.nn.linears import linear_sizes, output_head
+    from malora_dist.nn.reach import reached_linears
+
+    head, weights, reached = output_head(model), set[int](), reached_linears(model)
+    names: dict[tuple[str, int, int, bool, bool], list[str]] = {}
+    for name, module in model.named_modules():
+        sizes = linear_sizes(module)
+        if sizes is not None and module is not head:
+            kind = (name.rpartition(".")[2], *sizes, module.bias is not None, reached is None or name in reached)
+            names.setdefault(kind, []).append(name)
+            weights.add(id(module.weight))
+    linears = [
+        Linear(leaf, inputs, outputs, bias, tuple(found), trained)
+        for (leaf, inputs, outputs, bias, trained), found in names.items()
+    ]
+    return tuple(linears), weights
+
+
+def _head_weight(model: Any) -> Any:
+    from malora_dist.nn.linears import output_head
+
+    return getattr(output_head(model), "weight", None)
+
+
+def _expert_products(model: Any, text: Any) -> int:
+    """Each token goes through `num_experts_per_tok` of a layer's experts."""
+    from malora_dist.nn.targets import fused_experts
+
+    shapes = [model.get_parameter(name).shape for name in fused_experts(model)]
+    chosen = [min(_number(text, "num_experts_per_tok", shape[0]), shape[0]) for shape in shapes]
+    return sum(top_k * shape[1] * shape[2] for shape, top_k in zip(shapes, chosen, strict=True))
+
+
+def _number(config: Any, name: str, default: int) -> int:
+    """A number of a configuration; the largest where it has one for each layer."""
+    value = getattr(config, name, None)
+    value = max(value, default=None) if isinstance(value, list | tuple) else value
+    return value if isinstance(value, int) and value > 0 else default

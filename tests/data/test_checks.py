@@ -1,0 +1,85 @@
+"""Rows as public data sets have them, and what a task says of its rows."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from malora_dist.data.example import Example
+from malora_dist.data.tasks import load_task
+from malora_dist.errors import DataError
+
+ROLES = {"prompt": "prompt", "choices": "choices", "label": "label", "response": "response"}
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], Example]] = {
+    "BoolQ": (
+        {"question": "is it?", "passage": "it is", "answer": True},
+        {"fields": {**ROLES, "prompt": "question", "label": "answer"}, "choices": ("no", "yes")}
+        | {"template_fields": ("passage",)},
+        Example("t", "is it?", "yes", ("no", "yes"), 1, extra={"passage": "it is"}),
+    ),
+    "PIQA": (
+        {"goal": "open a jar", "sol1": "twist it ", "sol2": "eat it", "label": 0},
+        {"fields": {**ROLES, "prompt": "goal", "choices": ("sol1", "sol2")}},
+        Example("t", "open a jar", "twist it", ("twist it", "eat it"), 0),
+    ),
+    "MMLU": (
+        {"question": "q", "A": "a", "B": "b", "C": "c", "D": "", "answer": "C"},
+        {"fields": {**ROLES, "prompt": "question", "choices": ("A", "B", "C", "D"), "label": "answer"}},
+        Example("t", "q", "c", ("a", "b", "c"), 2),
+    ),
+    "ARC": (
+        {"question": {"stem": "q", "choices": [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}]}, "key": "2"},
+        {"fields": {**ROLES, "prompt": "question.stem", "choices": "question.choices", "label": "key"}},
+        Example("t", "q", "b", ("a", "b"), 1),
+    ),
+    "WinoGrande": (
+        {"sentence": "q", "option1": "a", "option2": "b", "answer": "2"},
+        {"fields": {**ROLES, "prompt": "sentence", "choices": ("option1", "option2"), "label": "answer"}}
+        | {"first_label": 1},
+        Example("t", "q", "b", ("a", "b"), 1),
+    ),
+    "SQuAD": (
+        {"question": "q", "answers": {"text": ["first", "second"]}, "a.b": "c"},
+        {"fields": {**ROLES, "prompt": "question", "response": "answers.text.0"}, "template_fields": ("a.b",)},
+        Example("t", "q", "first", extra={"a.b": "c"}),
+    ),
+    "Alpaca": (
+        {"instruction": "do it", "input": "", "output": "done"},
+        {"fields": {**ROLES, "prompt": "instruction", "response": "output"}}
+        | {"template_fields": ("input", "more"), "optional_fields": ("input", "more")},
+        Example("t", "do it", "done", extra={"input": "", "more": ""}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_as_public_data_sets_have_them(name: str, write_jsonl: Any) -> None:
+    row, options, expected = SHAPES[name]
+    path = write_jsonl("t.jsonl", [row])
+    assert load_task(name="t", train=path, **options).train == (replace(expected, source=f"{path}:1"),)
+
+
+def test_a_field_that_is_missing_says_how_to_name_it(write_jsonl: Any) -> None:
+    path = write_jsonl("t.jsonl", [{"question": "q", "answer": "r"}])
+    with pytest.raises(DataError) as error:
+        load_task(name="t", train=path)
+    assert "the row has ['answer', 'question'] (`fields: {prompt: NAME}` of the task names another)" in str(error.value)
+    named = {**ROLES, "prompt": "question", "response": "answer"}
+    with pytest.raises(DataError, match=r"field 'passage' is missing; .* \(`optional_fields` of the task names those"):
+        load_task(name="t", train=path, fields=named, template_fields=("passage",))
+    fields = {**ROLES, "prompt": "question", "choices": ("A", "B"), "label": "answer"}
+    with pytest.raises(DataError, match=r"field 'A' is missing; .* \(`fields: \{choices: NAME\}`"):
+        load_task(name="t", train=path, fields=fields)
+
+
+def test_choices_of_the_task_hide_none_of_a_row(write_jsonl: Any) -> None:
+    path = write_jsonl("t.jsonl", [{"prompt": "p", "choices": ["no", "yes"], "label": 1}])
+    with pytest.raises(DataError, match=r"t\.jsonl:1: field 'choices' holds choices, and the task has its own"):
+        load_task(name="t", train=path, choices=("yes", "no"))
+
+
+def test_a_group_is_the_same_as_number_and_as_fraction(write_jsonl: Any) -> None:
+    """As when a column of one of two files has a number missing."""
+    train = write_jsonl("a.jsonl", [{"prompt": f"p{i}", "response": "r", "id": float(i)} for i in range(3)])
+    test = write_jsonl("b.jsonl", [{"prompt": "other", "response": "r", "id": 1}])
+    assert load_task(name="t", train=train, test=test, group_by="id").counts["shared_groups_removed"] == 1

@@ -1,0 +1,147 @@
+"""What the loader makes of a tiny model of each family, and the page docs/models.md that says so.
+
+`python -m tests.family_results --write` writes the page anew.
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from malora_dist.engine.attention import choose_attention
+from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
+from malora_dist.model import load_base_model
+from malora_dist.nn.nf4_linear import NF4Linear
+from malora_dist.nn.packed_attention import FLASH_VARLEN, MASKED, TORCH_VARLEN
+from malora_dist.nn.targets import all_linear
+from tests.distributed import ROOT
+from tests.engine.test_packing import ALONE, REFUSED, SEQUENCES
+from tests.families import NOT_TINY, families, family_model, without_compiler
+
+PAGE = ROOT / "docs" / "models.md"
+IDS = torch.tensor([[3, 5, 9, 11, 60, 7, 30, 4, 17, 8, 50, 21]])
+WORDS = {MASKED: "sdpa", TORCH_VARLEN: "varlen", FLASH_VARLEN: "varlen"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one family: its class, its linears, the attention of `auto`, and how far logits are from transformers'.
+
+    Differences are relative to the largest logit. again: of the model that our loader's model saved.
+    """
+
+    class_name: str
+    linears: tuple[str, ...]
+    attention: str
+    attention_on_gpu: str
+    plain: float
+    in_4bit: float
+    again: float
+
+
+@cache
+def look(name: str) -> Found:
+    """Save a tiny model of the family, load it with our loader and with transformers, and compare."""
+    with tempfile.TemporaryDirectory() as temporary, without_compiler():
+        folder, copy = Path(temporary, "model"), Path(temporary, "copy")
+        family_model(name).save_pretrained(folder)
+        theirs = _theirs(folder)
+        attention, on_gpu = (
+            choose_attention("auto", theirs.config, *where, False) for where in ((4, None), (2, (8, 0)))
+        )
+        ours = load_base_model(folder, dtype=torch.float32, load_in_4bit=False, attn_implementation=attention)
+        wanted = logits(theirs)
+        plain = _apart(logits(ours), wanted)
+        ours.save_pretrained(copy)
+        again = _apart(logits(_theirs(copy)), wanted)
+        ours = load_base_model(folder, dtype=torch.float32, attn_implementation=attention)
+        _round(theirs, ours)
+        return Found(
+            class_name=type(theirs).__name__,
+            linears=tuple(dict.fromkeys(name.rpartition(".")[2] for name in all_linear(theirs))),
+            attention=WORDS.get(attention, attention),
+            attention_on_gpu=WORDS.get(on_gpu, on_gpu),
+            plain=plain,
+            in_4bit=_apart(logits(ours), logits(theirs)),
+            again=again,
+        )
+
+
+def logits(model: Any) -> Tensor:
+    """The model's logits of one short row."""
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
+
+
+def _theirs(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def _round(theirs: Any, ours: Any) -> None:
+    """Round the weights of their linears to the 4-bit values that ours has."""
+    done: set[int] = set()
+    for name, module in ours.named_modules():
+        if isinstance(module, NF4Linear) and id(module.blob) not in done:
+            done.add(id(module.blob))
+            weight = theirs.get_submodule(name).weight.data
+            blob = quantize_nf4(weight, module.double_quant)
+            assert torch.equal(blob, module.blob), name
+            weight.copy_(dequantize_nf4(blob, tuple(weight.shape), torch.float32, module.double_quant))
+
+
+def _in_a_row(name: str) -> str:
+    """What tests/engine/test_packing.py finds."""
+    if name in REFUSED:
+        return "refused"
+    return "one" if name in ALONE else "several" if name in SEQUENCES else "several that branch"
+
+
+def page() -> str:
+    """Return docs/models.md."""
+    import transformers
+
+    lines = [
+        "# Models",
+        "",
+        "Every causal language model of transformers is loaded as transformers loads it, from safetensors: names and "
+        "layouts of tensors, ties, and buffers that no file holds. What cannot be loaded is refused, by `malora "
+        "validate`, `prepare` and `train` alike, before anything is read or quantised. A folder's own Python code is "
+        "never run, unless the recipe says `model.trust_remote_code: true`.",
+        "",
+        f"A test makes this page, of tiny models of the families of transformers {transformers.__version__}: each is "
+        "saved by transformers and loaded by this package, as it is and in 4 bits, gives the logits that transformers "
+        "gives, and is saved and loaded again.",
+        "",
+        "`linears` are what `adapter.target_modules: all-linear` means, and what targets can name; experts that "
+        "transformers keeps as one parameter are loaded and not adapted, as the log says. `attention` is what "
+        "`model.attn_implementation: auto` becomes on a CPU or in float32, and on a GPU in 16 bits. `in a row`: "
+        "several samples, several that branch (the choices of a question share their prompt), or one, so that "
+        "`train.per_device_train_batch_size` must be 1. Refused are those that look at what follows a token, or count "
+        "positions from another number; encoders decode where their configuration says `is_decoder: true`.",
+        "",
+        "| `model_type` | class | linears | attention | in a row |",
+        "|---|---|---|---|---|",
+    ]
+    for name in families():
+        found = look(name)
+        kinds = " / ".join(dict.fromkeys((found.attention, found.attention_on_gpu)))
+        lines.append(f"| {name} | {found.class_name} | {' '.join(found.linears)} | {kinds} | {_in_a_row(name)} |")
+    lines += ["", "Not run, as they cannot be built tiny here: " + ", ".join(sorted(NOT_TINY)) + ".", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["--write"], "python -m tests.family_results --write"
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,24 @@
+"""Every family of transformers that can be built tiny: our loader's numbers are those of transformers."""
+
+import pytest
+
+from tests.families import families
+from tests.family_results import PAGE, look, page
+
+# Of the largest logit; most are equal to the bit.
+CLOSE = 1e-5
+
+
+@pytest.mark.parametrize("name", families())
+def test_logits_are_those_of_transformers(name: str) -> None:
+    found = look(name)
+    assert found.plain <= CLOSE and found.in_4bit <= CLOSE and found.again <= CLOSE, found
+
+
+def test_the_page_says_what_is_found() -> None:
+    import transformers
+
+    text = PAGE.read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__}:" not in text:
+        pytest.skip("docs/models.md is about another version of transformers")
+    assert text == page(), "python -m tests.family_results --write"
