@@ -7,13 +7,14 @@ from typing import Any
 DEEPEST = 100
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+def parse_json(text: str | bytes, *, non_finite: bool = False) -> Any:
+    """The value of a JSON text. `non_finite` takes NaN and infinities, which our own measurements may hold.
 
-    Raises ValueError if it is none, holds NaN or an infinity, gives a key twice, or is nested beyond all use.
+    Raises ValueError if it is none, gives a key twice, or is nested beyond all use.
     """
+    constant = float if non_finite else _refuse_constant
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} deep") from None
     _check_depth(value)

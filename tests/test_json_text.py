@@ -10,6 +10,10 @@ def test_values_are_those_of_the_text() -> None:
     assert parse_json("[" * DEEPEST + "]" * DEEPEST) and parse_json(b"7") == 7
 
 
+def test_our_own_measurements_may_hold_what_is_not_finite() -> None:
+    assert str(parse_json("[NaN, Infinity, -Infinity, 1]", non_finite=True)) == "[nan, inf, -inf, 1]"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

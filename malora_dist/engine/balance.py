@@ -41,23 +41,29 @@ def take_statistics(model: nn.Module, batch: MicroBatch, num_tasks: int) -> tupl
     """Return the statistics of the last forward by task, and top_k; None if no layer has anything to balance.
 
     Layers whose tokens use every expert are not among the L. Call once after each forward: it takes every
-    `layer.routing` away. Raises ConfigError for a layer that the forward did not call.
+    `layer.routing` away. Raises ConfigError for a layer that the forward did not call for each token.
     """
-    taken = [(layer.balanced, _take_routing(name, layer)) for name, layer in mixture_layers(model) if layer.routed]
+    task_T = batch.task_ids[batch.token_sample]
+    layers = [(name, layer) for name, layer in mixture_layers(model) if layer.routed]
+    taken = [(layer.balanced, _take_routing(name, layer, len(task_T))) for name, layer in layers]
     routings = [routing for balanced, routing in taken if balanced]
     if not routings:
         return None
-    task_T = batch.task_ids[batch.token_sample]
     return expert_statistics(routings, task_T, num_tasks), routings[0].expert_ids_TK.shape[1]
 
 
-def _take_routing(name: str, layer: Any) -> Routing:
+def _take_routing(name: str, layer: Any, tokens: int) -> Routing:
     routing: Routing | None = layer.routing
     layer.routing = None
     if routing is None:
         raise ConfigError(
             f"adapter.target_modules: {name} is adapted, but this model's forward never calls it (it may read the "
             "weight itself, or be a part for something else than text); leave it out"
+        )
+    if len(routing.expert_ids_TK) != tokens:
+        raise ConfigError(
+            f"adapter.target_modules: {name} reads {len(routing.expert_ids_TK)} rows of a micro-batch of {tokens} "
+            "tokens, and cannot be balanced with the others; leave it out"
         )
     return routing
 

@@ -174,7 +174,7 @@ class RunOutputs:
         path = self.folder / name
         if not on_main(path.exists, self.world):
             self._write(name, measure())
-        content: dict[str, Any] = on_main(lambda: parse_json(path.read_bytes()), self.world)
+        content: dict[str, Any] = on_main(lambda: parse_json(path.read_bytes(), non_finite=True), self.world)
         return content
 
     def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:
@@ -234,7 +234,11 @@ class RunOutputs:
     def _finish(self) -> None:
         write_text(self.folder / "adapter" / "README.md", self._card())
         self._close()
-        write_report(self.folder)
+        try:
+            write_report(self.folder)
+        except Exception as error:
+            # All that was trained and measured is there, and another start would train nothing more.
+            self.log.error("%s has no report (%r); malora report %s writes it", self.folder, error, self.folder)
         terminal = console()
         if self.evaluations:
             terminal.print(print_results(self.evaluations))

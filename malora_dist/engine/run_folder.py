@@ -122,7 +122,7 @@ def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
 
 def _read_json(path: Path) -> Any:
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(path.read_bytes(), non_finite=True)
     except ValueError:
         return f"{path} is damaged, and nobody else's to overwrite"
 

@@ -38,7 +38,7 @@ def read_baseline(path: Path, measured: Sequence[str]) -> Tasks:
     Raises ConfigError if it is no such file, or if it lacks a task of those that are `measured`.
     """
     try:
-        sides = parse_json(path.read_bytes())
+        sides = parse_json(path.read_bytes(), non_finite=True)
         tasks: dict[str, dict[str, float]] = sides["tuned" if "tuned" in sides else "base"]["tasks"]
         for record in tasks.values():
             task_score(record)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from malora_dist.errors import ConfigError
 from malora_dist.nn.bitsandbytes_cpu import unpack
 from malora_dist.nn.linears import is_conv1d
 from malora_dist.nn.nf4_linear import NF4Linear
@@ -77,6 +78,11 @@ def _weight(base_layer: Any) -> Tensor | None:
         return base_layer.dequantize(torch.float32)
     unpack(base_layer)
     weight: Tensor = base_layer.weight
+    if hasattr(weight, "ds_id") and not weight.numel():
+        raise ConfigError(
+            "adapter.method=dora measures the base's weights, which ZeRO-3 keeps in parts: inject_adapters(..., "
+            "whole=malora_dist.parallel.zero.gathered)"
+        )
     state = getattr(weight, "quant_state", None)
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit

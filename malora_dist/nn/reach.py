@@ -1,7 +1,8 @@
-"""Which linears of a model a loss on text can train, found out on a twin without weights."""
+"""Which linears of a model a loss on text trains token by token, found out on a twin without weights."""
 
 import copy
 import warnings
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -15,11 +16,11 @@ TOKENS = 256
 
 
 def reached_linears(model: nn.Module) -> frozenset[str] | None:
-    """Names of the linears that a forward on text calls, and from whose output a gradient leads to the logits.
+    """Names of the linears that read each token of a text, and from whose output a gradient leads to the logits.
 
     Parts for pictures and attention to an encoder are never called. What only chooses, as the index of sparse
-    attention does, has no gradient. None where this cannot be told without weights, or for a model that is not one of
-    transformers.
+    attention does, has no gradient. Some read blocks of tokens, or tokens of their own. None where this cannot be told
+    without weights, or for a model that is not one of transformers.
     """
     if not hasattr(model, "config"):
         return None
@@ -44,9 +45,11 @@ def _twin(model: Any) -> nn.Module:
 
 def _reached(twin: nn.Module, input_ids: Tensor, mask: Tensor | None) -> frozenset[str]:
     marks: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
 
     def marked(name: str) -> Any:
         def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            rows[name] = output.shape[:-1].numel()
             marks[name] = torch.zeros((), device="meta", requires_grad=True)
             return output + marks[name]
 
@@ -57,4 +60,6 @@ def _reached(twin: nn.Module, input_ids: Tensor, mask: Tensor | None) -> frozens
             module.register_forward_hook(marked(name))
     with torch.device("meta"):
         twin(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.sum().backward()
-    return frozenset(name for name, mark in marks.items() if mark.grad is not None)
+    # Those of the text, with what a model may put before it.
+    usual = Counter(rows.values()).most_common(1)[0][0]
+    return frozenset(name for name, mark in marks.items() if mark.grad is not None and rows[name] == usual)

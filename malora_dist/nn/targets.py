@@ -71,8 +71,9 @@ def _untrainable(model: nn.Module, found: Mapping[str, Sequence[str]]) -> Iterab
         idle = [] if reached is None else [name for name in linears if name not in reached]
         if idle:
             yield (
-                f"{target!r} matches {idle[0]} and {len(idle) - 1} more that text gives no gradient: they are not "
-                "called, or only choose; name the others by more of their names, or by a pattern"
+                f"{target!r} matches {idle[0]} and {len(idle) - 1} more that text gives no gradient token by token: "
+                "they are not called, only choose, or read something else; name the others by more of their names, or "
+                "by a pattern"
             )
         for name in heads & set(names):
             yield (

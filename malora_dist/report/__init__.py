@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from malora_dist.atomic import write_text
+from malora_dist.errors import MaloraError
 from malora_dist.report.inputs import read_run
 from malora_dist.report.page import build_page
 from malora_dist.report.terminal import print_results
@@ -13,14 +15,15 @@ __all__ = ["print_results", "write_report"]
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Write `run_dir/report/index.html`, one file that needs no other, and return its path.
 
-    What the run did not write is left out, with a sentence saying so. Raises MaloraError if `run_dir` is no folder or
-    a file in it is damaged.
+    What the run did not write is left out, with a sentence saying so. Raises MaloraError if `run_dir` is no folder, if
+    a file in it is damaged, or if the report cannot be written.
     """
     run_dir = Path(run_dir)
     page = build_page(read_run(run_dir))
     path = run_dir / "report" / "index.html"
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name("index.html.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, page)
+    except OSError as error:
+        raise MaloraError(f"{path} cannot be written: {error.strerror}") from error
     return path

@@ -123,7 +123,7 @@ def _json(path: Path, check: Callable[[Path, Mapping[str, Any]], None]) -> dict[
     if not path.is_file():
         return {}
     try:
-        return _mapping(path, parse_json(path.read_bytes()), check)
+        return _mapping(path, parse_json(path.read_bytes(), non_finite=True), check)
     except OSError as error:
         raise MaloraError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

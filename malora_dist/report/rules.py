@@ -12,6 +12,7 @@ from malora_dist.metrics import (
     DEVICE,
     EVAL,
     KIND,
+    LOSS,
     MAX_STEPS,
     ROUTING,
     RUN,
@@ -24,7 +25,7 @@ from malora_dist.metrics import (
     Record,
 )
 
-SCORES = ("loss", "accuracy", "stderr", "accuracy_norm", "majority")
+SHARES = ("accuracy", "stderr", "accuracy_norm", "majority")
 # Beyond it no picture can be drawn.
 LARGEST = 1e30
 
@@ -37,9 +38,14 @@ def check_evaluations(path: Path, content: Mapping[str, Any]) -> None:
             where = f"{side}.tasks.{task}"
             if type(_mapping(path, where, row).get("n")) is not int or not 0 <= row["n"] < LARGEST:
                 _refuse(path, f"{where}.n", row.get("n"), "a whole number")
-            for name in SCORES:
-                if row.get(name) is not None or name == "stderr":
-                    _number(path, f"{where}.{name}", row.get(name, 0.0))
+            if row.get(LOSS) is not None:
+                # One that is not finite is a result too.
+                _number(path, f"{where}.{LOSS}", row[LOSS], finite=False)
+            for name in SHARES:
+                # Only an error is always there, of 0 if nothing is said.
+                value = row.get(name, 0.0 if name == "stderr" else None)
+                if not _is_share(value) and (value is not None or name == "stderr"):
+                    _refuse(path, f"{where}.{name}", value, "a number from 0 to 1")
 
 
 def check_counts(path: Path, content: Mapping[str, Any]) -> None:
@@ -105,10 +111,14 @@ def _numbers(path: Path, where: str, values: Sequence[Any]) -> None:
         _number(path, where, value)
 
 
-def _number(path: Path, where: str, value: Any) -> None:
+def _number(path: Path, where: str, value: Any, *, finite: bool = True) -> None:
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or _too_large(value) or not math.isfinite(value):
+    if not known or _too_large(value) or (finite and not math.isfinite(value)):
         _refuse(path, where, value, "a number")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _too_large(value: float) -> bool:

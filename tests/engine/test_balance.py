@@ -13,7 +13,7 @@ from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
 from malora_dist.engine.balance import BalanceSettings, StepBalance
 from malora_dist.engine.forward import cross_entropies, set_token_keys
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.methods import mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
 from tests.models import tiny_llama
@@ -133,3 +133,18 @@ def test_counts_of_other_layers_are_refused(counts: Any) -> None:
     rule = "state.balance.expert_counts must be 4 lists of 4 counts"
     with pytest.raises(CheckpointError, match=f"step-000003: {re.escape(rule)}"):
         balance.load_state_dict({"expert_counts": counts}, "step-000003")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [(None, "never calls it"), (3, "reads 3 rows of a micro-batch of 4 tokens")]
+)
+def test_a_layer_that_does_not_see_every_token_is_named(rows: int | None, message: str) -> None:
+    layer = nn.ModuleDict({"up": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+    inject_adapters(layer, mixture_spec("malora", num_experts=NUM_EXPERTS, r=2), ["up", "other"])
+    batch = collate([Sample(0, 0, np.arange(4, dtype=np.int32), 2)])
+    balance = StepBalance(layer, BalanceSettings(0.01, "mean", "global"), TASKS, 1, torch.device("cpu"))
+    layer["up"](torch.ones(4, 8))
+    if rows is not None:
+        layer["other"](torch.ones(rows, 8))
+    with pytest.raises(ConfigError, match=f"adapter.target_modules: other .*{message}"):
+        balance.add(batch)

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from malora_dist.errors import ConfigError
 from malora_dist.functional.dropout import keep_mask
 from malora_dist.functional.nf4 import quantize_nf4
 from malora_dist.methods import mixture_spec
@@ -36,6 +37,15 @@ def _theirs(peft_model: Any) -> dict[str, nn.Parameter]:
         for ours, peft in FACTORS.items()
         if f".{peft}." in name
     }
+
+
+def test_a_weight_in_parts_is_refused() -> None:
+    """As ZeRO-3 leaves it: an empty tensor with an id."""
+    model = tiny_llama()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.data, weight.ds_id = torch.empty(0), 7
+    with pytest.raises(ConfigError, match=r"dora measures.*whole=malora_dist\.parallel\.zero\.gathered"):
+        inject_adapters(model, mixture_spec("dora", r=2), TARGETS)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])

@@ -127,7 +127,8 @@ def test_near_names_are_spelled_alike_or_do_the_same_work(target: str, family: s
     [
         ("llama", ["q_proj", "lm_head"], "'lm_head' matches lm_head, the output head.*all-linear means every other"),
         ("bart", ["k_proj"], r"encoder_attn\.k_proj and 1 more that text gives no gradient"),
-        ("deepseek_v32", ["wk"], "or only choose"),
+        ("deepseek_v32", ["wk"], "only choose"),
+        ("zaya", ["v_proj_delayed"], "or read something else"),
         (
             "phi",
             ["gate_proj", "lm_head"],

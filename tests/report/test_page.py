@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from malora_dist.errors import MaloraError
 from malora_dist.report import write_report
 from tests.report.run_folder import EXPERTS, TASKS, write_run
 
@@ -127,6 +128,12 @@ def test_completion_alone_shows_losses(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text(json.dumps(sides))
     text = Outline(write_report(tmp_path).read_text()).text
     assert "2.000" in text and "1.500" in text
+
+
+def test_a_report_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "report").touch()
+    with pytest.raises(MaloraError, match="index.html cannot be written: File exists"):
+        write_report(tmp_path)
 
 
 def test_lora_has_no_routing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Files of a run folder whose values are not what they should be, one value after another."""
 
 import json
+import math
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -121,7 +122,9 @@ def test_a_hostile_text_in_every_field_is_text_or_damage(name: str, folder: Path
 
 
 @pytest.mark.parametrize(
-    "value", [None, True, [], {"n": {}}, 1e308, 10**400, "\ud83d\0\ufffe"], ids=lambda value: repr(value)[:9]
+    "value",
+    [None, True, [], {"n": {}}, 1e308, math.nan, -math.inf, 10**400, "\ud83d\0\ufffe"],
+    ids=lambda value: repr(value)[:9],
 )
 @pytest.mark.parametrize("name", FILES)
 def test_a_value_of_another_kind_is_shown_or_damage(name: str, value: Any, folder: Path, tags: set[str]) -> None:
