@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from malora_dist.checkpoint.adapter import AdapterInfo, save_adapter
+from malora_dist.convert.job import convert
+from malora_dist.convert.kinds import Options
 from malora_dist.engine.attention import choose_attention
+from malora_dist.errors import MaloraError
 from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
+from malora_dist.methods import mixture_spec
 from malora_dist.model import load_base_model
+from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters
 from malora_dist.nn.nf4_linear import NF4Linear
 from malora_dist.nn.packed_attention import FLASH_VARLEN, MASKED, TORCH_VARLEN
-from malora_dist.nn.targets import all_linear
+from malora_dist.nn.targets import ALL_LINEAR, all_linear
 from tests.distributed import ROOT
 from tests.engine.test_packing import ALONE, REFUSED, SEQUENCES
 from tests.families import NOT_TINY, families, family_model, without_compiler
@@ -32,7 +38,8 @@ WORDS = {MASKED: "sdpa", TORCH_VARLEN: "varlen", FLASH_VARLEN: "varlen"}
 class Found:
     """Of one family: its class, its linears, the attention of `auto`, and how far logits are from transformers'.
 
-    Differences are relative to the largest logit. again: of the model that our loader's model saved.
+    Differences are relative to the largest logit. again: of the model that our loader's model saved. merged: of the
+    base with a LoRA on all its linears merged into it, None where that is refused.
     """
 
     class_name: str
@@ -42,6 +49,7 @@ class Found:
     plain: float
     in_4bit: float
     again: float
+    merged: float | None
 
 
 @cache
@@ -59,6 +67,7 @@ def look(name: str) -> Found:
         plain = _apart(logits(ours), wanted)
         ours.save_pretrained(copy)
         again = _apart(logits(_theirs(copy)), wanted)
+        merged = _merged(ours, folder, Path(temporary))
         ours = load_base_model(folder, dtype=torch.float32, attn_implementation=attention)
         _round(theirs, ours)
         return Found(
@@ -69,7 +78,26 @@ def look(name: str) -> Found:
             plain=plain,
             in_4bit=_apart(logits(ours), logits(theirs)),
             again=again,
+            merged=merged,
         )
+
+
+def _merged(model: Any, folder: Path, target: Path) -> float | None:
+    """Put a LoRA on the model, and merge it into the folder it was loaded from."""
+    spec = mixture_spec("lora", r=2)
+    targets = inject_adapters(model, spec, [ALL_LINEAR]).target_modules
+    for number, (name, parameter) in enumerate(adapter_parameters(model)):
+        # One router's weight is read, and its layer never called.
+        if not name.endswith("classifier.B"):
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+    info = AdapterInfo(spec=spec, target_modules=targets, base_model=str(folder), lora_dropout=0.0)
+    save_adapter(target / "adapter", info, adapter_state_dict(model), "card")
+    try:
+        convert("merged", (target / "adapter",), target / "merged", Options(), lambda said: None)
+    except MaloraError:
+        return None
+    merged = load_base_model(target / "merged", dtype=torch.float32, load_in_4bit=False)
+    return _apart(logits(merged), logits(model))
 
 
 def logits(model: Any) -> Tensor:
@@ -122,7 +150,7 @@ def page() -> str:
         "",
         f"A test makes this page, of tiny models of the families of transformers {transformers.__version__}: each is "
         "saved by transformers and loaded by this package, as it is and in 4 bits, gives the logits that transformers "
-        "gives, and is saved and loaded again.",
+        "gives, and is saved and loaded again, also with an adapter merged into it.",
         "",
         "`linears` are what `adapter.target_modules: all-linear` means, and what targets can name; experts that "
         "transformers keeps as one parameter are loaded and not adapted, as the log says. `attention` is what "
