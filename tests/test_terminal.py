@@ -34,6 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / NAME).parent.mkdir()
     (folder / "model").rename(folder / NAME)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    # Of a model that is not here, which is checked without torch.
+    elsewhere = recipe | {"model": {"name_or_path": "some/model"}, "output_dir": f"runs/{NAME}"}
+    (folder / "elsewhere.yaml").write_text(yaml.safe_dump(elsewhere, allow_unicode=True), encoding="utf-8")
     write_run(folder / "runs" / "made", tasks=[NAME, "b"], steps=20, layers=1)
     return folder
 
@@ -114,7 +117,7 @@ def test_an_interpreter_has_nothing_left_to_say_when_it_ends(terminal: str, unbu
         settings |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     elif terminal in ("ascii", "latin-1"):
         settings["PYTHONIOENCODING"] = terminal
-    command = f"exec {sys.executable} -c '{CLI}' validate recipe.yaml"
+    command = f"exec {sys.executable} -c '{CLI}' validate elsewhere.yaml"
     redirected = {"closed": " >&- 2>&-", "full": " >/dev/full 2>&1"}.get(terminal, "")
     reader, writer = os.pipe()
     if terminal == "broken":
