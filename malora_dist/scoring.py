@@ -18,6 +18,7 @@ from torch import Tensor
 from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.mixture import Indices
 from malora_dist.data.packed_row import PackedRow, Packing, cumulative_lengths
+from malora_dist.errors import NonFiniteError
 
 # A row -> (N,) cross-entropy of each of its targets.
 Forward = Callable[[PackedRow], Tensor]
@@ -165,6 +166,14 @@ def scores_of_questions(items: Sequence[ChoiceItem], scores: Mapping[int, float]
         [scores[choice] for choice in range(end - len(item.choice_ids), end)]
         for item, end in zip(items, ends, strict=True)
     ]
+
+
+def check_scores(task: str, scores: Sequence[Sequence[float]]) -> None:
+    """Raise NonFiniteError if a score is not a number: the first choice would count as the most probable one."""
+    if any(math.isnan(score) for row in scores for score in row):
+        raise NonFiniteError(
+            f"task {task}: cross-entropies are not numbers (nan): weights of adapter or base are not, or overflow"
+        )
 
 
 def task_result(items: Sequence[ChoiceItem], scores: Sequence[Sequence[float]]) -> dict[str, float]:

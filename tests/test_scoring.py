@@ -1,5 +1,6 @@
 """Packed scoring equals asking one sequence at a time, and the numbers made of the scores."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.packed_row import PackedRow, Packing
 from malora_dist.engine.forward import cross_entropies
+from malora_dist.errors import NonFiniteError
 from malora_dist.methods import mixture_spec
 from malora_dist.nn.inject import adapter_parameters, inject_adapters
 from malora_dist.nn.packed_attention import TORCH_VARLEN, register_attention
 from malora_dist.scoring import (
     Forward,
     build_row,
+    check_scores,
     plan_rows,
     row_tokens,
     score_items,
@@ -98,6 +101,13 @@ def test_packed_scores_equal_one_sequence_at_a_time(
         return
     expected = {1: len(items), 4096: 1}.get(batch_tokens)
     assert count["forwards"] == expected if expected else 1 < count["forwards"] < len(items)
+
+
+def test_a_score_that_is_no_number_is_refused() -> None:
+    """An answer that a model makes impossible has the score -inf, which is one."""
+    check_scores("a", [[-1.0, -math.inf], [-2.0]])
+    with pytest.raises(NonFiniteError, match="task a: cross-entropies are not numbers"):
+        check_scores("a", [[-1.0, -2.0], [math.nan, -2.0]])
 
 
 def test_scores_by_varlen_attention(model: Any, items: list[ChoiceItem]) -> None:

@@ -240,8 +240,9 @@ def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(folder: 
     run = folder / "runs" / "again"
     short = ["recipe.yaml", *ALONE, "--output_dir", "runs/again", "--train.max_steps", "2", "--train.report_to", "none"]
     short += ["--train.eval_steps", "null"]
-    done = run_alone("malora_dist.train", [*short, "--adapter.target_modules", "[q_porj]"], folder)
-    assert done.code == 2 and json.loads((run / "exit.json").read_text())["outcome"] == "failed"
+    done = run_alone("malora_dist.train", [*short, "--train.learning_rate", "1e30", "--train.max_steps", "3"], folder)
+    assert done.code == 1 and "not finite at step 3" in done.output, done.output
+    assert json.loads((run / "exit.json").read_text())["outcome"] == "failed"
     (run / "eval.json").write_text(
         json.dumps({"base": {"tasks": {"colour": {"n": 1, "accuracy": 1.0}}, "average": 1.0}})
     )

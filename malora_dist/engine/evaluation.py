@@ -16,7 +16,15 @@ from malora_dist.nn.inject import mixture_layers
 from malora_dist.nn.packed_attention import is_masked
 from malora_dist.parallel.groups import World, gather_lists
 from malora_dist.progress import Bar
-from malora_dist.scoring import Forward, row_tokens, score_items, scores_of_questions, summarise, task_result
+from malora_dist.scoring import (
+    Forward,
+    check_scores,
+    row_tokens,
+    score_items,
+    scores_of_questions,
+    summarise,
+    task_result,
+)
 
 
 def evaluate_tasks(
@@ -34,7 +42,8 @@ def evaluate_tasks(
 
     All tasks' questions are scored in one pass, so that rows are full and processes evenly loaded. `batch_tokens` may
     be `auto`. packing: what `engine.packing` found that the model takes. `between` is called after each forward, as
-    often on every process; what it raises leaves the engine as it was.
+    often on every process; what it raises leaves the engine as it was. Raises NonFiniteError on all for scores that are
+    not numbers.
     """
     questions = {task: [as_question(row) for row in rows] for task, rows in evaluation.items() if rows}
     items = [item for rows in questions.values() for item in rows]
@@ -57,7 +66,9 @@ def evaluate_tasks(
     scores = scores_of_questions(items, dict(gather_lists(list(mine.items()))))
     results, start = {}, 0
     for task, rows in questions.items():
-        results[task] = task_result(rows, scores[start : start + len(rows)])
+        of_task = scores[start : start + len(rows)]
+        check_scores(task, of_task)
+        results[task] = task_result(rows, of_task)
         start += len(rows)
     return summarise(results)
 

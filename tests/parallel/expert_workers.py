@@ -111,10 +111,11 @@ def resumed(world: World, folder: str) -> dict[str, Any]:
     stepper = new_stepper(world, folder, CASE)
     run_steps(stepper, CASE, [1, 2])
     stepper.engine.save_checkpoint(str(Path(folder, "native")), tag="two")
-    moments = dict(gathered_moments(stepper))
+    moments, balance = dict(gathered_moments(stepper)), stepper.balance.state_dict()
     wanted = [result.loss for result in run_steps(stepper, CASE, [3, 4])]
     fresh = new_stepper(world, folder, CASE)
     fresh.engine.load_checkpoint(str(Path(folder, "native")), tag="two")
+    fresh.balance.load_state_dict(balance, "native")
     restored = dict(gathered_moments(fresh))
     return {
         "same moments": all(torch.equal(moments[name], tensor) for name, tensor in restored.items()),
