@@ -82,6 +82,10 @@ def _empty_base(
     if trains:
         check_targets(model, config.adapter.target_modules, adapter_spec(config))
         check_rows(model.config, config.train.per_device_train_batch_size, config.data.max_seq_length)
+        if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"train.gradient_checkpointing=true must be false for {type(model).__name__}, which has none"
+            )
     check_stored_format(folder, load_in_4bit=settings.load_in_4bit, double_quant=settings.bnb_4bit_use_double_quant)
     if settings.attn_implementation == "sdpa":
         choose_attention("sdpa", model.config, dtype.itemsize, None, flash_attn=False)

@@ -1,6 +1,7 @@
 """What is refused of a base before a row is tokenised or a weight read, and what is only said."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def test_what_training_alone_needs_is_not_asked_of_an_evaluation(tmp_path: Path)
     ):
         check_support(config, tmp_path, tokenizer)
     assert check_support(_config(tmp_path), tmp_path, tokenizer, trains=False).notes == ()
+
+
+def test_checkpointing_that_a_base_has_not_is_refused(tmp_path: Path) -> None:
+    family_model("ctrl").config.save_pretrained(tmp_path)
+    changes = {"model": {"name_or_path": str(tmp_path)}, "adapter": {"target_modules": ["Wq"]}}
+    for checkpointing, words in ((True, "gradient_checkpointing=true must be false for CTRLLMHeadModel"), (False, "")):
+        config = config_from_dict(recipe(train={"gradient_checkpointing": checkpointing}, **changes))
+        with pytest.raises(ConfigError, match=words) if checkpointing else nullcontext():
+            check_local_support(config)
 
 
 def test_a_format_that_is_not_read_is_refused(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What real processes find out about reading a base model: in parts, and one reader for each node."""
 
 import itertools
+import json
 import logging
 import os
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from malora_dist.config import load_config
@@ -23,6 +25,8 @@ from malora_dist.parallel.zero import check_partitioning, partition_at_once, par
 from malora_dist.weights.base_tensor import Weights
 from malora_dist.weights.checkpoint import CheckpointWeights
 from malora_dist.weights.prepared import PreparedWeights, prepared_folder, write_prepared
+from malora_dist.weights.reader import INDEX
+from malora_dist.weights.ties import untie
 from tests.config.recipes import RECIPES
 from tests.distributed import run_distributed
 from tests.models import save_tiny_llama
@@ -34,11 +38,14 @@ NODE_TIMEOUT = 41
 SHAPES = [(7, 11), (5,), (3,), (1,), (2, 1)]
 OFFLOAD = {"offload_param": {"device": "cpu", "pin_memory": True}}
 OFFLOADED = {**CONFIG, "zero_optimization": {**CONFIG["zero_optimization"], **OFFLOAD}}
+TIED, OWN_HEAD = "tiny", "own_head"
 CASES: dict[str, dict[str, Any]] = {
     "nf4": {},
     "nf4, double": {"double_quant": True},
     "nf4, double, fp32": {"double_quant": True, "dtype": torch.float32},
     "as it is": {"load_in_4bit": False},
+    "nf4, a head of its own": {"model": OWN_HEAD},
+    "as it is, a head of its own": {"model": OWN_HEAD, "load_in_4bit": False},
 }
 
 
@@ -47,9 +54,11 @@ def results(world_size: int) -> list[dict[str, Any]]:
     """What `find_out` returned on each rank. The large model is read by two."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "prepared")
-        make_odd_model(folder / "tiny")
+        make_odd_model(folder / TIED)
+        make_odd_model(folder / OWN_HEAD)
+        give_own_head(folder / OWN_HEAD)
         for case in CASES.values():
-            prepare(folder / "tiny", **case)
+            prepare(**model_and_options(folder, case))
         if world_size == 2:
             make_large_model(folder / "large")
             prepare(folder / "large")
@@ -63,14 +72,30 @@ def make_odd_model(folder: Path) -> None:
     save_tiny_llama(folder, **sizes, **heads, max_shard_size="40KB")
 
 
+def give_own_head(folder: Path) -> None:
+    """Store a head that is not the embedding, as a merge leaves it, though the configuration ties both."""
+    index = json.loads((folder / INDEX).read_text())
+    embedding = load_file(folder / index["weight_map"]["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    save_file({"lm_head.weight": embedding.flip(0).contiguous()}, folder / "head.safetensors", {"format": "pt"})
+    index["weight_map"]["lm_head.weight"] = "head.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def model_and_options(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    return {**case, "model": folder / case.get("model", TIED)}
+
+
 def prepare(model: Path, **case: Any) -> Path:
     """The prepared base of a case, in `prepared` beside the model; only where it is to be quantised."""
     options = {"dtype": torch.bfloat16, "double_quant": False, **case}
     if options.pop("load_in_4bit", True):
         folder, identity = prepared_folder(model, cache_dir=model.parent, **options)
-        empty = build_empty_model(model, dtype=options["dtype"])
-        tensors = base_tensors(empty, load_in_4bit=True, double_quant=options["double_quant"])
-        write_prepared(folder, identity, dict.fromkeys(tensors.values()), CheckpointWeights(model), file_bytes=2**24)
+        empty, weights = build_empty_model(model, dtype=options["dtype"]), CheckpointWeights(model)
+        untie(empty, weights.untied_names(empty))
+        named = base_tensors(
+            empty, weights.stored_names(empty), load_in_4bit=True, double_quant=options["double_quant"]
+        )
+        write_prepared(folder, identity, dict.fromkeys(named.values()), weights, file_bytes=2**24)
         return folder
     return model
 
@@ -81,8 +106,9 @@ def find_out(world: World, folder: str) -> dict[str, Any]:
             same_parts(world, shape, dtype, config)
             for shape, dtype, config in itertools.product(SHAPES, DTYPES, (CONFIG, OFFLOADED))
         ],
-        "models": {name: same_model(world, Path(folder, "tiny"), case) for name, case in CASES.items()},
-        "engine": base_of_a_run(world, Path(folder, "tiny"), Path(folder), Path(folder, "empty")),
+        "models": {name: same_model(**model_and_options(Path(folder), case)) for name, case in CASES.items()},
+        "engine": base_of_a_run(world, Path(folder, TIED), Path(folder), Path(folder, "empty")),
+        "own head": base_of_a_run(world, Path(folder, OWN_HEAD), Path(folder, "empty too")),
         "nodes": nodes(world, Path(folder, "tiny")) if world.size == 4 else None,
         "large": large(world, Path(folder, "large")) if world.size == 2 else None,
     }
@@ -114,28 +140,28 @@ def same_parts(world: World, shape: tuple[int, ...], dtype: str, config: dict[st
     return alike and asked == [edges] and same_bits(gathered, whole) and ours.numel() == 0
 
 
-def same_model(world: World, folder: Path, case: dict[str, Any]) -> dict[str, bool]:
+def same_model(model: Path, **case: Any) -> dict[str, bool]:
     """The model read in parts against the one that this process reads, quantises and keeps whole."""
     import deepspeed
 
     options = {"dtype": torch.bfloat16, "load_in_4bit": True, "double_quant": False, **case}
-    wanted = load_base_model(folder, **options)
+    folder, wanted = model, load_base_model(model, **options)
     prepared = prepare(folder, **case)
     weights: Weights = PreparedWeights(prepared) if options["load_in_4bit"] else CheckpointWeights(folder)
-    model = load_base_model(folder, weights=weights, place_part=partition_parts(CONFIG), **options)
-    check_partitioning(model, 3)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = load_base_model(folder, weights=weights, place_part=partition_parts(CONFIG), **options)
+    check_partitioning(found, 3)
+    parameters = dict(found.named_parameters(remove_duplicate=False))
     expected = dict(wanted.named_parameters(remove_duplicate=False))
     empty = all(parameter.numel() == 0 for parameter in parameters.values())
-    with deepspeed.zero.GatheredParameters(list(model.parameters())), torch.no_grad():
+    with deepspeed.zero.GatheredParameters(list(found.parameters())), torch.no_grad():
         same = all(same_bits(parameters[name].data, expected[name].data) for name in expected)
-        logits = torch.equal(model(IDS).logits, wanted(IDS).logits)
+        logits = torch.equal(found(IDS).logits, wanted(IDS).logits)
     return {
         "names": parameters.keys() == expected.keys(),
         "partitioned": empty,
         "same bits": same,
         "same logits": logits,
-        "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+        "tied": (found.lm_head.weight is found.model.embed_tokens.weight) == (folder.name == TIED),
     }
 
 

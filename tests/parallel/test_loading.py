@@ -43,6 +43,7 @@ def test_every_process_has_the_bits_of_one_process(world_size: int, zero_stage: 
     for found in results(world_size):
         run = found["engine"][f"{zero_stage} {cache}"]
         assert run["same bits"] and said in run["said"]
+        assert found["own head"][f"{zero_stage} empty too"]["same bits"]
 
 
 def test_a_prepared_base_is_read_in_shares_under_zero_3_and_by_one_process_of_a_node_below() -> None:
