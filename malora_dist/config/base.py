@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, mod
 from pydantic_core import PydanticCustomError
 
 RULE_ERROR = "section_rules"
+# File systems take no longer name, and Linux no longer path, in bytes.
+LONGEST_NAME, LONGEST_PATH = 255, 4095
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class Section(BaseModel):
             text = "; ".join(f"{rule.keys[0]}={getattr(self, rule.keys[0])!r}: {rule.text}" for rule in broken)
             raise PydanticCustomError(RULE_ERROR, "{text}", {"text": text, "broken": broken})
         return self
+
+
+def usable_path(value: str | None) -> str | None:
+    """The path, which the operating system can take as it is. Raises PydanticCustomError if it cannot."""
+    if value is None:
+        return value
+    encoded = value.encode("utf-8", "surrogatepass")
+    if len(encoded) > LONGEST_PATH or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
+        rule = f"must be a path of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}"
+        raise PydanticCustomError("long_path", rule)
+    return value
 
 
 def split_commas(value: Any) -> Any:

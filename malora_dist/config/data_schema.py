@@ -5,10 +5,10 @@ import string
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from malora_dist.config.base import Rule, Section
+from malora_dist.config.base import Rule, Section, usable_path
 
 MOST_CHOICES = 26
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -18,7 +18,8 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Files = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list), Field(min_length=1)]
+File = Annotated[str, Field(min_length=1), AfterValidator(usable_path)]
+Files = Annotated[tuple[File, ...], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 def _texts(value: Any) -> Any:
@@ -198,7 +199,7 @@ class DataConfig(Section):
         description="Training rows at least this similar to an evaluation row are removed and counted; null: off.",
     )
     split_seed: int = Field(0, ge=0, description="Seed of the splits cut from `train`.")
-    cache_dir: str | None = Field(
+    cache_dir: Annotated[str | None, AfterValidator(usable_path)] = Field(
         None, description="Folder for prepared data; null: $MALORA_CACHE, or .cache/malora_dist in the home folder."
     )
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from malora_dist.config.base import Rule, Section
+from malora_dist.config.base import Rule, Section, usable_path
 from malora_dist.functional.attention_choice import VARLEN
 
 DTYPE_NAMES = {"bf16": "bfloat16", "torch.bfloat16": "bfloat16", "fp32": "float32", "torch.float32": "float32"}
@@ -37,7 +37,7 @@ class ModelConfig(Section):
         "double_quant": "bnb_4bit_use_double_quant",
     }
 
-    name_or_path: str = Field(
+    name_or_path: Annotated[str, AfterValidator(usable_path)] = Field(
         min_length=1, description="Hub id, local folder, or .gguf file of a causal language model."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id.")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from malora_dist.config.base import Rule, Section, split_commas
+from malora_dist.config.base import Rule, Section, split_commas, usable_path
 from malora_dist.config.data_schema import DataConfig, RowFields, TaskConfig
 from malora_dist.config.model_schema import AdapterConfig, ModelConfig
 
@@ -100,7 +100,7 @@ class ParallelConfig(Section):
         le=MOST_SECONDS,
         description="A process that waits longer than this for the others ends the run with an error.",
     )
-    ds_config: str | None = Field(
+    ds_config: Annotated[str | None, AfterValidator(usable_path)] = Field(
         None, description="JSON file with DeepSpeed's own settings; 'auto' values come from this recipe."
     )
 
@@ -195,7 +195,7 @@ class TrainConfig(Section):
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_tracker_names)] = Field(
         (), description="Trackers beside metrics.jsonl: tensorboard, wandb (the extra `trackers`)."
     )
-    resume_from_checkpoint: str | None = Field(
+    resume_from_checkpoint: Annotated[str | None, AfterValidator(usable_path)] = Field(
         "auto",
         min_length=1,
         description="auto: go on with the unfinished run in output_dir, if there is one. A checkpoint's folder: a new "
@@ -271,7 +271,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(TrainConfig(), description="Steps, batches, optimizer, logging.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is measured after training.")
     launch: LaunchConfig = Field(LaunchConfig(), description="How a cluster starts the run.")
-    output_dir: str = Field(
+    output_dir: Annotated[str, AfterValidator(usable_path)] = Field(
         "runs/malora",
         min_length=1,
         description="Folder of the run. A new run beside another one gets -2, -3, ... after its name.",

@@ -163,3 +163,20 @@ def test_targets_are_names_patterns_or_all(given: Any, targets: tuple[str, ...])
 def test_a_pattern_that_is_none_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"is no regular expression: missing \)"):
         AdapterConfig(target_modules=[r".*\.(q_proj"])
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["output_dir", "model.name_or_path", "data.cache_dir", "train.resume_from_checkpoint", "parallel.ds_config"],
+)
+def test_paths_that_no_system_takes_are_refused(place: str) -> None:
+    """Bytes count, not letters."""
+    section, _, key = place.rpartition(".")
+
+    def changed(value: str) -> dict[str, Any]:
+        return recipe(**{section: {key: value}}) if section else recipe() | {key: value}
+
+    config_from_dict(changed("é" * 127))
+    for path in ("é" * 128, "a/" * 2048 + "b"):
+        with pytest.raises(ConfigError, match=rf"{re.escape(place)}=.*names of at most 255"):
+            config_from_dict(changed(path))
