@@ -31,6 +31,7 @@ from malora_dist.engine.setup import train_loader
 from malora_dist.errors import ConfigError
 from malora_dist.model import load_tokenizer
 from malora_dist.parallel.groups import World, gather_lists
+from malora_dist.positions import position_notes
 from malora_dist.source import resolve_model
 
 
@@ -122,7 +123,8 @@ def _measure(options: Options, config: RunConfig, world: World, selection: Selec
     folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
     data = build_data(config.data, load_tokenizer(folder, trust_remote_code=trusted))
     loader = train_loader(config, data, world)
-    for note in check_memory(selection.variants[0].of(config), folder, world, first_lengths(loader, data.train)):
+    notes = check_memory(selection.variants[0].of(config), folder, world, first_lengths(loader, data.train))
+    for note in [*position_notes(data, folder, trust_remote_code=trusted), *notes]:
         _say(world, f"note: {note}")
     steps = options.warmup + options.steps
     # The recipe's own length, so that the learning rate is that of its first steps.

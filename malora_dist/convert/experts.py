@@ -12,7 +12,6 @@ from malora_dist.convert.job import Job
 from malora_dist.convert.peft_folder import fill_peft_folder, lora_card, lora_shapes
 from malora_dist.convert.subspace import subspace_of
 from malora_dist.convert.verify import Factors, logits_of, text_rows, verify_peft
-from malora_dist.data.build import build_data
 from malora_dist.errors import ConfigError
 from malora_dist.nn.inject import remove_adapters
 
@@ -60,7 +59,7 @@ def _ones(adapter: AdapterTensors) -> Gates:
 
 def _mean_gates(job: Job, adapter: AdapterTensors) -> Gates:
     """E[g_t] of every layer over as many samples of each task."""
-    data = build_data(job.needed_recipe().data, job.tokenizer(adapter.info))
+    data = job.data(adapter.info)
     count = job.options.calibration or CALIBRATION
     samples = [sample for task in range(len(data.task_names)) for sample in calibration_samples(data, task, count)]
     model = job.load_base(adapter.info)

@@ -14,11 +14,13 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.load import config_from_dict
 from malora_dist.convert.kinds import KINDS, Options, check_options, find_kind, kinds_for, methods_that_fit
+from malora_dist.data.build import PreparedData, build_data
 from malora_dist.engine.attention import attention_for
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.functional.attention_choice import VARLEN
 from malora_dist.model import load_base_model, load_tokenizer
 from malora_dist.model_config import read_model_config
+from malora_dist.positions import position_notes
 from malora_dist.progress import Bar
 from malora_dist.source import resolve_model
 from malora_dist.weights.fingerprint import base_fingerprint
@@ -111,6 +113,13 @@ class Job:
     def tokenizer(self, info: AdapterInfo) -> "PreTrainedTokenizerBase":
         """The base's tokenizer."""
         return load_tokenizer(self.base_folder(info), trust_remote_code=self.trusted)
+
+    def data(self, info: AdapterInfo) -> PreparedData:
+        """The recipe's tasks in tokens. Raises ConfigError for samples beyond the positions of the base."""
+        data, folder = build_data(self.needed_recipe().data, self.tokenizer(info)), self.base_folder(info)
+        for note in position_notes(data, folder, trust_remote_code=self.trusted):
+            self.say(f"note: {note}")
+        return data
 
     def load_base(self, info: AdapterInfo) -> "PreTrainedModel":
         """The base in float32, not quantised, on --device (the CPU), with the recipe's attention where that runs here.

@@ -15,7 +15,7 @@ from malora_dist.convert.job import Job
 from malora_dist.convert.peft_folder import fill_peft_folder, lora_card, lora_shapes
 from malora_dist.convert.subspace import down_shape, subspace_of
 from malora_dist.convert.verify import Factors, logits_of, text_rows, verify_peft
-from malora_dist.data.build import PreparedData, build_data
+from malora_dist.data.build import PreparedData
 from malora_dist.errors import ConfigError
 from malora_dist.nn.inject import remove_adapters
 
@@ -36,7 +36,7 @@ def to_peft_tasks(job: Job) -> None:
     """
     adapter, recipe = job.open_adapter(), job.needed_recipe()
     fit, rank = _checked(job, adapter)
-    data = build_data(recipe.data, job.tokenizer(adapter.info))
+    data = job.data(adapter.info)
     model = job.load_base(adapter.info)
     put_adapter(model, adapter)
     statistics: dict[str, Statistics] = {}
