@@ -21,6 +21,8 @@ def near_names(name: str, names: Iterable[str]) -> list[str]:
 
     >>> near_names("qproj", ["q_proj", "k_proj", "v_proj"])
     ['q_proj']
+    >>> near_names("q_porj", ["q_proj", "k_proj", "v_proj"])
+    ['q_proj']
     >>> near_names("gate_proj", ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"])
     ['fc1']
     """
@@ -31,7 +33,10 @@ def near_names(name: str, names: Iterable[str]) -> list[str]:
 
 
 def _stem(name: str) -> str:
-    """A name without what most names share."""
+    """A name without what most names share, also where that is misspelled."""
+    rest, _, last = name.lower().rpartition("_")
+    if rest and difflib.SequenceMatcher(None, last, "proj").ratio() >= ALIKE:
+        return rest.replace("_", "")
     return name.lower().replace("_", "").removesuffix("proj")
 
 
