@@ -21,13 +21,17 @@ def parse_json(text: str | bytes, *, non_finite: bool = False) -> Any:
     return value
 
 
+def key_given_twice(pairs: list[tuple[str, Any]]) -> str | None:
+    """The first key of an object that stands there more than once, None if each stands once."""
+    keys = [key for key, _ in pairs]
+    return next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+    twice = key_given_twice(pairs)
+    if twice is not None:
         raise ValueError(f"the key {twice[:80]!r} is given twice")
-    return found
+    return dict(pairs)
 
 
 def _refuse_constant(name: str) -> None:

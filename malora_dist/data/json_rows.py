@@ -10,6 +10,7 @@ from typing import Any
 
 from malora_dist.data.row import Row, Unreadable
 from malora_dist.errors import DataError
+from malora_dist.json_text import key_given_twice
 
 BLANKS = re.compile(r"[ \t\n\r]*")
 
@@ -30,12 +31,8 @@ def _whole_number(digits: str) -> int | Unreadable:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        return Unreadable(f"an object that gives {twice!r} twice")
-    return fields
+    twice = key_given_twice(pairs)
+    return dict(pairs) if twice is None else Unreadable(f"an object that gives {twice!r} twice")
 
 
 DECODER = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_object)
