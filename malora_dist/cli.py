@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -17,14 +16,14 @@ from malora_dist.bench.app import Json, Markdown, Repeats, Warmup, bench
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.variants import TOPICS, recipe_variant
 from malora_dist.cluster.app import launch
-from malora_dist.config import NEW_RUN, RunConfig, load_config
+from malora_dist.config import NEW_RUN, load_config
 from malora_dist.config.matrix import check_plan, suggest_world_sizes
 from malora_dist.config.template import recipe_text
 from malora_dist.convert.command import EPILOG
 from malora_dist.convert.command import command as convert_command
 from malora_dist.errors import ConfigError, MaloraError
 from malora_dist.launch.files import write_new_files
-from malora_dist.plan.shapes import local_config
+from malora_dist.local_base import base_notes, family_targets
 from malora_dist.start import recipe_first, start
 from malora_dist.summary import adapter_spec, missing_files, summary_table
 from malora_dist.terminal import forgive_output
@@ -94,7 +93,7 @@ def init(
 ) -> None:
     """Write a commented recipe to start from. Nothing is ever overwritten."""
     console = Console()
-    targets = None if model is None else _family_targets(model)
+    targets = None if model is None else family_targets(model)
     for written in write_new_files(path, recipe_text(model, targets), with_cluster_files=with_cluster_files):
         console.print(Text(f"wrote {written}"), soft_wrap=True)
     if model is not None and targets is None:
@@ -106,14 +105,6 @@ def init(
             soft_wrap=True,
         )
     console.print(Text(f"next: put your tasks under data:, then  malora validate {path}"), soft_wrap=True)
-
-
-def _family_targets(model: str) -> tuple[str, ...] | None:
-    """The linears of a model for a new recipe, None if that cannot be known here."""
-    if local_config(model) is None or find_spec("torch") is None:
-        return None
-    targets: tuple[str, ...] | None = import_module("malora_dist.engine.family").family_targets(model)
-    return targets
 
 
 @app.command(context_settings=OVERRIDES)
@@ -131,24 +122,13 @@ def validate(
     config = load_config(*recipe_first(recipe, context.args))
     worlds = suggest_world_sizes(config)
     plan = check_plan(config, world_size or (worlds[0] if worlds else 1))
-    base_notes = _base_notes(config)
+    said_of_base = base_notes(config)
     console = Console()
     console.print(Text(f"{recipe} is valid", style="green"), soft_wrap=True)
     console.print(summary_table(config, plan, worlds, world_size_given=world_size is not None))
-    notes = [*(plan.notes if world_size is not None else ()), *missing_files(config), *base_notes]
+    notes = [*(plan.notes if world_size is not None else ()), *missing_files(config), *said_of_base]
     for note in notes:
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
-
-
-def _base_notes(config: RunConfig) -> tuple[str, ...]:
-    """What is to be said of the recipe's model. Raises ConfigError if it cannot be trained on."""
-    name = config.model.name_or_path
-    if local_config(name, config.model.revision) is None:
-        return (f"{name} is not on this machine: it was not compared with adapter.target_modules",)
-    if find_spec("torch") is None:
-        return (f"torch is not on this machine: {name} was not compared with adapter.target_modules",)
-    notes: tuple[str, ...] = import_module("malora_dist.engine.base_support").check_local_support(config)
-    return notes
 
 
 @app.command(context_settings=OVERRIDES)

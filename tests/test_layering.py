@@ -14,7 +14,7 @@ PACKAGE = ROOT / "malora_dist"
 FLOORS = {
     8: ["cli", "recipes"],
     7: ["cluster"],
-    6: ["train", "evaluate", "prepare", "bench", "start", "convert", "inspect"],
+    6: ["train", "evaluate", "prepare", "bench", "start", "convert", "inspect", "local_base"],
     5: ["engine", "positions"],
     4: ["parallel", "model", "checkpoint", "scoring", "plan"],
     3: ["nn", "data", "launch", "summary", "source", "weights", "buffers", "vocabulary"],
