@@ -208,39 +208,35 @@ def test_links_and_odd_folders_are_no_checkpoints(tmp_path: Path) -> None:
     assert store.steps() == [1] and store.best() is None
 
 
-def duration_of_a_save(folder: Path) -> float:
-    store = CheckpointStore(folder, SAVE_TOTAL_LIMIT)
-    began = time.monotonic()
-    for step in range(1, 6):
-        save(store, step, tensors_of(step, LAYERS, WIDTH), SHARDS)
-    return (time.monotonic() - began) / 5
-
-
 @pytest.mark.distributed
 def test_kills_at_random_moments_of_saves(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     kills = 60 if pytestconfig.getoption("soak") else 30
-    duration = duration_of_a_save(tmp_path / "measured")
     folder = tmp_path / "checkpoints"
     store = CheckpointStore(folder, SAVE_TOTAL_LIMIT)
     draw = random.Random(0)
-    newest = best = inside = 0
+    newest = best = inside = finished = 0
     for number in range(kills):
-        kill_a_save(folder, draw.uniform(0.2, 2.5) * duration, tmp_path / f"begun{number}", tmp_path / "log")
+        finish = draw.choice([0, 1, 2])
+        kill_a_save(folder, finish, draw.random(), tmp_path / f"saves{number}", tmp_path / "log")
         inside += any(folder.glob(".step-*.partial")) or any(folder.glob(".step-*.removed"))
-        before, (newest, best) = newest, check_after_kill(store, newest, best)
-        # A machine that has become slower gets to finish saves all the same.
-        duration *= 0.98 if newest > before else 1.05
+        finished += finish
+        newest, best = check_after_kill(store, newest, best)
     save(store, newest + 1)
     assert len(store.steps()) <= SAVE_TOTAL_LIMIT and not list(folder.glob(".*"))
-    assert newest >= kills / 6 and best >= 3 and inside >= kills / 6, (newest, best, inside)
+    assert newest >= finished and best >= finished / 2 and inside >= kills / 6, (newest, best, finished, inside)
 
 
-def kill_a_save(folder: Path, seconds: float, begun: Path, log: Path) -> None:
-    """Let a process save checkpoints for so long, then kill it."""
-    process = start("tests.checkpoint.kill_workers:save_forever", [str(folder), str(begun)], log)
-    while not begun.exists() and process.is_alive():
-        time.sleep(0.005)
-    time.sleep(seconds)
+def kill_a_save(folder: Path, finish: int, part: float, saves: Path, log: Path) -> None:
+    """Let a process finish so many saves and go on for a part of the time of one, then kill it."""
+    process = start("tests.checkpoint.kill_workers:save_forever", [str(folder), str(saves)], log)
+    begun = []
+    while len(begun) <= finish and process.is_alive():
+        time.sleep(0.002)
+        if saves.exists() and saves.read_text().count("\n") > len(begun):
+            begun.append(time.monotonic())
+    # Of the save before, or of one of a usual disk where this is the first.
+    duration = begun[-1] - begun[-2] if len(begun) > 1 else 0.2
+    time.sleep(part * duration)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, log.read_text()

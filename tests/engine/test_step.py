@@ -64,6 +64,7 @@ def reference(folder: Path) -> Callable[[str], dict[str, Any]]:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow("two dozen cases in one launch, each compared with a naive loop")
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_equals_one_process(folder: Path, reference: Callable[[str], dict[str, Any]], world_size: int) -> None:
     output = folder / f"world{world_size}"
