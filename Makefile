@@ -64,7 +64,7 @@ test-gpu: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu
 
 soak: setup
-	$(PYTEST) --soak -o slow_seconds=0 tests/test_preemption.py tests/test_preempted_phases.py tests/test_source.py tests/checkpoint/test_store.py tests/fuzz
+	$(PYTEST) --soak -o slow_seconds=0 tests/test_preemption.py tests/test_preempted_phases.py tests/models/test_resolve.py tests/checkpoint/test_store.py tests/fuzz
 
 breaks: setup
 	$(BIN)/python -m tests.breaks

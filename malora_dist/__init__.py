@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from malora_dist.checkpoint.adapter import load_adapter
+    from malora_dist.adapters.inject import adapter_state_dict, inject_adapters
+    from malora_dist.adapters.io.folder import load_adapter
+    from malora_dist.adapters.methods import MixtureSpec, mixture_spec
     from malora_dist.config import load_config
     from malora_dist.errors import MaloraError
-    from malora_dist.methods import MixtureSpec, mixture_spec
-    from malora_dist.nn.inject import adapter_state_dict, inject_adapters
 
 __version__ = "0.1.0"
 
@@ -25,12 +25,12 @@ __all__ = [
 
 _HOME = {
     "MaloraError": "malora_dist.errors",
-    "MixtureSpec": "malora_dist.methods",
-    "adapter_state_dict": "malora_dist.nn.inject",
-    "inject_adapters": "malora_dist.nn.inject",
-    "load_adapter": "malora_dist.checkpoint.adapter",
+    "MixtureSpec": "malora_dist.adapters.methods",
+    "adapter_state_dict": "malora_dist.adapters.inject",
+    "inject_adapters": "malora_dist.adapters.inject",
+    "load_adapter": "malora_dist.adapters.io.folder",
     "load_config": "malora_dist.config",
-    "mixture_spec": "malora_dist.methods",
+    "mixture_spec": "malora_dist.adapters.methods",
 }
 
 

@@ -15,33 +15,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from malora_dist.atomic import write_json
-from malora_dist.checkpoint.adapter import AdapterTensors, open_adapter, put_adapter
+from malora_dist.adapters.io.folder import AdapterTensors, open_adapter, put_adapter
 from malora_dist.config import RunConfig, config_text, load_config
-from malora_dist.config.matrix import suggest_world_sizes
+from malora_dist.config.compatibility import suggest_world_sizes
+from malora_dist.console.log import LOGGER, console, start_logging
 from malora_dist.data.build import build_data
-from malora_dist.engine.attention import attention_for
-from malora_dist.engine.base import base_dtype, base_model
-from malora_dist.engine.base_support import check_support
-from malora_dist.engine.build import build_engine
-from malora_dist.engine.device_check import check_device, check_memory
-from malora_dist.engine.evaluation import evaluate_tasks
-from malora_dist.engine.packing import check_packing
-from malora_dist.engine.position import Position, watched
-from malora_dist.engine.process import run_as_process
-from malora_dist.engine.progress import LOGGER, console, start_logging
-from malora_dist.engine.run_folder import evaluation_file
-from malora_dist.engine.setup import engine_config
+from malora_dist.distributed.consistency import check_consistency, start_facts
+from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.zero3 import gathered
 from malora_dist.errors import ConfigError
-from malora_dist.model import load_tokenizer
-from malora_dist.model_config import read_model_config
-from malora_dist.parallel.consistency import check_consistency, start_facts
-from malora_dist.parallel.groups import World
-from malora_dist.parallel.zero import gathered
-from malora_dist.positions import position_notes
+from malora_dist.evaluation.packing import check_packing
+from malora_dist.evaluation.tasks import evaluate_tasks
+from malora_dist.files.atomic import write_json
+from malora_dist.models.attention import attention_for
+from malora_dist.models.config import read_model_config
+from malora_dist.models.load import load_tokenizer
+from malora_dist.models.resolve import resolve_model
+from malora_dist.models.vocabulary import check_tokens
 from malora_dist.report import print_results
-from malora_dist.source import resolve_model
-from malora_dist.vocabulary import check_tokens
+from malora_dist.training.base_model import base_dtype, base_model
+from malora_dist.training.base_support import check_support
+from malora_dist.training.deepspeed_engine import build_engine
+from malora_dist.training.device_check import check_device, check_memory
+from malora_dist.training.process import run_as_process
+from malora_dist.training.run_folder import evaluation_file
+from malora_dist.training.sequence_lengths import position_notes
+from malora_dist.training.setup import engine_config
+from malora_dist.training.watchdog import Position, watched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _start(arguments: list[str]) -> None:
-    from malora_dist.parallel.groups import start_processes
+    from malora_dist.distributed.process_groups import start_processes
 
     target = _parse(arguments)
     config = load_config(target.recipe, target.overrides)

@@ -13,17 +13,17 @@ from rich.console import Console
 from rich.text import Text
 
 from malora_dist.config import RunConfig, load_config, split_arguments
+from malora_dist.console.progress import Bar
 from malora_dist.data.build import build_data
-from malora_dist.engine.base_support import check_support
-from malora_dist.model import base_tensors, build_empty_model, load_tokenizer
-from malora_dist.model_config import read_model_config
-from malora_dist.positions import position_notes
-from malora_dist.progress import Bar
-from malora_dist.source import resolve_model
-from malora_dist.vocabulary import check_tokens
-from malora_dist.weights.checkpoint import CheckpointWeights
-from malora_dist.weights.prepared import prepared_folder, write_prepared
-from malora_dist.weights.ties import untie
+from malora_dist.models.config import read_model_config
+from malora_dist.models.load import base_tensors, build_empty_model, load_tokenizer
+from malora_dist.models.resolve import resolve_model
+from malora_dist.models.vocabulary import check_tokens
+from malora_dist.models.weights.checkpoint import CheckpointWeights
+from malora_dist.models.weights.prepared import prepared_folder, write_prepared
+from malora_dist.models.weights.ties import untie
+from malora_dist.training.base_support import check_support
+from malora_dist.training.sequence_lengths import position_notes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

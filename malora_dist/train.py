@@ -14,28 +14,40 @@ from typing import Any
 
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, config_text, load_config, plain_config, split_arguments
-from malora_dist.config.changes import decisive
-from malora_dist.config.matrix import check_plan
+from malora_dist.config.compatibility import check_plan
+from malora_dist.config.resume_compatibility import decisive
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.loader import TrainLoader
 from malora_dist.data.packed_row import Packing
-from malora_dist.engine.attention import attention_for
-from malora_dist.engine.base import base_dtype, base_identity, base_model
-from malora_dist.engine.base_support import check_support
-from malora_dist.engine.build import build_engine
-from malora_dist.engine.checkpoints import RunCheckpoints
-from malora_dist.engine.deterministic import explained, use_deterministic_algorithms
-from malora_dist.engine.device_check import check_device, check_memory, first_lengths
-from malora_dist.engine.evaluation import evaluate_tasks
-from malora_dist.engine.loop import Actions, LoopSettings, LoopState, train_loop
-from malora_dist.engine.outputs import RunOutputs
-from malora_dist.engine.packing import check_packing
-from malora_dist.engine.position import Position, watched
-from malora_dist.engine.process import run_as_process
-from malora_dist.engine.resume import check_base, check_data, open_checkpoint
-from malora_dist.engine.selection import Best, Tasks, read_baseline
-from malora_dist.engine.session import Session
-from malora_dist.engine.setup import (
+from malora_dist.distributed.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
+from malora_dist.distributed.expert_groups import create_expert_groups
+from malora_dist.distributed.process_groups import on_main, start_processes
+from malora_dist.distributed.zero3 import resident_bytes
+from malora_dist.errors import ConfigError, NonFiniteError
+from malora_dist.evaluation.packing import check_packing
+from malora_dist.evaluation.tasks import evaluate_tasks
+from malora_dist.launch.ranks import place_of
+from malora_dist.models.attention import attention_for
+from malora_dist.models.config import read_model_config
+from malora_dist.models.load import load_tokenizer
+from malora_dist.models.resolve import resolve_model
+from malora_dist.models.vocabulary import check_tokens
+from malora_dist.tracking.trackers import check_trackers
+from malora_dist.training.base_model import base_dtype, base_identity, base_model
+from malora_dist.training.base_support import check_support
+from malora_dist.training.best_checkpoint import Best, Tasks, read_baseline
+from malora_dist.training.checkpoints import RunCheckpoints
+from malora_dist.training.deepspeed_engine import build_engine
+from malora_dist.training.deterministic import explained, use_deterministic_algorithms
+from malora_dist.training.device_check import check_device, check_memory, first_lengths
+from malora_dist.training.loop import Actions, LoopSettings, LoopState, train_loop
+from malora_dist.training.preemption import Agreement, Preempted, deadline_of
+from malora_dist.training.process import run_as_process
+from malora_dist.training.resume import check_base, check_data, open_checkpoint
+from malora_dist.training.run_lifecycle import Session
+from malora_dist.training.run_logger import RunOutputs
+from malora_dist.training.sequence_lengths import position_notes
+from malora_dist.training.setup import (
     add_adapters,
     engine_config,
     new_stepper,
@@ -44,21 +56,9 @@ from malora_dist.engine.setup import (
     train_loader,
     unseen_tasks,
 )
-from malora_dist.engine.step import Stepper
-from malora_dist.engine.stop import Agreement, Preempted, deadline_of
-from malora_dist.engine.window import Window
-from malora_dist.errors import ConfigError, NonFiniteError
-from malora_dist.launch.ranks import place_of
-from malora_dist.model import load_tokenizer
-from malora_dist.model_config import read_model_config
-from malora_dist.parallel.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
-from malora_dist.parallel.expert_groups import create_expert_groups
-from malora_dist.parallel.groups import on_main, start_processes
-from malora_dist.parallel.zero import resident_bytes
-from malora_dist.positions import position_notes
-from malora_dist.source import resolve_model
-from malora_dist.trackers import check_trackers
-from malora_dist.vocabulary import check_tokens
+from malora_dist.training.step_metrics import Window
+from malora_dist.training.train_step import Stepper
+from malora_dist.training.watchdog import Position, watched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from malora_dist.cli import main
+from malora_dist.cli.app import main
 
-BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from malora_dist.cli import main; main(sys.argv[1:])"
+BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from malora_dist.cli.app import main; main(sys.argv[1:])"
 
 
 def malora(*arguments: str) -> int:

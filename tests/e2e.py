@@ -22,12 +22,12 @@ from typing import Any
 import yaml
 
 from malora_dist.errors import DataError
-from malora_dist.model import load_tokenizer
-from malora_dist.source import resolve_model
-from tests.models import save_tiny_llama, smollm2_file
+from malora_dist.models.load import load_tokenizer
+from malora_dist.models.resolve import resolve_model
 from tests.patience import Patience
 from tests.ports import free_port
 from tests.processes import LAUNCHER, ROOT, start, start_ranks, wait
+from tests.tiny_models import save_tiny_llama, smollm2_file
 
 SCRIPTS = Path(sys.executable).parent
 

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora_dist.checkpoint.adapter import AdapterInfo, save_adapter
+from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters
+from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
+from malora_dist.adapters.methods import mixture_spec
+from malora_dist.adapters.targets import ALL_LINEAR, all_linear
 from malora_dist.convert.job import convert
 from malora_dist.convert.kinds import Options
-from malora_dist.engine.attention import choose_attention
 from malora_dist.errors import MaloraError
-from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
-from malora_dist.methods import mixture_spec
-from malora_dist.model import load_base_model
-from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters
-from malora_dist.nn.nf4_linear import NF4Linear
-from malora_dist.nn.packed_attention import FLASH_VARLEN, MASKED, TORCH_VARLEN
-from malora_dist.nn.targets import ALL_LINEAR, all_linear
-from tests.distributed import ROOT
-from tests.engine.test_packing import ALONE, REFUSED, SEQUENCES
+from malora_dist.models.attention import choose_attention
+from malora_dist.models.load import load_base_model
+from malora_dist.models.nf4_linear import NF4Linear
+from malora_dist.models.packed_attention import FLASH_VARLEN, MASKED, TORCH_VARLEN
+from malora_dist.ops.nf4 import dequantize_nf4, quantize_nf4
+from tests.evaluation.test_packing import ALONE, REFUSED, SEQUENCES
 from tests.families import NOT_TINY, families, family_model, without_compiler
+from tests.multiprocess import ROOT
 
 PAGE = ROOT / "docs" / "models.md"
 IDS = torch.tensor([[3, 5, 9, 11, 60, 7, 30, 4, 17, 8, 50, 21]])
@@ -130,7 +130,7 @@ def _round(theirs: Any, ours: Any) -> None:
 
 
 def _in_a_row(name: str) -> str:
-    """What tests/engine/test_packing.py finds."""
+    """What tests/evaluation/test_packing.py finds."""
     if name in REFUSED:
         return "refused"
     return "one" if name in ALONE else "several" if name in SEQUENCES else "several that branch"

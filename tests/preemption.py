@@ -17,7 +17,7 @@ import yaml
 
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
-from malora_dist.metrics import Record, read_metrics
+from malora_dist.tracking.metrics import Record, read_metrics
 from tests.e2e import RECIPE, ROOT, SCRIPTS, contents, make_folder
 from tests.patience import IDLE_SECONDS, Patience
 from tests.preemption_workers import entered, read_heard

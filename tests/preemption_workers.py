@@ -25,13 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import malora_dist.engine.checkpoints
-import malora_dist.engine.process
-import malora_dist.engine.saver
-import malora_dist.parallel.groups
+import malora_dist.distributed.process_groups
 import malora_dist.train
-from malora_dist.engine.position import Position
-from malora_dist.engine.stop import Agreement
+import malora_dist.training.checkpoint_saver
+import malora_dist.training.checkpoints
+import malora_dist.training.process
+from malora_dist.training.preemption import Agreement
+from malora_dist.training.watchdog import Position
 
 SHARD_BYTES = 20_000  # so that both ranks write
 HEARD = "heard.jsonl"
@@ -120,15 +120,15 @@ def train(name: str, plants: dict[str, Any], arguments: list[str]) -> int:
     module.watched = partial(_ready, name, module.watched)
     for called in {trap["at"] for trap in planted.traps if trap["on"] == "call"}:
         setattr(module, called, _after(partial(planted.reach, "call", called), getattr(module, called)))
-    checkpoints: Any = malora_dist.engine.checkpoints
+    checkpoints: Any = malora_dist.training.checkpoints
     checkpoints.Saver = partial(checkpoints.Saver, shard_bytes=SHARD_BYTES)
     if "write_seconds" in plants:
-        saver: Any = malora_dist.engine.saver
+        saver: Any = malora_dist.training.checkpoint_saver
         saver.write_shard = _after(partial(_write_slowly, plants), saver.write_shard)
     if "leave_seconds" in plants:
-        groups: Any = malora_dist.parallel.groups
+        groups: Any = malora_dist.distributed.process_groups
         groups.stop_processes = _after(partial(_leave_slowly, plants["leave_seconds"]), groups.stop_processes)
-    process: Any = malora_dist.engine.process
+    process: Any = malora_dist.training.process
     process.PATIENCE_SECONDS = 1
     return module.main(arguments)  # type: ignore[no-any-return]
 
@@ -146,7 +146,7 @@ def _write_slowly(plants: dict[str, Any]) -> None:
     rank, signals = own_rank(), plants.get("while_writing", [])
     seconds = plants.pop("write_seconds", [0] * (rank + 1))[rank]
     if seconds and "collective_seconds" in plants:
-        malora_dist.parallel.groups.set_timeouts(plants["collective_seconds"])
+        malora_dist.distributed.process_groups.set_timeouts(plants["collective_seconds"])
     pauses = [0.1, *[(seconds - 0.1) / len(signals)] * len(signals)] if signals else [seconds]
     for pause in pauses if seconds else []:
         time.sleep(pause)

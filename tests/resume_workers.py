@@ -8,21 +8,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import AdapterInfo
+from malora_dist.adapters.io.folder import AdapterInfo
+from malora_dist.adapters.methods import mixture_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
-from malora_dist.engine.loop import LoopState
-from malora_dist.engine.random_state import random_state
-from malora_dist.engine.resume import open_checkpoint
-from malora_dist.engine.saver import Description, Saver
-from malora_dist.engine.selection import Best
-from malora_dist.engine.training_state import restore_training, training_state
-from malora_dist.engine.window import Window
-from malora_dist.methods import mixture_spec
-from malora_dist.parallel.groups import World
-from malora_dist.parallel.optimizer_state import optimizer_state
-from malora_dist.parallel.snapshot import snapshot, whole_tensors
-from tests.engine.workers import ACCUMULATION, RecordingStepper, new_stepper
+from malora_dist.distributed.optimizer_state import optimizer_state
+from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.snapshot import snapshot, whole_tensors
+from malora_dist.training.best_checkpoint import Best
+from malora_dist.training.checkpoint_saver import Description, Saver
+from malora_dist.training.loop import LoopState
+from malora_dist.training.random_state import random_state
+from malora_dist.training.resume import open_checkpoint
+from malora_dist.training.step_metrics import Window
+from malora_dist.training.training_state import restore_training, training_state
+from tests.training.workers import ACCUMULATION, RecordingStepper, new_stepper
 
 SAVED, LAST = 3, 5
 TASK_SIZES, GLOBAL_BATCH = [8, 6, 5], 8  # an epoch is 2.4 steps: the save is in the middle of one

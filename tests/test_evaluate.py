@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from malora_dist.atomic import write_json
-from malora_dist.engine.progress import LOGGER
-from malora_dist.engine.run_folder import evaluation_file
+from malora_dist.console.log import LOGGER
 from malora_dist.evaluate import main
-from malora_dist.metrics import read_metrics
+from malora_dist.files.atomic import write_json
+from malora_dist.tracking.metrics import read_metrics
+from malora_dist.training.run_folder import evaluation_file
 from tests.e2e import contents, make_folder, run_alone, run_ranks
 
 

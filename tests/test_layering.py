@@ -1,4 +1,4 @@
-"""Imports point down only; the lower floors work without torch; tests mirror the package."""
+"""Imports point down only; the lower layers work without torch; tests mirror the package."""
 
 import ast
 import subprocess
@@ -8,23 +8,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import ROOT
+from tests.multiprocess import ROOT
 
 PACKAGE = ROOT / "malora_dist"
-FLOORS = {
-    8: ["cli", "recipes"],
-    7: ["cluster"],
-    6: ["train", "evaluate", "prepare", "bench", "start", "convert", "inspect", "local_base"],
-    5: ["engine", "positions"],
-    4: ["parallel", "model", "checkpoint", "scoring", "plan"],
-    3: ["nn", "data", "launch", "summary", "source", "weights", "buffers", "vocabulary"],
-    2: ["config", "methods", "report", "trackers", "model_config"],
-    1: ["topology", "metrics", "traffic", "cache", "outcome", "progress"],
-    0: ["errors", "atomic", "functional", "cluster_files", "terminal", "locks", "json_text"],
-}
-FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
-WITHOUT_TORCH = ["cli", "config", "launch", "plan", "summary", "report", "metrics", "trackers", "topology", "traffic"]
-WITHOUT_TORCH += ["methods", "errors", "cache", "outcome", "atomic", "cluster", "terminal"]
+LAYERS = [
+    ["errors", "console", "ops", "cluster_files"],
+    ["files"],
+    ["models", "checkpoint", "tracking"],
+    ["adapters", "report"],
+    ["config"],
+    ["data", "launch", "plan"],
+    ["distributed", "recipes"],
+    ["evaluation"],
+    ["training"],
+    ["train", "evaluate", "prepare", "bench", "convert"],
+    ["cli"],
+]
+LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
+WITHOUT_TORCH = ["cli.app", "cli.cluster.app", "config", "config.summary", "config.topology", "launch", "launch.start"]
+WITHOUT_TORCH += ["plan", "plan.communication", "report", "tracking.metrics", "tracking.trackers", "adapters.methods"]
+WITHOUT_TORCH += ["errors", "console.terminal", "console.progress", "files.atomic", "files.cache", "files.exit_status"]
 # Folders of tests that run whole systems and mirror no module.
 WHOLE_SYSTEM = ("slurm", "gpu", "strict", "breaks", "fuzz")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -55,19 +58,18 @@ def test_imports_point_down(path: Path) -> None:
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "deepspeed":
-            assert unit in ("parallel", "engine"), f"{path}: only parallel and engine import deepspeed"
-        if parts[0] == "malora_dist" and len(parts) > 1 and unit != "__init__" and parts[1] in FLOOR:
-            assert parts[1] == unit or FLOOR[parts[1]] < FLOOR[unit], f"{path}: {unit} must not import {parts[1]}"
+            assert unit in ("distributed", "training"), f"{path}: only distributed and training import deepspeed"
+        if parts[0] == "malora_dist" and len(parts) > 1 and unit != "__init__" and parts[1] in LAYER:
+            assert parts[1] == unit or LAYER[parts[1]] < LAYER[unit], f"{path}: {unit} must not import {parts[1]}"
 
 
-def test_every_unit_has_a_floor() -> None:
-    assert {unit_of(path) for path in SOURCES} - {"__init__"} <= set(FLOOR)
+def test_every_unit_has_a_layer() -> None:
+    assert {unit_of(path) for path in SOURCES} - {"__init__"} <= set(LAYER)
 
 
 @pytest.mark.e2e
-def test_the_lower_floors_need_no_torch() -> None:
-    units = [unit for unit in WITHOUT_TORCH if (PACKAGE / unit).exists() or (PACKAGE / f"{unit}.py").exists()]
-    names = ", ".join(f"malora_dist.{unit}" for unit in units)
+def test_the_lower_layers_need_no_torch() -> None:
+    names = ", ".join(f"malora_dist.{module}" for module in WITHOUT_TORCH)
     code = (
         f"import sys; sys.modules['torch'] = None; import malora_dist, {names}; assert 'deepspeed' not in sys.modules"
     )
@@ -76,11 +78,11 @@ def test_the_lower_floors_need_no_torch() -> None:
 
 
 def test_tests_mirror_the_package() -> None:
-    """A test file has the name of the module that it tests, or of the processes beside it whose results it looks at."""
+    """A test file has the name of the module or folder it tests, or of the processes beside it whose results it uses."""
     for test in (ROOT / "tests").rglob("*/test_*.py"):
         if test.parent.name in WHOLE_SYSTEM:
             continue
         folder = PACKAGE / test.parent.relative_to(ROOT / "tests")
         name = test.stem.removeprefix("test_")
-        named = (folder / f"{name}.py", test.with_name(f"{name}_workers.py"))
+        named = (folder / f"{name}.py", folder / name, test.with_name(f"{name}_workers.py"))
         assert any(path.exists() for path in named), f"{test.relative_to(ROOT)} tests no {folder.name}/{name}.py"

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from malora_dist.config import load_config
-from malora_dist.config.matrix import check_plan, suggest_world_sizes
+from malora_dist.config.compatibility import check_plan, suggest_world_sizes
 from malora_dist.launch.files import cluster_files
-from tests.distributed import ROOT
+from tests.multiprocess import ROOT
 
 SUFFIXES = (".py", ".yaml", ".json", ".sh", ".html")
 FOLDERS = ("ds_configs", "launchers", "slurm")

@@ -13,7 +13,7 @@ from itertools import count, cycle, islice
 
 import pytest
 
-from malora_dist.engine.stop import STOP_SIGNALS
+from malora_dist.training.preemption import STOP_SIGNALS
 from tests.preemption import (
     WORLD,
     Ranks,

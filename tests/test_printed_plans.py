@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from tests.commands import malora
-from tests.distributed import ROOT
+from tests.multiprocess import ROOT
 
 EXAMPLE = re.compile(r"^```\n\$ malora (plan [^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGE = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from malora_dist.checkpoint.read import Checkpoint
-from tests.distributed import run_distributed
-from tests.engine.workers import make_model
+from tests.multiprocess import run_distributed
 from tests.resume_workers import LAST, SAVED
+from tests.training.workers import make_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow("every topology goes on from every other one")]
 

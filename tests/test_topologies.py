@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed import run_distributed
-from tests.engine.one_process import reference_run
-from tests.engine.workers import MAX_NORM, make_model
+from tests.multiprocess import run_distributed
 from tests.pairwise import Case, pairwise
+from tests.training.one_process import reference_run
+from tests.training.workers import MAX_NORM, make_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow("forty topologies, each compared with one process")]
 
@@ -80,7 +80,7 @@ def test_equals_one_process(folder: Path, world_size: int) -> None:
     output.mkdir()
     print(f"world {world_size}:", *cases, sep="\n  ")
     ranks = run_distributed(
-        "tests.engine.workers:train_cases",
+        "tests.training.workers:train_cases",
         world_size,
         folder=str(folder / "model"),
         output=str(output),

@@ -14,9 +14,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from malora_dist.config import load_config
-from malora_dist.engine import process
-from malora_dist.metrics import Record, read_metrics
+from malora_dist.tracking.metrics import Record, read_metrics
 from malora_dist.train import main
+from malora_dist.training import process
 from tests.e2e import contents, files, make_folder, run_alone, run_ranks, run_together, write_rows
 
 pytestmark = pytest.mark.e2e

@@ -14,7 +14,7 @@ import transformers.models.auto.modeling_auto
 import transformers.models.auto.tokenization_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import malora_dist.cli
+import malora_dist.cli.app
 import malora_dist.convert
 import malora_dist.evaluate
 import malora_dist.prepare

@@ -55,7 +55,7 @@ def packed_masks() -> tuple[Tensor, Tensor]:
 
 
 def varlen(length: int) -> Callable[[], Tensor]:
-    from malora_dist.nn.packed_attention import torch_varlen
+    from malora_dist.models.packed_attention import torch_varlen
 
     q, k, v = inputs(T, H, D)
     starts = torch.arange(0, T + 1, length, device=DEVICE, dtype=torch.int32)

@@ -11,8 +11,8 @@ from packaging.utils import canonicalize_name
 
 from benchmarks.gpu.measure import DEVICE, GPU
 from benchmarks.gpu.verdicts import Verdicts
-from malora_dist.engine.gpu import Gpu, architecture_problem
-from malora_dist.functional.triton_ready import missing_for_triton
+from malora_dist.ops.triton_ready import missing_for_triton
+from malora_dist.training.gpu import Gpu, architecture_problem
 
 # Beside what setup.cfg says the package needs: for `malora bench` and the tests. Triton has a verdict of its own.
 FOR_CHECKS = ("peft", "pytest", "pytest-timeout")
@@ -85,7 +85,7 @@ def deepspeed() -> str:
 def product() -> str:
     import malora_dist.evaluate
     import malora_dist.train  # noqa: F401
-    from malora_dist.source import native_dtype
+    from malora_dist.models.resolve import native_dtype
 
     problem = architecture_problem(Gpu.of(DEVICE)) if GPU else None
     assert problem is None, problem

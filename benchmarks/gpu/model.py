@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.gpu.measure import DEVICE, GPU, host_milliseconds, kernels, milliseconds, peak_gib, reset_peak, waits
 from benchmarks.gpu.verdicts import Verdicts
+from malora_dist.adapters.inject import DEFAULT_TARGETS
 from malora_dist.bench.local.losses import Batch
+from malora_dist.bench.local.peers.baselines import CONTESTANTS
 from malora_dist.bench.local.peers.build import Base, build
-from malora_dist.bench.local.peers.contestants import CONTESTANTS
 from malora_dist.bench.local.trainee import Trainee
-from malora_dist.nn.inject import DEFAULT_TARGETS
 
 LARGE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.gpu.measure import DEVICE, GPU, kernels, milliseconds, waits
 from benchmarks.gpu.verdicts import Verdicts
-from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
-from malora_dist.nn.nf4_linear import NF4Linear
+from malora_dist.models.nf4_linear import NF4Linear
+from malora_dist.ops.nf4 import dequantize_nf4, quantize_nf4
 
 SHAPE = (4096, 11008) if GPU else (128, 256)
 DTYPES = (torch.bfloat16, torch.float32)

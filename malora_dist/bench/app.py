@@ -8,7 +8,7 @@ import typer
 
 from malora_dist.bench.local.options import DTYPES
 from malora_dist.bench.local.output import Output
-from malora_dist.bench.local.peers.contestants import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import CONTESTANTS
 
 bench = typer.Typer(help="Measure variants of a recipe, layers and steps side by side.", no_args_is_help=True)
 

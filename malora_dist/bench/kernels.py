@@ -8,7 +8,7 @@ Shape letters: T tokens, I in_features, O out_features, E experts, K top_k, R r,
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from malora_dist.methods import MixtureSpec, count_parameters
+from malora_dist.adapters.methods import MixtureSpec, count_parameters
 from malora_dist.plan.parameters import FP32, nf4_blob_bytes
 
 PHASES = ("forward", "dx", "dw", "optimizer")

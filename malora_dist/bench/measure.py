@@ -8,24 +8,24 @@ from pathlib import Path
 
 import torch
 
+from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.bench.results import Record
 from malora_dist.bench.variants import Variant
 from malora_dist.bench.waiting import timed_messages
 from malora_dist.config import RunConfig
 from malora_dist.data.build import PreparedData
 from malora_dist.data.loader import MicroBatch
-from malora_dist.engine.base import base_model
-from malora_dist.engine.build import build_engine
-from malora_dist.engine.position import Position
-from malora_dist.engine.setup import add_adapters, engine_config, new_stepper, optimizer_settings
-from malora_dist.engine.step import Stepper
-from malora_dist.nn.inject import mixture_layers
-from malora_dist.nn.mixture import MixtureLinear
-from malora_dist.parallel.apply import connect_experts
-from malora_dist.parallel.expert_groups import create_expert_groups
-from malora_dist.parallel.groups import World, gather_lists, wait_for_all
-from malora_dist.parallel.zero import resident_bytes
-from malora_dist.traffic import ExchangeBytes, exchange_bytes, rows_per_token
+from malora_dist.distributed.expert_groups import create_expert_groups
+from malora_dist.distributed.expert_parallel import connect_experts
+from malora_dist.distributed.process_groups import World, gather_lists, wait_for_all
+from malora_dist.distributed.zero3 import resident_bytes
+from malora_dist.plan.communication import ExchangeBytes, exchange_bytes, rows_per_token
+from malora_dist.training.base_model import base_model
+from malora_dist.training.deepspeed_engine import build_engine
+from malora_dist.training.setup import add_adapters, engine_config, new_stepper, optimizer_settings
+from malora_dist.training.train_step import Stepper
+from malora_dist.training.watchdog import Position
 
 
 @dataclass(frozen=True)

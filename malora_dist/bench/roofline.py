@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from malora_dist.adapters.methods import MixtureSpec, count_parameters, match_budget, mixture_spec
 from malora_dist.bench.kernels import PHASES, Device, Form, Kernel, Sizes, adapter_kernels, base_kernels
-from malora_dist.methods import MixtureSpec, count_parameters, match_budget, mixture_spec
 from malora_dist.plan.shapes import Linear, ModelShape
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")

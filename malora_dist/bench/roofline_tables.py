@@ -5,12 +5,12 @@ from importlib.resources import files
 
 from rich.console import Console
 
-from malora_dist.atomic import write_json, write_text
 from malora_dist.bench.kernels import PHASES, Device, Kernel
 from malora_dist.bench.local.options import BASES, command_line, one_of
 from malora_dist.bench.local.output import TABLE_WIDTH, Output
 from malora_dist.bench.roofline import Roofline, distinct, title, totals
 from malora_dist.bench.table import Sheet
+from malora_dist.files.atomic import write_json, write_text
 from malora_dist.plan.shapes import Linear, find_shape
 from malora_dist.plan.units import parse_flops, parse_rate
 

@@ -15,24 +15,24 @@ from typing import Any
 
 import torch
 
-from malora_dist.atomic import write_json, write_text
 from malora_dist.bench.measure import Subject
 from malora_dist.bench.results import Record, Result
 from malora_dist.bench.table import NOTES, markdown, sheets, step_line
 from malora_dist.bench.variants import Selection, Variant, select
 from malora_dist.config import RunConfig, load_config
+from malora_dist.console.log import console, start_logging
 from malora_dist.data.build import build_data
 from malora_dist.data.loader import TrainLoader
-from malora_dist.engine.device_check import check_device, check_memory, first_lengths
-from malora_dist.engine.position import Position, watched
-from malora_dist.engine.process import run_as_process
-from malora_dist.engine.progress import console, start_logging
-from malora_dist.engine.setup import train_loader
+from malora_dist.distributed.process_groups import World, gather_lists
 from malora_dist.errors import ConfigError
-from malora_dist.model import load_tokenizer
-from malora_dist.parallel.groups import World, gather_lists
-from malora_dist.positions import position_notes
-from malora_dist.source import resolve_model
+from malora_dist.files.atomic import write_json, write_text
+from malora_dist.models.load import load_tokenizer
+from malora_dist.models.resolve import resolve_model
+from malora_dist.training.device_check import check_device, check_memory, first_lengths
+from malora_dist.training.process import run_as_process
+from malora_dist.training.sequence_lengths import position_notes
+from malora_dist.training.setup import train_loader
+from malora_dist.training.watchdog import Position, watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _start(arguments: list[str]) -> None:
-    from malora_dist.parallel.groups import start_processes
+    from malora_dist.distributed.process_groups import start_processes
 
     options = parse(arguments)
     config = load_config(options.recipe, options.overrides)

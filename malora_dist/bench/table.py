@@ -9,7 +9,7 @@ from rich.text import Text
 
 from malora_dist.bench.results import Record, Result, Row
 from malora_dist.bench.variants import TOPICS
-from malora_dist.traffic import ExchangeBytes
+from malora_dist.plan.communication import ExchangeBytes
 
 HEADERS = (
     "variant",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from malora_dist.config import RunConfig
-from malora_dist.config.matrix import check_plan
+from malora_dist.config.compatibility import check_plan
 from malora_dist.errors import ConfigError, MaloraError, TopologyError
 
 TOPICS = {
@@ -19,7 +19,7 @@ EP_SIZES = (1, 2, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to run the recipe. overlap, share: see `parallel.apply.connect_experts`."""
+    """One way to run the recipe. overlap, share: see `distributed.expert_parallel.connect_experts`."""
 
     zero_stage: int
     ep_size: int

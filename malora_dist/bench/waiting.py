@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from malora_dist.parallel.exchange import Wire
+from malora_dist.distributed.all_to_all import Wire
 
 
 class Stopwatch:

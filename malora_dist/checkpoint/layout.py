@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from malora_dist.checkpoint.disk import reading, write_text
-from malora_dist.checkpoint.manifest_rules import check_document
 from malora_dist.errors import CheckpointError
-from malora_dist.json_text import parse_json
+from malora_dist.files.durable import reading, write_text
+from malora_dist.files.json_rules import check_document
+from malora_dist.files.json_text import parse_json
 
 FORMAT_VERSION = 1
 CHECKPOINTS = "checkpoints"

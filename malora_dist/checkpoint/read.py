@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from malora_dist.checkpoint.disk import reading
-from malora_dist.checkpoint.found import what_is
+from malora_dist.checkpoint.detect import what_is
 from malora_dist.checkpoint.layout import MANIFEST, MOMENTS, Manifest, step_of
 from malora_dist.checkpoint.shards import file_record, require_finite
 from malora_dist.errors import CheckpointError
-from malora_dist.weights.tensor_file import TensorPlace, read_elements, read_header
+from malora_dist.files.durable import reading
+from malora_dist.files.tensor_file import TensorPlace, read_elements, read_header
 
 DTYPES_OF = {"adapter": (torch.float32,), "optimizer": (torch.float32,), "rng": (torch.uint8, torch.int64)}
 

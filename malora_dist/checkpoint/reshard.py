@@ -12,14 +12,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from malora_dist.atomic import share_file
-from malora_dist.checkpoint.disk import writing
-from malora_dist.checkpoint.folder import new_folder
 from malora_dist.checkpoint.layout import FileRecord, Manifest, shard_name, step_of
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.shards import plan_shards, stream_shard
 from malora_dist.checkpoint.store import complete
 from malora_dist.errors import CheckpointError
+from malora_dist.files.atomic import share_file
+from malora_dist.files.durable import writing
+from malora_dist.files.folder import new_folder
 
 SHARDED = ("adapter", "optimizer")
 

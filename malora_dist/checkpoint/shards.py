@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from malora_dist.atomic import share_file
-from malora_dist.checkpoint.disk import reading, writing
 from malora_dist.checkpoint.layout import FileRecord
 from malora_dist.errors import CheckpointError
-from malora_dist.weights.tensor_file import write_tensors
+from malora_dist.files.atomic import share_file
+from malora_dist.files.durable import reading, writing
+from malora_dist.files.tensor_file import write_tensors
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 READ_BYTES = 2**20

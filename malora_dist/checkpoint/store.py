@@ -9,8 +9,6 @@ checkpoints/latest, best          a folder name each
 import os
 from pathlib import Path
 
-from malora_dist.atomic import partial_name, share_file, to_disk
-from malora_dist.checkpoint.disk import reading, remove, writing
 from malora_dist.checkpoint.layout import (
     BEST,
     LATEST,
@@ -22,6 +20,8 @@ from malora_dist.checkpoint.layout import (
 )
 from malora_dist.checkpoint.read import Checkpoint, check_files
 from malora_dist.errors import CheckpointError
+from malora_dist.files.atomic import partial_name, share_file, to_disk
+from malora_dist.files.durable import reading, remove, writing
 
 
 class CheckpointStore:

@@ -17,9 +17,9 @@ from malora_dist.config.deepspeed_keys import (
     ZERO_KEYS,
 )
 from malora_dist.config.schema import RunConfig
+from malora_dist.config.topology import accumulation_steps
 from malora_dist.errors import ConfigError, brief, short
-from malora_dist.json_text import parse_json
-from malora_dist.topology import accumulation_steps
+from malora_dist.files.json_text import parse_json
 
 AUTO = "auto"
 # DeepSpeed's own progress line would otherwise repeat what the trainer logs.

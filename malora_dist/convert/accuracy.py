@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from malora_dist.console.progress import Bar
 from malora_dist.data.encode import ChoiceItem, Sample
-from malora_dist.engine.evaluation import as_question, forward_of
-from malora_dist.engine.packing import packing_of
-from malora_dist.nn.packed_attention import is_masked
-from malora_dist.progress import Bar
-from malora_dist.scoring import row_tokens, score_items, scores_of_questions, task_result
+from malora_dist.evaluation.packing import packing_of
+from malora_dist.evaluation.scoring import row_tokens, score_items, scores_of_questions, task_result
+from malora_dist.evaluation.tasks import as_question, forward_of
+from malora_dist.models.packed_attention import is_masked
 
 GAP_HEADER = f"{'task':<16} {'n':>5}  {'measure':<10} {'routed':>8} {'static':>8} {'change':>8}"
 

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from malora_dist.console.progress import tracked
 from malora_dist.convert.gates import deciding
 from malora_dist.data.build import PreparedData
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.data.packed_row import Packing
-from malora_dist.engine.forward import cross_entropies
-from malora_dist.engine.packing import packing_of
 from malora_dist.errors import DataError
-from malora_dist.functional.routing import Routing
-from malora_dist.progress import tracked
+from malora_dist.evaluation.packed_forward import cross_entropies
+from malora_dist.evaluation.packing import packing_of
+from malora_dist.ops.routing import Routing
 
 ROW_TOKENS = 2048
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import CONFIG, AdapterInfo, fill_adapter_folder, open_adapter
-from malora_dist.checkpoint.adapter_info import PREFIX
-from malora_dist.checkpoint.card import model_card
-from malora_dist.checkpoint.folder import file_in
-from malora_dist.checkpoint.found import what_is
-from malora_dist.checkpoint.peft_source import peft_info
+from malora_dist.adapters.io.card import model_card
+from malora_dist.adapters.io.folder import CONFIG, AdapterInfo, fill_adapter_folder, open_adapter
+from malora_dist.adapters.io.info import PREFIX
+from malora_dist.adapters.io.peft import peft_info
+from malora_dist.adapters.methods import factor_shapes, mixture_spec
+from malora_dist.checkpoint.detect import what_is
 from malora_dist.convert.job import Job
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.methods import factor_shapes, mixture_spec
+from malora_dist.files.folder import file_in
 
 MODEL = "mp_rank_00_model_states.pt"
 MODEL_PART, OPTIMIZER_PART = "zero_pp_rank_{}_mp_rank_00_model_states.pt", "zero_pp_rank_{}_mp_rank_00_optim_states.pt"

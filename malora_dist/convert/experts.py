@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import AdapterTensors, put_adapter
+from malora_dist.adapters.inject import remove_adapters
+from malora_dist.adapters.io.folder import AdapterTensors, put_adapter
 from malora_dist.convert.calibration import calibration_samples, collect
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.job import Job
@@ -13,7 +14,6 @@ from malora_dist.convert.peft_folder import fill_peft_folder, lora_card, lora_sh
 from malora_dist.convert.subspace import subspace_of
 from malora_dist.convert.verify import Factors, logits_of, text_rows, verify_peft
 from malora_dist.errors import ConfigError
-from malora_dist.nn.inject import remove_adapters
 
 GATES = ("one", "mean")
 CALIBRATION = 32

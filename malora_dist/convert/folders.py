@@ -2,14 +2,14 @@
 
 import torch
 
-from malora_dist.checkpoint.adapter import AdapterTensors, fill_adapter_folder, open_adapter
-from malora_dist.checkpoint.card import model_card
-from malora_dist.checkpoint.folder import file_in
+from malora_dist.adapters.io.card import model_card
+from malora_dist.adapters.io.folder import AdapterTensors, fill_adapter_folder, open_adapter
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.reshard import SHARDED, reshard
 from malora_dist.convert.job import Job
 from malora_dist.convert.verify import verify_routed
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.files.folder import file_in
 
 
 def to_adapter(job: Job) -> None:

@@ -7,24 +7,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import (
+from malora_dist.adapters.inject import layer_seed, remove_adapters
+from malora_dist.adapters.io.card import model_card
+from malora_dist.adapters.io.folder import (
     AdapterInfo,
     AdapterTensors,
     fill_adapter_folder,
     open_adapter,
     put_adapter,
 )
-from malora_dist.checkpoint.card import model_card
-from malora_dist.checkpoint.peft_source import open_lora
+from malora_dist.adapters.io.peft import open_lora
+from malora_dist.adapters.methods import MixtureSpec, default_shared_r, factor_shapes, mixture_spec
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.gather_loras import Pair, fill_new_ranks, resized, shared_subspace, squared_error
 from malora_dist.convert.job import Job
 from malora_dist.convert.subspace import subspace_of
 from malora_dist.convert.verify import Difference, difference, judge, logits_of, text_rows
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.functional.init import kaiming_uniform
-from malora_dist.methods import MixtureSpec, default_shared_r, factor_shapes, mixture_spec
-from malora_dist.nn.inject import layer_seed, remove_adapters
+from malora_dist.ops.init import kaiming_uniform
 
 EXACT = 1e-6
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora_dist.functional.routing import Routing
-from malora_dist.nn.inject import mixture_layers
-from malora_dist.nn.siblings import join_siblings, part_siblings
+from malora_dist.adapters.fused_projections import join_siblings, part_siblings
+from malora_dist.adapters.inject import mixture_layers
+from malora_dist.ops.routing import Routing
 
 # (layer, its input (T, I), what its router decided) -> what its experts get
 Decide = Callable[[str, Tensor, Routing], Routing]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from malora_dist.functional.init import kaiming_uniform
+from malora_dist.ops.init import kaiming_uniform
 
 Pair = tuple[Tensor, Tensor]  # B (O, R) with its scaling in it, A (R, I)
 

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from malora_dist.checkpoint.adapter import AdapterInfo, AdapterTensors, open_adapter
-from malora_dist.checkpoint.folder import new_folder
+from malora_dist.adapters.io.folder import AdapterInfo, AdapterTensors, open_adapter
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.load import config_from_dict
+from malora_dist.console.progress import Bar
 from malora_dist.convert.kinds import KINDS, Options, check_options, find_kind, kinds_for, methods_that_fit
 from malora_dist.data.build import PreparedData, build_data
-from malora_dist.engine.attention import attention_for
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.functional.attention_choice import VARLEN
-from malora_dist.model import load_base_model, load_tokenizer
-from malora_dist.model_config import read_model_config
-from malora_dist.positions import position_notes
-from malora_dist.progress import Bar
-from malora_dist.source import resolve_model
-from malora_dist.weights.fingerprint import base_fingerprint
+from malora_dist.files.folder import new_folder
+from malora_dist.models.attention import attention_for
+from malora_dist.models.config import read_model_config
+from malora_dist.models.load import load_base_model, load_tokenizer
+from malora_dist.models.resolve import resolve_model
+from malora_dist.models.weights.fingerprint import base_fingerprint
+from malora_dist.ops.attention_choice import VARLEN
+from malora_dist.training.sequence_lengths import position_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

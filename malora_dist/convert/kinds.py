@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from malora_dist.adapters.methods import METHODS, Structure
 from malora_dist.errors import ConfigError
-from malora_dist.methods import METHODS, Structure
 
 
 @dataclass(frozen=True, kw_only=True)

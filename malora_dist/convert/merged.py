@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora_dist.atomic import share_file
-from malora_dist.checkpoint.adapter import AdapterTensors, open_adapter, put_adapter
-from malora_dist.checkpoint.disk import write_text
+from malora_dist.adapters.io.folder import AdapterTensors, open_adapter, put_adapter
+from malora_dist.console.progress import tracked
 from malora_dist.convert.job import Job, check_base
 from malora_dist.convert.verify import logits_of, text_rows
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.model import build_empty_model
-from malora_dist.nn.linears import is_conv1d
-from malora_dist.progress import tracked
-from malora_dist.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
-from malora_dist.weights.stored_names import stored_names
-from malora_dist.weights.tensor_file import read_header, write_tensors
+from malora_dist.files.atomic import share_file
+from malora_dist.files.durable import write_text
+from malora_dist.files.tensor_file import read_header, write_tensors
+from malora_dist.models.linears import is_conv1d
+from malora_dist.models.load import build_empty_model
+from malora_dist.models.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
+from malora_dist.models.weights.stored_names import stored_names
 
 # What stands beside the weights in a model folder: config, tokenizer, templates, terms.
 COPIED = re.compile(

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import AdapterInfo, AdapterTensors, fill_adapter_folder, open_adapter
-from malora_dist.checkpoint.card import model_card
+from malora_dist.adapters.io.card import model_card
+from malora_dist.adapters.io.folder import AdapterInfo, AdapterTensors, fill_adapter_folder, open_adapter
+from malora_dist.adapters.methods import factor_shapes
 from malora_dist.convert.from_loras import to_mixture
 from malora_dist.convert.job import Job
 from malora_dist.convert.subspace import subspace_of
 from malora_dist.convert.verify import verify_routed
 from malora_dist.errors import ConfigError
-from malora_dist.methods import factor_shapes
 
 
 def to_molora(job: Job) -> None:

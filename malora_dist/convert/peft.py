@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import CONFIG, AdapterTensors, fill_adapter_folder, open_adapter, put_adapter
-from malora_dist.checkpoint.adapter_info import adapter_config
-from malora_dist.checkpoint.card import model_card
-from malora_dist.checkpoint.disk import write_text
-from malora_dist.checkpoint.peft_source import open_peft
+from malora_dist.adapters.inject import remove_adapters
+from malora_dist.adapters.io.card import model_card
+from malora_dist.adapters.io.folder import CONFIG, AdapterTensors, fill_adapter_folder, open_adapter, put_adapter
+from malora_dist.adapters.io.info import adapter_config
+from malora_dist.adapters.io.peft import open_peft
 from malora_dist.convert.job import Job
 from malora_dist.convert.peft_folder import lora_card
 from malora_dist.convert.verify import Factors, logits_of, text_rows, verify_peft
 from malora_dist.errors import ConfigError
-from malora_dist.nn.inject import remove_adapters
+from malora_dist.files.durable import write_text
 
 
 def to_peft(job: Job) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from malora_dist.atomic import share_file
-from malora_dist.checkpoint.adapter import CONFIG, WEIGHTS, AdapterInfo
-from malora_dist.checkpoint.adapter_info import PREFIX
-from malora_dist.checkpoint.disk import write_text
-from malora_dist.progress import tracked
-from malora_dist.weights.tensor_file import write_tensors
+from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, AdapterInfo
+from malora_dist.adapters.io.info import PREFIX
+from malora_dist.console.progress import tracked
+from malora_dist.files.atomic import share_file
+from malora_dist.files.durable import write_text
+from malora_dist.files.tensor_file import write_tensors
 
 Shapes = Mapping[str, tuple[int, int]]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import AdapterTensors, put_adapter
+from malora_dist.adapters.inject import remove_adapters
+from malora_dist.adapters.io.folder import AdapterTensors, put_adapter
 from malora_dist.convert.accuracy import GAP_HEADER, Gap, gap_line, measure
 from malora_dist.convert.calibration import LayerStatistics, calibration_samples, collect
 from malora_dist.convert.collapse import static_up, truncated
@@ -17,7 +18,6 @@ from malora_dist.convert.subspace import down_shape, subspace_of
 from malora_dist.convert.verify import Factors, logits_of, text_rows, verify_peft
 from malora_dist.data.build import PreparedData
 from malora_dist.errors import ConfigError
-from malora_dist.nn.inject import remove_adapters
 
 FITS = ("lstsq", "mean")
 CALIBRATION = 128

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora_dist.checkpoint.adapter import AdapterInfo, AdapterTensors, put_adapter
+from malora_dist.adapters.inject import remove_adapters
+from malora_dist.adapters.io.folder import AdapterInfo, AdapterTensors, put_adapter
+from malora_dist.console.progress import tracked
 from malora_dist.convert.gates import Replay, deciding
 from malora_dist.convert.job import Job
 from malora_dist.convert.subspace import subspace_of
 from malora_dist.data.build import build_data
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.nn.inject import remove_adapters
-from malora_dist.progress import tracked
 
 LOGITS_TOLERANCE = 1e-4
 WEIGHTS_TOLERANCE = 1e-5

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from malora_dist.cache import default_cache_dir
 from malora_dist.config.data_schema import DataConfig, TaskConfig
+from malora_dist.console.progress import Bar
 from malora_dist.data.encode import ChoiceItem, Encoder, Sample
 from malora_dist.data.mixture import Indices, epoch_counts, mixture_shares
 from malora_dist.data.store import TaskTokens, TrainStore
@@ -22,7 +22,7 @@ from malora_dist.data.tokenize import (
     read_task,
     tokenizer_fingerprint,
 )
-from malora_dist.progress import Bar
+from malora_dist.files.cache import default_cache_dir
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from malora_dist.data.row import Row, Unreadable
 from malora_dist.errors import DataError
-from malora_dist.json_text import key_given_twice
+from malora_dist.files.json_text import key_given_twice
 
 BLANKS = re.compile(r"[ \t\n\r]*")
 

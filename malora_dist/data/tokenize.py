@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from malora_dist.cache import build_once
 from malora_dist.data.encode import Encoder
 from malora_dist.data.example import MULTIPLE_CHOICE
 from malora_dist.data.rows import find_files
@@ -27,6 +26,7 @@ from malora_dist.data.store import (
 from malora_dist.data.tasks import TaskData, load_task
 from malora_dist.data.templates import template_fields
 from malora_dist.errors import DataError
+from malora_dist.files.cache import build_once
 
 EVALUATION_SPLITS = ("validation", "test")
 SPLITS = ("train", *EVALUATION_SPLITS)

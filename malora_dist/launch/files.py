@@ -6,7 +6,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from malora_dist.errors import ConfigError
-from malora_dist.launch.script import shipped_scripts
+from malora_dist.launch.slurm.script import shipped_scripts
 
 
 def cluster_files() -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from malora_dist.json_text import parse_json
+from malora_dist.files.json_text import parse_json
 
 JOBS_FILE = "jobs.jsonl"
 # Of a run's folder: scripts, logs and jobs.jsonl.

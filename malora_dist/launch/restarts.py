@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from malora_dist.atomic import write_json
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.json_text import parse_json
-from malora_dist.outcome import (
+from malora_dist.files.atomic import write_json
+from malora_dist.files.exit_status import (
     EXIT_FAILED,
     EXIT_MISTAKE,
     EXIT_OK,
@@ -18,6 +17,7 @@ from malora_dist.outcome import (
     clear_outcome,
     read_outcome,
 )
+from malora_dist.files.json_text import parse_json
 
 RESTARTS_FILE = "restarts.json"
 

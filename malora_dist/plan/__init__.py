@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.config import RunConfig
-from malora_dist.config.matrix import suggest_world_sizes
-from malora_dist.methods import MixtureSpec
+from malora_dist.config.compatibility import suggest_world_sizes
 from malora_dist.plan.advice import advice
 from malora_dist.plan.duration import Hardware
 from malora_dist.plan.estimate import Estimate, alternatives

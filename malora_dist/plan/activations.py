@@ -6,11 +6,11 @@ count; copies of them in another dtype or layout do.
 
 import math
 
-from malora_dist.functional.loss_chunks import chunk_rows
+from malora_dist.ops.loss_chunks import chunk_rows
+from malora_dist.plan.communication import rows_per_token
 from malora_dist.plan.parameters import FP32
 from malora_dist.plan.run import Run, is_grouped
 from malora_dist.plan.shapes import Linear
-from malora_dist.traffic import rows_per_token
 
 INDEX = 8
 # Linears that read one tensor, by what they have in common.

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
+from malora_dist.plan.communication import rows_per_token
 from malora_dist.plan.estimate import USABLE, Estimate
 from malora_dist.plan.parameters import FP32, trainable_parameters
 from malora_dist.plan.units import show_bytes, show_seconds
-from malora_dist.traffic import rows_per_token
 
 SMALL_BUCKET = FP32 * 50_000_000
 CAUSES = {

@@ -6,9 +6,9 @@ from functools import cached_property
 from math import gcd
 from typing import Any
 
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.config import RunConfig
 from malora_dist.errors import MaloraError
-from malora_dist.methods import MixtureSpec
 from malora_dist.plan.duration import Hardware, step_seconds
 from malora_dist.plan.memory import bytes_per_rank
 from malora_dist.plan.parameters import trainable_parameters

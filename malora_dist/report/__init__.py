@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from malora_dist.atomic import write_text
 from malora_dist.errors import MaloraError
+from malora_dist.files.atomic import write_text
 from malora_dist.report.inputs import read_run
 from malora_dist.report.page import build_page
 from malora_dist.report.terminal import print_results

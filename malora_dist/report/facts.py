@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from malora_dist.metrics import (
+from malora_dist.report.inputs import RunFiles
+from malora_dist.tracking.metrics import (
     BASE_DTYPE,
     BASE_PARAMETERS,
     DEVICE,
@@ -15,7 +16,6 @@ from malora_dist.metrics import (
     TRAINABLE_PARAMETERS,
     WORLD_SIZE,
 )
-from malora_dist.report.inputs import RunFiles
 
 
 @dataclass(frozen=True)

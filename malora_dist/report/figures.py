@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from malora_dist.metrics import AUX_LOSS, EVAL, LOSS, eval_accuracy, train_loss
 from malora_dist.report.charts import Line, line_chart, picture, place_axes, to_svg
 from malora_dist.report.inputs import RunFiles
 from malora_dist.report.results import BEYOND, Results, Score, TaskResult, percent
 from malora_dist.report.theme import ACCENT, GRID, INK, MUTED, SURFACE, task_colour
+from malora_dist.tracking.metrics import AUX_LOSS, EVAL, LOSS, eval_accuracy, train_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,20 @@ from typing import Any
 import yaml
 
 from malora_dist.errors import MaloraError
-from malora_dist.json_text import parse_json
-from malora_dist.metrics import EVAL, KIND, ROUTING, RUN, STEP, TASKS, TRAIN, Record, read_metrics, without_lost_steps
+from malora_dist.files.json_text import parse_json
 from malora_dist.report.rules import check_adapter, check_config, check_counts, check_evaluations, check_record, clean
+from malora_dist.tracking.metrics import (
+    EVAL,
+    KIND,
+    ROUTING,
+    RUN,
+    STEP,
+    TASKS,
+    TRAIN,
+    Record,
+    read_metrics,
+    without_lost_steps,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from malora_dist.metrics import GRAD_NORM, LEARNING_RATE, PEAK_MEMORY_GIB, TOKENS_PER_SECOND
 from malora_dist.report import figures, routing
 from malora_dist.report.facts import Fact, key_facts, run_facts
 from malora_dist.report.inputs import RunFiles
 from malora_dist.report.results import Results, headline, improvements, percent, read_results
 from malora_dist.report.tables import Table, counts_table, loss_table, results_table
 from malora_dist.report.theme import stylesheet, task_variable
+from malora_dist.tracking.metrics import GRAD_NORM, LEARNING_RATE, PEAK_MEMORY_GIB, TOKENS_PER_SECOND
 
 _ERRORS = (
     "Accuracy in %, ± one standard error. Improved or worse: by more than 2 standard errors of the difference, which "

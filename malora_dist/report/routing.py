@@ -7,10 +7,10 @@ map reads the same in light and dark mode.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from malora_dist.metrics import SHARE, TASKS
 from malora_dist.report.charts import SMALL_WIDTH, WIDTH, Line, label_ticks, line_chart, picture, place_axes, to_svg
 from malora_dist.report.figures import name_margin, shorten
 from malora_dist.report.theme import ACCENT, INK, ON_ACCENT, task_colour
+from malora_dist.tracking.metrics import SHARE, TASKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.errors import MaloraError, brief, short
-from malora_dist.metrics import (
+from malora_dist.tracking.metrics import (
     BASE_DTYPE,
     BASE_PARAMETERS,
     DEVICE,

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 from malora_dist.bench.app import bench
-from malora_dist.bench.local.peers.contestants import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import CONTESTANTS
 from tests.commands import malora_without_torch
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from malora_dist.adapters.inject import inject_adapters
+from malora_dist.adapters.methods import MixtureSpec, mixture_spec
 from malora_dist.bench.kernels import Device, Form, Kernel, Sizes, adapter_kernels, base_kernels
 from malora_dist.bench.roofline import Roofline
-from malora_dist.methods import MixtureSpec, mixture_spec
-from malora_dist.nn.inject import inject_adapters
 from malora_dist.plan.shapes import ModelShape
 
 T, I, O, FP32 = 24, 40, 56, 4  # noqa: E741

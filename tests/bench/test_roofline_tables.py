@@ -17,7 +17,7 @@ from tests.e2e import ROOT
 def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
     arguments = ["bench", "roofline", "--tokens", "2048", "--base", "nf4", "--flops", "400TFLOP/s", *files]
-    code = f"import sys; sys.modules['torch'] = None; from malora_dist.cli import main; main({arguments})"
+    code = f"import sys; sys.modules['torch'] = None; from malora_dist.cli.app import main; main({arguments})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())

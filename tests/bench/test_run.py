@@ -8,8 +8,8 @@ import pytest
 
 from malora_dist.bench.run import parse
 from malora_dist.errors import ConfigError
-from tests.distributed import run_distributed
 from tests.e2e import RECIPE, make_folder, run_alone
+from tests.multiprocess import run_distributed
 
 STEPS, WARMUP, BLOCKS, EXPERTS = 2, 1, 2, RECIPE["adapter"]["num_experts"]
 REFERENCE, SPREAD, FULL = "ZeRO-3, ep 1, NF4", "ZeRO-3, ep 2, NF4", "ZeRO-3, ep 1, not quantised"

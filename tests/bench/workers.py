@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
+from malora_dist.adapters.inject import mixture_layers
 from malora_dist.bench.measure import Subject
 from malora_dist.bench.results import Record
 from malora_dist.bench.run import bench, parse
 from malora_dist.config import load_config
 from malora_dist.data.loader import MicroBatch
-from malora_dist.nn.inject import mixture_layers
-from malora_dist.nn.nf4_linear import NF4Linear
-from malora_dist.parallel.groups import World
-from tests.parallel.exchange_runs import recorded_messages
+from malora_dist.distributed.process_groups import World
+from malora_dist.models.nf4_linear import NF4Linear
+from tests.distributed.exchange_runs import recorded_messages
 
 STEP = Subject.step
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from malora_dist.atomic import write_json
+from malora_dist.files.atomic import write_json
 from tests.breaks.run import ROOT, Break, Outcome, read_breaks, run_break
 
 

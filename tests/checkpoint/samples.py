@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malora_dist.checkpoint.disk import write_text
 from malora_dist.checkpoint.layout import ADAPTER_CONFIG, RNG_FILE, FileRecord, Manifest, shard_name
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.shards import file_record, plan_shards, write_shard
 from malora_dist.checkpoint.store import CheckpointStore
+from malora_dist.files.durable import write_text
 
 Tensors = dict[str, dict[str, Tensor]]
 

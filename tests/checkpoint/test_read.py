@@ -20,7 +20,7 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.shards import file_record
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.errors import CheckpointError
-from malora_dist.weights.tensor_file import write_tensors
+from malora_dist.files.tensor_file import write_tensors
 from tests.checkpoint.samples import save, tensors_of
 
 ADAPTER, OPTIMIZER = "adapter-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"

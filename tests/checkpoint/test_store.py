@@ -15,7 +15,7 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.shards import write_shard
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.errors import CheckpointError
-from tests.checkpoint.kill_workers import LAYERS, SAVE_TOTAL_LIMIT, SHARDS, WIDTH
+from tests.checkpoint.kill_workers import LAYERS, SAVE_TOTAL_LIMIT
 from tests.checkpoint.samples import check_tensors, manifest_of, save, tensors_of, write_files
 from tests.processes import start
 

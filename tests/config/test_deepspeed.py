@@ -10,7 +10,7 @@ from malora_dist.config.deepspeed import deepspeed_config
 from malora_dist.config.deepspeed_keys import OFFLOAD_KEYS, REFUSED_ZERO_KEYS, ZERO_KEYS
 from malora_dist.errors import ConfigError, TopologyError
 from tests.config.recipes import recipe
-from tests.distributed import ROOT
+from tests.multiprocess import ROOT
 
 
 def config(folder: Path, given: Any, *overrides: str) -> RunConfig:

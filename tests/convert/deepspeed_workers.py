@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from malora_dist.parallel.groups import World
-from tests.models import tiny_llama
+from malora_dist.distributed.process_groups import World
+from tests.tiny_models import tiny_llama
 
 
 def save_all(world: World, folder: str, cases: dict[str, dict[str, Any]]) -> None:

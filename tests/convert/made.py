@@ -9,19 +9,19 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from malora_dist.checkpoint.adapter import AdapterInfo, open_adapter, save_adapter
-from malora_dist.checkpoint.adapter_info import CONFIG, adapter_config
-from malora_dist.checkpoint.disk import write_text
+from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters
+from malora_dist.adapters.io.folder import AdapterInfo, open_adapter, save_adapter
+from malora_dist.adapters.io.info import CONFIG, adapter_config
 from malora_dist.checkpoint.layout import Manifest, shard_name
 from malora_dist.checkpoint.shards import file_record, write_shard
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import load_config
+from malora_dist.config.summary import adapter_spec
 from malora_dist.convert.job import Job, convert
 from malora_dist.convert.kinds import Options
-from malora_dist.model import load_base_model
-from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters
-from malora_dist.summary import adapter_spec
-from malora_dist.weights.fingerprint import base_fingerprint
+from malora_dist.files.durable import write_text
+from malora_dist.models.load import load_base_model
+from malora_dist.models.weights.fingerprint import base_fingerprint
 from tests.e2e import RECIPE, make_folder
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

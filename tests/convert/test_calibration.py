@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import load_adapter, open_adapter
+from malora_dist.adapters.io.folder import load_adapter, open_adapter
 from malora_dist.config import load_config
 from malora_dist.convert import calibration
 from malora_dist.convert.calibration import calibration_samples, collect
@@ -14,9 +14,9 @@ from malora_dist.convert.gates import deciding
 from malora_dist.convert.subspace import subspace_of
 from malora_dist.data.build import build_data
 from malora_dist.data.packed_row import Packing
-from malora_dist.engine.packing import packing_of
-from malora_dist.functional.routing import Routing
-from malora_dist.model import load_tokenizer
+from malora_dist.evaluation.packing import packing_of
+from malora_dist.models.load import load_tokenizer
+from malora_dist.ops.routing import Routing
 from tests.convert.made import base
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from malora_dist.checkpoint.adapter import CONFIG, open_adapter
+from malora_dist.adapters.io.folder import CONFIG, open_adapter
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.convert.made import run_kind
-from tests.distributed import run_distributed
+from tests.multiprocess import run_distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import load_adapter, open_adapter
+from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.io.folder import load_adapter, open_adapter
 from malora_dist.config import load_config
 from malora_dist.convert.gates import constant_gates
 from malora_dist.data.build import build_data
 from malora_dist.errors import ConfigError
-from malora_dist.functional.routing import route
-from malora_dist.model import load_tokenizer
-from malora_dist.nn.inject import mixture_layers
+from malora_dist.models.load import load_tokenizer
+from malora_dist.ops.routing import route
 from tests.convert.made import base, logits, run_kind, token_rows
 
 ROWS = token_rows()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import load_adapter, open_adapter
-from malora_dist.checkpoint.peft_source import open_peft
+from malora_dist.adapters.io.folder import load_adapter, open_adapter
+from malora_dist.adapters.io.peft import open_peft
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.gather_loras import fill_new_ranks, resized, shared_subspace, squared_error
 from malora_dist.convert.job import convert

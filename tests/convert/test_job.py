@@ -14,10 +14,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from malora_dist.cli import main
+from malora_dist.cli.app import main
 from malora_dist.errors import CheckpointError
-from malora_dist.nn.packed_attention import MASKED
-from tests.adapters import edit_weights
+from malora_dist.models.packed_attention import MASKED
+from tests.adapter_samples import edit_weights
 from tests.config.recipes import recipe
 from tests.convert.made import job_of, make_checkpoint, run_kind
 from tests.families import family_model

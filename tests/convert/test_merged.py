@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from malora_dist.checkpoint.adapter import AdapterInfo, load_adapter, open_adapter, save_adapter
+from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters, remove_adapters
+from malora_dist.adapters.io.folder import AdapterInfo, load_adapter, open_adapter, save_adapter
+from malora_dist.adapters.methods import mixture_spec
 from malora_dist.convert.merged import merged_weight
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.methods import mixture_spec
-from malora_dist.model import load_base_model
-from malora_dist.nn.inject import adapter_parameters, adapter_state_dict, inject_adapters, remove_adapters
-from malora_dist.weights.reader import INDEX, SINGLE
+from malora_dist.models.load import load_base_model
+from malora_dist.models.weights.reader import INDEX, SINGLE
 from tests.convert.made import base, logits, make_checkpoint, run_kind, token_rows
 from tests.families import family_model
 

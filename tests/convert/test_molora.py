@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from malora_dist.checkpoint.adapter import load_adapter, open_adapter
+from malora_dist.adapters.io.folder import load_adapter, open_adapter
 from tests.convert.made import base, logits, run_kind, token_rows
 
 

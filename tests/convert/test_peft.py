@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import CONFIG, WEIGHTS, load_adapter, open_adapter
-from malora_dist.checkpoint.peft_source import open_peft
+from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, load_adapter, open_adapter
+from malora_dist.adapters.io.peft import open_peft
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.convert.made import base, logits, make_checkpoint, run_kind, token_rows
 from tests.families import family_model

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from malora_dist.checkpoint.adapter import load_adapter, open_adapter
+from malora_dist.adapters.io.folder import load_adapter, open_adapter
 from malora_dist.config import load_config
 from malora_dist.convert.calibration import calibration_samples, collect
 from malora_dist.convert.gates import constant_gates
 from malora_dist.data.build import build_data
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.model import load_tokenizer
+from malora_dist.models.load import load_tokenizer
 from tests.convert.made import base, logits, run_kind, token_rows
 from tests.convert.test_experts import in_peft
 

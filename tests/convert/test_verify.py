@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.checkpoint.adapter import load_adapter, open_adapter
+from malora_dist.adapters.io.folder import load_adapter, open_adapter
 from malora_dist.convert.gates import Replay, deciding
 from malora_dist.convert.verify import TOKENS, difference, judge, text_rows, verify_routed
 from malora_dist.errors import CheckpointError, ConfigError
-from tests.adapters import edit_weights
+from tests.adapter_samples import edit_weights
 from tests.convert.made import base, job_of, logits, run_kind, token_rows
 
 SOURCE = Path("runs") / "malora"

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from malora_dist.data.tasks import load_task
 from malora_dist.errors import DataError
-from tests.models import byte_tokenizer, smollm2_file
+from tests.tiny_models import byte_tokenizer, smollm2_file
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from malora_dist.data.boundary import common_length, encode_texts, missing_end, special_tokens, without_start
 from malora_dist.data.encode import ChoiceItem, Encoder, Sample
 from malora_dist.data.example import Example
-from tests.models import merging_tokenizer
+from tests.tiny_models import merging_tokenizer
 
 TEMPLATES = [
     ("Question: {prompt}\nAnswer:", " {response}"),

@@ -11,20 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from malora_dist.checkpoint.adapter import CONFIG, WEIGHTS, AdapterInfo, put_adapter, save_adapter
+from malora_dist.adapters.inject import adapter_state_dict, inject_adapters
+from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, AdapterInfo, put_adapter, save_adapter
+from malora_dist.adapters.io.peft import open_lora
+from malora_dist.adapters.methods import mixture_spec
 from malora_dist.checkpoint.layout import MANIFEST, seal
-from malora_dist.checkpoint.peft_source import open_lora
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
+from malora_dist.cli.inspect.lines import lines
+from malora_dist.cli.inspect.look import inspect
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.inspect.lines import lines
-from malora_dist.inspect.look import inspect
-from malora_dist.methods import mixture_spec
-from malora_dist.nn.inject import adapter_state_dict, inject_adapters
-from malora_dist.weights.tensor_file import LENGTH_BYTES, read_elements, read_header
+from malora_dist.files.tensor_file import LENGTH_BYTES, read_elements, read_header
 from tests.checkpoint.samples import save
 from tests.fuzz.mutate import broken_bytes, broken_text, mutated, safetensors_file
-from tests.models import tiny_llama
+from tests.tiny_models import tiny_llama
 
 KINDS = ("malora", "molora", "lora", "peft")
 

@@ -11,16 +11,16 @@ import pytest
 import yaml
 
 from malora_dist.config import config_from_dict, config_text, load_config, plain_config
+from malora_dist.config.compatibility import check_plan, suggest_world_sizes
 from malora_dist.config.deepspeed import deepspeed_config, read_ds_config
-from malora_dist.config.matrix import check_plan, suggest_world_sizes
 from malora_dist.config.names import leaves
+from malora_dist.config.summary import adapter_spec, missing_files, summary_table
 from malora_dist.errors import ConfigError, TopologyError
-from malora_dist.launch import hostfile
-from malora_dist.launch.hostfile import choose_hosts, read_hostfile, slots_per_host
-from malora_dist.summary import adapter_spec, missing_files, summary_table
+from malora_dist.launch.ssh import hostfile
+from malora_dist.launch.ssh.hostfile import choose_hosts, read_hostfile, slots_per_host
 from tests.config.recipes import recipe
-from tests.distributed import ROOT
 from tests.fuzz.mutate import BROKEN, ODD, broken_text, mutated
+from tests.multiprocess import ROOT
 
 RECIPES = sorted((ROOT / "malora_dist" / "recipes").glob("*.yaml"))
 

@@ -11,7 +11,7 @@ import yaml
 
 from tests.devices import HIDDEN
 from tests.e2e import RECIPE, ROOT, make_tasks
-from tests.models import byte_tokenizer, save_tiny_llama
+from tests.tiny_models import byte_tokenizer, save_tiny_llama
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from malora_dist.parallel.groups import World, start_processes, stop_processes
+from malora_dist.distributed.process_groups import World, start_processes, stop_processes
 from tests.devices import HIDDEN
 
 

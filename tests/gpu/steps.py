@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
+from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
-from malora_dist.engine.balance import BalanceSettings, StepBalance
-from malora_dist.engine.forward import cross_entropies, set_token_keys
-from malora_dist.functional.dropout import keep_mask, token_keys
-from malora_dist.functional.weight_copies import kept_weight_copies
-from malora_dist.methods import METHODS, mixture_spec
-from malora_dist.nn.inject import adapter_parameters, inject_adapters, mixture_layers
-from tests.models import tiny_config
+from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
+from malora_dist.ops.dropout import keep_mask, token_keys
+from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.training.balance_loss import BalanceSettings, StepBalance
+from tests.tiny_models import tiny_config
 
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "vocab_size": 128}
 HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from malora_dist.functional.dropout import keep_mask, keyed_dropout, token_keys
-from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
+from malora_dist.ops.dropout import keep_mask, keyed_dropout, token_keys
+from malora_dist.ops.nf4 import dequantize_nf4, quantize_nf4
 from tests.gpu.steps import masks
 
 pytestmark = pytest.mark.gpu

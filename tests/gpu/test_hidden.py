@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests.devices import HIDDEN
-from tests.distributed import run_distributed
 from tests.e2e import ROOT, deepspeed, launch
+from tests.multiprocess import run_distributed
 from tests.slurm.conftest import Cluster
 
 INSIDE = "MALORA_TEST_HIDDEN"

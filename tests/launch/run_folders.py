@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from malora_dist.metrics import MetricsWriter
+from malora_dist.tracking.metrics import MetricsWriter
 
 
 def begun(run: Path, *records: dict[str, Any], total: int | None = 100) -> Path:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.files.exit_status import FAILED, FINISHED, PREEMPTED, write_outcome
 from malora_dist.launch.restarts import Restarts, begin, end, job_name, newest_step, read_restarts
-from malora_dist.outcome import FAILED, FINISHED, PREEMPTED, write_outcome
 from tests.launch.run_folders import checkpoint
 
 

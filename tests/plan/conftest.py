@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from malora_dist.config import AdapterConfig, RunConfig, load_config
+from malora_dist.config.summary import adapter_spec
 from malora_dist.plan.run import Run, run_of
 from malora_dist.plan.shapes import ModelShape, find_shape
-from malora_dist.summary import adapter_spec
 from tests.config.recipes import RECIPES
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from malora_dist.config import RunConfig, config_from_dict
+from malora_dist.config.summary import adapter_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
 from malora_dist.plan.run import Lengths, Run, run_of
 from malora_dist.plan.shapes import find_shape
-from malora_dist.summary import adapter_spec
 from tests.config.recipes import recipe
-from tests.distributed import run_distributed
-from tests.models import save_tiny_llama
+from tests.multiprocess import run_distributed
+from tests.tiny_models import save_tiny_llama
 
 TOKENS, STEPS, ACCUMULATION = 8, 3, 2
 # Sizes that no number of processes divides, so that padding shows.
@@ -110,11 +110,11 @@ def run_cases(world: Any, folder: str, names: list[str]) -> dict[str, Any]:
 
 def run_case(world: Any, config: RunConfig) -> dict[str, Any]:
     """A few steps; then what this process holds and what it sent in the last of them."""
-    from malora_dist.engine.base import base_model
-    from malora_dist.engine.build import build_engine
-    from malora_dist.engine.forward import cross_entropies
-    from malora_dist.engine.setup import add_adapters, engine_config, optimizer_settings
-    from malora_dist.parallel.expert_groups import create_expert_groups
+    from malora_dist.distributed.expert_groups import create_expert_groups
+    from malora_dist.evaluation.packed_forward import cross_entropies
+    from malora_dist.training.base_model import base_model
+    from malora_dist.training.deepspeed_engine import build_engine
+    from malora_dist.training.setup import add_adapters, engine_config, optimizer_settings
 
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, 60)
@@ -143,7 +143,7 @@ def run_case(world: Any, config: RunConfig) -> dict[str, Any]:
 
 def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     """Bytes of the storages that backward or the balance loss needs after `forward`, parameters excepted."""
-    from malora_dist.nn.inject import mixture_layers
+    from malora_dist.adapters.inject import mixture_layers
 
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}

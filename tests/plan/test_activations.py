@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.config import config_from_dict
+from malora_dist.config.summary import adapter_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
-from malora_dist.engine.forward import cross_entropies, set_token_keys
-from malora_dist.functional.cost import prefer_grouped
-from malora_dist.functional.weight_copies import kept_weight_copies
-from malora_dist.model import load_base_model
-from malora_dist.nn.head import install_loss_head
-from malora_dist.nn.inject import inject_adapters
-from malora_dist.nn.packed_attention import TORCH_VARLEN, attention_arguments
-from malora_dist.nn.packed_masks import MASKED, packed_row
+from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
+from malora_dist.models.load import load_base_model
+from malora_dist.models.loss_head import install_loss_head
+from malora_dist.models.packed_attention import TORCH_VARLEN, attention_arguments
+from malora_dist.models.packed_masks import MASKED, packed_row
+from malora_dist.ops.cost import prefer_grouped
+from malora_dist.ops.weight_copies import kept_weight_copies
 from malora_dist.plan.activations import (
     INDEX,
     activation_bytes,
@@ -29,11 +30,10 @@ from malora_dist.plan.activations import (
 from malora_dist.plan.parameters import weight_copy_bytes
 from malora_dist.plan.run import Run, is_grouped, run_of
 from malora_dist.plan.shapes import Linear, find_shape
-from malora_dist.summary import adapter_spec
+from tests.adapters.varlen_kernel import kernel_on_cpu
 from tests.config.recipes import recipe
-from tests.models import save_tiny_llama
-from tests.nn.varlen_kernel import kernel_on_cpu
 from tests.plan.real_runs_workers import saved_bytes
+from tests.tiny_models import save_tiny_llama
 
 # A quarter of SmolLM2-135M: as many heads a kv-head, the same ratio of widths.
 SIZES = {

@@ -3,12 +3,12 @@
 import pytest
 
 from malora_dist.config import RunConfig
+from malora_dist.config.summary import adapter_spec
 from malora_dist.plan import Lengths, Report
 from malora_dist.plan.advice import fastest_that_fits
 from malora_dist.plan.duration import Hardware
 from malora_dist.plan.shapes import ModelShape
 from malora_dist.plan.units import GIB
-from malora_dist.summary import adapter_spec
 
 
 def report(config: RunConfig, shape: ModelShape, **hardware: int) -> Report:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from malora_dist.config import RunConfig
+from malora_dist.config.summary import adapter_spec
 from malora_dist.plan.duration import Hardware
 from malora_dist.plan.estimate import Estimate, alternatives
 from malora_dist.plan.run import Lengths, Run, run_of
 from malora_dist.plan.shapes import ModelShape
-from malora_dist.summary import adapter_spec
 
 EIGHT = Hardware()
 

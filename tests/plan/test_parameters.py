@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from malora_dist.adapters.inject import inject_adapters
+from malora_dist.adapters.methods import METHODS
+from malora_dist.adapters.targets import all_linear, plain_names
 from malora_dist.config import config_from_dict
-from malora_dist.functional.nf4 import nf4_bytes
-from malora_dist.functional.target_names import name_matches
-from malora_dist.methods import METHODS
-from malora_dist.model import build_empty_model
-from malora_dist.nn.inject import inject_adapters
-from malora_dist.nn.targets import all_linear, plain_names
+from malora_dist.config.summary import adapter_spec
+from malora_dist.models.load import build_empty_model
+from malora_dist.ops.nf4 import nf4_bytes
+from malora_dist.ops.target_names import name_matches
 from malora_dist.plan.duration import step_flops
 from malora_dist.plan.families import family_shape
 from malora_dist.plan.memory import bytes_per_rank
@@ -21,7 +22,6 @@ from malora_dist.plan.parameters import nf4_blob_bytes, stored_tensors, trainabl
 from malora_dist.plan.run import Lengths, run_of
 from malora_dist.plan.shapes import find_shape, shape_of
 from malora_dist.plan.steps import step_bytes
-from malora_dist.summary import adapter_spec
 from tests.config.recipes import recipe
 from tests.families import family_config
 

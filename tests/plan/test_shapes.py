@@ -9,7 +9,7 @@ import pytest
 from malora_dist.errors import ConfigError
 from malora_dist.plan.shapes import find_shape, shape_of
 from tests.config.recipes import RECIPES
-from tests.models import smollm2_file
+from tests.tiny_models import smollm2_file
 
 GOOD: dict[str, Any] = {
     "model_type": "llama",

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from malora_dist.plan.communication import exchange_bytes
 from malora_dist.plan.run import Run
 from malora_dist.plan.steps import step_bytes, uniform_token_bytes, worst_token_bytes
-from malora_dist.traffic import exchange_bytes
 
 
 def spread(run: Run, ep_size: int) -> Run:

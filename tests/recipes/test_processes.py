@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from malora_dist.config import load_config
-from malora_dist.config.matrix import suggest_world_sizes
+from malora_dist.config.compatibility import suggest_world_sizes
 from malora_dist.recipes import processes
 from malora_dist.recipes.processes import demo_processes, main
 

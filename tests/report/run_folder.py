@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from malora_dist.metrics import MetricsWriter
+from malora_dist.tracking.metrics import MetricsWriter
 
 TASKS = ("alpha", "beta", "gamma", "delta", "epsilon")
 EXPERTS = 8

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from malora_dist.errors import MaloraError
-from malora_dist.metrics import LOSS, MetricsWriter, train_loss
 from malora_dist.report.inputs import read_run
+from malora_dist.tracking.metrics import LOSS, MetricsWriter, train_loss
 from tests.report.run_folder import TASKS, write_run
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from malora_dist.metrics import read_metrics, without_lost_steps
+from malora_dist.tracking.metrics import read_metrics, without_lost_steps
 from tests import preemption
 from tests.e2e import RECIPE, make_folder
 from tests.preemption import Result, check_checkpoints, leftovers, outcome, result

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from malora_dist.metrics import read_metrics
+from malora_dist.tracking.metrics import read_metrics
 from tests.e2e import make_folder
 from tests.slurm.conftest import Cluster
 

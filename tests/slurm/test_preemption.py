@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from malora_dist.metrics import read_metrics, without_lost_steps
+from malora_dist.tracking.metrics import read_metrics, without_lost_steps
 from tests.preemption import Launched, check_checkpoints, leftovers, make_run_folder, outcome
 from tests.slurm.conftest import Cluster
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow("jobs of a real Slurm, which c
 WAIT = {"rank": 1, "on": "check", "at": "backward", "step": 4, "wait": True}
 # What is started by Slurm's daemons is no child of srun.
 IDLE = 300
-LIMIT = "import malora_dist.engine.stop, time; print('left', malora_dist.engine.stop.slurm_end_time() - time.time())"
+LIMIT = "import malora_dist.training.preemption as p, time; print('left', p.slurm_end_time() - time.time())"
 
 
 def test_a_run_told_to_end_by_scancel_goes_on_in_the_next_step(cluster: Cluster, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from malora_dist.checkpoint.adapter import open_adapter
+from malora_dist.adapters.io.folder import open_adapter
 from tests.e2e import make_folder
 from tests.preemption import outcome
 from tests.slurm.conftest import Cluster

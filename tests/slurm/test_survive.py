@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from malora_dist.metrics import read_metrics
+from malora_dist.tracking.metrics import read_metrics
 from tests.e2e import Finished
 from tests.e2e import launch as run_here
 from tests.preemption import Result, check_checkpoints, leftovers, outcome

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
+from malora_dist.adapters.methods import METHODS
 from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS, Stage, above
 from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.counts import KINDS
 from malora_dist.bench.strict.device import StrictDevice
-from malora_dist.engine.step import Stepper
-from malora_dist.methods import METHODS
-from malora_dist.parallel.groups import World
-from tests.distributed import run_distributed
-from tests.engine.workers import make_model, new_stepper, run_steps
+from malora_dist.distributed.process_groups import World
+from malora_dist.training.train_step import Stepper
+from tests.multiprocess import run_distributed
+from tests.training.workers import make_model, new_stepper, run_steps
 
 FILE = Path(__file__).with_name("counts.json")
 HIDDEN, TOKENS = 64, 16

@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from malora_dist.adapters.inject import adapter_parameters, inject_adapters
+from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
-from malora_dist.engine.balance import BalanceSettings, StepBalance
-from malora_dist.engine.forward import cross_entropies, set_token_keys
-from malora_dist.functional.loss import batch_counts, target_weights
-from malora_dist.methods import METHODS, mixture_spec
-from malora_dist.nn.head import install_loss_head
-from malora_dist.nn.inject import adapter_parameters, inject_adapters
-from tests.models import tiny_llama
+from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
+from malora_dist.models.loss_head import install_loss_head
+from malora_dist.ops.loss import batch_counts, target_weights
+from malora_dist.training.balance_loss import BalanceSettings, StepBalance
 from tests.pairwise import pairwise
+from tests.tiny_models import tiny_llama
 
 BALANCE = BalanceSettings(0.01, "mean", "local")
 CASES = [

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from malora_dist.adapters.inject import adapter_state_dict, inject_adapters, mixture_layers, remove_adapters
+from malora_dist.adapters.io.folder import AdapterInfo, load_adapter, save_adapter
+from malora_dist.adapters.methods import mixture_spec
 from malora_dist.bench.strict.device import StrictDevice
-from malora_dist.checkpoint.adapter import AdapterInfo, load_adapter, save_adapter
 from malora_dist.data.encode import ChoiceItem
-from malora_dist.engine.evaluation import forward_of
-from malora_dist.methods import mixture_spec
-from malora_dist.model import load_base_model
-from malora_dist.nn.inject import adapter_state_dict, inject_adapters, mixture_layers, remove_adapters
-from malora_dist.scoring import score_items
-from tests.models import tiny_llama
+from malora_dist.evaluation.scoring import score_items
+from malora_dist.evaluation.tasks import forward_of
+from malora_dist.models.load import load_base_model
+from tests.tiny_models import tiny_llama
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 BASES: dict[str, dict[str, Any]] = {

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from malora_dist.adapters.inject import adapter_parameters, inject_adapters
+from malora_dist.adapters.methods import mixture_spec
 from malora_dist.bench.strict.device import StrictDevice
-from malora_dist.functional.nf4 import dequantize_nf4, quantize_nf4
-from malora_dist.methods import mixture_spec
-from malora_dist.nn.inject import adapter_parameters, inject_adapters
-from malora_dist.nn.nf4_linear import NF4Linear
+from malora_dist.models.nf4_linear import NF4Linear
+from malora_dist.ops.nf4 import dequantize_nf4, quantize_nf4
 
 
 def _weight(dtype: torch.dtype = torch.bfloat16) -> Tensor:

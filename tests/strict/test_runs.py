@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from malora_dist.checkpoint.adapter import open_adapter
-from malora_dist.metrics import read_metrics, without_lost_steps
+from malora_dist.adapters.io.folder import open_adapter
 from malora_dist.prepare import main as prepare
+from malora_dist.tracking.metrics import read_metrics, without_lost_steps
 from tests.e2e import RECIPE, make_folder
 from tests.processes import start_ranks, wait
 

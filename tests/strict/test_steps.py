@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import contiguous_only, run_distributed
-from tests.engine.one_process import reference_run
-from tests.engine.workers import make_model
+from tests.multiprocess import contiguous_only, run_distributed
 from tests.strict.workers import STEPS
+from tests.training.one_process import reference_run
+from tests.training.workers import make_model
 
 CASES: dict[str, dict[str, Any]] = {
     "zero0": {"zero_stage": 0, "method": "molora", "evaluation_between": True},

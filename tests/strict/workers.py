@@ -5,10 +5,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from malora_dist.engine.step import Stepper
-from malora_dist.parallel.groups import World
-from tests.engine.guard_workers import failing_steps
-from tests.engine.workers import new_stepper, run_steps
+from malora_dist.distributed.process_groups import World
+from malora_dist.training.train_step import Stepper
+from tests.training.nonfinite_guard_workers import failing_steps
+from tests.training.workers import new_stepper, run_steps
 
 STEPS = 2
 
@@ -23,7 +23,7 @@ def find_out(world: World, folder: str, cases: dict[str, Any], faults: dict[str,
 
 
 def refused(world: World) -> dict[str, str]:
-    """What the groups themselves say to a tensor, without the checks of `tests.distributed` before them."""
+    """What the groups themselves say to a tensor, without the checks of `tests.multiprocess` before them."""
     device, host = torch.ones(3, 2, device=world.device), torch.ones(3, 2)
     default: Any = dist.distributed_c10d._get_default_group()
     tried = {

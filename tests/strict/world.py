@@ -18,8 +18,8 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.device import TYPE, StrictDevice
-from malora_dist.parallel import groups
-from malora_dist.parallel.groups import World
+from malora_dist.distributed import process_groups as groups
+from malora_dist.distributed.process_groups import World
 
 
 class StrictAccelerator(CPU_Accelerator):  # type: ignore[misc]
@@ -124,7 +124,7 @@ def _become_nccl(device: StrictDevice) -> None:
 
 
 def start_processes(timeout_seconds: float) -> World:
-    """As `malora_dist.parallel.groups.start_processes` with a GPU."""
+    """As `malora_dist.distributed.process_groups.start_processes` with a GPU."""
     # Otherwise DeepSpeed compiles an operator for inference on CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False)

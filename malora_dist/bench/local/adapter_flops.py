@@ -7,8 +7,8 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
+from malora_dist.adapters.methods import MixtureSpec, factor_shapes
 from malora_dist.bench.local.records import Record
-from malora_dist.methods import MixtureSpec, factor_shapes
 
 GEMM = "gemm"
 BASE = "base"

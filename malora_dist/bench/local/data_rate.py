@@ -16,16 +16,16 @@ from malora_dist.bench.measure import Subject
 from malora_dist.bench.variants import recipe_variant
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.data_schema import DataConfig
+from malora_dist.console.log import start_logging
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.encode import ChoiceItem, Sample
 from malora_dist.data.loader import MicroBatch, TrainLoader
-from malora_dist.engine.position import Position, watched
-from malora_dist.engine.process import run_as_process
-from malora_dist.engine.progress import start_logging
-from malora_dist.engine.setup import train_loader
-from malora_dist.model import load_tokenizer
-from malora_dist.parallel.groups import World, start_processes
-from malora_dist.source import resolve_model
+from malora_dist.distributed.process_groups import World, start_processes
+from malora_dist.models.load import load_tokenizer
+from malora_dist.models.resolve import resolve_model
+from malora_dist.training.process import run_as_process
+from malora_dist.training.setup import train_loader
+from malora_dist.training.watchdog import Position, watched
 
 LOADER, TRAINING = "loader", "training"
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from malora_dist.adapters.inject import DEFAULT_TARGETS, mixture_layers
+from malora_dist.bench.local.peers.baselines import LORA, MALORA, MOLORA, Contestant
 from malora_dist.bench.local.peers.build import Adapted, Base, build
-from malora_dist.bench.local.peers.contestants import LORA, MALORA, MOLORA, Contestant
 from malora_dist.bench.strict.device import TYPE, StrictDevice
-from malora_dist.functional.dropout import token_keys
-from malora_dist.functional.weight_copies import kept_weight_copies
-from malora_dist.nn.inject import DEFAULT_TARGETS, mixture_layers
+from malora_dist.ops.dropout import token_keys
+from malora_dist.ops.weight_copies import kept_weight_copies
 
 Counted = dict[str, int]
 

@@ -10,7 +10,7 @@ from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS, Stage, abov
 from malora_dist.bench.local.machine import describe
 from malora_dist.bench.local.options import BASES, DTYPES, command_line, one_of
 from malora_dist.bench.local.output import Output, say
-from malora_dist.bench.local.peers.contestants import Contestant
+from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.device import StrictDevice

@@ -20,12 +20,12 @@ from malora_dist.bench.local.options import (
     whole_numbers,
 )
 from malora_dist.bench.local.output import Output, say
+from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.peers.build import Adapted, Base, build, flops_above_base
-from malora_dist.bench.local.peers.contestants import Contestant
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.local.timing import interleave, records_of, reference
-from malora_dist.functional.weight_copies import kept_weight_copies
+from malora_dist.ops.weight_copies import kept_weight_copies
 
 TARGET = "linear"
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from malora_dist.errors import ConfigError
-from malora_dist.functional.dropout import token_keys
-from malora_dist.nn.head import install_loss_head, loss_head
+from malora_dist.models.loss_head import install_loss_head, loss_head
+from malora_dist.ops.dropout import token_keys
 
 IGNORED = -100
 

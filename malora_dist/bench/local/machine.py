@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from malora_dist.engine.gpu import Gpu, architecture_problem, bfloat16_problem, why_no_gpu
 from malora_dist.errors import ConfigError
+from malora_dist.training.gpu import Gpu, architecture_problem, bfloat16_problem, why_no_gpu
 
 PACKAGES = ("transformers", "peft", "bitsandbytes", "triton")
 

@@ -20,7 +20,7 @@ from malora_dist.bench.local.model_bytes import model_records
 from malora_dist.bench.local.models import SMOLLM2
 from malora_dist.bench.local.options import BASES, DTYPES, command_line, default_names, labelled_share, one_of
 from malora_dist.bench.local.output import Output
-from malora_dist.bench.local.peers.contestants import Contestant
+from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.local.step import Stage, StepOptions, first_steps

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.bench.local.allocation import storage_bytes
+from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.peers.build import build
-from malora_dist.bench.local.peers.contestants import Contestant
 from malora_dist.bench.local.records import Record
 from malora_dist.bench.local.step import Stage
-from malora_dist.methods import MixtureSpec
-from malora_dist.nn.nf4_linear import NF4Linear
+from malora_dist.models.nf4_linear import NF4Linear
 from malora_dist.plan.parameters import parameter_bytes
 from malora_dist.plan.run import Run, ZeroSettings
 from malora_dist.plan.shapes import shape_of

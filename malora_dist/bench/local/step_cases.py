@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from malora_dist.bench.local.peers.contestants import Contestant
+from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.records import Record
 from malora_dist.bench.local.step import Stage, first_steps
 from malora_dist.bench.local.timing import records_of, reference

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
+from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.bench.local.losses import LOSSES, Batch, prepare_head
 from malora_dist.bench.local.peers.build import Adapted
 from malora_dist.bench.local.peers.dispatched import DispatchedLinear
-from malora_dist.functional.balance import expert_statistics, load_balancing_loss
-from malora_dist.functional.routing import Routing
-from malora_dist.functional.weight_copies import kept_weight_copies
-from malora_dist.nn.inject import mixture_layers
-from malora_dist.nn.mixture import MixtureLinear
+from malora_dist.ops.balance import expert_statistics, load_balancing_loss
+from malora_dist.ops.routing import Routing
+from malora_dist.ops.weight_copies import kept_weight_copies
 
 LEARNING_RATE = 1e-4
 BALANCE_COEFFICIENT = 1e-3

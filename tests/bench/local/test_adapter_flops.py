@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from malora_dist.adapters.methods import mixture_spec
 from malora_dist.bench.local.adapter_flops import BASE, GEMM, adapter_flops, base_gemm, with_shares
 from malora_dist.bench.local.layer import OneLinear, Pass
+from malora_dist.bench.local.peers.baselines import CONTESTANTS
 from malora_dist.bench.local.peers.build import Adapted, Base, build
-from malora_dist.bench.local.peers.contestants import CONTESTANTS
 from malora_dist.bench.local.timing import records_of
-from malora_dist.methods import mixture_spec
 
 T, I, O = 40, 96, 72  # noqa: E741
 

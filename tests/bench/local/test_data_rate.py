@@ -10,9 +10,9 @@ import torch
 from malora_dist.bench.local.data_rate import Drawn, all_tokens, prepare_twice, rates
 from malora_dist.config import load_config
 from malora_dist.data.build import build_data
-from malora_dist.engine.setup import train_loader
-from malora_dist.model import load_tokenizer
-from malora_dist.parallel.groups import World
+from malora_dist.distributed.process_groups import World
+from malora_dist.models.load import load_tokenizer
+from malora_dist.training.setup import train_loader
 from tests.e2e import RECIPE, make_folder, run_alone
 
 

@@ -9,8 +9,8 @@ import torch
 from malora_dist.bench.local.layer import LayerOptions, OneLinear, Pass, run
 from malora_dist.bench.local.options import names_on_one_linear
 from malora_dist.bench.local.output import Output
+from malora_dist.bench.local.peers.baselines import CONTESTANTS
 from malora_dist.bench.local.peers.build import Base, build
-from malora_dist.bench.local.peers.contestants import CONTESTANTS
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.errors import ConfigError
 from tests.commands import malora

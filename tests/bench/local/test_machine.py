@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from malora_dist.bench.local.machine import describe, ready_device
-from malora_dist.engine.gpu import Gpu
 from malora_dist.errors import ConfigError
+from malora_dist.training.gpu import Gpu
 
 T4 = Gpu("Tesla T4", (7, 5), False, 15 << 30, 14 << 30, ("sm_75", "sm_80"))
 

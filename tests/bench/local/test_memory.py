@@ -7,11 +7,11 @@ import torch
 
 from malora_dist.bench.local.memory import MemoryOptions, peaks, run
 from malora_dist.bench.local.output import Output
-from malora_dist.bench.local.peers.contestants import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import CONTESTANTS
 from malora_dist.bench.local.records import Record
 from malora_dist.bench.local.step import Stage
 from malora_dist.errors import ConfigError
-from tests.models import save_tiny_llama
+from tests.tiny_models import save_tiny_llama
 
 SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
 ONLY = "base,peft_lora_equal,peft_lora_fp32_equal,malora"

@@ -14,7 +14,7 @@ from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.step import StepOptions, run
 from malora_dist.errors import ConfigError
 from tests.commands import malora
-from tests.models import save_tiny_llama
+from tests.tiny_models import save_tiny_llama
 
 SMALL: dict[str, Any] = {"batch": 2, "length": 12, "dtype": "fp32", "repeats": 1, "warmup": 0}
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from malora_dist.adapters.inject import DEFAULT_TARGETS, mixture_layers
 from malora_dist.bench.local.losses import Batch
+from malora_dist.bench.local.peers.baselines import CONTESTANTS
 from malora_dist.bench.local.peers.build import Base, build
-from malora_dist.bench.local.peers.contestants import CONTESTANTS
 from malora_dist.bench.local.trainee import BALANCE_COEFFICIENT, Trainee
-from malora_dist.nn.inject import DEFAULT_TARGETS, mixture_layers
-from tests.models import tiny_llama
 from tests.reference import balance_reference
+from tests.tiny_models import tiny_llama
 
 BATCH = Batch.of(2, 10, 61, 1.0, torch.device("cpu"))
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from malora_dist.adapters.inject import inject_adapters
+from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.bench.local.adapter_flops import adapter_flops
-from malora_dist.bench.local.peers.contestants import Contestant
+from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.peers.dispatched import DispatchedLinear, dispatch_adapters
 from malora_dist.bench.local.peers.quantised import with_bitsandbytes, with_nf4
 from malora_dist.bench.local.peers.with_peft import add_peft
-from malora_dist.methods import MixtureSpec
-from malora_dist.nn.inject import inject_adapters
-from malora_dist.nn.mixture import MixtureLinear
-from malora_dist.nn.nf4_linear import NF4Linear
+from malora_dist.models.nf4_linear import NF4Linear
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora_dist.functional.routing import Routing
-from malora_dist.methods import MixtureSpec
-from malora_dist.nn.inject import mixture_layers
-from malora_dist.nn.mixture import MixtureLinear
+from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.ops.routing import Routing
 
 
 class DispatchedLinear(nn.Module):

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from malora_dist.functional.nf4 import quantize_nf4
-from malora_dist.nn.nf4_linear import NF4Linear
+from malora_dist.models.nf4_linear import NF4Linear
+from malora_dist.ops.nf4 import quantize_nf4
 
 
 def with_nf4(model: nn.Module) -> nn.Module:

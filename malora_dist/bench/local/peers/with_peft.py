@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.errors import ConfigError
-from malora_dist.methods import MixtureSpec
 
 
 def add_peft(

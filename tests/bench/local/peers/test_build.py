@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from malora_dist.adapters.inject import DEFAULT_TARGETS
+from malora_dist.adapters.methods import count_parameters, mixture_spec
+from malora_dist.bench.local.peers.baselines import CONTESTANTS, chosen
 from malora_dist.bench.local.peers.build import Base, build, flops_above_base
-from malora_dist.bench.local.peers.contestants import CONTESTANTS, chosen
 from malora_dist.errors import ConfigError
-from malora_dist.methods import count_parameters, mixture_spec
-from malora_dist.nn.inject import DEFAULT_TARGETS
-from malora_dist.nn.nf4_linear import NF4Linear
-from tests.models import tiny_llama
+from malora_dist.models.nf4_linear import NF4Linear
+from tests.tiny_models import tiny_llama
 
 IDS = torch.arange(12).view(2, 6)
 SMOLLM2 = [(576, 576), (576, 192), (576, 192), (576, 1536), (576, 1536), (1536, 576)] * 30

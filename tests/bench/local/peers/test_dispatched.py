@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from malora_dist.adapters.inject import inject_adapters
+from malora_dist.adapters.methods import mixture_spec
 from malora_dist.bench.local.peers.dispatched import DispatchedLinear, dispatch_adapters
-from malora_dist.functional.balance import expert_statistics
-from malora_dist.methods import mixture_spec
-from malora_dist.nn.inject import inject_adapters
+from malora_dist.ops.balance import expert_statistics
 
 T, I, O = 23, 20, 14  # noqa: E741
 SPECS = {

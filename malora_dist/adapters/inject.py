@@ -1,0 +1,241 @@
+"""Putting adapters on a model, and reading them off it."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from malora_dist.adapters.fused_projections import SIBLINGS, join_siblings, part_siblings
+from malora_dist.adapters.kernels import require_triton
+from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.methods import MixtureSpec, count_parameters, factor_shapes
+from malora_dist.adapters.saving import Injected, release, save_adapters_of
+from malora_dist.adapters.targets import find_targets, fused_experts, plain_names
+from malora_dist.errors import ConfigError
+from malora_dist.models.bitsandbytes_cpu import keep_differentiable
+from malora_dist.models.linears import linear_sizes
+from malora_dist.models.nf4_linear import NF4Linear
+from malora_dist.ops.target_names import ALL_LINEAR, is_pattern
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class InjectionRow:
+    """Targets of one name and size: how many modules they are, and their parameters."""
+
+    target: str
+    modules: int
+    in_features: int
+    out_features: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `inject_adapters` did. `target_modules` are ends of names, as files of PEFT's layout name them."""
+
+    rows: tuple[InjectionRow, ...]
+    trainable_parameters: int
+    base_parameters: int
+    adapted_parameters: int
+    quantized_parameters: int
+    target_modules: tuple[str, ...] = ()
+    fused_experts: tuple[str, ...] = ()
+
+
+def inject_adapters(
+    model: nn.Module,
+    spec: MixtureSpec,
+    target_modules: Sequence[str] | str = DEFAULT_TARGETS,
+    *,
+    lora_dropout: float = 0.0,
+    computation: str = "auto",
+    fuse_siblings: bool = False,
+    seed: int = 0,
+    init_weights: bool = True,
+    place: Callable[[MixtureLinear], None] | None = None,
+    whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+) -> InjectionReport:
+    """Freeze `model` and wrap each linear that `target_modules` means in a MixtureLinear, in place.
+
+    A target is the end of a name, a regular expression for whole names, or `all-linear` (`adapters.targets`). A model
+    of transformers then saves its adapter alone, wherever transformers would save the model.
+
+    Adapters are fp32, built on the device of the layer they wrap. Their initial values depend on the seed and the
+    module's name alone, so every process builds the same ones (DoRA's magnitude depends on the base's weight too, which
+    `whole(base_layer)` must show whole while it is measured). With `fuse_siblings`, linears that read one tensor enter
+    together (`adapters.fused_projections`), where the method has an S_A. `place` then decides what of a layer stays on
+    this process, before the next layer is built; the report counts whole layers all the same. Without `init_weights` no
+    initial value is computed: the factors are memory that the caller must fill, every one.
+
+    Raises ConfigError if `computation` is grouped_triton where Triton cannot run, if the model has adapters already, or
+    if a target matches nothing or matches a module that is not a linear. Experts that a model keeps as one 3-D
+    parameter are no linears; the report names them.
+    """
+    _refuse_second(model)
+    if computation == "grouped_triton" and spec.structure.routed:
+        require_triton(next(model.parameters()).device)
+    targets = (target_modules,) if isinstance(target_modules, str) else target_modules
+    matches = find_targets(model, targets, spec)
+    names = plain_names(model, matches)
+    trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    model.requires_grad_(False)
+    base_parameters = count_base_parameters(model)
+    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    places = _places(model)
+    for matched in matches.values():
+        for name in matched:
+            base = model.get_submodule(name)
+            with whole(base) if spec.structure.magnitude else nullcontext():
+                layer = _adapted(base, name, spec, lora_dropout, computation, seed, init_weights)
+            for parent, leaf in places[id(base)]:
+                setattr(parent, leaf, layer)
+            if place is not None:
+                place(layer)
+    rows = [row for target, matched in matches.items() for row in _rows(model, spec, target, matched)]
+    if fuse_siblings and spec.shared_r is not None:
+        join_siblings(model)
+    keep_differentiable(model)
+    save_adapters_of(model, Injected(spec, names, lora_dropout, trained))
+    return InjectionReport(
+        rows=tuple(rows),
+        trainable_parameters=sum(row.trainable_parameters for row in rows),
+        base_parameters=base_parameters,
+        adapted_parameters=sum(row.modules * row.in_features * row.out_features for row in rows),
+        quantized_parameters=quantized,
+        target_modules=names,
+        fused_experts=tuple(fused_experts(model)),
+    )
+
+
+def mixture_layers(model: nn.Module) -> Iterator[tuple[str, MixtureLinear]]:
+    """Name and layer of every adapted linear, in the order of the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, MixtureLinear):
+            yield name, module
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of every adapter tensor: `<layer>.<factor>`, e.g. `model.layers.0.mlp.up_proj.shared_A`."""
+    for name, layer in mixture_layers(model):
+        for factor, parameter in layer.factors():
+            yield f"{name}.{factor}", parameter
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Every adapter tensor, trained or frozen, detached. Under ZeRO-3 gather first (`distributed.zero3`)."""
+    return {name: parameter.detach() for name, parameter in adapter_parameters(model)}
+
+
+def count_base_parameters(model: nn.Module) -> int:
+    """Weights of the base as its authors count them: a 4-bit blob counts the weights it stands for."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            total += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
+    blobs = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters()}
+    adapters = {id(p) for _, p in adapter_parameters(model)}
+    # ds_numel: ZeRO-3 leaves an empty tensor in place of a partitioned parameter.
+    others = (p for p in model.parameters() if id(p) not in blobs | adapters)
+    return total + sum(getattr(p, "ds_numel", p.numel()) for p in others)
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """A 31-bit number from the run's seed and a name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "big") >> 1
+
+
+def _refuse_second(model: nn.Module) -> None:
+    for name, layer in mixture_layers(model):
+        raise ConfigError(
+            f"the model has adapters: {name} is a {type(layer).__name__}. One set of adapters is trained, saved and "
+            "balanced as a whole; malora_dist.adapters.inject.remove_adapters takes it off first"
+        )
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Parents and names in them of every module: one may stand in several places."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for leaf, module in parent._modules.items():
+            places.setdefault(id(module), []).append((parent, leaf))
+    return places
+
+
+def _adapted(
+    base: nn.Module,
+    name: str,
+    spec: MixtureSpec,
+    dropout: float,
+    computation: str,
+    seed: int,
+    init_weights: bool,
+) -> MixtureLinear:
+    parent_name, _, leaf = name.rpartition(".")
+    sizes = linear_sizes(base)
+    assert sizes is not None
+    with torch.device(_device(base)):
+        layer = MixtureLinear(
+            base,
+            in_features=sizes[0],
+            out_features=sizes[1],
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            r=spec.r,
+            shared_r=spec.shared_r,
+            routed=spec.structure.routed,
+            scaling=spec.scaling,
+            core=spec.structure.core,
+            balanced=not spec.structure.dense,
+            magnitude=spec.structure.magnitude,
+            beta=spec.beta,
+            dropout=dropout,
+            normalize_gates=spec.normalize_gates,
+            computation=computation,
+            input_salt=layer_seed(seed, f"{parent_name}:{SIBLINGS.get(leaf, leaf)}"),
+            generator=torch.Generator("cpu").manual_seed(layer_seed(seed, name)),
+            init_weights=init_weights,
+        )
+    return layer.train(base.training)
+
+
+def _device(base: nn.Module) -> torch.device:
+    """Where the layer computes: accelerate keeps the weights of a layer that it offloads on no device."""
+    device = next(base.parameters()).device
+    executes_on = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+    return device if device.type != "meta" or executes_on is None else torch.device(executes_on)
+
+
+def _rows(model: nn.Module, spec: MixtureSpec, target: str, names: Sequence[str]) -> Iterator[InjectionRow]:
+    """By size, and by the last part of the name where the target is none."""
+    layers = dict(mixture_layers(model))
+    kinds = Counter[tuple[str, int, int]]()
+    for name in names:
+        shown = name.rpartition(".")[2] if target == ALL_LINEAR or is_pattern(target) else target
+        kinds[shown, layers[name].in_features, layers[name].out_features] += 1
+    for (shown, inputs, outputs), count in kinds.items():
+        yield InjectionRow(shown, count, inputs, outputs, count * count_parameters(spec, inputs, outputs))
+
+
+def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every adapter tensor that `spec` puts on `model`, to check a file against."""
+    return {
+        f"{name}.{factor}": shape
+        for name, layer in mixture_layers(model)
+        for factor, shape in factor_shapes(spec, layer.in_features, layer.out_features).items()
+    }
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Put every adapted layer's base back in its place: the model is what `inject_adapters` was given."""
+    part_siblings(model)
+    places = _places(model)
+    for _, layer in list(mixture_layers(model)):
+        for parent, leaf in places[id(layer)]:
+            setattr(parent, leaf, layer.base_layer)
+    release(model)

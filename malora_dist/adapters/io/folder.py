@@ -1,0 +1,234 @@
+"""Adapter folders: adapter_config.json, adapter_model.safetensors and a model card, in the layout of PEFT.
+
+Whatever holds an adapter is read through `open_adapter`, one tensor at a time; `load_adapter` puts it on a model.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from malora_dist.adapters.inject import adapter_parameters, inject_adapters, remove_adapters
+from malora_dist.adapters.io.info import (
+    CONFIG,
+    WEIGHTS,
+    AdapterInfo,
+    adapter_config,
+    file_key,
+    file_shape,
+    model_name,
+    read_adapter_info,
+)
+from malora_dist.adapters.io.weights import check_factors, check_names, check_seal, weights_header
+from malora_dist.checkpoint.detect import what_is
+from malora_dist.checkpoint.layout import MANIFEST
+from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.checkpoint.shards import file_record
+from malora_dist.checkpoint.store import CheckpointStore
+from malora_dist.errors import CheckpointError, brief
+from malora_dist.files.atomic import share_file
+from malora_dist.files.durable import write_text
+from malora_dist.files.folder import file_in, new_folder
+from malora_dist.files.tensor_file import TensorPlace, read_elements, write_tensors
+
+__all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_folder", "load_adapter", "open_adapter"]
+__all__ += ["put_adapter", "read_adapter_info", "save_adapter", "write_adapter_folder"]
+
+AnyPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTensors:
+    """The tensors of an adapter by their name in the model, `<layer>.<factor>`, read one at a time.
+
+    `shapes` and what `read` returns have the experts on dim 0; the dtype is that of the file. `path` is what they are
+    read from, `checkpoint` the checkpoint if it is one. `read` raises CheckpointError for a damaged file and for
+    numbers that are not finite.
+    """
+
+    info: AdapterInfo
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    checkpoint: Checkpoint | None = None
+
+    def layers(self) -> dict[str, list[str]]:
+        """The factors of every layer, in the order of the file."""
+        factors: dict[str, list[str]] = {}
+        for name in self.shapes:
+            layer, _, factor = name.rpartition(".")
+            factors.setdefault(layer, []).append(factor)
+        return factors
+
+    def read_layer(self, layer: str) -> dict[str, Tensor]:
+        """All factors of one layer, fp32 unless they are wider."""
+        tensors = {factor: self.read(f"{layer}.{factor}") for factor in self.layers()[layer]}
+        return {
+            factor: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for factor, tensor in tensors.items()
+        }
+
+
+def open_adapter(path: AnyPath) -> AdapterTensors:
+    """The adapter of an adapter folder, of a checkpoint, or of a run: its `adapter`, else its newest checkpoint.
+
+    Raises CheckpointError if there is none, if a file is damaged or outside the folder, and if a layer lacks a tensor
+    of its method, has one too many or one of another shape.
+    """
+    folder = _find(Path(path))
+    if (folder / MANIFEST).is_file():
+        return _open_checkpoint(folder)
+    file_in(folder, CONFIG)
+    tensors = open_weights(folder, read_adapter_info(folder))
+    check_seal(folder)
+    return tensors
+
+
+def _find(path: Path) -> Path:
+    """The folder with adapter_config.json that `path` is or, as a run, holds."""
+    if not (path / CONFIG).exists():
+        if (path / "adapter" / CONFIG).exists():
+            return path / "adapter"
+        latest = CheckpointStore(path / "checkpoints").latest() if (path / "checkpoints").is_dir() else None
+        if latest is not None:
+            return latest
+        if not (path / MANIFEST).exists():
+            raise CheckpointError(
+                f"{path} is no adapter folder, having no {CONFIG}, no checkpoint and no run: {what_is(path)}"
+            )
+    return path
+
+
+def open_weights(folder: Path, info: AdapterInfo) -> AdapterTensors:
+    """The tensors of an adapter folder whose config says `info`, PEFT's own folders among them. Raises as above."""
+    places, shapes = dict[str, TensorPlace](), dict[str, tuple[int, ...]]()
+    path = folder / WEIGHTS
+    for key, place in weights_header(folder).items():
+        name, alone = model_name(key)
+        if name in places:
+            raise CheckpointError(f"{path}: {brief(key)} is {brief(name)}, which another tensor of the file is too")
+        places[name], shapes[name] = place, (1, *place.shape) if alone else place.shape
+    tensors = AdapterTensors(info=info, path=path, shapes=shapes, read=partial(_read, path, places, shapes))
+    check_factors(tensors.path, tensors.info.spec, shapes)
+    return tensors
+
+
+def _read(path: Path, places: Mapping[str, TensorPlace], shapes: Mapping[str, tuple[int, ...]], name: str) -> Tensor:
+    try:
+        tensor = read_elements(path, places[name], 0, places[name].numel).view(shapes[name])
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{path}: {name} holds numbers that are not finite")
+    return tensor
+
+
+def _open_checkpoint(folder: Path) -> AdapterTensors:
+    file_in(folder, CONFIG)
+    checkpoint = Checkpoint.open(folder)
+    files = checkpoint.manifest.tensors["adapter"]
+    checkpoint.verify([CONFIG, *dict.fromkeys(files.values())])
+    tensors = AdapterTensors(
+        info=read_adapter_info(folder),
+        path=folder,
+        shapes={name: checkpoint.shape("adapter", name) for name in files},
+        read=partial(checkpoint.read, "adapter"),
+        checkpoint=checkpoint,
+    )
+    check_factors(tensors.path, tensors.info.spec, tensors.shapes)
+    return tensors
+
+
+def load_adapter(model: nn.Module, path: AnyPath) -> AdapterInfo:
+    """Put the adapter of a folder, checkpoint or run on a base model.
+
+    Raises CheckpointError as `open_adapter` does, and if the adapter's layers are not those of this base.
+    """
+    return put_adapter(model, open_adapter(path))
+
+
+def put_adapter(
+    model: nn.Module,
+    tensors: AdapterTensors,
+    whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+) -> AdapterInfo:
+    """Inject the adapter's layers into a base model and fill them, one tensor at a time. Raises as `load_adapter`.
+
+    `whole` is that of `inject_adapters`. A model on which this fails is left without adapters.
+    """
+    info = tensors.info
+    options: dict[str, Any] = {"lora_dropout": info.lora_dropout, "init_weights": False, "whole": whole}
+    # Fused projections hand results on through memory of the model's, which calls from several threads would mix up.
+    options["fuse_siblings"] = False
+    inject_adapters(model, info.spec, info.target_modules, **options)
+    try:
+        _fill(dict(adapter_parameters(model)), tensors)
+    except BaseException:
+        # No layer whose memory was not filled may stay.
+        remove_adapters(model)
+        raise
+    return info
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> None:
+    check_names(tensors.path, parameters, tensors.shapes, "this base")
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != tensors.shapes[name]:
+            raise CheckpointError(
+                f"{tensors.path}: {name} has shape {tensors.shapes[name]}, this base needs {tuple(parameter.shape)}"
+            )
+        parameter.copy_(tensors.read(name))
+
+
+def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:
+    """Write the folder so that each file is either whole or absent; a former adapter there is replaced."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        file_key(info, name): tensor.reshape(file_shape(info, tuple(tensor.shape))).contiguous()
+        for name, tensor in state.items()
+    }
+    partial_file = folder / f"{WEIGHTS}.partial"
+    save_file(tensors, partial_file, metadata={"format": "pt"})
+    share_file(partial_file)
+    seal = file_record(partial_file).sha256
+    partial_file.replace(folder / WEIGHTS)
+    write_text(folder / CONFIG, json.dumps(adapter_config(info, seal), indent=2) + "\n")
+    write_text(folder / "README.md", card)
+
+
+def write_adapter_folder(
+    folder: AnyPath, info: AdapterInfo, shapes: Mapping[str, tuple[int, ...]], values: Iterable[Tensor], card: str
+) -> None:
+    """A new adapter folder, whole or not there, of fp32 tensors that are asked for one at a time.
+
+    `shapes` has the experts on dim 0 and names `<layer>.<factor>`; `values` come in its order. Raises CheckpointError
+    if `folder` exists or cannot be written.
+    """
+    with new_folder(Path(folder)) as partial_folder:
+        fill_adapter_folder(partial_folder, info, shapes, values, card)
+
+
+def fill_adapter_folder(
+    folder: Path, info: AdapterInfo, shapes: Mapping[str, tuple[int, ...]], values: Iterable[Tensor], card: str
+) -> None:
+    """The files of `write_adapter_folder` in an empty folder that exists, for callers who rename it themselves."""
+    stored = {file_key(info, name): (torch.float32, file_shape(info, shape)) for name, shape in shapes.items()}
+    digest = hashlib.sha256()
+    write_tensors(folder / WEIGHTS, stored, _in_file_form(info, values), observe=digest.update)
+    write_text(folder / CONFIG, json.dumps(adapter_config(info, digest.hexdigest()), indent=2) + "\n")
+    write_text(folder / "README.md", card)
+
+
+def _in_file_form(info: AdapterInfo, values: Iterable[Tensor]) -> Iterator[Tensor]:
+    for value in values:
+        yield value.float().reshape(file_shape(info, tuple(value.shape)))

@@ -1,0 +1,52 @@
+"""The adapter of a model in memory, written as an adapter folder."""
+
+import os
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from malora_dist.adapters.inject import adapter_parameters, expected_shapes
+from malora_dist.adapters.io.card import model_card
+from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
+from malora_dist.adapters.saving import injected_adapters
+from malora_dist.errors import CheckpointError
+
+
+def save_model_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None
+) -> AdapterInfo:
+    """Write the adapter that is on a model, as `save_adapter` does.
+
+    `state_dict`: values by the names of the model's parameters, where the model's own are in parts. Raises
+    CheckpointError if there is no adapter or a value is not whole.
+    """
+    injected = injected_adapters(model)
+    if injected is None:
+        raise CheckpointError(f"{type(model).__name__} has no adapters: inject_adapters or load_adapter put them on it")
+    info = AdapterInfo(
+        spec=injected.spec,
+        target_modules=injected.target_modules,
+        base_model=str(getattr(model, "name_or_path", "")),
+        lora_dropout=injected.lora_dropout,
+    )
+    state = dict(_values(model, state_dict))
+    for name, shape in expected_shapes(model, info.spec).items():
+        if tuple(state[name].shape) != shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(state[name].shape)} instead of {shape}: it is spread over processes; gather "
+                "the weights and give them as state_dict"
+            )
+    save_adapter(folder, info, state, model_card(info, (), {}))
+    return info
+
+
+def _values(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every adapter tensor, out of a state dict if one is given."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, parameter in adapter_parameters(model):
+        found = [alias for alias in names[id(parameter)] if state_dict is not None and alias in state_dict]
+        if state_dict is not None and not found:
+            raise CheckpointError(f"state_dict lacks {names[id(parameter)][0]}")
+        yield name, parameter.detach() if state_dict is None else state_dict[found[0]]

@@ -1,0 +1,121 @@
+"""adapter_config.json of an adapter folder, and the names its tensors have in the file.
+
+Keys are `base_model.model.<layer>.<factor>`, the layout of PEFT. A `lora` or `dora` adapter is a stock PEFT one, which
+other tools load; the routed methods add a block `malora` to the config and keep their own factor names.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from malora_dist.adapters.io.rules import check_config, read_spec
+from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.errors import CheckpointError
+from malora_dist.files.json_rules import OBJECT, POSITIVE, check_rule
+from malora_dist.files.json_text import parse_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FORMAT_VERSION = 1
+# PEFT has one expert without the leading dimension.
+PEFT_LORA = {"A": "lora_A.weight", "B": "lora_B.weight"}
+PEFT_NAMES = PEFT_LORA | {"magnitude": "lora_magnitude_vector"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """What an adapter folder says of its tensors. trust_remote_code: whether code of the base's folder made them."""
+
+    spec: MixtureSpec
+    target_modules: tuple[str, ...]
+    base_model: str
+    lora_dropout: float
+    trust_remote_code: bool = False
+
+
+def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict[str, object]:
+    """The content of adapter_config.json. `weights_sha256` is the checksum of the file of weights beside it."""
+    return {
+        "peft_type": "LORA" if not info.spec.structure.routed else info.spec.method.upper(),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": info.base_model,
+        "target_modules": list(info.target_modules),
+        "r": info.spec.r,
+        "lora_alpha": info.spec.lora_alpha,
+        "lora_dropout": info.lora_dropout,
+        "use_rslora": info.spec.use_rslora,
+        "use_dora": info.spec.structure.magnitude,
+        "bias": "none",
+        "inference_mode": True,
+        "malora": {
+            "format_version": FORMAT_VERSION,
+            **asdict(info.spec),
+            **({"trust_remote_code": True} if info.trust_remote_code else {}),
+            **_sealed(weights_sha256),
+        },
+    }
+
+
+def _sealed(weights_sha256: str | None) -> dict[str, str]:
+    return {} if weights_sha256 is None else {"weights_sha256": weights_sha256}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as an object. Raises CheckpointError if it is missing or damaged."""
+    try:
+        config = parse_json((folder / CONFIG).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not an adapter folder: {CONFIG}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / CONFIG} is damaged: it is not a JSON object")
+    return config
+
+
+def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
+    """Read adapter_config.json. Raises CheckpointError if it is missing, damaged or not from this package."""
+    folder = Path(folder)
+    config, path = read_config(folder), folder / CONFIG
+    if "malora" not in config:
+        if "peft_type" not in config:
+            raise CheckpointError(f"{path} is damaged or not written by malora_dist: it has no block `malora`")
+        raise CheckpointError(
+            f"{folder} is an adapter of PEFT, without the block `malora` of this package: "
+            f"malora convert {folder} DST --to from-peft makes one of ours of it"
+        )
+    check_rule(path, "malora", config["malora"], OBJECT)
+    version = config["malora"].get("format_version")
+    check_rule(path, "malora.format_version", version, POSITIVE)
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version {version} is newer than {FORMAT_VERSION}")
+    check_config(path, config)
+    return AdapterInfo(
+        spec=read_spec(path, config["malora"]),
+        target_modules=tuple(config["target_modules"]),
+        base_model=config["base_model_name_or_path"],
+        lora_dropout=config["lora_dropout"],
+        trust_remote_code=config["malora"].get("trust_remote_code", False),
+    )
+
+
+def file_key(info: AdapterInfo, name: str) -> str:
+    """The key in the file of the tensor `<layer>.<factor>`."""
+    layer, _, factor = name.rpartition(".")
+    return f"{PREFIX}{layer}.{factor if info.spec.structure.routed else PEFT_NAMES[factor]}"
+
+
+def file_shape(info: AdapterInfo, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in the file: PEFT's LoRA has one expert, without the leading dimension."""
+    return shape if info.spec.structure.routed or len(shape) < 3 else shape[1:]
+
+
+def model_name(key: str) -> tuple[str, bool]:
+    """`<layer>.<factor>` of a key in the file, and whether the file's tensor lacks the dimension of experts."""
+    key = key.removeprefix(PREFIX)
+    for factor, peft in PEFT_NAMES.items():
+        if key.endswith(f".{peft}"):
+            return key.removesuffix(peft) + factor, factor in PEFT_LORA
+    return key, False

@@ -1,0 +1,174 @@
+"""Stock PEFT LoRA folders as a source: read where our one-expert layers are the same function, refused elsewhere."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from malora_dist.adapters.io.folder import (
+    CONFIG,
+    WEIGHTS,
+    AdapterInfo,
+    AdapterTensors,
+    open_adapter,
+    open_weights,
+)
+from malora_dist.adapters.io.info import PEFT_NAMES, PREFIX, read_config
+from malora_dist.adapters.io.weights import weights_header
+from malora_dist.adapters.methods import mixture_spec
+from malora_dist.errors import CheckpointError, brief, short
+from malora_dist.files.folder import file_in
+
+# What says nothing of the function, or is read below.
+READ = {"peft_type", "task_type", "base_model_name_or_path", "revision", "target_modules", "r", "lora_alpha"}
+READ |= {"lora_dropout", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+SILENT = {"auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "eva_config"}
+# How the base's own weights lie, which its layers say themselves.
+SILENT |= {"fan_in_fan_out"}
+# Initial values that leave the base's own weights as they are.
+INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+LARGEST = 2**31
+VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "base_model_name_or_path": ("text or null", lambda value: value is None or isinstance(value, str)),
+    "lora_dropout": (
+        "a number of at least 0 and less than 1",
+        lambda value: value is None or (type(value) in (int, float) and 0 <= value < 1),
+    ),
+    "rank_pattern": ("an object", lambda value: value is None or isinstance(value, dict)),
+    "alpha_pattern": ("an object", lambda value: value is None or isinstance(value, dict)),
+    "target_modules": (
+        "a list of names, or text",
+        lambda value: (
+            isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+        ),
+    ),
+}
+
+
+def is_peft_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether the folder holds an adapter of PEFT rather than one of ours."""
+    return (Path(path) / CONFIG).is_file() and "malora" not in read_config(Path(path))
+
+
+def open_lora(path: str | os.PathLike[str]) -> AdapterTensors:
+    """The adapter of a PEFT folder, or of whatever `open_adapter` takes."""
+    return open_peft(path) if is_peft_folder(path) else open_adapter(path)
+
+
+def open_peft(folder: str | os.PathLike[str]) -> AdapterTensors:
+    """The LoRA or DoRA of a PEFT folder, as if it were a `lora` or `dora` adapter of ours.
+
+    Raises CheckpointError if a file is missing, damaged, a pickle or outside the folder, or if the adapter is not
+    exactly such a function; the message names the key of its config or file. `base_model` is "" where PEFT names none.
+    """
+    folder = Path(folder)
+    file_in(folder, CONFIG)
+    info = peft_info(folder, _layers(folder))
+    tensors = open_weights(folder, info)
+    _check_dtypes(folder)
+    return tensors
+
+
+def peft_info(folder: Path, layers: Sequence[str]) -> AdapterInfo:
+    """What the folder's adapter_config.json says of a LoRA on these layers. Raises CheckpointError as `open_peft`."""
+    config = read_config(folder)
+    _check_config(folder, config)
+    try:
+        rank, alpha = _one_rank_and_alpha(folder, config, layers)
+        return AdapterInfo(
+            spec=mixture_spec(
+                "dora" if config.get("use_dora") else "lora",
+                r=rank,
+                lora_alpha=alpha,
+                use_rslora=bool(config.get("use_rslora")),
+            ),
+            target_modules=_targets(config, layers),
+            base_model=config.get("base_model_name_or_path") or "",
+            lora_dropout=float(config.get("lora_dropout") or 0.0),
+        )
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise CheckpointError(f"{folder / CONFIG} is damaged: {error}") from error
+
+
+def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    if "malora" in config:
+        raise CheckpointError(f"{folder} is an adapter of malora_dist already; --to adapter copies it")
+    allowed: dict[str, tuple[Any, ...]] = {
+        "peft_type": ("LORA",),
+        "task_type": ("CAUSAL_LM", None),
+        "bias": ("none", None),
+        "init_lora_weights": INITS,
+        "use_dora": (True, False, None),
+        "use_rslora": (True, False, None),
+    }
+    allowed |= dict.fromkeys(config.keys() - READ - SILENT, (None, False, "none"))
+    for key, values in allowed.items():
+        value = config.get(key, values[0])
+        # 1 equals true, and is none.
+        if not any(value == known and type(value) is type(known) for known in (*values, {}, [])):
+            why = "it changes the base's own weights" if key == "init_lora_weights" else "our layers have no such thing"
+            raise CheckpointError(f"{folder / CONFIG}: {brief(key)}={brief(json.dumps(value))} is not read: {why}")
+    for key, (rule, holds) in VALUES.items():
+        if not holds(config.get(key)):
+            raise CheckpointError(f"{folder / CONFIG}: {key}={brief(json.dumps(config.get(key)))} must be {rule}")
+
+
+def _one_rank_and_alpha(folder: Path, config: Mapping[str, Any], layers: Sequence[str]) -> tuple[int, float]:
+    """The r and lora_alpha that all layers have, by PEFT's rules for its patterns."""
+    numbers = {}
+    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        patterns = config.get(pattern) or {}
+        found = {layer: _pattern_value(patterns, layer, config.get(key)) for layer in layers}
+        if len(set(found.values())) > 1:
+            raise CheckpointError(
+                f"{folder / CONFIG}: {pattern} gives layers {brief(', '.join(sorted(map(str, set(found.values())))))}; "
+                f"an adapter of ours has one {key}"
+            )
+        numbers[key] = next(iter(found.values()))
+        known = (int,) if key == "r" else (int, float)
+        if type(numbers[key]) not in known or not 0 < numbers[key] < LARGEST:
+            what = "an integer of at least 1" if key == "r" else "a positive number"
+            raise CheckpointError(f"{folder / CONFIG}: {key}={short(numbers[key])} must be {what}")
+    return int(numbers["r"]), float(numbers["lora_alpha"])
+
+
+def _pattern_value(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
+    """The first pattern that is the end of the layer's name from a dot on, as PEFT searches them."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
+
+
+def _layers(folder: Path) -> list[str]:
+    """Names of the adapted layers. Raises CheckpointError for a tensor that is no factor of a linear's LoRA."""
+    names = tuple(f".{name}" for name in PEFT_NAMES.values())
+    layers: dict[str, None] = {}
+    for key in weights_header(folder):
+        end = next((name for name in names if key.endswith(name)), None)
+        if end is None or not key.startswith(PREFIX):
+            raise CheckpointError(f"{folder / WEIGHTS}: tensor {brief(key)} is not part of a linear layer's LoRA")
+        layers[key.removeprefix(PREFIX).removesuffix(end)] = None
+    if not layers:
+        raise CheckpointError(f"{folder / WEIGHTS} holds no tensor")
+    return list(layers)
+
+
+def _targets(config: Mapping[str, Any], layers: Sequence[str]) -> tuple[str, ...]:
+    """PEFT's list, which means what ours does. A pattern or `all-linear` becomes the layers it has found."""
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+        return tuple(sorted(targets))
+    return tuple(layers)
+
+
+def _check_dtypes(folder: Path) -> None:
+    for key, place in weights_header(folder).items():
+        if place.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise CheckpointError(f"{folder / WEIGHTS}: {key} is {place.dtype}; ours are float32, which would round it")

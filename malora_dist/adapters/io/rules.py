@@ -1,0 +1,83 @@
+"""What adapter_config.json of our own adapters must say."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from malora_dist.adapters.methods import METHODS, MixtureSpec, mixture_spec
+from malora_dist.errors import CheckpointError, ConfigError, brief, short
+from malora_dist.files.json_rules import DIGEST, OBJECT, POSITIVE, TEXT, Rule, check_rule
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item for item in value)
+
+
+TRUTH: Rule = ("must be true or false", lambda value: isinstance(value, bool))
+FACTOR: Rule = ("must be a positive number", lambda value: _is_number(value) and value > 0)
+SHARE: Rule = ("must be a number of at least 0 and less than 1", lambda value: _is_number(value) and 0 <= value < 1)
+NAMES: Rule = ("must be a list of names of modules", _is_names)
+METHOD: Rule = (f"must be one of {', '.join(METHODS)}", lambda value: isinstance(value, str) and value in METHODS)
+RANK: Rule = ("must be an integer of at least 1, or null", lambda value: value is None or POSITIVE[1](value))
+
+DOCUMENT: dict[str, Rule] = {
+    "malora": OBJECT,
+    "target_modules": NAMES,
+    "base_model_name_or_path": TEXT,
+    "lora_dropout": SHARE,
+}
+BLOCK: dict[str, Rule] = {
+    "method": METHOD,
+    "num_experts": POSITIVE,
+    "top_k": POSITIVE,
+    "r": POSITIVE,
+    "shared_r": RANK,
+    "lora_alpha": FACTOR,
+    "beta": FACTOR,
+    "normalize_gates": TRUTH,
+    "use_rslora": TRUTH,
+}
+# What PEFT reads of the same, at the top.
+TWICE = ("r", "lora_alpha", "use_rslora")
+OPTIONAL: dict[str, Rule] = {"use_rslora": TRUTH, "trust_remote_code": TRUTH, "weights_sha256": DIGEST}
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming file, key, value and rule, unless the keys that are read keep every rule."""
+    for key, rule in DOCUMENT.items():
+        if key not in config:
+            raise CheckpointError(f"{path}: {key} is missing; it {rule[0]}")
+        check_rule(path, key, config[key], rule)
+    block = config["malora"]
+    for key in block.keys() - {"format_version", *BLOCK, *OPTIONAL}:
+        # Who has written it meant something by it.
+        raise CheckpointError(f"{path}: malora.{brief(key)} is not a key of this format")
+    for key, rule in {**BLOCK, **OPTIONAL}.items():
+        if key in block:
+            check_rule(path, f"malora.{key}", block[key], rule)
+        elif key not in OPTIONAL:
+            raise CheckpointError(f"{path}: malora.{key} is missing; it {rule[0]}")
+    for key in TWICE:
+        if key in config and config[key] != block.get(key, False):
+            raise CheckpointError(f"{path}: {key}={short(config[key])} must be malora.{key}={block.get(key, False)!r}")
+
+
+def read_spec(path: Path, block: Mapping[str, Any]) -> MixtureSpec:
+    """The mixture of the block `malora`. Raises CheckpointError if no recipe could give it its numbers."""
+    numbers = {field.name: block[field.name] for field in fields(MixtureSpec) if field.name in block}
+    found = MixtureSpec(**numbers)
+    try:
+        wanted = mixture_spec(**numbers)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: malora: {str(error).replace('adapter.', '')}") from error
+    for field in fields(MixtureSpec):
+        value, only = getattr(found, field.name), getattr(wanted, field.name)
+        if value != only:
+            raise CheckpointError(f"{path}: malora.{field.name}={value!r} must be {only!r} for {found.method}")
+    return found

@@ -1,0 +1,77 @@
+"""What an adapted model of transformers does where it is saved: it writes its adapter.
+
+transformers would write the base's weights under names that `from_pretrained` does not know, and then fill the model
+with random numbers.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Injected:
+    """What `inject_adapters` put on a model, and the parameters of the base that it froze."""
+
+    spec: MixtureSpec
+    target_modules: tuple[str, ...]
+    lora_dropout: float
+    trained: tuple[str, ...]
+
+
+class SavePretrained:
+    """Stands in for a model's method `save_pretrained`, which transformers' Trainer calls too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **_: Any,
+    ) -> None:
+        """Write an adapter folder for `load_adapter`. `state_dict`: values of a model whose own are in parts."""
+        if push_to_hub:
+            raise ConfigError("push_to_hub=True: save the adapter to a folder, and upload that")
+        if is_main_process:
+            # checkpoint knows the format, and stands above this package.
+            format_of_files = import_module("malora_dist.adapters.io.from_model")
+            format_of_files.save_model_adapter(self.model, save_directory, state_dict)
+
+
+def save_adapters_of(model: nn.Module, injected: Injected) -> None:
+    """Keep what is on the model, and let transformers save and train it as it does a model of PEFT's."""
+    attributes: dict[str, object] = {"injected_adapters": injected}
+    if hasattr(model, "save_pretrained"):
+        attributes["save_pretrained"] = SavePretrained(model)
+    if getattr(model, "is_quantized", False):
+        # By this mark Trainer tells a quantised model that has adapters from one that cannot be trained.
+        attributes["_hf_peft_config_loaded"] = True
+    vars(model).update(attributes)
+
+
+def injected_adapters(model: nn.Module) -> Injected | None:
+    """What `inject_adapters` put on this model."""
+    found = getattr(model, "injected_adapters", None)
+    return found if isinstance(found, Injected) else None
+
+
+def release(model: nn.Module) -> None:
+    """Undo `save_adapters_of`, and let what was trained before be trained again."""
+    injected = injected_adapters(model)
+    if injected is None:
+        return
+    for name in ("injected_adapters", "save_pretrained", "_hf_peft_config_loaded"):
+        vars(model).pop(name, None)
+    for name in injected.trained:
+        model.get_parameter(name).requires_grad_(True)

@@ -1,0 +1,184 @@
+"""Which linears of a model are meant by `target_modules`: ends of names, patterns, or all of them."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.adapters.near_names import near_names
+from malora_dist.adapters.text_linears import reached_linears
+from malora_dist.errors import ConfigError
+from malora_dist.models.linears import linear_sizes, output_head
+from malora_dist.ops.target_names import ALL_LINEAR, is_pattern, name_matches
+
+KEY = "adapter.target_modules"
+
+
+def find_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> dict[str, list[str]]:
+    """Names of the linears that each target means, in the order of the model.
+
+    A target is the end of a module's name from a dot on, a regular expression that matches whole names, or
+    `all-linear`: every linear but the output head. All of it is PEFT's meaning, but for linears that text never trains,
+    such as those for pictures: they are not meant.
+    Raises ConfigError with all that is wrong at once, and with the linears that the model has.
+    """
+    found, wrong = _look(model, targets, spec)
+    _refuse(model, wrong)
+    return found
+
+
+def check_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> None:
+    """Raise ConfigError as `find_targets` does, and for what a training run cannot adapt.
+
+    That are linears that text never trains, and the output head: a run computes logits of learned tokens alone, so the
+    head sees other tokens than the routers of all other layers.
+    """
+    found, wrong = _look(model, targets, spec)
+    _refuse(model, [*wrong, *_untrainable(model, found)])
+
+
+def _look(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> tuple[dict[str, list[str]], list[str]]:
+    """What each target means, and what is wrong with it."""
+    if not targets:
+        raise ConfigError(f"{KEY} is empty: there would be nothing to train")
+    linears = linears_of(model)
+    found = {target: _matches(model, target, linears) for target in targets}
+    if _has_other_parts(model):
+        reached = reached_linears(model)
+        idle = set() if reached is None else set(linears) - reached
+        found = {target: [name for name in names if name not in idle] for target, names in found.items()}
+    wrong = [text for target, names in found.items() for text in _mistakes(model, target, names, linears)]
+    chosen = {name: linears[name] for names in found.values() for name in names if name in linears}
+    return found, [*wrong, *_overlaps(found), *_too_narrow(chosen, spec)]
+
+
+def _refuse(model: nn.Module, wrong: Sequence[str]) -> None:
+    if wrong:
+        fused = next(iter(fused_experts(model)), None)
+        kept = "" if fused is None else f"; experts kept as one 3-D parameter ({fused}) are none"
+        raise ConfigError(f"{KEY}: {'; '.join(wrong)}. The model's linears are {described(linears_of(model))}{kept}")
+
+
+def _untrainable(model: nn.Module, found: Mapping[str, Sequence[str]]) -> Iterable[str]:
+    reached, head = reached_linears(model), output_head(model)
+    heads = {name for name, module in model.named_modules() if module is head}
+    for target, names in found.items():
+        linears = [name for name in names if linear_sizes(model.get_submodule(name)) is not None]
+        idle = [] if reached is None else [name for name in linears if name not in reached]
+        if idle:
+            yield (
+                f"{target!r} matches {idle[0]} and {len(idle) - 1} more that text gives no gradient token by token: "
+                "they are not called, only choose, or read something else; name the others by more of their names, or "
+                "by a pattern"
+            )
+        for name in heads & set(names):
+            yield (
+                f"{target!r} matches {name}, the output head, which computes the logits of learned tokens alone and is "
+                f"not adapted; {ALL_LINEAR} means every other linear"
+            )
+
+
+def linears_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name, inputs and outputs of every linear."""
+    sizes = ((name, linear_sizes(module)) for name, module in model.named_modules())
+    return {name: size for name, size in sizes if size is not None}
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of the 3-D parameters in which a model keeps many experts' matrices, which no linear is."""
+    return [
+        f"{name}.{leaf}" if name else leaf
+        for name, module in model.named_modules()
+        if not isinstance(module, (_ConvNd, MixtureLinear))
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3
+    ]
+
+
+def all_linear(model: nn.Module) -> list[str]:
+    """Names of every linear but the output head, and but those that text never trains."""
+    head, reached = output_head(model), reached_linears(model)
+    names = [name for name in linears_of(model) if model.get_submodule(name) is not head]
+    return names if reached is None else [name for name in names if name in reached]
+
+
+def _has_other_parts(model: nn.Module) -> bool:
+    """Return whether this is a model of pictures or sounds beside text."""
+    config: Any = getattr(model, "config", None)
+    return hasattr(config, "get_text_config") and config.get_text_config() is not config
+
+
+def plain_names(model: nn.Module, found: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The targets as ends of names alone: as given, or the last parts of what was found, or else whole names."""
+    if not any(target == ALL_LINEAR or is_pattern(target) for target in found):
+        return tuple(found)
+    chosen = [name for names in found.values() for name in names]
+    leaves = tuple(dict.fromkeys(name.rpartition(".")[2] for name in chosen))
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in set(chosen)}
+    return leaves if others.isdisjoint(leaves) else tuple(chosen)
+
+
+def described(linears: Mapping[str, tuple[int, int]]) -> str:
+    """The last parts of the linears' names with their sizes, each once.
+
+    >>> described({"h.0.fc1": (8, 32), "h.0.c_proj": (8, 8), "h.1.fc1": (8, 32), "h.1.c_proj": (32, 8)})
+    'c_proj (8 -> 8, 32 -> 8), fc1 (8 -> 32)'
+    """
+    sizes: dict[str, dict[str, None]] = {}
+    for name, (inputs, outputs) in linears.items():
+        sizes.setdefault(_leaf(name), {})[f"{inputs} -> {outputs}"] = None
+    return ", ".join(f"{leaf} ({', '.join(kinds)})" for leaf, kinds in sorted(sizes.items())) or "none"
+
+
+def _leaf(name: str) -> str:
+    """The last part of a name, with the one before it where that is a number."""
+    rest, _, leaf = name.rpartition(".")
+    return f"{rest.rpartition('.')[2]}.{leaf}" if leaf.isdigit() else leaf
+
+
+def _matches(model: nn.Module, target: str, linears: Mapping[str, object]) -> list[str]:
+    if target == ALL_LINEAR:
+        return all_linear(model)
+    if is_pattern(target):
+        try:
+            return [name for name in linears if name_matches(target, name)]
+        except re.error as error:
+            raise ConfigError(f"{KEY}: {target!r} is no regular expression: {error}") from error
+    return [name for name, _ in model.named_modules() if name and name_matches(target, name)]
+
+
+def _mistakes(model: nn.Module, target: str, names: Sequence[str], linears: Mapping[str, object]) -> Iterable[str]:
+    if not names:
+        near = [] if is_pattern(target) or target == ALL_LINEAR else near_names(target, map(_leaf, linears))
+        hint = f", did you mean {' or '.join(near)}?" if near else ""
+        yield f"{target!r} matches no {'linear' if is_pattern(target) else 'module'} of the model{hint}"
+    wrong = [name for name in names if name not in linears]
+    if wrong:
+        kind = type(model.get_submodule(wrong[0]))
+        yield f"{target!r} matches {wrong[0]} ({kind.__name__}), which is not a linear layer"
+
+
+def _overlaps(found: Mapping[str, Sequence[str]]) -> Iterable[str]:
+    pairs: dict[tuple[str, str], str] = {}
+    target_of: dict[str, str] = {}
+    for target, names in found.items():
+        for name in names:
+            first = target_of.setdefault(name, target)
+            if first != target:
+                pairs.setdefault((first, target), name)
+    return [f"{first!r} and {second!r} both match {name}" for (first, second), name in pairs.items()]
+
+
+def _too_narrow(chosen: Mapping[str, tuple[int, int]], spec: MixtureSpec) -> Iterable[str]:
+    """S_A has orthogonal rows, of which there are no more than inputs."""
+    narrow = {name: inputs for name, (inputs, _) in chosen.items() if (spec.shared_r or 0) > inputs}
+    if narrow:
+        name, inputs = min(narrow.items(), key=lambda entry: entry[1])
+        yield (
+            f"adapter.shared_r={spec.shared_r} must be at most the {inputs} inputs of {name}: S_A is made of that "
+            "many orthogonal rows"
+        )

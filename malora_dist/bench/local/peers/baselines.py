@@ -1,0 +1,68 @@
+"""Who can take part in a benchmark, by name. Needs no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from malora_dist.adapters.methods import MixtureSpec, count_parameters, match_budget, mixture_spec
+from malora_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One way to adapt a model's linears, or none.
+
+    maker: `base`, the frozen model alone; `ours`, MixtureLinear; `peft`, the package; `dispatched`, a mixture whose
+    experts see their own tokens only. numbers: for `mixture_spec`. equal: r is solved so that there are as many
+    trainable parameters as in MALoRA with the paper's numbers. computation: of ours, or `sorted` or `looped` of the
+    dispatched. fuse_siblings: q, k and v, or gate and up, enter ours together. fp32: PEFT's own default of adapters in
+    fp32; without it they are in the model's dtype.
+    """
+
+    maker: str
+    method: str = "lora"
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    equal: bool = False
+    computation: str = "auto"
+    fuse_siblings: bool = False
+    fp32: bool = False
+
+    def spec(self, sizes: Sequence[tuple[int, int]]) -> MixtureSpec:
+        """The method's numbers on linears of `sizes` (in_features, out_features)."""
+        if not self.equal:
+            return mixture_spec(self.method, **self.numbers)  # type: ignore[arg-type]
+        malora = mixture_spec("malora")
+        return match_budget(self.method, sizes, sum(count_parameters(malora, *size) for size in sizes), **self.numbers)
+
+
+LORA = {"r": 64}
+MALORA = {"num_experts": 8, "top_k": 2, "r": 12, "shared_r": 32}
+MOLORA = {"num_experts": 8, "top_k": 2, "r": 8}
+
+CONTESTANTS: dict[str, Contestant] = {
+    "base": Contestant(maker="base"),
+    "peft_lora": Contestant(maker="peft", numbers=LORA),
+    "peft_lora_equal": Contestant(maker="peft", equal=True),
+    "peft_lora_fp32": Contestant(maker="peft", numbers=LORA, fp32=True),
+    "peft_lora_fp32_equal": Contestant(maker="peft", equal=True, fp32=True),
+    "peft_dora": Contestant(maker="peft", method="dora", numbers=LORA),
+    "lora": Contestant(maker="ours", numbers=LORA),
+    "lora_equal": Contestant(maker="ours", equal=True),
+    "malora": Contestant(maker="ours", method="malora", numbers=MALORA),
+    "malora_grouped": Contestant(maker="ours", method="malora", numbers=MALORA, computation="grouped"),
+    "malora_grouped_triton": Contestant(maker="ours", method="malora", numbers=MALORA, computation="grouped_triton"),
+    "malora_siblings": Contestant(maker="ours", method="malora", numbers=MALORA, fuse_siblings=True),
+    "molora": Contestant(maker="ours", method="molora", numbers=MOLORA),
+    "malora_dispatched": Contestant(maker="dispatched", method="malora", numbers=MALORA, computation="sorted"),
+    "malora_looped": Contestant(maker="dispatched", method="malora", numbers=MALORA, computation="looped"),
+    "molora_dispatched": Contestant(maker="dispatched", method="molora", numbers=MOLORA, computation="sorted"),
+    "molora_looped": Contestant(maker="dispatched", method="molora", numbers=MOLORA, computation="looped"),
+}
+
+
+def chosen(only: str | None, default: Sequence[str] = tuple(CONTESTANTS)) -> dict[str, Contestant]:
+    """The contestants of a list `a,b`, or `default`. Raises ConfigError for a name that nobody has."""
+    names = list(default) if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    unknown = [name for name in names if name not in CONTESTANTS]
+    if unknown or not names:
+        raise ConfigError(f"--only {only!r}: {', '.join(unknown) or 'nobody'} is not one of {', '.join(CONTESTANTS)}")
+    return {name: CONTESTANTS[name] for name in names}

@@ -1,0 +1,5 @@
+"""`python -m malora_dist.cli`."""
+
+from malora_dist.cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""`malora launch begin` and `end`, which job scripts call around their processes."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from malora_dist.config import RunConfig, load_config
+from malora_dist.config.compatibility import check_plan
+from malora_dist.errors import ConfigError, TopologyError
+from malora_dist.launch.restarts import begin, end, job_name
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False)]
+
+
+def begin_command(context: typer.Context, recipe: Recipe) -> None:
+    """In a job script: check the recipe and the job, and count its starts. Exit code 2 if it must not start."""
+    config = job_config(recipe, context.args)
+    job = job_name(os.environ)
+    world_size = _processes(os.environ)
+    check_plan(config, world_size)
+    now = begin(Path(config.output_dir), job)
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "this node")
+    print(f"job {job}, start {now.starts}: {config.output_dir} on {nodes}, {world_size} processes")
+
+
+def end_command(context: typer.Context, recipe: Recipe) -> None:
+    """In a job script, once the processes are gone: exit code 75 if the job is to start again, else its own."""
+    config = job_config(recipe, context.args)
+    verdict = end(
+        Path(config.output_dir),
+        job_name(os.environ),
+        config.launch.max_restarts,
+        stop_after_steps=config.train.stop_after_steps,
+        exit_code=_left_code(os.environ),
+    )
+    print(verdict.why)
+    raise typer.Exit(verdict.code)
+
+
+def job_config(recipe: str, overrides: list[str]) -> RunConfig:
+    """The recipe of a job that may start several times. Raises ConfigError for a mistake in it."""
+    if recipe.startswith("-"):
+        raise ConfigError(f"the recipe comes before its settings: RECIPE.yaml {recipe} ...")
+    if "--new-run" in overrides:
+        raise ConfigError("--new-run: a job that starts again must go on with its run; give another --output_dir")
+    config = load_config(recipe, overrides)
+    if config.train.resume_from_checkpoint is None:
+        raise ConfigError(
+            "train.resume_from_checkpoint=None: a job that starts again must go on with its run; remove it, and give "
+            "a new run another output_dir"
+        )
+    return config
+
+
+def _processes(environment: Mapping[str, str]) -> int:
+    """Of all nodes, as the job script starts them. Raises TopologyError if a node has fewer GPUs than processes."""
+    names = ("PROCESSES", "SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE")
+    processes, nodes, gpus = (int(environment[name]) if environment.get(name, "").isdigit() else 0 for name in names)
+    if 0 < gpus < processes:
+        raise TopologyError(
+            f"{processes} processes on each node, and SLURM_GPUS_ON_NODE={gpus}: give --gpus-per-node the same number, "
+            "and --ntasks-per-node too where each process is a task"
+        )
+    return max(1, nodes) * max(1, processes)
+
+
+def _left_code(environment: Mapping[str, str]) -> int | None:
+    """The exit code that a process has left for the job script, see `training.process`."""
+    path = Path(environment.get("MALORA_EXIT_CODE", ""))
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None

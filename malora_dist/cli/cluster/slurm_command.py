@@ -1,0 +1,196 @@
+"""`malora launch slurm`: a recipe as jobs of a Slurm cluster, checked before they are submitted."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperCommand
+
+from malora_dist.cli.cluster.checks import check_flags, check_no_job, checked_recipe, memory_note
+from malora_dist.cli.cluster.submit import STAGES, Stage, array, chain, dry_run, recipe_file, submit
+from malora_dist.config import RunConfig
+from malora_dist.config.summary import missing_files
+from malora_dist.convert.kinds import find_kind
+from malora_dist.errors import ConfigError
+from malora_dist.launch.jobs import TRAIN, Job
+from malora_dist.launch.slurm.script import JobOptions
+from malora_dist.launch.slurm.time_limit import check_save_before
+
+TASKS = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+# Of a process, by default: loading and checkpoints use them, and one alone would be shared by a node.
+CPUS = 4
+ARRAY_HELP = "seeds=1-5: a run for each seed. recipes=B.yaml,C.yaml: runs of these too."
+
+
+class WithFlags(TyperCommand):
+    """A command whose words after `--` are flags for another program, in `context.meta["flags"]`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Split at the first `--`."""
+        end = args.index("--") if "--" in args else len(args)
+        ctx.meta["flags"] = args[end + 1 :]
+        return list(super().parse_args(ctx, args[:end]))
+
+
+def slurm_command(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each; 0 asks for none.")] = 8,
+    processes_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes of each. Default: one for each GPU.")
+    ] = None,
+    gpu_type: Annotated[str | None, typer.Option(help="Slurm's name of the GPUs, such as a100.")] = None,
+    cpus_per_task: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"CPUs of a node, or of a process with --start tasks. Default: {CPUS} a process."),
+    ] = None,
+    time: Annotated[str, typer.Option(help="Time limit of each start; the job goes on after it.")] = "24:00:00",
+    save_before: Annotated[
+        int, typer.Option(min=1, help="Seconds before the limit at which all save; Slurm may be a minute late.")
+    ] = 300,
+    name: Annotated[str | None, typer.Option(help="The job's name. Default: that of output_dir.")] = None,
+    tasks: Annotated[str | None, typer.Option("--array", metavar="WHAT=...", help=ARRAY_HELP)] = None,
+    after: Annotated[
+        str, typer.Option(help=f"Stages, each once the one before succeeds: {','.join(STAGES)}.")
+    ] = "train",
+    convert_to: Annotated[str, typer.Option("--convert-to", help="What convert writes, to export/.")] = "adapter",
+    start: Annotated[
+        str, typer.Option(help="launcher: one torchrun a node. tasks: srun starts each process.")
+    ] = "launcher",
+    model: Annotated[str | None, typer.Option(help="The base's config.json, if it is not here.")] = None,
+    hbm: Annotated[str, typer.Option(help="Memory of a GPU, which the plan must fit into.")] = "80GiB",
+    only_print: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and stop.")] = False,
+) -> None:
+    """Train on a Slurm cluster: submit a job that saves, requeues itself and goes on. Flags of sbatch follow `--`."""
+    flags: list[str] = context.meta["flags"]
+    check_flags("after --", flags)
+    check_save_before(time, save_before)
+    find_kind(convert_to)
+    wanted, numbers = _stages(after), _array(tasks)
+    processes = processes_per_node or gpus_per_node or 1
+    options = JobOptions(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu_type=_plain(gpu_type),
+        processes=processes_per_node,
+        cpus_per_task=cpus_per_task or CPUS * (1 if start == "tasks" else processes),
+        time=time,
+        save_before=save_before,
+        start=_start(start),
+    )
+    recipes = [recipe, *(numbers.others if numbers else ())]
+    configs = [checked_recipe(path, context.args, nodes * processes, trains=TRAIN in wanted) for path in recipes]
+    notes = _fits(configs, nodes, gpus_per_node, hbm, model)
+    options = _of_recipes(options, configs, name)
+    run = Path(configs[0].output_dir)
+    stages = (
+        chain(options, run, wanted, convert_to)
+        if numbers is None
+        else [_array_stage(options, configs, numbers, wanted)]
+    )
+    if only_print:
+        print(dry_run(stages, configs, flags))
+        return
+    for config in configs if TRAIN in wanted else ():
+        check_no_job(Path(config.output_dir))
+    _say(submit(stages, configs, flags), run, notes)
+
+
+def _of_recipes(options: JobOptions, configs: Sequence[RunConfig], name: str | None) -> JobOptions:
+    """With what the first recipe says of its site. Raises ConfigError for a flag of sbatch that belongs elsewhere."""
+    site = configs[0].launch
+    check_flags("in launch.sbatch", site.sbatch)
+    return replace(
+        options,
+        name=name or Path(configs[0].output_dir).name,
+        setup=site.setup,
+        sbatch=site.sbatch,
+        srun=site.srun,
+        arguments=tuple(str(recipe_file(config)) for config in configs),
+    )
+
+
+def _plain(gpu_type: str | None) -> str | None:
+    if gpu_type is not None and not re.fullmatch(r"[\w.-]+", gpu_type):
+        raise ConfigError(f"--gpu-type={gpu_type}: must be Slurm's name of a GPU, such as a100")
+    return gpu_type
+
+
+def _stages(text: str) -> list[str]:
+    """The stages that --after names, in their order. Raises ConfigError for an unknown one."""
+    named = [part.strip() for part in text.split(",") if part.strip()]
+    for stage in named or [""]:
+        if stage not in STAGES:
+            raise ConfigError(f"--after={text}: {stage!r} is none of {', '.join(STAGES)}")
+    return [stage for stage in STAGES if stage in named]
+
+
+def _start(text: str) -> Literal["launcher", "tasks"]:
+    if text == "launcher":
+        return "launcher"
+    if text == "tasks":
+        return "tasks"
+    raise ConfigError(f"--start={text}: must be launcher or tasks")
+
+
+@dataclass(frozen=True)
+class _Array:
+    """Slurm's numbers of tasks: seeds, or 1 to the number of recipes."""
+
+    numbers: str
+    others: tuple[str, ...] = ()
+
+
+def _array(text: str | None) -> _Array | None:
+    if text is None:
+        return None
+    what, _, value = text.partition("=")
+    if what == "seeds" and TASKS.fullmatch(value):
+        return _Array(value)
+    others = tuple(part.strip() for part in value.split(",") if part.strip())
+    if what == "recipes" and others:
+        return _Array(f"1-{1 + len(others)}", others)
+    raise ConfigError(
+        f"--array={text}: must be seeds=1-5 (or 1,3,9, or 1-9%2 for two at a time) or recipes=B.yaml,C.yaml"
+    )
+
+
+def _fits(configs: Sequence[RunConfig], nodes: int, gpus_per_node: int, hbm: str, model: str | None) -> list[str]:
+    """Notes for a reader. Raises ConfigError if a plan does not fit."""
+    notes = [note for config in configs for note in missing_files(config)]
+    if gpus_per_node:
+        notes += [memory_note(config, nodes, gpus_per_node, hbm, model) for config in configs]
+    return list(dict.fromkeys(notes))
+
+
+def _array_stage(options: JobOptions, configs: Sequence[RunConfig], numbers: _Array, stages: Sequence[str]) -> Stage:
+    if stages != ["train"]:
+        raise ConfigError(f"--after {','.join(stages)} with --array: submit the stages of each run when it is finished")
+    runs = [Path(config.output_dir) for config in configs]
+    if len(set(runs)) < len(runs):
+        raise ConfigError(f"--array: recipes share an output_dir: {', '.join(map(str, runs))}; each run needs its own")
+    return array(options, runs, numbers.numbers)
+
+
+def _say(jobs: Sequence[Job], run: Path, notes: Sequence[str]) -> None:
+    console = Console()
+
+    def say(line: str, style: str = "") -> None:
+        console.print(Text(line, style=style), soft_wrap=True)
+
+    for note in notes:
+        say(f"note: {note}", "yellow")
+    for job in jobs:
+        waits = f", after job {job.after}" if job.after else ""
+        say(f"submitted {job.stage} as job {job.job}{waits}; log {job.log}")
+    folder = shlex.quote(str(run))
+    say(f"follow it:  malora launch follow {folder}")
+    say(f"see it:     malora launch status {folder}")
+    say(f"end it:     scancel {jobs[0].job}      (it saves if KillWait lasts; the same command goes on)")

@@ -1,0 +1,150 @@
+"""`malora launch status`: the runs here, their jobs, and how they fare."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from malora_dist.errors import ConfigError
+from malora_dist.launch.jobs import JOBS_FILE, SLURM_FOLDER, TRAIN, Job, jobs_of, runs_of
+from malora_dist.launch.log_errors import last_error, last_line
+from malora_dist.launch.run_status import RUNNING, WAITING, RunLook, look
+from malora_dist.launch.slurm.queue import COMPLETED, UNKNOWN, JobState, job_states
+
+# Below the working folder; runs/sweep/name is at 3.
+DEPTH = 4
+COLUMNS = ("run", "stage", "job", "state", "restarts", "step", "left", "last error")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job of a run, or a run without one."""
+
+    run: Path
+    job: Job | None
+    slurm: JobState | None
+    look: RunLook
+
+    @property
+    def is_training(self) -> bool:
+        return self.job is None or self.job.stage == TRAIN
+
+    @property
+    def state(self) -> str:
+        """Slurm's word where there is one, else the run's. A run whose job is gone without its word was killed."""
+        if self.slurm is None:
+            return self.look.state
+        if self.slurm.state != UNKNOWN or not self.is_training:
+            return str(self.slurm)
+        if self.slurm.forgotten:
+            return {RUNNING: "killed", WAITING: "ended before it began"}.get(self.look.state, self.look.state)
+        return f"{self.slurm}; the run: {self.look.state}"
+
+    @property
+    def error(self) -> str | None:
+        """Of a job that failed and says nothing that looks like an error, its last word."""
+        error = self.look.error if self.is_training else None
+        if self.job is not None and self.slurm is not None and self.slurm.state != COMPLETED:
+            log = Path(self.job.log)
+            error = error or last_error(log) or (last_line(log) if self.slurm.state == "FAILED" else None)
+        return error
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json. Times are seconds."""
+        run = asdict(self.look) | {"restarts": self.look.restarts, "error": self.error}
+        job = None if self.job is None else asdict(self.job)
+        slurm = None if self.slurm is None else asdict(self.slurm)
+        return {"run": str(self.run), "stage": self.job.stage if self.job else None, "job": job, "slurm": slurm, **run}
+
+
+def status(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN_DIR]...", help="Runs. Default: those below this folder with Slurm jobs."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of a table.")] = False,
+) -> None:
+    """Say how runs and their jobs fare: Slurm's state and why, restarts, steps, time left, last error."""
+    for path in paths or []:
+        if not path.is_dir():
+            raise ConfigError(f"RUN_DIR={path} is not a folder")
+    folders = list(paths or found_runs(Path(".")))
+    rows = status_rows([run for folder in folders for run in runs_of(folder)])
+    if as_json:
+        print(json.dumps([row.as_dict() for row in rows], indent=1))
+        return
+    console = _console()
+    if not rows:
+        console.print("no run with Slurm jobs below this folder; name one: malora launch status RUN_DIR")
+        return
+    console.print(table(rows))
+    for line in dict.fromkeys(f"damaged: {text}" for row in rows for text in row.look.damaged):
+        console.print(Text(line, style="yellow"), soft_wrap=True)
+
+
+def found_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The folders at or below one that have submitted jobs, in the order of their names; none within another."""
+    if (folder / SLURM_FOLDER / JOBS_FILE).is_file():
+        yield folder
+    elif depth > 0:
+        try:
+            below = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+        except OSError:
+            return
+        for name in below:
+            if not name.startswith("."):
+                yield from found_runs(folder / name, depth - 1)
+
+
+def status_rows(runs: Sequence[Path]) -> list[Row]:
+    """A row for the newest job of each stage of each run; Slurm is asked once for all."""
+    jobs = {run: list({job.stage: job for job in jobs_of(run)}.values()) for run in runs}
+    states = job_states(job.job for found in jobs.values() for job in found)
+    rows = []
+    for run, found in jobs.items():
+        training = next((Path(job.log) for job in found if job.stage == TRAIN), None)
+        seen = look(run, training)
+        rows += [Row(run, job, states[job.job], seen) for job in found] or [Row(run, None, None, seen)]
+    return rows
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """What of a run is the same for all its stages stands once, at its training."""
+    made = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
+    for column in made.columns:
+        column.overflow = "fold"
+    for row in rows:
+        own = _progress(row.look) if row.is_training else ("", "", "")
+        stage, job = ("", "") if row.job is None else (row.job.stage, row.job.job)
+        made.add_row(*(Text(cell) for cell in (str(row.run), stage, job, row.state, *own, row.error or "")))
+    return made
+
+
+def _progress(seen: RunLook) -> tuple[str, str, str]:
+    left = "" if seen.eta_seconds is None else duration(seen.eta_seconds)
+    return str(seen.restarts), progress(seen), left
+
+
+def progress(seen: RunLook) -> str:
+    """`40/100`, or `40` while the number of steps is not known."""
+    return f"{seen.step}" if seen.total is None else f"{seen.step}/{seen.total}"
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _console() -> Console:
+    """A file gets lines wide enough for the table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)

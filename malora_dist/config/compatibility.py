@@ -1,0 +1,168 @@
+"""Which plans work: ZeRO stage x expert parallelism x quantisation x DeepSpeed version, and the batch arithmetic.
+
+A plan is refused before anything is loaded, with the reason and the nearest plan that works.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+from malora_dist.config.deepspeed import ds_config_problems, read_ds_config
+from malora_dist.config.schema import RunConfig
+from malora_dist.config.topology import (
+    accumulation_steps,
+    expert_parallel_ranks,
+    legal_world_sizes,
+    owned_experts,
+)
+from malora_dist.errors import ConfigError, MaloraError, TopologyError
+
+TESTED_VERSION = "0.19.8"
+LOWEST_VERSION = (0, 19, 4)
+FIRST_TOO_NEW = (0, 20)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan that works, with what follows from it."""
+
+    world_size: int
+    gradient_accumulation_steps: int
+    deepspeed_version: str | None
+    notes: tuple[str, ...]
+
+
+def installed_deepspeed() -> str | None:
+    """The installed DeepSpeed's version, read without importing it; None if there is none."""
+    try:
+        return metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_plan(config: RunConfig, world_size: int, *, deepspeed_version: str | None = "installed") -> Plan:
+    """Check the recipe for this number of processes.
+
+    deepspeed_version: "installed" looks it up; None means there is none here, which is a note and no error, so that
+    a recipe can be checked on another machine. Raises TopologyError if processes and plan do not fit together,
+    ConfigError otherwise; either names every refusal and the nearest plan that works.
+    """
+    version = installed_deepspeed() if deepspeed_version == "installed" else deepspeed_version
+    errors = list(_plan_errors(config, world_size, version))
+    if errors:
+        kind = TopologyError if any(isinstance(error, TopologyError) for error in errors) else ConfigError
+        raise kind("\n".join(str(error) for error in errors))
+    train = config.train
+    return Plan(
+        world_size=world_size,
+        gradient_accumulation_steps=accumulation_steps(
+            train.global_batch_size, train.per_device_train_batch_size, world_size
+        ),
+        deepspeed_version=version,
+        notes=tuple(_notes(config, world_size, version)),
+    )
+
+
+def suggest_world_sizes(config: RunConfig) -> list[int]:
+    """The numbers of processes this recipe's batch can be split over, rising; empty if there is none."""
+    train = config.train
+    worlds = legal_world_sizes(train.global_batch_size, train.per_device_train_batch_size)
+    given = train.gradient_accumulation_steps
+    rows = train.global_batch_size // train.per_device_train_batch_size
+    worlds = [world for world in worlds if world % config.parallel.ep_size == 0]
+    return worlds if given is None else [world for world in worlds if world * given == rows]
+
+
+def _plan_errors(config: RunConfig, world_size: int, version: str | None) -> Iterator[MaloraError]:
+    if world_size < 1:
+        yield TopologyError(f"world size {world_size} must be at least 1")
+        return
+    yield from _version_errors(version)
+    yield from _batch_errors(config, world_size)
+    yield from _expert_parallel_errors(config, world_size, version)
+    yield from _ds_config_errors(config, world_size)
+
+
+def _version_errors(version: str | None) -> Iterator[MaloraError]:
+    if version is None:
+        return
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    if not LOWEST_VERSION <= numbers < FIRST_TOO_NEW:
+        yield ConfigError(
+            f"deepspeed {version} is installed; this package needs >=0.19.4,<0.20 because it relies on parts of "
+            f"ZeRO-3 that other versions lack or may change. Nearest that is tested: deepspeed=={TESTED_VERSION}"
+        )
+
+
+def _batch_errors(config: RunConfig, world_size: int) -> Iterator[MaloraError]:
+    train = config.train
+    try:
+        derived = accumulation_steps(train.global_batch_size, train.per_device_train_batch_size, world_size)
+    except TopologyError as error:
+        yield error
+        return
+    given = train.gradient_accumulation_steps
+    if given is not None and given != derived:
+        yield TopologyError(
+            f"train.gradient_accumulation_steps={given} contradicts "
+            f"train.global_batch_size={train.global_batch_size} = "
+            f"per_device_train_batch_size {train.per_device_train_batch_size} x {world_size} processes x {derived}. "
+            f"Remove it, or set it to {derived}, or set global_batch_size to "
+            f"{given * train.per_device_train_batch_size * world_size}"
+        )
+
+
+def _expert_parallel_errors(config: RunConfig, world_size: int, version: str | None) -> Iterator[MaloraError]:
+    ep_size = config.parallel.ep_size
+    if ep_size == 1:
+        return
+    if version is not None and version.partition("+")[0] != TESTED_VERSION:
+        yield ConfigError(
+            f"parallel.ep_size={ep_size} is refused with deepspeed {version}: it relies on names inside DeepSpeed "
+            f"tested in {TESTED_VERSION} only. Nearest legal plan: deepspeed=={TESTED_VERSION}, or parallel.ep_size: 1"
+        )
+    method = config.adapter.method
+    why = {"lora": "which has one expert", "dora": "which has one expert", "hydralora": "whose tokens use every expert"}
+    if method in why:
+        yield ConfigError(
+            f"parallel.ep_size={ep_size} has no meaning for adapter.method={method}, {why[method]}. "
+            "Nearest legal plan: parallel.ep_size: 1"
+        )
+        return
+    for check in (
+        lambda: owned_experts(0, ep_size, config.adapter.num_experts),
+        lambda: expert_parallel_ranks(world_size, ep_size),
+    ):
+        try:
+            check()
+        except TopologyError as error:
+            yield error
+
+
+def _ds_config_errors(config: RunConfig, world_size: int) -> Iterator[MaloraError]:
+    if config.parallel.ds_config is None:
+        return
+    try:
+        given = read_ds_config(config.parallel.ds_config)
+    except ConfigError as error:
+        yield error
+        return
+    for problem in ds_config_problems(config, world_size, given):
+        yield ConfigError(problem)
+
+
+def _notes(config: RunConfig, world_size: int, version: str | None) -> Iterator[str]:
+    if version is None:
+        yield "DeepSpeed is not installed here, so its version was not checked."
+    elif version != TESTED_VERSION:
+        yield f"deepspeed {version} should work; tested is {TESTED_VERSION}."
+    if world_size == 1 and config.parallel.zero_stage > 0:
+        yield f"With one process, ZeRO-{config.parallel.zero_stage} has nothing to split; zero_stage: 0 is faster."
+    if world_size > 1 and config.parallel.zero_stage < 3:
+        bits = "4-bit" if config.model.load_in_4bit else config.model.dtype
+        yield f"Every process holds the whole {bits} base model; parallel.zero_stage: 3 splits it."
+    if config.train.deterministic:
+        yield "train.deterministic takes slower forms of some operations on a GPU; without it the last bits may differ."
+    if config.model.dtype == "float32" and config.model.load_in_4bit:
+        yield "4-bit weights are unpacked to float32 in each layer; model.dtype: bfloat16 is faster on most machines."

@@ -1,0 +1,178 @@
+"""What all processes must have alike before one of them loads a model: versions, the recipe, the output folder."""
+
+import hashlib
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch.distributed as dist
+
+from malora_dist import __version__
+from malora_dist.distributed.process_groups import World
+from malora_dist.errors import ConfigError, TopologyError
+
+PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "triton", "flash_attn")
+RECIPE = "the recipe with its settings"
+# Of nodes, ranks or values in a message.
+SHOWN = 8
+# The caches of network file systems may be older than that only where they are set so.
+SHARED_SECONDS = 10
+
+
+def start_facts(config_text: str) -> dict[str, str]:
+    """Versions of what computes, and a digest of the resolved recipe, for `check_consistency`."""
+    versions = {name: _version(name) for name in PACKAGES}
+    return {"malora_dist": __version__, **versions, RECIPE: hashlib.sha256(config_text.encode()).hexdigest()[:16]}
+
+
+def check_consistency(world: World, facts: Mapping[str, str], node: str | None = None) -> list[str]:
+    """Compare the processes' facts, and count the processes of each node; the node of every rank, by host name.
+
+    Every process calls, and `node` is its host unless given. Raises TopologyError, the same on all, that names the
+    nodes for each fact that differs, or if nodes have unlike numbers of processes.
+    """
+    found = _gather((node or socket.gethostname(), dict(facts)), world)
+    nodes = [name for name, _ in found]
+    problems = [*_different_facts([facts for _, facts in found], nodes), *_unlike_nodes(nodes)]
+    if problems:
+        raise TopologyError("\n  ".join(problems))
+    return nodes
+
+
+def check_shared_folder(world: World, folder: Path, nodes: Sequence[str], seconds: float = SHARED_SECONDS) -> None:
+    """Let every node look for a file that the main process writes where `folder` is, or is going to be.
+
+    Every process calls, with the node of every rank. A node may take `seconds` to see the file, which is then removed.
+    Raises TopologyError on all, naming the nodes that do not see it, ConfigError on all if it cannot be written.
+    """
+    if len(set(nodes)) == 1:
+        return
+    # Of a node, one process looks: thousands at once would keep the file server busy.
+    looks = nodes.index(nodes[world.rank]) == world.rank
+    with _probe(world, folder) as path:
+        place = os.path.abspath(path)
+        sees = not looks or _appears(path, seconds)
+        answers = _gather((place, sees), world)
+    blind = list(dict.fromkeys(nodes[rank] for rank, (_, sees) in enumerate(answers) if not sees))
+    if not blind:
+        return
+    verb = "does" if len(blind) == 1 else "do"
+    text = f"{nodes[0]} wrote {answers[0][0]}, which {_some(blind)} {verb} not see"
+    elsewhere = {place for place, _ in answers} - {answers[0][0]}
+    if elsewhere:
+        text += f", looking for {_some(sorted(elsewhere))}: the working folders differ"
+    raise TopologyError(
+        f"output_dir={folder} is not in a folder that all nodes share: {text}. Give an --output_dir on a network file "
+        "system, by its whole path"
+    )
+
+
+@contextmanager
+def _probe(world: World, folder: Path) -> Iterator[Path]:
+    """A file of the main process in the folder, or in the nearest one above it that exists; gone afterwards."""
+    path, error = folder, None
+    if world.is_main:
+        parent = next(parent for parent in (folder, *folder.absolute().parents) if os.path.isdir(parent))
+        if not folder.is_absolute():
+            # As every process will name it.
+            parent = Path(os.path.relpath(parent))
+        path = parent / f".malora-{uuid4().hex}"
+        try:
+            path.write_bytes(b"")
+        except OSError as caught:
+            error = ConfigError(f"output_dir={folder}: {parent} cannot be written: {caught.strerror}")
+    try:
+        path, error = _from_main((path, error), world)
+        if error is not None:
+            raise error
+        yield path
+    finally:
+        if world.is_main:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _appears(path: Path, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not os.path.exists(path):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+        with suppress(OSError):
+            # Reading the folder makes a network file system ask its server again.
+            os.listdir(path.parent)
+    return True
+
+
+def _different_facts(facts: Sequence[Mapping[str, str]], nodes: Sequence[str]) -> Iterator[str]:
+    for name in dict.fromkeys(name for own in facts for name in own):
+        ranks_of: dict[str, list[int]] = {}
+        for rank, own in enumerate(facts):
+            ranks_of.setdefault(own.get(name, "nothing"), []).append(rank)
+        if len(ranks_of) > 1:
+            commonest = sorted(ranks_of.items(), key=lambda item: (-len(item[1]), item[1]))
+            values = [f"{value} on {_places(ranks, nodes)}" for value, ranks in commonest[:SHOWN]]
+            more = f"; and {len(ranks_of) - SHOWN} more values" if len(ranks_of) > SHOWN else ""
+            yield f"{name} differs between nodes: {'; '.join(values)}{more}. {_advice(name)}"
+
+
+def _advice(name: str) -> str:
+    if name == "malora_dist" or name in PACKAGES:
+        return f"Install the same {name} on all, or use one environment that all nodes share"
+    if name == RECIPE:
+        return "Start all nodes with the same file and the same --section.key settings"
+    return "It must be the same for all"
+
+
+def _places(ranks: Sequence[int], nodes: Sequence[str]) -> str:
+    """The nodes of these ranks; with the ranks, where others of the node say otherwise."""
+    of_all, of_these = Counter(nodes), Counter(nodes[rank] for rank in ranks)
+    texts = []
+    for node, count in of_these.items():
+        own = [str(rank) for rank in ranks if nodes[rank] == node] if count < of_all[node] else []
+        texts.append(node + (f" (rank{'s' if len(own) > 1 else ''} {_some(own)})" if own else ""))
+    return _some(texts)
+
+
+def _unlike_nodes(nodes: Sequence[str]) -> Iterator[str]:
+    nodes_of: dict[int, list[str]] = {}
+    for node, count in Counter(nodes).items():
+        nodes_of.setdefault(count, []).append(node)
+    if len(nodes_of) > 1:
+        counts = "; ".join(f"{count} on {_some(names)}" for count, names in sorted(nodes_of.items(), reverse=True))
+        yield (
+            f"processes differ between nodes: {counts}. Every node must have as many: with Slurm give --gpus-per-node, "
+            "not --gpus, and --ntasks-per-node, not --ntasks; in a hostfile give every host the same slots"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gather(value: Any, world: World) -> list[Any]:
+    """The values of all ranks. Over the hosts: devices have not met yet, and meeting them may take minutes."""
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.control)
+    return values
+
+
+def _from_main(value: Any, world: World) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=world.control)
+    return box[0]

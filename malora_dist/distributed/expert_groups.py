@@ -1,0 +1,51 @@
+"""Who owns which experts: the expert-parallel groups of DeepSpeed, checked against `topology`."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from malora_dist.config.topology import expert_data_parallel_ranks, expert_parallel_ranks, owned_experts
+from malora_dist.distributed.process_groups import set_timeouts
+from malora_dist.errors import TopologyError
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """This process's two groups.
+
+    expert_parallel: neighbours that together own every expert once, and exchange tokens.
+    expert_data_parallel: the processes that own the same experts, and average their gradients.
+    name: DeepSpeed's name of both, `ep_size_<n>`.
+    """
+
+    ep_size: int
+    name: str
+    expert_parallel: dist.ProcessGroup
+    expert_data_parallel: dist.ProcessGroup
+
+    def owned(self, num_experts: int) -> range:
+        """Global numbers of this process's experts."""
+        return owned_experts(dist.get_rank(), self.ep_size, num_experts)
+
+
+def create_expert_groups(ep_size: int, timeout_seconds: float) -> ExpertGroups | None:
+    """The groups for experts spread over `ep_size` processes; None for 1. Every process must call it.
+
+    Raises TopologyError if ep_size does not divide the processes, or if DeepSpeed groups other ranks than `topology`
+    says.
+    """
+    if ep_size == 1:
+        return None
+    from deepspeed.utils import groups
+
+    world_size = dist.get_world_size()
+    wanted = expert_parallel_ranks(world_size, ep_size), expert_data_parallel_ranks(world_size, ep_size)
+    groups._create_expert_and_data_parallel(ep_size)
+    set_timeouts(timeout_seconds)
+    name = f"ep_size_{ep_size}"
+    found = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+    for group, sets in zip(found, wanted, strict=True):
+        ranks = dist.get_process_group_ranks(group)
+        if ranks not in sets:
+            raise TopologyError(f"DeepSpeed groups ranks {ranks} for parallel.ep_size={ep_size}, not one of {sets}")
+    return ExpertGroups(ep_size, name, *found)

@@ -1,0 +1,46 @@
+"""Spreading a model's experts over expert-parallel groups: which slice a process keeps, and how its tokens travel."""
+
+import torch
+from torch import nn
+
+from malora_dist.adapters.fused_projections import sets_of_siblings
+from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.distributed.all_to_all import Wire
+from malora_dist.distributed.dispatcher import SharedInputDispatcher
+from malora_dist.distributed.expert_groups import ExpertGroups
+from malora_dist.distributed.zero3 import mark_expert_parameter
+
+
+def keep_owned_experts(layer: MixtureLinear, groups: ExpertGroups) -> None:
+    """Replace a layer's stacked factors by this process's slice, marked for ZeRO."""
+    if not layer.routed:
+        return
+    owned = groups.owned(layer.num_experts)
+    assert layer.core is not None, "check_plan refuses methods whose tokens use every expert"
+    parts = [_slice(parameter, owned) for parameter in (layer.core, layer.B)]
+    for part in parts:
+        mark_expert_parameter(part, groups)
+    layer.set_experts(*parts)
+
+
+def _slice(parameter: nn.Parameter, owned: range) -> nn.Parameter:
+    part = parameter.detach()[owned.start : owned.stop].clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(part, requires_grad=parameter.requires_grad)
+
+
+def connect_experts(model: nn.Module, groups: ExpertGroups, *, overlap: bool = True, share: bool = True) -> Wire:
+    """Give every routed layer a dispatcher through the expert-parallel group; the wire they share counts the bytes.
+
+    overlap: the home leg flies while the base layer computes. share: linears that read one tensor send together.
+    """
+    wire = Wire(groups.expert_parallel, overlap=overlap)
+    for layers in _sharing_an_input(model, share):
+        dispatcher = SharedInputDispatcher(layers, wire)
+        for layer in layers:
+            layer.dispatcher = dispatcher
+    return wire
+
+
+def _sharing_an_input(model: nn.Module, share: bool) -> list[list[MixtureLinear]]:
+    sets = [[layer for layer in layers if layer.routed] for _, _, layers in sets_of_siblings(model)]
+    return sets if share else [[layer] for layers in sets for layer in layers]

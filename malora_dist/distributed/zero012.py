@@ -1,0 +1,120 @@
+"""Experts in slices below ZeRO-3, where DeepSpeed's stages 0 to 2 know only its own expert layers.
+
+Their optimizers do reduce slices of experts over the right group, once told. What they are told by, what they cannot
+do, and the check that they listened, is here; private names of DeepSpeed 0.19.8 are used.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from malora_dist.adapters.inject import adapter_parameters, mixture_layers
+from malora_dist.distributed.expert_groups import ExpertGroups
+from malora_dist.distributed.process_groups import sum_over_processes
+from malora_dist.errors import TopologyError
+
+
+def parameter_groups(parameters: Sequence[nn.Parameter], groups: ExpertGroups | None) -> list[dict[str, Any]]:
+    """Groups for the optimizer: slices of experts go in one of their own, named like the processes that share them."""
+    if groups is None:
+        return [{"params": list(parameters)}]
+    shared = [p for p in parameters if not is_slice(p)]
+    slices = [p for p in parameters if is_slice(p)]
+    return [{"params": shared}, {"params": slices, "moe": True, "name": groups.name}]
+
+
+def is_slice(parameter: Tensor) -> bool:
+    """Whether the parameter is marked as one process's slice of experts (`zero.mark_expert_parameter`)."""
+    return hasattr(parameter, "group_name")
+
+
+@contextmanager
+def showing_experts(model: nn.Module) -> Iterator[None]:
+    """Around `deepspeed.initialize`: lets the engine see that some parameters are slices of experts.
+
+    It hands the expert groups to its optimizer only if the model holds an instance of DeepSpeed's own MoE layer, of
+    which it reads `num_experts` and nothing else. This one holds no parameter and is gone afterwards.
+    """
+    from deepspeed.moe.layer import MoE
+
+    class ExpertSign(MoE):
+        def __init__(self, num_experts: int) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = num_experts
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            """Nothing to do: the groups exist."""
+
+    model.add_module("expert_sign", ExpertSign(max(layer.num_experts for _, layer in mixture_layers(model))))
+    try:
+        yield
+    finally:
+        del model.expert_sign
+
+
+def check_reduction(engine: Any, zero_stage: int, groups: ExpertGroups) -> None:
+    """Raise TopologyError unless DeepSpeed will add up each gradient over the group it should.
+
+    That is the expert-data-parallel group for slices of experts, the world for all else. At stages 1 and 2 the state
+    of the optimizer must be spread over the same group.
+    """
+    own = dist.get_process_group_ranks(groups.expert_data_parallel)
+    table = engine.optimizer.expert_dp_process_group if zero_stage else engine.expert_data_parallel_group
+    if not engine.has_moe_layers or dist.get_process_group_ranks(table[groups.name]) != own:
+        raise TopologyError(f"DeepSpeed does not know the expert groups at parallel.zero_stage={zero_stage}")
+    if zero_stage and not engine.optimizer.contiguous_gradients:
+        raise TopologyError("zero_optimization.contiguous_gradients=false mixes gradients of different experts")
+    spread = _state_ranks(engine.optimizer) if zero_stage else {}
+    slices = {id(p) for _, layer in mixture_layers(engine.module) if layer.dispatcher for p in (layer.core, layer.B)}
+    for name, parameter in adapter_parameters(engine.module):
+        expert = id(parameter) in slices
+        wanted = own if expert else list(range(dist.get_world_size()))
+        marked = getattr(parameter, "group_name", None) if not getattr(parameter, "allreduce", True) else None
+        if marked != (groups.name if expert else None):
+            raise TopologyError(f"{name} is marked as of group {marked}, it belongs to ranks {wanted}")
+        if zero_stage and parameter.requires_grad and spread.get(id(parameter)) != wanted:
+            raise TopologyError(f"state of {name} is spread over {spread.get(id(parameter))}, it belongs on {wanted}")
+
+
+def _state_ranks(optimizer: Any) -> dict[int, list[int]]:
+    """At stages 1 and 2: the ranks over which the optimizer's state of each parameter is spread, by `id`."""
+    pairs = zip(optimizer.bit16_groups, optimizer.real_dp_process_group, strict=True)
+    return {id(p): dist.get_process_group_ranks(group) for parameters, group in pairs for p in parameters}
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """At stage 0: scale all gradients to an L2 norm of at most `max_norm` (0: leave them); the norm before.
+
+    Not DeepSpeed's own clipping, which does not tell the norm, and which takes the mean over processes of norms that
+    each miss the other processes' experts, so that it clips too little.
+    """
+    trained = [p for p in parameters if p.grad is not None]
+    slices: list[Any] = [p for p in trained if is_slice(p)]
+    square = _norm([p for p in trained if not is_slice(p)]) ** 2
+    if slices:
+        # Over the world, and not over each expert-parallel group by itself, so that all processes get the same bits.
+        copies = dist.get_world_size(slices[0].ds_zero_partition_process_group)
+        square = square + sum_over_processes(_norm(slices) ** 2) / copies
+    norm = square.sqrt()
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def link_optimizer_state(optimizer: Any) -> None:
+    """At stages 1 and 2, after a step: let `safe_get_full_optimizer_state` find the state of every parameter.
+
+    DeepSpeed links it once, when the first group of parameters has stepped; later groups stay without.
+    """
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    for parameters, part in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        lazy_init_hp_params_optimizer_state(parameters, part, optimizer.optimizer.state)

@@ -1,0 +1,178 @@
+"""What the package knows of DeepSpeed's insides; nothing else reads its private attributes.
+
+Tested with DeepSpeed 0.19.8. Under ZeRO-3 a parameter holds no data between uses: `ds_tensor` is this process's part,
+`ds_numel` the number of all elements, `ds_process_group` the group it is spread over.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from malora_dist.adapters.inject import adapter_parameters, mixture_layers
+from malora_dist.distributed.expert_groups import ExpertGroups
+from malora_dist.distributed.process_groups import replicate
+from malora_dist.errors import TopologyError
+
+
+def partition_at_once(
+    deepspeed_config: dict[str, Any], share: Callable[[list[nn.Parameter]], None] | None = replicate
+) -> Callable[[list[nn.Parameter]], None]:
+    """Placement for ZeRO-3: each parameter gets its value by `share`, and then every process keeps its part alone.
+
+    Without `share` the processes that will share a parameter have the same values already.
+    """
+    init = _partitioner(deepspeed_config)
+
+    def place(parameters: list[nn.Parameter]) -> None:
+        parameter: Any
+        for parameter in parameters:
+            parameter.data = parameter.data.to(init.local_device)
+            if share is not None:
+                share([parameter])
+            init._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+
+    return place
+
+
+def partition_parts(
+    deepspeed_config: dict[str, Any],
+) -> Callable[[tuple[int, ...], torch.dtype, Callable[[int, int], Tensor]], nn.Parameter]:
+    """Placement for ZeRO-3 where each process makes its own part with `read_part(start, stop)`: nothing is sent.
+
+    No memory is ever taken for the whole tensor. Elements are counted in the flat tensor. Not for parameters that
+    DeepSpeed keeps on NVMe, where it must write the parts itself.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    init = _partitioner(deepspeed_config)
+
+    def place(shape: tuple[int, ...], dtype: torch.dtype, read_part: Callable[[int, int], Tensor]) -> nn.Parameter:
+        # One element under the whole shape, from which DeepSpeed takes shape, number of elements and dtype.
+        whole = torch.empty((), dtype=dtype, device=init.local_device).expand(shape)
+        parameter: Any = nn.Parameter(whole, requires_grad=False)
+        init._convert_to_deepspeed_param(parameter)
+        world_size, rank = parameter.ds_zero_partition_world_size, parameter.ds_zero_partition_rank
+        size = parameter.aligned_size() // world_size
+        start, stop = (min(edge * size, parameter.ds_numel) for edge in (rank, rank + 1))
+        part: Any = torch.zeros(size, dtype=dtype, device=init.remote_device)
+        part = get_accelerator().pin_memory(part) if init.pin_memory else part
+        part[: stop - start].copy_(read_part(start, stop))
+        parameter.ds_tensor = part
+        part.ds_numel, part.status, part.final_location = size, PartitionedParamStatus.AVAILABLE, None
+        parameter.ds_numel_aligned = parameter.aligned_size()
+        parameter.partition()
+        result: nn.Parameter = parameter
+        return result
+
+    return place
+
+
+def _partitioner(deepspeed_config: dict[str, Any]) -> Any:
+    import deepspeed
+
+    # Made around no parameters and not entered, since `with zero.Init():` patches constructors, which changes dtypes.
+    return deepspeed.zero.Init(module=nn.ParameterList(), config_dict_or_path=deepspeed_config)
+
+
+def mark_expert_parameter(parameter: nn.Parameter, groups: ExpertGroups) -> None:
+    """Tell DeepSpeed that this is a slice of experts: ZeRO-3 then spreads it over the expert-data-parallel group only.
+
+    Its gradient is still averaged over the world, and its norm added up over the expert-parallel group. Without these
+    marks DeepSpeed mixes different experts, without an error. To be set before anything is partitioned.
+    """
+    marks = {
+        "allreduce": False,
+        "group_name": groups.name,
+        "ds_zero_placement_family": "autoep_expert",
+        "ds_zero_partition_group_name": groups.name,
+        "ds_zero_partition_process_group": groups.expert_data_parallel,
+    }
+    for mark, value in marks.items():
+        setattr(parameter, mark, value)
+
+
+def check_partitioning(model: nn.Module, zero_stage: int, groups: ExpertGroups | None = None) -> None:
+    """Raise TopologyError unless every parameter is spread over exactly the group it should be.
+
+    At stage 3 that is the expert-data-parallel group for slices of experts, the world for everything else; below,
+    none. DeepSpeed ignores marks that it does not know without an error, and mixes parameters up; hence the check.
+    """
+    world = list(range(dist.get_world_size()))
+    slices = {id(p) for _, layer in mixture_layers(model) if layer.dispatcher for p in (layer.core, layer.B)}
+    for name, parameter in model.named_parameters():
+        group = getattr(parameter, "ds_process_group", None)
+        partitioned = group is not None
+        if partitioned != (zero_stage == 3):
+            raise TopologyError(
+                f"{name} is {'' if partitioned else 'not '}partitioned at parallel.zero_stage={zero_stage}"
+            )
+        if not partitioned:
+            continue
+        wanted = world
+        if id(parameter) in slices:
+            assert groups is not None, "experts are dispatched without expert groups"
+            wanted = dist.get_process_group_ranks(groups.expert_data_parallel)
+        ranks = dist.get_process_group_ranks(group)
+        if ranks != wanted:
+            raise TopologyError(f"{name} is partitioned over ranks {ranks}, it belongs on {wanted}")
+
+
+def resident_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of parameters this process keeps, by kind: `base` and `adapter`."""
+    adapters = {id(parameter) for _, parameter in adapter_parameters(model)}
+    total = {"base": 0, "adapter": 0}
+    for parameter in model.parameters():
+        part = getattr(parameter, "ds_tensor", parameter)
+        total["adapter" if id(parameter) in adapters else "base"] += part.numel() * part.element_size()
+    return total
+
+
+def gathered(module: nn.Module) -> AbstractContextManager[object]:
+    """While it is open the module's parameters are whole. Every process must take part where they are partitioned."""
+    import deepspeed
+
+    parameters = list(module.parameters())
+    context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+        parameters, enabled=any(hasattr(parameter, "ds_id") for parameter in parameters)
+    )
+    return context
+
+
+def gathered_adapter_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor (on the CPU) of every adapter parameter, one layer gathered at a time.
+
+    Slices of experts are joined in the order of their owners. Every process must take part to the end.
+    """
+    import deepspeed
+
+    for name, layer in mixture_layers(model):
+        own = dict(layer.factors())
+        partitioned = any(hasattr(parameter, "ds_id") for parameter in own.values())
+        with deepspeed.zero.GatheredParameters(list(own.values()), enabled=partitioned):
+            tensors = {f"{name}.{factor}": join_experts(p, p.detach()) for factor, p in own.items()}
+        yield from tensors.items()
+
+
+def join_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """A copy on the CPU of a tensor shaped like `parameter`, all owners' slices together if that is one of experts."""
+    return gather_experts(parameter, tensor).to("cpu", copy=True)
+
+
+def gather_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """Return all owners' slices together, where they are, if `parameter` is one of experts; else the tensor itself."""
+    name = getattr(parameter, "group_name", None)
+    if name is None:
+        return tensor
+    from deepspeed.utils import groups
+
+    group = groups._get_expert_parallel_group(name)
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return torch.cat(parts)

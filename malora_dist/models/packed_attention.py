@@ -1,0 +1,166 @@
+"""Attention of packed rows: samples behind one another in one row, none of which may attend to another.
+
+Varlen kernels (FlashAttention) take the cumulative lengths of the samples and compute each sample alone: sum of
+length^2 instead of T^2, and no mask. SDPA and eager attention take masks, which `models.packed_masks` makes. For
+neither the host waits.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from malora_dist.errors import ConfigError
+from malora_dist.models.packed_masks import MASKED, Row, Window, register_masks
+
+TORCH_VARLEN = "malora_varlen"
+FLASH_VARLEN = "malora_varlen_fa2"
+FULL = "full_attention"
+OTHER = "choose model.attn_implementation=sdpa or eager"
+
+# (q (T,H,D), k (T,G,D), v (T,G,D), cumulative lengths (S+1,), longest, scale, window or None) -> (T,H,D), causal
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]
+
+
+def register_attention() -> None:
+    """Make the forms known to transformers."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(MASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionInterface.register(TORCH_VARLEN, partial(varlen_attention, torch_varlen))
+    AttentionInterface.register(FLASH_VARLEN, partial(varlen_attention, flash_attn_varlen))
+    register_masks(TORCH_VARLEN, FLASH_VARLEN)
+
+
+def varlen_attention(
+    kernel: Kernel,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Window | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Compute the attention of a transformers model's layer: q (1,H,T,D), k and v (1,G,T,D) -> (1,T,H,D).
+
+    The window is the one that the model has asked a mask for; not all models name it here. Raises ConfigError if the
+    model asks for what these kernels do not compute, or hands no lengths on.
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise ConfigError(f"{type(module).__name__} hands no lengths of samples to its attention: {OTHER}")
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    unknown += ["v of another width"] if value.shape[-1] != query.shape[-1] else []
+    unknown += ["attention_mask"] if isinstance(attention_mask, Tensor) else []
+    unknown += (
+        [] if getattr(module, "is_causal", True) and others.get("is_causal") is not False else ["is_causal=False"]
+    )
+    unknown += [f"dropout={others['dropout']}"] if others.get("dropout") else []
+    if unknown:
+        raise ConfigError(f"{type(module).__name__}: varlen attention has no {', '.join(unknown)}: {OTHER}")
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    window = attention_mask.tokens if isinstance(attention_mask, Window) else sliding_window
+    return kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, window)[None].contiguous(), None
+
+
+def torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """Call PyTorch's kernel. Its signature changed: 2.10 says `is_causal`, later versions say it as a window."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = _parameters(varlen_attn)
+    options: dict[str, Any] = {"window_size": _window(window)} if "window_size" in known else {"is_causal": True}
+    if "window_size" not in known and window is not None and longest > window:
+        raise ConfigError(f"varlen attention of torch {torch.__version__} has no sliding window: {OTHER}")
+    if "scale" in known:
+        options["scale"] = scale
+    elif not math.isclose(scale, q.shape[-1] ** -0.5):
+        raise ConfigError(f"varlen attention of torch {torch.__version__} has no scale: {OTHER}")
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    result = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, **options)
+    assert isinstance(result, Tensor)
+    return result
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def flash_attn_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """Call the kernel of the package flash_attn."""
+    from flash_attn import flash_attn_varlen_func
+
+    result: Tensor = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seq_lens,
+        cu_seq_lens,
+        longest,
+        longest,
+        softmax_scale=scale,
+        causal=True,
+        window_size=_window(window),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return result
+
+
+def _window(window: int | None) -> tuple[int, int]:
+    """Count the tokens that a token sees before and after itself; a window of transformers counts the token too."""
+    return (-1 if window is None else window - 1, 0)
+
+
+def one_mask_fits(config: Any) -> bool:
+    """Return whether a (1,1,T,T) mask can stand for all that a model would make: no layer has a window or chunks."""
+    config = config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or [FULL])
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return layers == {FULL} and limits == [None, None]
+
+
+def is_masked(model: Any) -> bool:
+    """Return whether the model's attention works on (T, T) masks, be they given or its own."""
+    return model.config._attn_implementation in (MASKED, "sdpa", "eager")
+
+
+def is_varlen(model: Any) -> bool:
+    """Return whether the model's attention is one of those of this file, which computes each sample alone."""
+    return model.config._attn_implementation in (TORCH_VARLEN, FLASH_VARLEN)
+
+
+def attention_arguments(model: Any, row: Row) -> dict[str, Any]:
+    """Return what the model's forward is to be told of a packed row, inside `packed_row`; the device is not waited for.
+
+    A mask that hides nothing, for else transformers would look for samples in the positions.
+    """
+    shown = {"attention_mask": torch.ones_like(row.position_ids)}
+    if is_masked(model):
+        return shown
+    assert row.token_branch is None
+    lengths = length_arguments(row.cu_seq_lens, row.max_length)
+    return lengths | (shown if is_varlen(model) else {"attention_mask": None})
+
+
+def length_arguments(cu_seq_lens: Tensor, max_length: int) -> dict[str, Any]:
+    """Return what varlen kernels are to be told: where each sample begins, and how long the longest is."""
+    lengths = {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+    return lengths | {"max_length_q": max_length, "max_length_k": max_length}

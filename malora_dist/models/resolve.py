@@ -1,0 +1,155 @@
+"""Where a base model comes from: a hub id, a local folder, or a GGUF file; the result is a folder."""
+
+import hashlib
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from malora_dist.console.progress import tell
+from malora_dist.errors import ConfigError
+from malora_dist.files.cache import build_once, default_cache_dir
+
+# Weights, tokenizers in all their forms, chat templates.
+DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe"]
+# Pickles run code when they are read; weights in other formats are not read.
+NEVER = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.onnx"]
+CODE = ["*.py", "*.so"]
+
+
+def resolve_model(
+    name_or_path: str,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Path:
+    """A local folder in Hugging Face layout. A GGUF file is converted once, a hub id downloaded once.
+
+    Python files of a hub id are downloaded only with `trust_remote_code`. Safe to call on every process: a file lock
+    lets one work while the others wait, and no collective is held open. Raises ConfigError if there is no such model.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"model.name_or_path={name_or_path!r}: there is no such GGUF file")
+        return _convert_gguf(path, cache_dir or default_cache_dir())
+    if path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
+        raise ConfigError(f"model.name_or_path={name_or_path!r}: there is no such folder")
+    return _download(name_or_path, revision, trust_remote_code)
+
+
+def local_model(
+    name_or_path: str,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Path | None:
+    """The folder that `resolve_model` would give without any work, None if there is some to do."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        target = _converted_folder(path, cache_dir or default_cache_dir()) if path.is_file() else None
+        return target if target is not None and target.is_dir() else None
+    try:
+        patterns = _patterns(trust_remote_code)
+        return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True, **patterns))
+    except (ValueError, OSError):  # no such id, or nothing of it on this machine
+        return None
+
+
+def _patterns(code: bool) -> dict[str, Any]:
+    """Which files of a hub id are downloaded."""
+    if code:
+        return {"allow_patterns": [*DOWNLOADED, *CODE], "ignore_patterns": NEVER}
+    return {"allow_patterns": DOWNLOADED, "ignore_patterns": [*NEVER, *CODE]}
+
+
+def _download(repository: str, revision: str | None, code: bool) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    said = f"model.name_or_path={repository!r}"
+    page = f"{constants.ENDPOINT}/{repository}"
+    try:
+        return Path(snapshot_download(repository, revision=revision, **_patterns(code)))
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"{said} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{said} is neither a local folder nor a model at {page}; a private one needs HF_TOKEN"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ConfigError(
+                f"{said} is neither a local folder nor wholly downloaded in {constants.HF_HUB_CACHE}, and "
+                "HF_HUB_OFFLINE=1 forbids to download it: run `malora prepare` where the network is"
+            ) from error
+        raise ConfigError(f"{said} is neither a local folder nor a model that can be downloaded: {error}") from error
+
+
+def _convert_gguf(path: Path, cache_dir: Path) -> Path:
+    """Cached safetensors folder of a GGUF file, named by the file's content."""
+    target = _converted_folder(path, cache_dir)
+    build_once(target, partial(_write_converted, path.resolve()))
+    return target
+
+
+def _converted_folder(path: Path, cache_dir: Path) -> Path:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return cache_dir / "gguf" / f"{path.stem}-{digest}"
+
+
+def _write_converted(path: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    tell(f"converting {path.name} to a model folder in the cache, once")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except Exception as error:  # of many families, for a file that anybody may have written
+        raise ConfigError(
+            f"model.name_or_path={str(path)!r}: transformers cannot read this GGUF file: {error}"
+        ) from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    # Not model.save_pretrained, which writes nothing on any process but the main one, and refuses GGUF models.
+    save_file(stored_tensors(model), target / "model.safetensors", metadata={"format": "pt"})
+    # safetensors makes files for their owner only; a cache may be shared.
+    (target / "model.safetensors").chmod(target.stat().st_mode & 0o666)
+    model.config.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: its parameters, of tied ones the first, and the buffers that it must keep."""
+    held: dict[str, Tensor] = dict(model.named_parameters())
+    held |= {name: tensor for name, tensor in model.named_buffers() if name in model.state_dict()}
+    return {name: tensor.detach().contiguous() for name, tensor in held.items()}
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware; float32 elsewhere, where emulation is many times slower."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    return torch.bfloat16 if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else torch.float32

@@ -1,0 +1,66 @@
+"""Load balance: the statistics of a router and the loss on them.
+
+The paper names a balance loss and gives no formula; this is the usual N * sum_e f_e P_e (Switch, Mixtral), scaled so
+that 1 is perfect balance for every top_k. f_e = count_e / (K T) has no gradient, P_e is the mean probability.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from malora_dist.ops.routing import Routing
+
+EXACT_IN_FP32 = 2**24
+
+
+class ExpertStatistics(NamedTuple):
+    """Sums over tokens for L routers: how often each expert was chosen by each of G groups, and its probabilities."""
+
+    counts_GLE: Tensor
+    prob_sum_LE: Tensor
+
+
+def expert_statistics(
+    routings: Sequence[Routing], group_T: Tensor | None = None, num_groups: int = 1, mask_T: Tensor | None = None
+) -> ExpertStatistics:
+    """Statistics of routers that saw the same T tokens.
+
+    `group_T` is each token's group (its task). Tokens where `mask_T` is false, such as padding, never count. Only
+    `prob_sum_LE` carries a gradient.
+    """
+    ids_LTK = torch.stack([routing.expert_ids_TK for routing in routings])
+    probs_LTE = torch.stack([routing.probs_TE for routing in routings])
+    L, T, E = probs_LTE.shape
+    weight_T = probs_LTE.new_ones(T) if mask_T is None else mask_T.to(probs_LTE.dtype)
+    group_T = ids_LTK.new_zeros(T) if group_T is None else group_T
+    cells_LN = (group_T[:, None] * E + ids_LTK).flatten(1)
+    # Sums of ones: exact in fp32, so whatever the order in which a device adds them up.
+    assert ids_LTK[0].numel() <= EXACT_IN_FP32
+    counts = probs_LTE.new_zeros(L, num_groups * E)
+    counts.scatter_add_(1, cells_LN, weight_T[:, None].expand(-1, ids_LTK.shape[2]).reshape(1, -1).expand(L, -1))
+    return ExpertStatistics(
+        counts.view(L, num_groups, E).transpose(0, 1), torch.einsum("t,lte->le", weight_T, probs_LTE)
+    )
+
+
+def load_balancing_loss(counts_LE: Tensor, prob_sum_LE: Tensor, num_tokens: Tensor | float, top_k: int) -> Tensor:
+    """N * sum_e f_e P_e for each of L routers, shape (L,). No token gives 0.
+
+    Over several ranks pass counts and tokens summed over all of them, and this rank's own `prob_sum_LE`: the sum of
+    the ranks' results is the loss of one process that saw all tokens.
+    """
+    tokens = torch.as_tensor(num_tokens, dtype=prob_sum_LE.dtype, device=prob_sum_LE.device).clamp(min=1)
+    return balance_of_shares(counts_LE / (top_k * tokens), prob_sum_LE / tokens)
+
+
+def balance_of_shares(share_LE: Tensor, mean_prob_LE: Tensor) -> Tensor:
+    """N * sum_e f_e P_e, shape (L,), from each expert's share of the choices and its mean probability."""
+    return share_LE.shape[-1] * (share_LE * mean_prob_LE).sum(dim=-1)
+
+
+def choice_shares(counts_LE: Tensor) -> Tensor:
+    """f: the share of each router's choices that fell on each expert, (L, E); all alike where nothing was counted."""
+    total_L1 = counts_LE.sum(dim=-1, keepdim=True)
+    return torch.where(total_L1 > 0, counts_LE / total_L1.clamp(min=1), 1 / max(1, counts_LE.shape[-1]))

@@ -1,0 +1,158 @@
+"""Trackers beside metrics.jsonl: TensorBoard and Weights & Biases, imported only when a recipe asks for them."""
+
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from malora_dist.errors import ConfigError, MaloraError
+from malora_dist.tracking.metrics import EVAL, KIND, RESUME, ROUTING, SHARE, STEP, TRAIN
+
+
+class Tracker(Protocol):
+    """Takes the records of metrics.jsonl as they are written."""
+
+    def log(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoardTracker:
+    """Event files in `run_dir/tensorboard`; what was logged of steps that a resumed run does again is hidden."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        self._run_dir, self._config = run_dir, config
+        self._make = _summary_writer()
+        self._writer: Any = None
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        if record[KIND] == RESUME:
+            self.close()
+            self._open(purge_step=record[STEP] + 1)
+        for name, value in scalars(record).items():
+            self._open().add_scalar(name, value, record[STEP])
+            self._writer.flush()
+
+    def _open(self, **settings: Any) -> Any:
+        if self._writer is None:
+            self._writer = self._make(str(self._run_dir / "tensorboard"), **settings)
+            self._writer.add_text("config", _as_markdown(self._config))
+        return self._writer
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+
+
+class WandbTracker:
+    """A wandb run named as the run folder; WANDB_PROJECT, WANDB_MODE and the like are honoured.
+
+    A run that goes on is the same run there, by the id in `run_dir/wandb-id`.
+    """
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        id_file = run_dir / "wandb-id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        self._run = _wandb().init(
+            project=os.environ.get("WANDB_PROJECT", "malora_dist"),
+            id=id_file.read_text(),
+            resume="allow",
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=dict(config),
+        )
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        values = scalars(record)
+        if values:
+            self._run.log(values, step=record[STEP])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+}
+
+
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Raise ConfigError that says what to install if a tracker's package is missing: before a run, not in it."""
+    imports: Mapping[str, Callable[[], Any]] = {"tensorboard": _summary_writer, "wandb": _wandb}
+    for name in report_to:
+        imports[name]()
+
+
+def open_trackers(report_to: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """One tracker for each name in `report_to`; `config` is stored with the run.
+
+    Raises MaloraError for an unknown name, or if a tracker's package is not installed; nothing is left open then.
+    """
+    unknown = [name for name in report_to if name not in _TRACKERS]
+    if unknown:
+        raise MaloraError(f"train.report_to={unknown[0]!r} must be one of {', '.join(_TRACKERS)}")
+    opened: list[Tracker] = []
+    try:
+        for name in report_to:
+            opened.append(_TRACKERS[name](run_dir, config))
+    except BaseException:
+        for tracker in opened:
+            tracker.close()
+        raise
+    return opened
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record by name, `kind/` put before a plain one.
+
+    Routing gives `routing/<task>/expert_<e>`, the mean over layers. A record of facts, without a step, gives nothing.
+    """
+    kind = record[KIND]
+    if kind == ROUTING:
+        return _routing_scalars(record)
+    if kind not in (TRAIN, EVAL):
+        return {}
+    values = {name: value for name, value in record.items() if isinstance(value, int | float) and name != STEP}
+    return {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()}
+
+
+def _routing_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"routing/{task}/expert_{expert}": sum(shares) / len(shares)
+        for task, layers in record[SHARE].items()
+        for expert, shares in enumerate(zip(*layers.values(), strict=True))
+    }
+
+
+def _summary_writer() -> Callable[[str], Any]:
+    """torch.utils.tensorboard's SummaryWriter, or tensorboardX's where only that is installed."""
+    for module in ("torch.utils.tensorboard", "tensorboardX"):
+        try:
+            writer: Callable[[str], Any] = import_module(module).SummaryWriter
+            return writer
+        except ImportError:
+            continue
+    raise _not_installed("tensorboard", "tensorboard")
+
+
+def _wandb() -> Any:
+    try:
+        return import_module("wandb")
+    except ImportError as error:
+        raise _not_installed("wandb", "wandb") from error
+
+
+def _not_installed(tracker: str, package: str) -> ConfigError:
+    return ConfigError(
+        f"train.report_to={tracker} needs the package {package}: pip install 'malora_dist[trackers]', "
+        "or leave it out of train.report_to"
+    )
+
+
+def _as_markdown(config: Mapping[str, Any]) -> str:
+    return "\n".join(f"* **{section}**: `{values}`" for section, values in config.items())

@@ -1,0 +1,117 @@
+"""What can be said of a base before its weights are read: by its configuration, tokenizer and files' headers."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from malora_dist.adapters.targets import check_targets
+from malora_dist.config import RunConfig
+from malora_dist.config.summary import adapter_spec
+from malora_dist.errors import ConfigError
+from malora_dist.evaluation.packing import check_rows
+from malora_dist.models.attention import choose_attention
+from malora_dist.models.buffers import rebuild_buffers
+from malora_dist.models.config import own_code, read_model_config
+from malora_dist.models.load import build_empty_model, load_tokenizer
+from malora_dist.models.resolve import local_model
+from malora_dist.models.vocabulary import check_vocabulary, embedding_rows
+from malora_dist.models.weights.checkpoint import CheckpointWeights
+from malora_dist.models.weights.prequantized import check_stored_format
+from malora_dist.models.weights.reader import INDEX, SINGLE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What `check_support` found: sentences for the log, and tokens for which the model has no row (`vocabulary`)."""
+
+    notes: tuple[str, ...] = ()
+    spare_tokens: dict[int, str] = field(default_factory=dict)
+
+
+def check_support(
+    config: RunConfig,
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    trains: bool = True,
+) -> BaseFacts:
+    """Check a base against what is supported, its files and its tokenizer. Reads no weight.
+
+    Raises ConfigError for a family that is not supported, weights that are not there or stored in a format that is not
+    read, and tokens beyond the embedding.
+    """
+    model, unwritten = _empty_base(config, folder, dtype, trains)
+    _check_names(model, folder, unwritten)
+    spare = check_vocabulary(tokenizer, embedding_rows(model))
+    return BaseFacts(tuple(_notes(config, folder, spare)), spare)
+
+
+def check_local_support(config: RunConfig) -> tuple[str, ...]:
+    """As `check_support`, for what of the model is on this machine; sentences for the terminal. Downloads nothing."""
+    settings = config.model
+    trusted = settings.trust_remote_code
+    folder = local_model(settings.name_or_path, settings.revision, trust_remote_code=trusted)
+    if folder is None or not (folder / "config.json").is_file():
+        waits = Path(settings.name_or_path).is_file()
+        note = f"{settings.name_or_path} is not prepared yet: it was not compared with adapter.target_modules"
+        return (note,) if waits else ()
+    read_model_config(folder, trust_remote_code=trusted)
+    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        _empty_base(config, folder, torch.bfloat16, trains=True)
+        return ()
+    return check_support(config, folder, load_tokenizer(folder, trust_remote_code=trusted)).notes
+
+
+def _empty_base(
+    config: RunConfig, folder: Path, dtype: torch.dtype, trains: bool
+) -> tuple["PreTrainedModel", set[str]]:
+    """The base without weights, and the buffers that a checkpoint must hold.
+
+    Raises ConfigError for what is not supported, and for targets of adapters that it does not have.
+    """
+    settings = config.model
+    model = build_empty_model(folder, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    if trains:
+        check_targets(model, config.adapter.target_modules, adapter_spec(config))
+        check_rows(model.config, config.train.per_device_train_batch_size, config.data.max_seq_length)
+        if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"train.gradient_checkpointing=true must be false for {type(model).__name__}, which has none"
+            )
+    check_stored_format(folder, load_in_4bit=settings.load_in_4bit, double_quant=settings.bnb_4bit_use_double_quant)
+    if settings.attn_implementation == "sdpa":
+        choose_attention("sdpa", model.config, dtype.itemsize, None, flash_attn=False)
+    return model, rebuild_buffers(model)
+
+
+def _check_names(model: "PreTrainedModel", folder: Path, unwritten: set[str]) -> None:
+    """Raise ConfigError if a tensor of the model is under no name in the folder's files."""
+    stored = CheckpointWeights(folder).stored_names(model)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    missing = [own[0] for own in names.values() if not any(name in stored for name in own)]
+    missing += sorted(name for name in unwritten if name not in stored)
+    if missing:
+        raise ConfigError(
+            f"{folder} holds no weight for {len(missing)} of the model's tensors: {', '.join(missing[:SHOWN])}"
+            f"{', ...' if len(missing) > SHOWN else ''}: do config and weights belong together?"
+        )
+
+
+def _notes(config: RunConfig, folder: Path, spare: dict[int, str]) -> list[str]:
+    notes = []
+    if config.model.trust_remote_code and (code := own_code(folder)):
+        notes.append(f"model.trust_remote_code=true: code of {folder} is run ({', '.join(code)})")
+    if spare:
+        shown = ", ".join(list(spare.values())[:SHOWN])
+        notes.append(f"the model has no row for {shown}; task rows that spell one of them out are refused")
+    return notes

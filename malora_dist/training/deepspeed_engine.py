@@ -1,0 +1,87 @@
+"""From a model with adapters to a DeepSpeed engine. Holds the only `deepspeed.initialize`."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from malora_dist.adapters.inject import adapter_parameters
+from malora_dist.distributed.expert_groups import ExpertGroups
+from malora_dist.distributed.process_groups import set_timeouts
+from malora_dist.distributed.zero012 import check_reduction, parameter_groups, showing_experts
+from malora_dist.distributed.zero3 import check_partitioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW and its schedule, in the words of transformers."""
+
+    learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    epsilon: float
+    lr_scheduler_type: str
+    warmup_steps: int
+    total_steps: int
+
+
+def build_engine(
+    model: nn.Module,
+    deepspeed_config: dict[str, Any],
+    settings: OptimizerSettings | None,
+    *,
+    zero_stage: int,
+    timeout_seconds: float,
+    expert_groups: ExpertGroups | None = None,
+) -> Any:
+    """The DeepSpeed engine over `model`; without `settings` one that only computes forward.
+
+    The engine runs in fp32: adapters, their gradients and AdamW's moments are fp32 at every ZeRO stage, while the
+    frozen base keeps its own dtype. Raises TopologyError if DeepSpeed spread a parameter over another group than it
+    should, or would add gradients of experts up over another one. At stage 0 the caller clips (`clip_gradients`).
+    """
+    import deepspeed
+
+    if settings is None and zero_stage in (1, 2):
+        # These stages split what an optimizer holds, and DeepSpeed refuses them without one.
+        zero_stage = 0
+        deepspeed_config = {**deepspeed_config, "zero_optimization": {"stage": 0}}
+    if zero_stage == 0:
+        deepspeed_config = {**deepspeed_config, "gradient_clipping": 0.0}
+    trained = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
+    groups_below_3 = expert_groups if zero_stage < 3 else None
+    with showing_experts(model) if groups_below_3 is not None else nullcontext():
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=None if settings is None else _adamw(parameter_groups(trained, groups_below_3), settings),
+            lr_scheduler=None if settings is None else _schedule(settings),
+            config=deepspeed_config,
+        )
+    set_timeouts(timeout_seconds)
+    check_partitioning(engine.module, zero_stage, expert_groups)
+    if groups_below_3 is not None and settings is not None:
+        check_reduction(engine, zero_stage, groups_below_3)
+    return engine
+
+
+def _adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def _schedule(settings: OptimizerSettings) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+    from transformers import get_scheduler
+
+    return lambda optimizer: get_scheduler(
+        settings.lr_scheduler_type, optimizer, settings.warmup_steps, settings.total_steps
+    )

@@ -1,0 +1,175 @@
+"""The training loop: steps, log records, validation and checkpoints in between, and an early end."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from malora_dist.console.log import LOGGER, time_left
+from malora_dist.console.progress import Bar
+from malora_dist.data.loader import MicroBatch, TrainLoader
+from malora_dist.errors import TrainingError
+from malora_dist.training.best_checkpoint import Best
+from malora_dist.training.preemption import ENOUGH_STEPS, Agreement, Preempted
+from malora_dist.training.random_state import random_state
+from malora_dist.training.step_metrics import Record, Window
+from malora_dist.training.train_step import Stepper
+from malora_dist.training.watchdog import Position
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """Lengths and intervals, in optimizer steps; None switches an interval off."""
+
+    max_steps: int
+    steps_per_epoch: float
+    logging_steps: int
+    eval_steps: int | None
+    save_steps: int | None
+    stop_after_steps: int | None
+
+
+@dataclass
+class LoopState:
+    """How far a run has come: after `step` optimizer steps.
+
+    validated: nothing that is due after `step` is left to do. loader: where the next batch begins. random: the state
+    of this process's generators then.
+    """
+
+    step: int = 0
+    validated: bool = True
+    loader: dict[str, Any] = field(default_factory=dict)
+    random: dict[str, Tensor] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actions:
+    """What the loop has done by others; every process calls each at the same steps.
+
+    validate gives the score of a validation. save takes the loop's state and whether it is the best so far.
+    """
+
+    log: Callable[[Record], None]
+    validate: Callable[[int], float]
+    save: Callable[[LoopState, bool], None]
+
+
+def train_loop(
+    stepper: Stepper,
+    loader: TrainLoader,
+    window: Window,
+    settings: LoopSettings,
+    state: LoopState,
+    actions: Actions,
+    agreement: Agreement,
+) -> None:
+    """Train from `state` to the last step, keeping `state` up to date.
+
+    Raises Preempted, after a save of the last completed step, if the run is to end early.
+    """
+    stepper.between = agreement.check
+    loop = _Loop(stepper, loader, window, settings, state, actions)
+    try:
+        with Bar("training", settings.max_steps, stepper.world.is_main, after=0) as bar:
+            if not state.validated:
+                loop.save(best=loop.validate())
+            while state.step < settings.max_steps:
+                loop.step()
+                bar.update(state.step)
+                loop.log()
+                loop.save(best=loop.validate())
+                if state.step - loop.first_step == settings.stop_after_steps and state.step < settings.max_steps:
+                    raise Preempted(ENOUGH_STEPS)
+    except Preempted:
+        if state.step > 0:
+            actions.save(state, False)
+        raise
+
+
+class _Loop:
+    def __init__(
+        self,
+        stepper: Stepper,
+        loader: TrainLoader,
+        window: Window,
+        settings: LoopSettings,
+        state: LoopState,
+        actions: Actions,
+    ) -> None:
+        self.stepper, self.loader, self.window = stepper, loader, window
+        self.settings, self.state, self.actions = settings, state, actions
+        self.first_step, self.started = state.step, time.monotonic()
+        state.loader, state.random = loader.state_dict(), random_state()
+
+    @property
+    def is_last(self) -> bool:
+        return self.state.step == self.settings.max_steps
+
+    def step(self) -> None:
+        """One optimizer step; until it is complete the state is that of the one before."""
+        began, number = time.monotonic(), self.state.step + 1
+        batches = _next(self.loader, self.stepper.position, number, self.stepper.world.device)
+        self.window.add(self.stepper.step(number, batches), time.monotonic() - began)
+        self.state.step, self.state.loader, self.state.random = number, self.loader.state_dict(), random_state()
+        self.state.validated = not (self.is_last or _due(self.settings.eval_steps, number))
+
+    def log(self) -> None:
+        """A record of the steps since the last one, if it is due."""
+        number = self.state.step
+        if number % self.settings.logging_steps == 0 or number == 1 or self.is_last:
+            self.stepper.position.enter("logging")
+            record = self.window.close(number, number / self.settings.steps_per_epoch)
+            self.actions.log(record)
+            self._say(record)
+
+    def validate(self) -> bool:
+        """The validation and the routing record of this step, if they are still to be done; whether it is the best."""
+        if self.state.validated:
+            return False
+        number, best = self.state.step, False
+        if _due(self.settings.eval_steps, number):
+            best = self.state.best.offer(self.actions.validate(number), number)
+        self.stepper.position.enter("logging")
+        self.actions.log(self.window.routing(number))
+        self.state.validated = True
+        return best
+
+    def save(self, best: bool) -> None:
+        """A checkpoint, if one is due."""
+        if best or self.is_last or _due(self.settings.save_steps, self.state.step):
+            self.actions.save(self.state, best)
+
+    def _say(self, record: Record) -> None:
+        exchange = f"  exchanged {record['exchange_bytes'] / 2**20:.1f} MiB/step" if "exchange_bytes" in record else ""
+        done, total = record["step"] - self.first_step, self.settings.max_steps - self.first_step
+        logging.getLogger(LOGGER).info(
+            "step %d/%d  loss %.3f  aux %.3f  grad norm %.2f  lr %.2e  %.0f tokens/s  %.2f GiB%s  left %s",
+            record["step"],
+            self.settings.max_steps,
+            record["loss"],
+            record["aux_loss"],
+            record["grad_norm"],
+            record["learning_rate"],
+            record["tokens_per_second"],
+            record["peak_memory_gib"],
+            exchange,
+            time_left(self.started, done, total),
+        )
+
+
+def _next(loader: TrainLoader, position: Position, number: int, device: torch.device) -> list[MicroBatch]:
+    position.enter("reading data", number)
+    try:
+        return [batch.to(device) for batch in next(loader)]
+    except StopIteration:
+        raise TrainingError(f"this process's training data ended before step {number}") from None
+
+
+def _due(interval: int | None, number: int) -> bool:
+    return interval is not None and number % interval == 0

@@ -1,0 +1,201 @@
+"""Where a run starts: anew, or from a checkpoint of a run that may go on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from malora_dist.checkpoint.layout import CHECKPOINTS, Manifest, checkpoint_name
+from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.checkpoint.store import CheckpointStore
+from malora_dist.config import RunConfig, config_from_dict, load_config, plain_config
+from malora_dist.config.resume_compatibility import Change, changes
+from malora_dist.distributed.process_groups import World, fail_together
+from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.files.exit_status import FINISHED, read_outcome
+from malora_dist.training.base_model import base_quantizer
+from malora_dist.training.run_folder import MEASURED_ON
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts. `folder` is the run folder it goes on in, None for a new one; `checkpoint` its state."""
+
+    folder: str | None = None
+    checkpoint: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_start(config: RunConfig) -> Start:
+    """Read train.resume_from_checkpoint and what is on the disk; for the main process, which holds output_dir's lock.
+
+    A run without a checkpoint starts again, also by another recipe. Raises ConfigError if the run in output_dir is
+    finished or was begun elsewhere, or if the recipe differs from the checkpoint's in what the result depends on;
+    CheckpointError if a checkpoint is damaged.
+    """
+    wanted, run = config.train.resume_from_checkpoint, Path(config.output_dir)
+    if wanted is None:
+        return Start()
+    if wanted == "auto":
+        return _go_on(config, run) if is_run(run) else Start()
+    begun = is_run(run)
+    if begun and (is_finished(run) or CheckpointStore(run / CHECKPOINTS).latest() is not None):
+        _check_begun_from(Path(wanted), run)
+        return _go_on(config, run)
+    where = f"train.resume_from_checkpoint={wanted}"
+    try:
+        folder = _newest_in(Path(wanted))
+        before = Checkpoint.open(folder).manifest
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    again = (_again(run),) if begun else ()
+    return Start(str(run) if begun else None, str(folder), (*_compare_with_checkpoint(config, before, where), *again))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is the folder of a run."""
+    return (folder / "config.yaml").is_file()
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run there has said so. Raises CheckpointError if exit.json is damaged."""
+    outcome = read_outcome(run)
+    return outcome is not None and outcome["outcome"] == FINISHED
+
+
+def _check_begun_from(path: Path, run: Path) -> None:
+    """The same command again, in a requeued job, finds the run that it began; any other run is in the way."""
+    begun_from = load_config(run / "config.yaml").train.resume_from_checkpoint
+    if begun_from in (None, "auto") or Path(begun_from).resolve() != path.resolve() or is_finished(run):
+        raise ConfigError(
+            f"train.resume_from_checkpoint={path} starts a new run, but output_dir={run} holds a run already; "
+            "give another output_dir"
+        )
+
+
+def _go_on(config: RunConfig, run: Path) -> Start:
+    newest = CheckpointStore(run / CHECKPOINTS).latest()
+    if is_finished(run) or (newest is None and _is_of_old(run)):
+        again = f" Or give train.resume_from_checkpoint={newest} and another output_dir." if newest else ""
+        raise ConfigError(
+            f"output_dir={run}: the run there is finished. --new-run starts another beside it; malora evaluate and "
+            f"malora report look at this one.{again}"
+        )
+    if newest is None:
+        # Nothing is lost, whatever has changed: most often the mistake that ended the start before.
+        return Start(str(run), None, (*_changed_since(config, run), _again(run)))
+    notes = _compare_with_checkpoint(config, Checkpoint.open(newest).manifest, f"output_dir={run}")
+    return Start(str(run), str(newest), notes)
+
+
+def _is_of_old(run: Path) -> bool:
+    """Whether a version without checkpoints has finished there; one of now may be killed once it has its adapter."""
+    return (run / "adapter").is_dir() and not (run / MEASURED_ON).exists()
+
+
+def _changed_since(config: RunConfig, run: Path) -> tuple[str, ...]:
+    """Notes on how the recipe differs from that of a start before; none if that one cannot be read any more."""
+    try:
+        before = plain_config(load_config(run / "config.yaml"))
+    except ConfigError:
+        return ()
+    return _notes(changes(before, plain_config(config)))
+
+
+def _again(run: Path) -> str:
+    return f"{run} has no checkpoint yet: its training starts again"
+
+
+def _newest_in(path: Path) -> Path:
+    """A checkpoint's folder, or the newest one of a run."""
+    if (path / CHECKPOINTS).is_dir():
+        newest = CheckpointStore(path / CHECKPOINTS).latest()
+        if newest is None:
+            raise CheckpointError(f"{path / CHECKPOINTS} holds no checkpoint")
+        return newest
+    return path
+
+
+def _compare_with_checkpoint(config: RunConfig, before: Manifest, where: str) -> tuple[str, ...]:
+    """Note what is different. Raises ConfigError for another recipe, CheckpointError for other 4-bit codes."""
+    notes = _compare(config, before.config, where)
+    name, found, wanted = checkpoint_name(before.step), before.state.get("quantizer"), base_quantizer(config)
+    if wanted is None or found == wanted:
+        return notes
+    if found is None:
+        return (
+            *notes,
+            f"{name} does not tell how its 4-bit base was quantised: here by {wanted}, a few codes may differ",
+        )
+    raise CheckpointError(
+        f"{where}: {name} was trained on a base quantised by {found}, this version of malora_dist quantises by "
+        f"{wanted}; go on with the version that wrote it, or start a new run"
+    )
+
+
+def _compare(config: RunConfig, before: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Notes on what is different. Raises ConfigError where it would change the result."""
+    found = changes(_completed(before), plain_config(config))
+    refused = [change for change in found if change.kind == "refused"]
+    if refused:
+        listed = "\n  ".join(str(change) for change in refused)
+        raise ConfigError(
+            f"{where}: the run there was started with another recipe, and going on would give another result:\n"
+            f"  {listed}\nSet these back to go on, or start a new run: --new-run, or another output_dir"
+        )
+    return _notes(found)
+
+
+def _notes(found: Sequence[Change]) -> tuple[str, ...]:
+    return tuple(_note(change) for change in found if change.key not in ("output_dir", "train.resume_from_checkpoint"))
+
+
+def _completed(before: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stored config with the defaults of keys that did not exist when it was stored."""
+    try:
+        completed: Mapping[str, Any] = plain_config(config_from_dict(before))
+        return completed
+    except ConfigError:
+        return before
+
+
+def _note(change: Change) -> str:
+    return f"changed since: {change}" + (" (same numbers to rounding)" if change.kind == "topology" else "")
+
+
+def open_checkpoint(folder: Path, world: World) -> Checkpoint:
+    """A checkpoint whose files are as they were written; the processes share the work of checking.
+
+    Raises CheckpointError on all processes, naming the file.
+    """
+    error = None
+    try:
+        checkpoint = Checkpoint.open(folder)
+        checkpoint.verify(sorted(checkpoint.manifest.files)[world.rank :: world.size])
+    except CheckpointError as caught:
+        error = caught
+    fail_together(error)
+    return checkpoint
+
+
+def check_base(manifest: Manifest, base: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the base model is the one the checkpoint was trained on."""
+    for key in ("fingerprint", "dtype"):
+        if manifest.base.get(key) != base[key]:
+            raise CheckpointError(
+                f"{checkpoint_name(manifest.step)} was trained on the base {manifest.base.get('name')} with {key}="
+                f"{manifest.base.get(key)!r}; model.name_or_path={base['name']} has {key}={base[key]!r} here. "
+                + ("Set model.dtype" if key == "dtype" else "Give the same base, or start a new run")
+            )
+
+
+def check_data(manifest: Manifest, data: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise CheckpointError, naming the task, unless the tasks' rows are those of the checkpoint's run."""
+    before = manifest.state["data"]
+    for split, digests in data.items():
+        for task in dict.fromkeys([*before[split], *digests]):
+            if before[split].get(task) != digests.get(task):
+                raise CheckpointError(
+                    f"data.tasks: the {split} rows of task {task!r} are not those of "
+                    f"{checkpoint_name(manifest.step)}; put them back, or start a new run"
+                )

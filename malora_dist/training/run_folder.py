@@ -1,0 +1,135 @@
+"""The folder of a run: claimed once, never overwritten, every file whole or absent."""
+
+import math
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, Timeout
+
+from malora_dist.errors import CheckpointError, ConfigError, TrainingError
+from malora_dist.files.exit_status import RUN_FILES
+from malora_dist.files.json_text import parse_json
+from malora_dist.files.locks import lock_at, marker
+
+LOCK = ".lock"
+LOCK_SECONDS, LOCK_SHARE = 30, 0.8
+# The recipe, base and rows that eval.json and baseline.json are of, until a checkpoint says so.
+MEASURED_ON = "measured_on.json"
+
+
+def claim_run_folder(output_dir: str | Path) -> tuple[Path, BaseFileLock]:
+    """Make `output_dir` the folder of a new run, or `output_dir-2`, `-3`, ... if it is taken; with its lock, held.
+
+    A folder that holds nothing of a run is taken over with what is in it: a job's log file, or nothing because the run
+    before was killed at once. Raises ConfigError if it cannot be written.
+    """
+    wanted = Path(output_dir)
+    if wanted.name in ("", ".."):
+        raise ConfigError(f"output_dir={output_dir} must end in the name of the run's folder")
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"output_dir={output_dir} cannot be created: {error.strerror}") from error
+        lock = None if _is_taken(folder) else _lock(folder, seconds=0)
+        if lock is not None and not _is_taken(folder):
+            return folder, lock
+        if lock is not None:
+            lock.release()
+    raise AssertionError("count() ended")
+
+
+def _is_taken(folder: Path) -> bool:
+    return bool({path.name for path in folder.iterdir()} & RUN_FILES)
+
+
+def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> BaseFileLock:
+    """Hold the folder against a second run in it until the lock is released or this process ends.
+
+    Raises TrainingError if another process has it for `seconds` more: one that was killed may take a while to be gone,
+    and one whose node is lost until it gives up waiting for the others.
+    """
+    lock = _lock(folder, seconds)
+    if lock is None:
+        left = marker(folder / LOCK)
+        or_killed = f"; if one of another host was killed, remove {left}" if left.exists() else ""
+        raise TrainingError(f"output_dir={folder}: another process is training in it{or_killed}")
+    return lock
+
+
+def lock_seconds(environment: Mapping[str, str], timeout_seconds: float) -> float:
+    """How long a start waits for the lock, while its other processes wait in a collective.
+
+    Of a job that Slurm has requeued, long enough for the main process of the start before: on a node that was lost it
+    waits for its peers for `timeout_seconds` in all.
+    """
+    requeued = environment.get("SLURM_RESTART_COUNT", "0") != "0"
+    return LOCK_SHARE * timeout_seconds if requeued else min(LOCK_SECONDS, LOCK_SHARE * timeout_seconds)
+
+
+def _lock(folder: Path, seconds: float) -> BaseFileLock | None:
+    try:
+        lock = lock_at(folder / LOCK)
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return None
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: {folder / LOCK} cannot be locked: {error}") from error
+    return lock
+
+
+def read_evaluations(folder: Path) -> dict[str, Any]:
+    """eval.json of a run that goes on, {} without one. Raises CheckpointError if it is damaged."""
+    path = folder / "eval.json"
+    if not path.exists():
+        return {}
+    found = _read_json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(str(found))
+    return found
+
+
+def read_measured_on(path: Path) -> Any:
+    """What the evaluations in a run's folder were measured on; None if that is not known."""
+    if not path.exists():
+        return None
+    return _read_json(path)
+
+
+def forget_evaluations(folder: Path) -> None:
+    """Remove what earlier starts of a run without a checkpoint have measured. Raises OSError."""
+    for name in ("eval.json", "baseline.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
+    """Where `result` belongs: eval.json, or eval-2.json, -3, ... if the file says something that `result` does not.
+
+    So a measurement that comes out the same rewrites its file, one that was interrupted is completed, and one with
+    other tasks, rows or numbers (beyond rounding) goes beside it.
+    """
+    for number in count(1):
+        path = folder / ("eval.json" if number == 1 else f"eval-{number}.json")
+        if not path.exists() or _says_all_of(result, _read_json(path)):
+            return path
+    raise AssertionError("count() ended")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return parse_json(path.read_bytes(), non_finite=True)
+    except ValueError:
+        return f"{path} is damaged, and nobody else's to overwrite"
+
+
+def _says_all_of(new: Any, old: Any) -> bool:
+    if isinstance(new, dict) and isinstance(old, dict):
+        return all(key in new and _says_all_of(new[key], value) for key, value in old.items())
+    if isinstance(new, float) and isinstance(old, float):
+        return math.isclose(new, old, rel_tol=1e-5, abs_tol=1e-9)
+    return bool(new == old)

@@ -1,0 +1,129 @@
+"""One start of a run: which folder it works in, from where it goes on, and how it ended."""
+
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+
+from filelock import BaseFileLock
+
+from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name
+from malora_dist.checkpoint.store import CheckpointStore
+from malora_dist.config import RunConfig
+from malora_dist.console.log import LOGGER
+from malora_dist.distributed.process_groups import World, on_main
+from malora_dist.errors import CheckpointError, MaloraError
+from malora_dist.files.exit_status import (
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    FAILED,
+    FINISHED,
+    PREEMPTED,
+    clear_outcome,
+    write_outcome,
+)
+from malora_dist.training.loop import LoopState
+from malora_dist.training.preemption import Preempted
+from malora_dist.training.process import code_of
+from malora_dist.training.resume import Start, find_start, is_finished, is_run
+from malora_dist.training.run_folder import claim_run_folder, lock_run_folder, lock_seconds
+from malora_dist.training.run_logger import RunOutputs
+
+
+class Session:
+    """From the look for a run to go on with to exit.json. Every process makes one; all leave it alike.
+
+    Raises ConfigError, CheckpointError or TrainingError on all if the run cannot start here; exit.json of a run that
+    could have gone on then says so.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world, self.state = config, world, LoopState()
+        self.outputs: RunOutputs | None = None
+        self._lock: BaseFileLock | None = None
+        self.start: Start = on_main(self._find_start, world)
+
+    def _find_start(self) -> Start:
+        """Under the lock, since a process that is about to end may still be saving."""
+        run = Path(self.config.output_dir)
+        if self.config.train.resume_from_checkpoint is None or not is_run(run):
+            return find_start(self.config)
+        self._lock = lock_run_folder(run, lock_seconds(os.environ, self.config.parallel.timeout_seconds))
+        try:
+            start = find_start(self.config)
+        except MaloraError as error:
+            if not is_finished(run):
+                self._write(run, FAILED, code_of(error), str(error))
+            self._release()
+            raise
+        clear_outcome(run)
+        return start
+
+    def open(self) -> RunOutputs:
+        """The run's folder to write in: that of the run that goes on, or a new one."""
+        folder = on_main(self._folder, self.world)
+        # The config written there names that folder, and is one to go on with.
+        changes: dict[str, object] = {"output_dir": folder}
+        if self.config.train.resume_from_checkpoint is None:
+            changes["train"] = self.config.train.model_copy(update={"resume_from_checkpoint": "auto"})
+        self.outputs = RunOutputs(self.config.model_copy(update=changes), Path(folder), self.world)
+        self.outputs.notes(self.start.notes)
+        return self.outputs
+
+    def _folder(self) -> str:
+        if self.start.folder is not None:
+            return self.start.folder
+        folder, self._lock = claim_run_folder(self.config.output_dir)
+        return str(folder)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Preempted):
+            self._preempted(error)
+        elif isinstance(error, Exception):
+            self._failed(error)
+        elif error is None:
+            on_main(lambda: self._write(self._written_to(), FINISHED, EXIT_OK, ""), self.world)
+        self._release()
+
+    def _preempted(self, stop: Preempted) -> None:
+        outputs = self.outputs or self.open()
+        outputs.close()
+        step = on_main(lambda: self._write(outputs.folder, PREEMPTED, EXIT_PREEMPTED, stop.reason), self.world)
+        other = "" if str(outputs.folder) == self.config.output_dir else f" with --output_dir {outputs.folder}"
+        other += " and without --new-run" if self.config.train.resume_from_checkpoint is None else ""
+        logging.getLogger(LOGGER).info(
+            "ended early after step %d: %s; the same command%s goes on from there", step, stop.reason, other
+        )
+
+    def _failed(self, error: Exception) -> None:
+        folder = self._written_to()
+        if not self.world.is_main or folder is None:
+            return
+        try:
+            self._write(folder, FAILED, code_of(error), str(error).strip() or repr(error))
+        except CheckpointError as second:
+            # What has happened before is the news.
+            error.add_note(str(second))
+
+    def _written_to(self) -> Path | None:
+        if self.outputs is not None:
+            return self.outputs.folder
+        return None if self.start.folder is None else Path(self.start.folder)
+
+    def _write(self, folder: Path | None, outcome: str, code: int, reason: str) -> int:
+        """The last completed step: that of the newest checkpoint, if the session ended before it was restored."""
+        assert folder is not None
+        steps = CheckpointStore(folder / CHECKPOINTS).steps()
+        step = max([self.state.step, *steps])
+        name = checkpoint_name(steps[-1]) if steps else None
+        write_outcome(folder, outcome, code, reason=reason, step=step, checkpoint=name)
+        return step
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()

@@ -1,0 +1,268 @@
+"""Everything a run writes, and what it says on the terminal. Only the main process writes, and all must call.
+
+What it cannot write ends the run on all processes alike.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+from safetensors import SafetensorError
+from torch import nn
+
+from malora_dist.adapters.inject import InjectionReport
+from malora_dist.adapters.io.card import model_card
+from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
+from malora_dist.checkpoint.layout import CHECKPOINTS
+from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.config import RunConfig, config_text
+from malora_dist.config.summary import adapter_spec
+from malora_dist.console.log import LOGGER, console, start_logging
+from malora_dist.data.build import PreparedData
+from malora_dist.distributed.process_groups import World, from_main, on_main
+from malora_dist.distributed.zero3 import gathered_adapter_state
+from malora_dist.errors import TrainingError
+from malora_dist.files.atomic import write_json, write_text
+from malora_dist.files.json_text import parse_json
+from malora_dist.report import print_results, write_report
+from malora_dist.tracking.metrics import CHECKPOINT, EVAL, ROUTING, MetricsWriter
+from malora_dist.tracking.trackers import open_trackers
+from malora_dist.training.best_checkpoint import Tasks, score
+from malora_dist.training.run_folder import MEASURED_ON, forget_evaluations, read_evaluations, read_measured_on
+
+
+class RunOutputs:
+    """The files of one run folder: config.yaml, data.json, metrics.jsonl, eval.json, adapter/, report/, train.log.
+
+    A run that goes on adds to what its folder holds.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, world: World) -> None:
+        self.config, self.folder, self.world = config, folder, world
+        self.log = logging.getLogger(LOGGER)
+        self.evaluations: dict[str, Any] = on_main(lambda: read_evaluations(folder), world)
+        self.report: InjectionReport | None = None
+        start_logging(None)
+        self._on_main(self._open)
+        self.log.info(
+            "run folder %s, %d process%s on %s", folder, world.size, "es" if world.size > 1 else "", world.device.type
+        )
+
+    def _open(self) -> None:
+        write_text(self.folder / "config.yaml", config_text(self.config))
+        start_logging(self.folder / "train.log")
+        self.metrics = MetricsWriter(self.folder / "metrics.jsonl")
+        self.trackers = open_trackers(self.config.train.report_to, self.folder, self.config.model_dump(mode="json"))
+
+    def notes(self, notes: Sequence[str]) -> None:
+        """What a reader should know about the plan."""
+        for note in notes:
+            self.log.info("note: %s", note)
+
+    def data(self, data: PreparedData) -> None:
+        """data.json: what was read, skipped and removed, by task."""
+        self.notes(data.warnings())
+        self._write("data.json", data.counts)
+        sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
+        self.log.info("training samples: %s", sizes)
+
+    def injection(self, report: InjectionReport) -> None:
+        """Which modules were adapted, and how much of the base is quantised and adapted."""
+        self.report = report
+        for row in report.rows:
+            self.log.info(
+                "adapted %3d x %-10s %5d -> %-5d  %11s trainable",
+                row.modules,
+                row.target,
+                row.in_features,
+                row.out_features,
+                f"{row.trainable_parameters:,}",
+            )
+        base = report.base_parameters
+        self.log.info(
+            "trainable %s of %s base parameters (%.2f %%); 4-bit: %.1f %% of the base, adapted: %.1f %%",
+            f"{report.trainable_parameters:,}",
+            f"{base:,}",
+            100 * report.trainable_parameters / base,
+            100 * report.quantized_parameters / base,
+            100 * report.adapted_parameters / base,
+        )
+        if report.fused_experts:
+            self.log.info(
+                "not adapted, because they are no linears: experts kept as one 3-D parameter, %s and %d more",
+                report.fused_experts[0],
+                len(report.fused_experts) - 1,
+            )
+
+    def placement(self, dtype: str, resident: dict[str, int], steps: int, steps_per_epoch: float) -> None:
+        """What this process holds once DeepSpeed has placed everything."""
+        self.log.info(
+            "ZeRO-%d: this process keeps %.1f MiB of base and %.1f MiB of adapter weights",
+            self.config.parallel.zero_stage,
+            resident["base"] / 2**20,
+            resident["adapter"] / 2**20,
+        )
+        if self.config.parallel.ep_size > 1:
+            experts, ep_size = self.config.adapter.num_experts, self.config.parallel.ep_size
+            self.log.info(
+                "expert parallelism: groups of %d processes exchange tokens, each owns %d of %d experts of a layer",
+                ep_size,
+                experts // ep_size,
+                experts,
+            )
+        self.log.info("training for %d steps, %.1f steps an epoch", steps, steps_per_epoch)
+        assert self.report is not None
+        self.record(
+            {
+                "kind": "run",
+                "world_size": self.world.size,
+                "max_steps": steps,
+                "device": self.world.device.type,
+                "base_dtype": dtype.removeprefix("torch."),
+                "trainable_parameters": self.report.trainable_parameters,
+                "base_parameters": self.report.base_parameters,
+                "resident_bytes": resident,
+            }
+        )
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Append to metrics.jsonl and to the trackers."""
+
+        def append() -> None:
+            self.metrics.write(record)
+            for tracker in self.trackers:
+                tracker.log(record)
+
+        self._on_main(append)
+
+    def resumed(self, step: int, checkpoint: Checkpoint | None, *, validated: bool = True) -> None:
+        """Take the records of lost work out of metrics.jsonl, and add one that training goes on after `step`.
+
+        Unless the step is `validated`, its validation will be recorded once more.
+        """
+        self._on_main(lambda: self.metrics.cut(step, () if validated else (EVAL, ROUTING)))
+        folder = None
+        if checkpoint is not None:
+            folder = str(checkpoint.folder)
+            self.log.info("going on after step %d, from %s", step, folder)
+            self._record_checkpoint(checkpoint)
+        self.record({"kind": "resume", "step": step, "checkpoint": folder})
+
+    def _record_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Add the record of a checkpoint of this run whose writer was killed before it could."""
+        step, files = checkpoint.manifest.step, checkpoint.manifest.files.values()
+        if checkpoint.folder.parent == self.folder / CHECKPOINTS and not on_main(
+            lambda: self.metrics.holds(CHECKPOINT, step), self.world
+        ):
+            self.record({"kind": CHECKPOINT, "step": step, "bytes": sum(record.bytes for record in files)})
+
+    def measured_on(self, what: Mapping[str, Any]) -> None:
+        """Forget the evaluations of a start of this run that trained something else: another recipe, base or rows."""
+        path = self.folder / MEASURED_ON
+        before = on_main(lambda: read_measured_on(path), self.world)
+        if before is not None and before != what and self.evaluations:
+            self.notes(["an earlier start of this run was of another recipe, base or rows: evaluations are done again"])
+        if before != what:
+            self.evaluations = {}
+            self._on_main(lambda: forget_evaluations(self.folder))
+            self._write(MEASURED_ON, what)
+
+    def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The content of a JSON file of the folder, which is measured and written by the first start of a run."""
+        path = self.folder / name
+        if not on_main(path.exists, self.world):
+            self._write(name, measure())
+        content: dict[str, Any] = on_main(lambda: parse_json(path.read_bytes(), non_finite=True), self.world)
+        return content
+
+    def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:
+        """An evaluation during training: a record of `eval/<task>/accuracy` and `/loss`; its score by `metric`."""
+        value = score(metric, result["tasks"], baseline)
+        values = {
+            f"eval/{task}/{name}": row[name]
+            for task, row in result["tasks"].items()
+            for name in ("accuracy", "loss")
+            if name in row
+        }
+        self.record({"kind": "eval", "step": step, **values, f"eval/{metric}": value})
+        self.log.info("step %d  validation: %s %.3f", step, metric.replace("_", " "), value)
+        return value
+
+    def evaluation(self, side: str, result: dict[str, Any]) -> None:
+        """Add the `base` or `tuned` side to eval.json."""
+        self.evaluations[side] = result
+        self._write("eval.json", self.evaluations)
+        if result["average"] is not None:
+            measured = sum("accuracy" in row for row in result["tasks"].values())
+            self.log.info("%s: accuracy %.3f on average over %d tasks", side, result["average"], measured)
+
+    def adapter(self, model: nn.Module, name: str) -> None:
+        """Write the adapter folder `name`; gathers the weights, so every process must call it."""
+        state = dict(gathered_adapter_state(model))
+        self._on_main(lambda: save_adapter(self.folder / name, self.adapter_info(), state, self._card()))
+        self.log.info("saved %s", self.folder / name)
+
+    def adapter_info(self) -> AdapterInfo:
+        """What adapter_config.json says."""
+        adapter = self.config.adapter
+        return AdapterInfo(
+            spec=adapter_spec(self.config),
+            target_modules=adapter.target_modules if self.report is None else self.report.target_modules,
+            base_model=self.config.model.name_or_path,
+            lora_dropout=adapter.lora_dropout,
+            trust_remote_code=self.config.model.trust_remote_code,
+        )
+
+    def _card(self) -> str:
+        return model_card(self.adapter_info(), [task.name for task in self.config.data.tasks], self.evaluations)
+
+    def close(self) -> None:
+        """End the files of a run that is to go on later."""
+        self._on_main(self._close)
+
+    def _close(self) -> None:
+        self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def finish(self) -> None:
+        """Write the report, put the accuracies into the adapter's card, and say what to look at next."""
+        self._on_main(self._finish)
+
+    def _finish(self) -> None:
+        write_text(self.folder / "adapter" / "README.md", self._card())
+        self._close()
+        try:
+            write_report(self.folder)
+        except Exception as error:
+            # All that was trained and measured is there, and another start would train nothing more.
+            self.log.error("%s has no report (%r); malora report %s writes it", self.folder, error, self.folder)
+        terminal = console()
+        if self.evaluations:
+            terminal.print(print_results(self.evaluations))
+        next_steps = (
+            f"\nLook next at\n"
+            f"  {self.folder}/report/index.html   pictures: losses, accuracies, routing of tasks to experts\n"
+            f"  {self.folder}/adapter/            the adapter, {self.folder}/metrics.jsonl the numbers\n"
+            f"  malora evaluate {self.folder}     measures it again, on any number of processes"
+        )
+        terminal.print(Text(next_steps), soft_wrap=True)
+
+    def _write(self, name: str, value: Any) -> None:
+        self._on_main(lambda: write_json(self.folder / name, value))
+
+    def _on_main(self, write: Callable[[], None]) -> None:
+        """Let the main process write while the others wait. Raises TrainingError on all if that fails."""
+        error: Exception | None = None
+        if self.world.is_main:
+            try:
+                write()
+            except Exception as caught:
+                error = caught
+        problem = from_main(None if error is None else f"{self.folder} cannot be written: {error}")
+        if error is not None and not isinstance(error, OSError | SafetensorError):
+            raise error
+        if problem is not None:
+            raise TrainingError(problem) from error

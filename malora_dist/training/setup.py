@@ -1,0 +1,140 @@
+"""From a recipe to the parts of a run: data, adapters, engine, steps. The last places that read the recipe."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from malora_dist.adapters.inject import InjectionReport, inject_adapters
+from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.config import RunConfig
+from malora_dist.config.deepspeed import deepspeed_config
+from malora_dist.config.summary import adapter_spec
+from malora_dist.data.build import PreparedData
+from malora_dist.data.loader import TrainLoader
+from malora_dist.distributed.all_to_all import Wire
+from malora_dist.distributed.expert_groups import ExpertGroups
+from malora_dist.distributed.expert_parallel import connect_experts, keep_owned_experts
+from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.zero3 import gathered, partition_at_once
+from malora_dist.training.balance_loss import BalanceSettings
+from malora_dist.training.deepspeed_engine import OptimizerSettings
+from malora_dist.training.train_step import Stepper
+from malora_dist.training.watchdog import Position
+
+
+def engine_config(config: RunConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's configuration of this run."""
+    result = deepspeed_config(config, world.size)
+    # DeepSpeed would replace F.linear for the whole process by one that breaks non-reentrant recomputation.
+    result["zero_optimization"].setdefault("memory_efficient_linear", False)
+    # Its clock, which nothing here reads, waits for the device before and after every micro-batch.
+    result["timers"] = {"throughput": {"enabled": False}}
+    return result
+
+
+def add_adapters(
+    model: nn.Module,
+    config: RunConfig,
+    deepspeed_settings: dict[str, Any],
+    groups: ExpertGroups | None,
+    between: Callable[[], None] = lambda: None,
+    init_weights: bool = True,
+) -> tuple[InjectionReport, Wire | None]:
+    """Inject the recipe's mixture; with expert groups each process keeps its own experts, and a wire joins them.
+
+    Every process draws the same whole layer before it keeps its part, and does so before the next layer is drawn: step
+    0 does not depend on the topology, and no process ever holds more than one whole layer at ZeRO-3. `between` is
+    called at each layer, by every process alike; it may raise. Without `init_weights` nothing is drawn: a checkpoint
+    will be restored.
+    """
+    adapter = config.adapter
+    partition = partition_at_once(deepspeed_settings, share=None) if config.parallel.zero_stage == 3 else None
+
+    def place(layer: MixtureLinear) -> None:
+        between()
+        if groups is not None:
+            keep_owned_experts(layer, groups)
+        if partition is not None:
+            partition([parameter for _, parameter in layer.factors()])
+
+    report = inject_adapters(
+        model,
+        adapter_spec(config),
+        adapter.target_modules,
+        lora_dropout=adapter.lora_dropout,
+        computation=adapter.computation,
+        fuse_siblings=adapter.fuse_siblings,
+        seed=config.train.seed,
+        init_weights=init_weights,
+        place=place,
+        whole=gathered,
+    )
+    return report, None if groups is None else connect_experts(model, groups)
+
+
+def optimizer_settings(config: RunConfig, total_steps: int) -> OptimizerSettings:
+    """AdamW and schedule; warm-up is rounded up to whole steps, as transformers does."""
+    train = config.train
+    return OptimizerSettings(
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_beta1, train.adam_beta2),
+        epsilon=train.adam_epsilon,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=math.ceil(total_steps * train.warmup_ratio),
+        total_steps=total_steps,
+    )
+
+
+def train_loader(config: RunConfig, data: PreparedData, world: World) -> TrainLoader:
+    """This process's micro-batches of the training data."""
+    return TrainLoader(
+        data.train,
+        task_sizes=data.train_sizes,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.per_device_train_batch_size,
+        shares=data.shares,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.train.seed,
+        fingerprint=data.fingerprint,
+    )
+
+
+def total_steps(config: RunConfig, loader: TrainLoader) -> int:
+    """Return the optimizer steps of the whole run."""
+    return config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
+
+
+def unseen_tasks(config: RunConfig, data: PreparedData, loader: TrainLoader) -> list[str]:
+    """Return a note on each task of which the run draws no sample."""
+    steps = total_steps(config, loader)
+    return [
+        f"task {task}: none of its {size} samples is drawn in the {steps} steps of this run, its share of the mixture "
+        f"is {share:.2g}; see data.mixture and the task's weight"
+        for task, size, share, drawn in zip(
+            data.task_names, data.train_sizes, data.shares, loader.drawn(steps), strict=True
+        )
+        if drawn == 0
+    ]
+
+
+def new_stepper(
+    config: RunConfig, data: PreparedData, engine: Any, world: World, wire: Wire | None, position: Position
+) -> Stepper:
+    """What runs the recipe's optimizer steps on `engine`."""
+    adapter = config.adapter
+    return Stepper(
+        engine,
+        world,
+        task_names=data.task_names,
+        balance=BalanceSettings(adapter.router_aux_loss_coef, adapter.router_aux_loss_reduction, adapter.balance_scope),
+        normalization=config.train.loss_normalization,
+        zero_stage=config.parallel.zero_stage,
+        max_grad_norm=config.train.max_grad_norm,
+        seed=config.train.seed,
+        wire=wire,
+        position=position,
+    )

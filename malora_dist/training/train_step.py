@@ -1,0 +1,229 @@
+"""One optimizer step over all processes, with a loss that does not depend on how samples were dealt to them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from malora_dist.adapters.inject import adapter_parameters
+from malora_dist.data.loader import MicroBatch
+from malora_dist.distributed.all_to_all import Wire
+from malora_dist.distributed.process_groups import World, max_over_control, sum_over_processes
+from malora_dist.distributed.zero012 import clip_gradients
+from malora_dist.errors import NonFiniteError, TrainingError
+from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
+from malora_dist.ops.loss import batch_counts, target_weights
+from malora_dist.ops.transfer import to_device
+from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.training.balance_loss import BalanceSettings, StepBalance
+from malora_dist.training.nonfinite_guard import GradientGuard, first_nonfinite_layer, stop_if_nonfinite
+from malora_dist.training.watchdog import Position
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives, equal on every process; but `expert_counts_GLE` and `exchange_bytes` are this process's own.
+
+    norm: the L2 norm of all gradients before clipping, on the device, which may still be busy with it.
+    exchange_bytes: what it sent to other processes for expert parallelism.
+    """
+
+    loss: float
+    aux_loss: float
+    norm: Tensor
+    learning_rate: float
+    tokens: int
+    task_loss_sums: list[float]
+    task_token_counts: list[float]
+    expert_counts_GLE: Tensor
+    exchange_bytes: int = 0
+
+    @property
+    def grad_norm(self) -> float:
+        """Return `norm` on the host: waits for the device."""
+        return float(self.norm)
+
+
+class Stepper:
+    """Runs optimizer steps on an engine.
+
+    loss = sum of weighted cross-entropies over the whole global batch (`ops.loss`) + coefficient x its balance
+    loss (`training.balance_loss`). DeepSpeed divides by the accumulation steps and averages over processes, so each
+    process back-propagates its weighted sum times both. `between` is called before each micro-batch; what it raises
+    leaves the step undone. The host waits for the device once a step, when the numbers that must be finite are read.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        world: World,
+        *,
+        task_names: Sequence[str],
+        balance: BalanceSettings,
+        normalization: str,
+        zero_stage: int,
+        max_grad_norm: float,
+        seed: int,
+        wire: Wire | None = None,
+        position: Position | None = None,
+    ) -> None:
+        self.wire = wire
+        self.position = position or Position(world.rank)
+        self.position.follow(engine.module)
+        self.engine, self.world, self.task_names = engine, world, task_names
+        self.balance = StepBalance(engine.module, balance, len(task_names), world.size, world.device)
+        self.normalization, self.seed = normalization, seed
+        self.zero_stage, self.max_grad_norm = zero_stage, max_grad_norm
+        self.between: Callable[[], None] = lambda: None
+        self.trained = [p for _, p in adapter_parameters(engine.module) if p.requires_grad]
+        self.guard = GradientGuard(engine.module, world.device, self.position.reach)
+
+    def step(self, number: int, batches: Sequence[MicroBatch]) -> StepResult:
+        """Run optimizer step `number` (from 1) on this process's micro-batches.
+
+        Raises TrainingError, on every process alike, if a loss or gradient is not finite or if the processes have
+        different numbers of micro-batches; the weights are then still those of the step before.
+        """
+        self.position.enter("counting tokens", number)
+        _need_equal(number, len(batches), self.world)
+        self.engine.train()
+        self.guard.clear()
+        sent_before = self._sent_bytes()
+        step_counts = self._step_counts(batches)
+        self.balance.start(step_counts.tokens, len(batches))
+        learning_rate = float(self.engine.optimizer.param_groups[0]["lr"])
+        sums = _Sums(len(self.task_names), self.world.device)
+        with kept_weight_copies(self.engine.module):
+            for batch in batches[:-1]:
+                self.between()
+                self._backward(number, batch, step_counts, len(batches), sums)
+                self.engine.step()
+            self.between()
+            self._backward(number, batches[-1], step_counts, len(batches), sums)
+        self.position.enter("optimizer step")
+        totals = self._check(number, batches, sums, step_counts)
+        norm = clip_gradients(self.trained, self.max_grad_norm) if self.zero_stage == 0 else None
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        return StepResult(
+            loss=totals.loss,
+            aux_loss=totals.aux_loss,
+            norm=torch.as_tensor(norm, dtype=torch.float64),
+            learning_rate=learning_rate,
+            tokens=int(totals.tokens),
+            task_loss_sums=totals.task_loss_sums,
+            task_token_counts=totals.task_token_counts,
+            expert_counts_GLE=self.balance.counts_GLE,
+            exchange_bytes=self._sent_bytes() - sent_before,
+        )
+
+    def _sent_bytes(self) -> int:
+        return 0 if self.wire is None else self.wire.total_bytes
+
+    def _step_counts(self, batches: Sequence[MicroBatch]) -> "_StepCounts":
+        G = len(self.task_names)
+        counts = torch.zeros(G + 2, dtype=torch.float64)
+        for batch in batches:
+            counts[: G + 1] += batch_counts(batch.tasks_and_targets, G)
+            counts[G + 1] += batch.input_ids.numel()
+        counts = sum_over_processes(to_device(counts, self.world.device))
+        return _StepCounts(counts[: G + 1], counts[G + 1])
+
+    def _backward(
+        self, number: int, batch: MicroBatch, step_counts: "_StepCounts", accumulation: int, sums: "_Sums"
+    ) -> None:
+        self.position.enter("forward")
+        set_token_keys(self.engine.module, batch, self.seed, number)
+        ce_N = cross_entropies(self.engine, batch)
+        balance = self.balance.add(batch)
+        weights_N = target_weights(
+            batch.target_sample, batch.task_ids, batch.target_counts, step_counts.supervised, self.normalization
+        )
+        loss = (ce_N * weights_N).sum()
+        share = loss + self.balance.settings.coefficient * balance
+        self.position.enter("backward")
+        self.engine.backward(share * accumulation * self.world.size)
+        self.guard.collect()
+        sums.add(batch, ce_N.detach(), loss.detach())
+
+    def _check(
+        self, number: int, batches: Sequence[MicroBatch], sums: "_Sums", step_counts: "_StepCounts"
+    ) -> "_Totals":
+        """Read the step's sums over all processes on the host at once; raises if one of them is not finite."""
+        own = [sums.vector(), self.guard.norms_P, self.balance.sums()]
+        losses, norms, balance = sum_over_processes(torch.cat(own)).split([len(part) for part in own])
+        aux, tokens = self.balance.finish(balance).reshape(1), step_counts.tokens.reshape(1)
+        G = len(self.task_names)
+        aux_loss, loss, *rest = torch.cat([aux, losses, norms, step_counts.supervised[:-1], tokens]).tolist()
+        totals = _Totals(loss, aux_loss, rest[:G], rest[-G - 1 : -1], rest[-1])
+        stop_if_nonfinite(
+            number,
+            (loss, aux_loss),
+            totals.task_loss_sums,
+            self.task_names,
+            where=lambda: first_nonfinite_layer(self.engine, batches, self.world.device, seed=self.seed, step=number),
+        )
+        layer = self.guard.culprit(rest[G : -G - 1])
+        if layer is not None:
+            tasks = sorted({self.task_names[t] for batch in batches for t in batch.task_ids.tolist()})
+            raise NonFiniteError(
+                f"a gradient is not finite at step {number}, first in layer {layer}; tasks here: {', '.join(tasks)}"
+            )
+        return totals
+
+
+def _need_equal(number: int, micro_batches: int, world: World) -> None:
+    """Raise TrainingError at once: in the middle of a step, the process that has one less would be waited for.
+
+    Asked over the hosts, so that no process waits for its device.
+    """
+    own = [micro_batches if rank == world.rank else 0 for rank in range(world.size)]
+    ranks: dict[int, list[int]] = {}
+    for rank, count in enumerate(max_over_control(own, world)):
+        ranks.setdefault(count, []).append(rank)
+    if len(ranks) > 1:
+        found = ", ".join(f"{count} on rank {' '.join(map(str, which))}" for count, which in sorted(ranks.items()))
+        raise TrainingError(f"step {number} needs as many micro-batches on every process, but there are {found}")
+
+
+@dataclass(frozen=True)
+class _StepCounts:
+    supervised: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """A step's sums over all processes, on the host."""
+
+    loss: float
+    aux_loss: float
+    task_loss_sums: list[float]
+    task_token_counts: list[float]
+    tokens: float
+
+
+class _Sums:
+    """Running sums of a step on this process, on the device; `Stepper._check` adds up those of all processes."""
+
+    def __init__(self, num_tasks: int, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.task_loss_G = torch.zeros(num_tasks, dtype=torch.float64, device=device)
+
+    def add(self, batch: MicroBatch, ce_N: Tensor, loss: Tensor) -> None:
+        self.loss += loss
+        self.task_loss_G += sum_by_group(ce_N, batch.task_ids[batch.target_sample], len(self.task_loss_G))
+
+    def vector(self) -> Tensor:
+        return torch.cat([self.loss.reshape(1), self.task_loss_G])
+
+
+def sum_by_group(value_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
+    """Sum each group's values in fp64 in one order, (num_groups,); `index_add` on CUDA has a new one each time.
+
+    For few groups: it reads every value once for each.
+    """
+    groups_G = torch.arange(num_groups, device=group_N.device)
+    return torch.where(group_N == groups_G[:, None], value_N, 0).sum(dim=1, dtype=torch.float64)

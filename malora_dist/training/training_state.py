@@ -1,0 +1,125 @@
+"""What a checkpoint says beside tensors, taken from an engine and put back into one of any topology."""
+
+import logging
+import math
+from typing import Any
+
+from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.console.log import LOGGER
+from malora_dist.data.loader import TrainLoader
+from malora_dist.distributed.optimizer_state import OptimizerState
+from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.snapshot import Whole, restore
+from malora_dist.errors import CheckpointError
+from malora_dist.training.balance_loss import StepBalance
+from malora_dist.training.best_checkpoint import Best
+from malora_dist.training.loop import LoopState
+from malora_dist.training.random_state import random_state, set_random_state
+from malora_dist.training.step_metrics import Window
+
+GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
+
+
+def training_state(
+    engine: Any, optimizer: OptimizerState, balance: StepBalance, loop: LoopState, window: Window
+) -> dict[str, Any]:
+    """Plain JSON of everything that decides how training goes on from here, alike on every process.
+
+    Every process must call it.
+    """
+    group = engine.optimizer.param_groups[0]
+    return {
+        "optimizer": {
+            "kind": "AdamW",
+            "step": optimizer.step_count(),
+            **{key: list(group[key]) if key == "betas" else group[key] for key in GROUP_KEYS},
+        },
+        "scheduler": {"last_epoch": engine.lr_scheduler.last_epoch},
+        "balance": balance.state_dict(),
+        "loader": loop.loader,
+        "window": window.state_dict(),
+        "validated": loop.validated,
+        "best": loop.best.as_dict(),
+    }
+
+
+def restore_training(
+    checkpoint: Checkpoint,
+    engine: Any,
+    optimizer: OptimizerState,
+    balance: StepBalance,
+    tensors: list[Whole],
+    loader: TrainLoader,
+    window: Window,
+    world: World,
+) -> LoopState:
+    """Put a checkpoint's state into a fresh engine, loader and window; where training goes on.
+
+    Raises CheckpointError, on every process alike, if the checkpoint's tensors are not those of this model, if its
+    optimizer or schedule is another one, or if its data are.
+    """
+    step, state = checkpoint.manifest.step, checkpoint.manifest.state
+    check_tensors(checkpoint, tensors)
+    loader.load_state_dict(state["loader"])
+    restore(tensors, optimizer, step, checkpoint.read_elements)
+    _restore_schedule(checkpoint, engine, optimizer)
+    engine.global_steps, engine.global_samples = step, step * engine.train_batch_size()
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    _restore_balance(checkpoint, balance)
+    window.load_state_dict(state["window"])
+    set_random_state(_random_state_of(checkpoint, world.rank))
+    return LoopState(step, state["validated"], loader.state_dict(), random_state(), Best(**state["best"]))
+
+
+def check_tensors(checkpoint: Checkpoint, tensors: list[Whole]) -> None:
+    """Raise CheckpointError unless the checkpoint holds exactly the tensors of this model, in their shapes."""
+    wanted = {whole.name: whole.shape for whole in tensors}
+    found = {name: checkpoint.shape("adapter", name) for name in checkpoint.names("adapter")}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} has shape {found.get(name, 'none')} in the checkpoint and "
+                f"{wanted.get(name, 'none')} in this model"
+            )
+    trained = {f"exp_avg.{whole.name}" for whole in tensors if whole.parameter.requires_grad}
+    missing = sorted(trained - set(checkpoint.names("optimizer")))
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder} has no {missing[0]}: that tensor was not trained there")
+
+
+def _restore_balance(checkpoint: Checkpoint, balance: StepBalance) -> None:
+    """Take up the expert counts of the last step. Older checkpoints have none: then as before step 1."""
+    if "balance" in checkpoint.manifest.state:
+        balance.load_state_dict(checkpoint.manifest.state["balance"], str(checkpoint.folder))
+    else:
+        logging.getLogger(LOGGER).info(
+            "%s has no expert counts, so the first step from here does not balance experts", checkpoint.folder
+        )
+
+
+def _restore_schedule(checkpoint: Checkpoint, engine: Any, optimizer: OptimizerState) -> None:
+    saved, step = checkpoint.manifest.state["optimizer"], checkpoint.manifest.step
+    if (saved["step"], optimizer.step_count()) != (step, step):
+        raise CheckpointError(f"{checkpoint.folder}: its optimizer has taken {saved['step']} steps instead of {step}")
+    scheduler = engine.lr_scheduler
+    # One step from the one before sets the rates of all groups; a count above 1 says that the optimizer has stepped.
+    scheduler.last_epoch, scheduler._step_count = checkpoint.manifest.state["scheduler"]["last_epoch"] - 1, step + 1
+    scheduler.step()
+    for group in engine.optimizer.param_groups:
+        for key in GROUP_KEYS:
+            if not _equal(group[key], saved[key]):
+                raise CheckpointError(
+                    f"{checkpoint.folder}: AdamW's {key} was {saved[key]!r} after step {step}, this recipe gives "
+                    f"{group[key]!r}"
+                )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    pairs = zip(one, other, strict=True) if isinstance(one, tuple | list) else [(one, other)]
+    return all(math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-300) for a, b in pairs)
+
+
+def _random_state_of(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
+    """The generators' state of that rank; empty if the run had fewer processes."""
+    own = [name for name in checkpoint.names("rng") if name.startswith(f"{rank}.")]
+    return {name.partition(".")[2]: checkpoint.read("rng", name) for name in own}

@@ -1,0 +1,171 @@
+"""Where a process is in its run: step, phase and layer, for the message when it fails, is stuck or is told to end."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from malora_dist.adapters.inject import mixture_layers
+from malora_dist.errors import MaloraError
+from malora_dist.training.preemption import STOP_SIGNALS
+from malora_dist.training.process import say
+
+# Said this early, the others have not given up yet; NCCL's watchdog then ends a process without a Python exception.
+STUCK_SHARE = 0.9
+STOP = 0
+
+
+class Position:
+    """Optimizer step, phase and adapted layer of this process. Every change is a sign of life.
+
+    Nothing is said about a process before it has entered its first phase.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank, self.step = rank, 0
+        self.phase: str | None = None
+        self.layer: str | None = None
+        self.moved = time.monotonic()
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Begin a phase, of the given optimizer step or of the one before it."""
+        self.step = self.step if step is None else step
+        # The gradients begin at the layer where forward ended.
+        self.phase, self.layer = phase, self.layer if phase == "backward" else None
+        self.moved = time.monotonic()
+
+    def reach(self, layer: str) -> None:
+        """Come to an adapted layer, forward or backward."""
+        self.layer, self.moved = layer, time.monotonic()
+
+    def alive(self) -> None:
+        """Give a sign of life without a change of place."""
+        self.moved = time.monotonic()
+
+    def follow(self, model: nn.Module) -> None:
+        """Note every adapted layer that a forward of `model` comes to, recomputation included."""
+        for name, layer in mixture_layers(model):
+            # Before DeepSpeed's own hook, which gathers the layer and may wait for others.
+            layer.register_forward_pre_hook(lambda _module, _inputs, name=name: self.reach(name), prepend=True)
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f", near layer {self.layer}"
+        return f"at step {self.step}, {self.phase}{layer}"
+
+
+@contextmanager
+def watched(
+    position: Position, timeout_seconds: float, on_signal: Callable[[int], None] | None = None
+) -> Iterator[None]:
+    """Tell the position when it matters: in errors that leave this block, when it is stuck, when SIGTERM comes.
+
+    `on_signal` is called, in another thread, with each of STOP_SIGNALS. Without it SIGTERM ends the process; with it
+    any of them does if nothing moves from then on. Only for the main thread. An error gets the position as a note, but
+    not a mistake that is found before step 1.
+    """
+    watch = _Watch(position, STUCK_SHARE * timeout_seconds, on_signal)
+    watch.start()
+    try:
+        yield
+    except Exception as error:
+        if position.phase is not None and not (isinstance(error, MaloraError) and position.step == 0):
+            error.add_note(f"rank {position.rank} {position}")
+        raise
+    finally:
+        watch.stop()
+
+
+class _Watch:
+    """A thread that says once where this process is when it has not moved for `limit_seconds`, and kills nothing.
+
+    The main thread may be waiting inside PyTorch or CUDA, where no signal handler of Python runs. So the thread hears
+    signals through a socket.
+    """
+
+    def __init__(self, position: Position, limit_seconds: float, on_signal: Callable[[int], None] | None) -> None:
+        self.position, self.limit_seconds, self.on_signal = position, limit_seconds, on_signal
+        self.told: int | None = None
+        self.told_at = 0.0
+        self._signals = STOP_SIGNALS if on_signal is not None else (signal.SIGTERM,)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        self._inbox, self._outbox = socket.socketpair()
+        self._outbox.setblocking(False)
+        self._inbox.settimeout(self.limit_seconds / 20)
+        self._old_handlers = {number: signal.signal(number, lambda _number, _frame: None) for number in self._signals}
+        self._old_wakeup = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_forget)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._outbox.send(bytes([STOP]))
+        self._thread.join()
+        signal.set_wakeup_fd(self._old_wakeup)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._inbox.close()
+        self._outbox.close()
+
+    def _run(self) -> None:
+        said = None
+        while True:
+            try:
+                received = self._inbox.recv(64)
+            except TimeoutError:
+                received = b""
+            if STOP in received:
+                return
+            for number in self._signals:
+                if number in received:
+                    self._hear(number)
+            moved = self.position.moved
+            if moved != said and self._is_stuck():
+                said = moved
+            if self.told is not None and time.monotonic() - max(moved, self.told_at) >= self.limit_seconds:
+                self._end(self.told)
+
+    def _is_stuck(self) -> bool:
+        """Whether it is; says so."""
+        idle = time.monotonic() - self.position.moved
+        if self.position.phase is None or idle < self.limit_seconds:
+            return False
+        say(
+            f"no progress for {idle:.0f} s: {self.position}, in {_main_function()}; "
+            "a process that waits longer than parallel.timeout_seconds for another one gives up"
+        )
+        return True
+
+    def _hear(self, number: int) -> None:
+        if number == signal.SIGTERM and self.position.phase is not None and self.told is None:
+            say(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.position}")
+        if self.on_signal is None:
+            self._end(number)
+        else:
+            if self.told is None:
+                self.told, self.told_at = number, time.monotonic()
+            self.on_signal(number)
+
+    @staticmethod
+    def _end(number: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + number)
+
+
+def _forget() -> None:
+    """Keep a forked child, which shares the socket, from passing its own SIGTERM to its parent's watch."""
+    signal.set_wakeup_fd(-1)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _main_function() -> str:
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"

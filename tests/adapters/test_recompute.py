@@ -1,0 +1,54 @@
+"""Activation checkpointing that would lose the gradient of the balance loss is refused in its first forward."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from malora_dist.adapters.inject import inject_adapters, mixture_layers
+from malora_dist.adapters.methods import METHODS, mixture_spec
+from malora_dist.errors import TrainingError
+from tests.tiny_models import tiny_llama
+
+IDS = torch.arange(20)[None]
+BALANCED = ("malora", "molora")
+
+
+def adapted(method: str) -> Any:
+    model = tiny_llama().train()
+    inject_adapters(model, mixture_spec(method, num_experts=4, r=3))
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reentrant_checkpointing_is_refused_where_there_is_a_balance_loss(method: str) -> None:
+    model = adapted(method)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    if method in BALANCED:
+        with pytest.raises(TrainingError, match="reentrant.*use_reentrant=False"):
+            model(IDS, use_cache=False)
+    else:
+        model(IDS, use_cache=False).logits.sum().backward()
+
+
+def test_one_layer_under_torchs_own_function() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    x = torch.ones(3, 48, requires_grad=True)
+    layer = adapted("malora").model.layers[0].mlp.up_proj
+    with pytest.raises(TrainingError, match="use_reentrant=False"):
+        checkpoint(layer, x, use_reentrant=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert layer.routing.probs_TE.requires_grad
+
+
+def test_a_forward_without_a_graph_is_no_checkpointing() -> None:
+    """As measuring in the middle of a training does it, whatever the mode."""
+    model = adapted("malora")
+    with torch.no_grad():
+        model(IDS)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.eval()
+    with torch.no_grad():
+        model(IDS)
+    assert all(not layer.routing.probs_TE.requires_grad for _, layer in mixture_layers(model))

@@ -1,0 +1,149 @@
+"""config.json and tokenizers: what transformers cannot read is said in words; code of a folder never runs unasked."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from malora_dist.errors import ConfigError
+from malora_dist.models.config import own_code, read_model_config
+from malora_dist.models.load import build_empty_model, load_base_model, load_tokenizer
+from tests.multiprocess import ROOT
+from tests.tiny_models import byte_tokenizer, save_tiny_llama, tiny_llama
+
+CONFIG_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig
+Path({mark!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+MODEL_CODE = """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+TOKENIZER_CODE = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path({mark!r}).touch()
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _own_model(folder: Path, mark: Path) -> Path:
+    """A Llama under a type of its own, whose code leaves `mark` when it runs."""
+    save_tiny_llama(folder)
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    _edit(folder / "config.json", model_type="own", auto_map=auto_map)
+    (folder / "configuration_own.py").write_text(CONFIG_CODE.format(mark=str(mark)))
+    (folder / "modeling_own.py").write_text(MODEL_CODE)
+    return folder
+
+
+def _own_tokenizer(folder: Path, mark: Path) -> Path:
+    byte_tokenizer().save_pretrained(folder)
+    _edit(
+        folder / "tokenizer_config.json",
+        tokenizer_class="OwnTokenizer",
+        auto_map={"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    )
+    (folder / "tokenization_own.py").write_text(TOKENIZER_CODE.format(mark=str(mark)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _nobody_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """transformers asks on the terminal; and it copies what it runs."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def test_code_of_a_model_is_refused_in_words(tmp_path: Path) -> None:
+    folder = _own_model(tmp_path / "model", tmp_path / "mark")
+    words = (
+        "config.json: model_type='own' is code of its own .configuration_own.OwnConfig, modeling_own.OwnForCausalLM.; "
+        "code of a model folder is not run unless the recipe says model.trust_remote_code: true"
+    )
+    for read in (read_model_config, load_base_model):
+        with pytest.raises(ConfigError, match=words):
+            read(folder)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_of_a_tokenizer_is_refused_in_words(tmp_path: Path) -> None:
+    folder = _own_tokenizer(tmp_path / "model", tmp_path / "mark")
+    with pytest.raises(ConfigError, match="the tokenizer is code of its own .tokenization_own.OwnTokenizer.; code of"):
+        load_tokenizer(folder)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_runs_where_the_recipe_allows_it(tmp_path: Path) -> None:
+    folder = _own_tokenizer(_own_model(tmp_path / "model", tmp_path / "mark"), tmp_path / "other")
+    ours = load_base_model(folder, dtype=torch.float32, load_in_4bit=False, trust_remote_code=True)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, tiny_llama()(ids).logits)
+    assert type(ours).__name__ == "OwnForCausalLM" and (tmp_path / "mark").exists()
+    assert type(load_tokenizer(folder, trust_remote_code=True)).__name__ == "OwnTokenizer"
+
+
+def test_code_that_transformers_has_too_is_not_needed(tmp_path: Path) -> None:
+    """Phi-3 and others bring the files that they had before transformers knew them."""
+    save_tiny_llama(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    _edit(tmp_path / "config.json", auto_map={"AutoModelForCausalLM": "modeling_gone.Gone"})
+    _edit(tmp_path / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_gone.Gone", None]})
+    assert type(build_empty_model(tmp_path, dtype=torch.float32)).__name__ == "LlamaForCausalLM"
+    assert load_tokenizer(tmp_path).eos_token == "</s>"
+    assert own_code(tmp_path) == ["modeling_gone.Gone", "tokenization_gone.Gone"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "config.json cannot be read"),
+        ("[]", "config.json is not a JSON object"),
+        ("{}", "model_type=None is no model type of transformers"),
+        ('{"model_type": "nothing"}', "model_type='nothing' is no model type of transformers"),
+        ('{"model_type": ["llama"]}', r"model_type=\['llama'\] is no model type of transformers"),
+        ('{"model_type": "vit"}', "model_type='vit' is no causal language model"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "transformers cannot read config.json"),
+        ('{"model_type": "llama", "hidden_size": 48, "num_attention_heads": 0}', "transformers cannot"),
+        ('{"model_type": "dots1"}', "config.json: transformers cannot build this model"),
+    ],
+)
+def test_what_transformers_cannot_read_is_said(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=words) as caught:
+        build_empty_model(tmp_path, dtype=torch.float32)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path}: transformers cannot read the tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_every_call_says_that_no_code_runs() -> None:
+    """Without the argument transformers asks, and runs the code if somebody or something answers y."""
+    calls = []
+    for path in (ROOT / "malora_dist").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+                if node.func.attr in ("from_pretrained", "from_config") and owner.startswith("Auto"):
+                    calls.append((path, node))
+    assert len(calls) >= 6
+    for path, node in calls:
+        assert any(key.arg == "trust_remote_code" for key in node.keywords), f"{path}:{node.lineno}"

@@ -1,0 +1,91 @@
+"""The naive loop that training on many processes is compared with: no DeepSpeed, no packing, no ranks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from malora_dist.adapters.inject import adapter_parameters, mixture_layers
+from malora_dist.data.encode import Sample
+from malora_dist.data.loader import collate
+from malora_dist.evaluation.packed_forward import set_token_keys
+from tests.reference import adamw_reference_step, balance_reference, clip_reference, loss_reference
+from tests.training.workers import (
+    COEFFICIENT,
+    EPSILON,
+    LEARNING_RATE,
+    LENGTHS,
+    MAX_NORM,
+    SEED,
+    STEPS,
+    build_model,
+    step_samples,
+)
+
+# Of one layer: the probabilities (T, E) and the chosen experts (T, K) of all tokens.
+Routed = tuple[Tensor, Tensor]
+
+
+def reference_run(folder: str, case: dict[str, Any]) -> dict[str, Any]:
+    """The same five steps in one process without DeepSpeed, packing or ranks: one sample a forward, naive sums."""
+    model = build_model(folder, case, None, {}).train()
+    names = [name for name, parameter in adapter_parameters(model) if parameter.requires_grad]
+    parameters = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    losses, aux_losses, grad_norms, state = [], [], [], {}
+    earlier: list[Tensor] = []
+    for step in range(1, STEPS + 1):
+        samples = step_samples(step, case.get("lengths", LENGTHS))
+        ce, routed = _forward(model, samples, step)
+        tasks = [[[[sample.task_id for sample in samples]]]]
+        loss = loss_reference([[[ce]]], case.get("normalization", "token"), tasks)[0]
+        gradients = torch.autograd.grad(loss + COEFFICIENT * _balance(routed, earlier), parameters)
+        earlier = [ids_TK for _, ids_TK in routed]
+        state |= {f"gradient.{step}.{name}": g for name, g in zip(names, gradients, strict=True)}
+        clipped, norm = clip_reference(gradients, MAX_NORM)
+        with torch.no_grad():
+            for i, (parameter, gradient) in enumerate(zip(parameters, clipped, strict=True)):
+                new, *moments_i = adamw_reference_step(
+                    parameter,
+                    gradient,
+                    *moments[i],
+                    step,
+                    learning_rate=LEARNING_RATE,
+                    epsilon=EPSILON,
+                    weight_decay=0.01,
+                )
+                parameter.copy_(new)
+                moments[i] = (moments_i[0], moments_i[1])
+        losses.append(float(loss.detach()))
+        aux_losses.append(float(_balance(routed).detach()))
+        grad_norms.append(float(norm))
+    for name, parameter, (first, second) in zip(names, parameters, moments, strict=True):
+        state |= {name: parameter.detach(), f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
+    return {"losses": losses, "aux_losses": aux_losses, "grad_norms": grad_norms, "state": state}
+
+
+def _forward(model: nn.Module, samples: Sequence[Sample], step: int) -> tuple[list[Tensor], list[Routed]]:
+    """Cross-entropies of each sample, run on its own; probabilities and choices of all their tokens, by layer."""
+    layers = [layer for _, layer in mixture_layers(model)]
+    ce, routings = [], []
+    for sample in samples:
+        set_token_keys(model, collate([sample]), SEED, step)
+        ids = torch.as_tensor(sample.input_ids, dtype=torch.int64)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        targets = ids[sample.prompt_length :]
+        predicted = logits[sample.prompt_length - 1 : len(ids) - 1]
+        ce.append(nn.functional.cross_entropy(predicted, targets, reduction="none"))
+        routings.append([layer.routing for layer in layers if layer.balanced])
+    routed = [
+        (torch.cat([routing.probs_TE for routing in of_layer]), torch.cat([r.expert_ids_TK for r in of_layer]))
+        for of_layer in zip(*routings, strict=True)
+    ]
+    return ce, routed
+
+
+def _balance(routed: list[Routed], earlier: list[Tensor] | None = None) -> Tensor:
+    """The mean balance loss of all layers, with the choices of `earlier` tokens if they are given."""
+    before = [None] * len(routed) if earlier is None else earlier or [torch.zeros(0, 1)] * len(routed)
+    losses = [balance_reference(*of_layer, None, ids_TK) for of_layer, ids_TK in zip(routed, before, strict=True)]
+    return torch.stack(losses).mean() if losses else torch.zeros(())

@@ -1,0 +1,129 @@
+"""What is refused of a base before a row is tokenised or a weight read, and what is only said."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from malora_dist.config import RunConfig, config_from_dict
+from malora_dist.errors import ConfigError
+from malora_dist.models.load import load_tokenizer
+from malora_dist.training.base_support import check_local_support, check_support
+from tests.config.recipes import recipe
+from tests.families import family_model
+from tests.tiny_models import byte_tokenizer, save_tiny_llama
+
+
+def _config(folder: Path, **model: Any) -> RunConfig:
+    return config_from_dict(recipe(model={"name_or_path": str(folder), **model}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model and tokenizer that belong together; its weights cannot be read."""
+    save_tiny_llama(tmp_path, vocab_size=259)
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("malora_dist.models.weights.reader.read_elements", lambda *_: pytest.fail("read a weight"))
+    return tmp_path
+
+
+def test_a_base_that_fits_has_nothing_to_say(folder: Path) -> None:
+    config = _config(folder)
+    assert check_support(config, folder, load_tokenizer(folder)).notes == ()
+    assert check_local_support(config) == ()
+
+
+def test_a_model_that_is_elsewhere_is_not_looked_at(tmp_path: Path) -> None:
+    assert check_local_support(_config(tmp_path / "gone.gguf")) == ()
+    assert check_local_support(config_from_dict(recipe(model={"name_or_path": "nobody/no-such-model"}))) == ()
+
+
+def test_weights_that_are_not_there_are_named_all_at_once(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    words = "no weight for 2 of the model's tensors: model.layers.1.mlp.up_proj.weight, model.norm.weight"
+    with pytest.raises(ConfigError, match=words):
+        check_local_support(_config(folder))
+
+
+def test_tokens_without_a_row_are_refused(folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"<think> 259.*its embedding has 259"):
+        check_local_support(_config(folder))
+
+
+def test_padding_without_a_row_is_a_note(folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    facts = check_support(_config(folder), folder, load_tokenizer(folder))
+    assert facts.spare_tokens == {259: "[PAD]"} and "no row for [PAD]" in facts.notes[0]
+
+
+def test_a_configuration_alone_is_looked_at(tmp_path: Path) -> None:
+    family_model("gemma2").config.save_pretrained(tmp_path)
+    assert check_local_support(_config(tmp_path)) == ()
+    with pytest.raises(ConfigError, match="model.attn_implementation=sdpa: Gemma2ForCausalLM does not compute with it"):
+        check_local_support(_config(tmp_path, attn_implementation="sdpa"))
+
+
+def test_what_training_alone_needs_is_not_asked_of_an_evaluation(tmp_path: Path) -> None:
+    """A state runs through the rows of Mamba, and it has no q_proj."""
+    model = family_model("mamba", vocab_size=259)
+    model.save_pretrained(tmp_path)
+    config, tokenizer = _config(tmp_path), byte_tokenizer()
+    with pytest.raises(ConfigError, match="adapter.target_modules: 'q_proj' matches no module"):
+        check_support(config, tmp_path, tokenizer)
+    config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"target_modules": ("in_proj",)})})
+    with pytest.raises(
+        ConfigError, match="per_device_train_batch_size=4 must be 1 for mamba: its layers carry a state"
+    ):
+        check_support(config, tmp_path, tokenizer)
+    assert check_support(_config(tmp_path), tmp_path, tokenizer, trains=False).notes == ()
+
+
+def test_checkpointing_that_a_base_has_not_is_refused(tmp_path: Path) -> None:
+    family_model("ctrl").config.save_pretrained(tmp_path)
+    changes = {"model": {"name_or_path": str(tmp_path)}, "adapter": {"target_modules": ["Wq"]}}
+    for checkpointing, words in ((True, "gradient_checkpointing=true must be false for CTRLLMHeadModel"), (False, "")):
+        config = config_from_dict(recipe(train={"gradient_checkpointing": checkpointing}, **changes))
+        with pytest.raises(ConfigError, match=words) if checkpointing else nullcontext():
+            check_local_support(config)
+
+
+def test_a_format_that_is_not_read_is_refused(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ConfigError, match="quant_method='gptq'"):
+        check_support(_config(folder), folder, byte_tokenizer(), torch.float32)
+
+
+def test_code_that_runs_is_said(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"auto_map": {"AutoTokenizer": "own.Own"}}))
+    assert check_local_support(_config(folder)) == ()
+    (note,) = check_local_support(_config(folder, trust_remote_code=True))
+    assert note == f"model.trust_remote_code=true: code of {folder} is run (own.Own)"
+
+
+def test_targets_are_compared_with_the_models_linears(folder: Path) -> None:
+    """All mistakes at once, before a row is tokenised or a weight read."""
+    config = config_from_dict(
+        recipe(model={"name_or_path": str(folder)}, adapter={"target_modules": ["query", "lm_heads", "up_proj"]})
+    )
+    words = r"target_modules: 'query' .*did you mean q_proj or k_proj or v_proj\?; 'lm_heads' .*up_proj \(48 -> 80\)"
+    with pytest.raises(ConfigError, match=words):
+        check_local_support(config)
+    with pytest.raises(ConfigError, match=words):
+        check_support(config, folder, load_tokenizer(folder))
+    head = config_from_dict(recipe(model={"name_or_path": str(folder)}, adapter={"target_modules": ["lm_head"]}))
+    with pytest.raises(ConfigError, match="'lm_head' matches lm_head, the output head"):
+        check_local_support(head)

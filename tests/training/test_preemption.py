@@ -1,0 +1,149 @@
+"""When a run must begin to end, and how processes agree on it."""
+
+import os
+import signal
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from malora_dist.distributed.process_groups import World, gather_lists
+from malora_dist.training.preemption import (
+    ENOUGH_STEPS,
+    TIME_IS_UP,
+    Agreement,
+    Preempted,
+    deadline_of,
+    seconds_of,
+    slurm_end_time,
+)
+from malora_dist.training.watchdog import Position, watched
+from tests.multiprocess import run_distributed
+
+# Pieces of work of a twentieth of a second each.
+WORK = 1200
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("42", 42),
+        ("1:30", 90),
+        ("02:03:04", 7384),
+        ("1-00:00:00", 86400),
+        ("3-02:03:04", 266584),
+        ("UNLIMITED", None),
+        ("INVALID", None),
+        ("NOT_SET", None),
+        ("", None),
+    ],
+)
+def test_slurms_words_for_a_duration(text: str, seconds: float | None) -> None:
+    assert seconds_of(text) == seconds
+
+
+def test_the_earlier_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert deadline_of(None, 1000.0) is None and slurm_end_time() is None
+    assert deadline_of(0.5, 1000.0) == 1000 + 1800
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    # A tenth of what is left is kept, at most five minutes.
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "2000")
+    assert deadline_of(None, 1000.0) == 1900 and deadline_of(0.2, 1000.0) == 1720
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "101000")
+    assert deadline_of(None, 1000.0) == 100700 and deadline_of(100.0, 1000.0) == 100700
+
+
+@pytest.mark.e2e
+def test_slurm_is_asked_where_it_does_not_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A squeue of our own stands for the cluster's; tests/slurm runs the real one."""
+    squeue = tmp_path / "squeue"
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for answer, left in (("1:00:00", 3600), ("UNLIMITED", None)):
+        squeue.write_text(f'#!/bin/sh\n[ "$3" = 17 ] && echo "{answer}"\n')
+        squeue.chmod(squeue.stat().st_mode | stat.S_IXUSR)
+        end = slurm_end_time()
+        assert (end is None) if left is None else (end == pytest.approx(time.time() + left, abs=30))
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    assert slurm_end_time() is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert slurm_end_time() is None
+
+
+def test_every_signal_is_heard_and_nothing_ends() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    for number in before:
+        heard: list[int] = []
+        with watched(Position(), 60, heard.append):
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            while not heard:
+                time.sleep(0.01)
+        assert set(heard) == {number}
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+class Writer:
+    """Stands for a checkpoint in flight: busy on one rank, failed on another, for some checks."""
+
+    def __init__(self, states: list[tuple[bool, bool]]) -> None:
+        self.states, self.completed = states, 0
+
+    def progress(self) -> tuple[bool, bool]:
+        return self.states.pop(0)
+
+    def complete(self) -> None:
+        self.completed += 1
+
+
+def agree(world: World) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    agreement = Agreement()
+    agreement.join(world)
+    # Rank 1 is busy for two checks; all complete together, at the third.
+    agreement.background = writer = Writer([(world.rank == 1 and number < 2, False) for number in range(3)])
+    counts = []
+    for _ in range(3):
+        agreement.check()
+        counts.append(writer.completed)
+    found["busy"] = counts
+    agreement.background = writer = Writer([(True, world.rank == 1)])
+    agreement.check()
+    found["failed"] = writer.completed
+    # Rank 1 alone is told, while it works apart from rank 0, which hears of it soon.
+    agreement.background = None
+    found["worked"] = 0
+    try:
+        with agreement.apart() as look:
+            if world.rank == 1:
+                agreement.request(signal.SIGUSR2)
+                agreement.request(signal.SIGTERM)
+            while found["worked"] < WORK:
+                found["worked"] += 1
+                time.sleep(0.05)
+                look()
+    except Preempted as stop:
+        found["reason"] = stop.reason
+    # Only the main process's clock counts.
+    late = Agreement(deadline=time.time() - 1 if world.is_main else None)
+    late.world = world
+    try:
+        late.check()
+    except Preempted as stop:
+        found["late"] = stop.reason
+    found["same"] = gather_lists([found["reason"]])
+    return found
+
+
+@pytest.mark.distributed
+def test_processes_agree() -> None:
+    for found in run_distributed("tests.training.test_preemption:agree", 2):
+        assert found["busy"] == [0, 0, 1] and found["failed"] == 1
+        # The first request stands, and neither process finishes its work.
+        assert found["same"] == ["SIGUSR2", "SIGUSR2"] and found["worked"] < WORK
+        assert found["late"] == "the time limit is near"
+    assert Preempted(TIME_IS_UP).reason != Preempted(ENOUGH_STEPS).reason
