@@ -11,7 +11,8 @@ from malora_dist.bench.local.output import TABLE_WIDTH, Output
 from malora_dist.bench.roofline import Roofline, distinct, title, totals
 from malora_dist.bench.table import Sheet
 from malora_dist.files.atomic import write_json, write_text
-from malora_dist.plan.shapes import Linear, find_shape
+from malora_dist.plan.find_shape import find_shape
+from malora_dist.plan.shapes import Linear
 from malora_dist.plan.units import parse_flops, parse_rate
 
 LLAMA2_7B = "recipes/models/llama2-7b.json"

@@ -284,4 +284,3 @@ def bench_data(
     loaded = import_module("malora_dist.bench.local.data_rate")
     options = loaded.DataOptions(recipe=path, overrides=tuple(overrides), repeats=repeats, warmup=warmup)
     raise typer.Exit(loaded.main(options, Output(as_json, markdown)))
-

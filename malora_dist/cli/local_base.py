@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from malora_dist.config import RunConfig
-from malora_dist.plan.shapes import local_config
+from malora_dist.plan.find_shape import local_config
 
 
 def family_targets(model: str) -> tuple[str, ...] | None:

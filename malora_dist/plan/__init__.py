@@ -8,8 +8,9 @@ from malora_dist.config.compatibility import suggest_world_sizes
 from malora_dist.plan.advice import advice
 from malora_dist.plan.duration import Hardware
 from malora_dist.plan.estimate import Estimate, alternatives
+from malora_dist.plan.find_shape import find_shape
 from malora_dist.plan.run import Lengths, run_of
-from malora_dist.plan.shapes import ModelShape, find_shape
+from malora_dist.plan.shapes import ModelShape
 from malora_dist.plan.table import tables
 from malora_dist.plan.units import parse_bytes, parse_flops, parse_rate
 

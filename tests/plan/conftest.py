@@ -6,8 +6,9 @@ import pytest
 
 from malora_dist.config import AdapterConfig, RunConfig, load_config
 from malora_dist.config.summary import adapter_spec
+from malora_dist.plan.find_shape import find_shape
 from malora_dist.plan.run import Run, run_of
-from malora_dist.plan.shapes import ModelShape, find_shape
+from malora_dist.plan.shapes import ModelShape
 from tests.config.recipes import RECIPES
 
 

@@ -14,8 +14,8 @@ from malora_dist.config import RunConfig, config_from_dict
 from malora_dist.config.summary import adapter_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
+from malora_dist.plan.find_shape import find_shape
 from malora_dist.plan.run import Lengths, Run, run_of
-from malora_dist.plan.shapes import find_shape
 from tests.config.recipes import recipe
 from tests.multiprocess import run_distributed
 from tests.tiny_models import save_tiny_llama

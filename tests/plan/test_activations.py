@@ -27,9 +27,10 @@ from malora_dist.plan.activations import (
     logit_bytes,
     saved_logit_bytes,
 )
+from malora_dist.plan.find_shape import find_shape
 from malora_dist.plan.parameters import weight_copy_bytes
 from malora_dist.plan.run import Run, is_grouped, run_of
-from malora_dist.plan.shapes import Linear, find_shape
+from malora_dist.plan.shapes import Linear
 from tests.adapters.varlen_kernel import kernel_on_cpu
 from tests.config.recipes import recipe
 from tests.plan.real_runs_workers import saved_bytes

@@ -17,10 +17,10 @@ from malora_dist.ops.nf4 import nf4_bytes
 from malora_dist.ops.target_names import name_matches
 from malora_dist.plan.duration import step_flops
 from malora_dist.plan.families import family_shape
+from malora_dist.plan.find_shape import find_shape, shape_of
 from malora_dist.plan.memory import bytes_per_rank
 from malora_dist.plan.parameters import nf4_blob_bytes, stored_tensors, trainable_parameters
 from malora_dist.plan.run import Lengths, run_of
-from malora_dist.plan.shapes import find_shape, shape_of
 from malora_dist.plan.steps import step_bytes
 from tests.config.recipes import recipe
 from tests.families import family_config

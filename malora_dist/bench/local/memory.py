@@ -23,7 +23,7 @@ from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.records import Record, Report
-from malora_dist.bench.local.step import Stage, StepOptions, first_steps
+from malora_dist.bench.local.step_stage import Stage, StepOptions, first_steps
 from malora_dist.bench.local.timing import interleave, records_of
 from malora_dist.bench.local.trainee import Trainee
 

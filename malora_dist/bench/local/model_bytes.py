@@ -10,11 +10,11 @@ from malora_dist.bench.local.allocation import storage_bytes
 from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.peers.build import build
 from malora_dist.bench.local.records import Record
-from malora_dist.bench.local.step import Stage
+from malora_dist.bench.local.step_stage import Stage
 from malora_dist.models.nf4_linear import NF4Linear
+from malora_dist.plan.find_shape import shape_of
 from malora_dist.plan.parameters import parameter_bytes
 from malora_dist.plan.run import Run, ZeroSettings
-from malora_dist.plan.shapes import shape_of
 
 BF16 = 2
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.records import Record
-from malora_dist.bench.local.step import Stage, first_steps
+from malora_dist.bench.local.step_stage import Stage, first_steps
 from malora_dist.bench.local.timing import records_of, reference
 from malora_dist.errors import ConfigError
 

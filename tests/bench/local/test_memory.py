@@ -9,7 +9,7 @@ from malora_dist.bench.local.memory import MemoryOptions, peaks, run
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.baselines import CONTESTANTS
 from malora_dist.bench.local.records import Record
-from malora_dist.bench.local.step import Stage
+from malora_dist.bench.local.step_stage import Stage
 from malora_dist.errors import ConfigError
 from tests.tiny_models import save_tiny_llama
 

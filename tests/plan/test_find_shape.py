@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from malora_dist.errors import ConfigError
-from malora_dist.plan.shapes import find_shape, shape_of
+from malora_dist.plan.find_shape import find_shape, shape_of
 from tests.config.recipes import RECIPES
 from tests.tiny_models import smollm2_file
 
