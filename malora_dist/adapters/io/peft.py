@@ -22,6 +22,7 @@ from malora_dist.adapters.io.weights import weights_header
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.errors import CheckpointError, brief, short
 from malora_dist.files.folder import file_in
+from malora_dist.ops.target_names import compiled
 
 # What says nothing of the function, or is read below.
 READ = {"peft_type", "task_type", "base_model_name_or_path", "revision", "target_modules", "r", "lora_alpha"}
@@ -92,7 +93,7 @@ def peft_info(folder: Path, layers: Sequence[str]) -> AdapterInfo:
             base_model=config.get("base_model_name_or_path") or "",
             lora_dropout=float(config.get("lora_dropout") or 0.0),
         )
-    except (AttributeError, TypeError, ValueError, re.error) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged: {error}") from error
 
 
@@ -141,9 +142,17 @@ def _one_rank_and_alpha(folder: Path, config: Mapping[str, Any], layers: Sequenc
 def _pattern_value(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
     """The first pattern that is the end of the layer's name from a dot on, as PEFT searches them."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        if _ends_in(pattern).match(layer):
             return value
     return default
+
+
+def _ends_in(pattern: str) -> re.Pattern[str]:
+    """Raises ValueError for no regular expression, with the pattern."""
+    try:
+        return compiled(rf"(.*\.)?({pattern})$")
+    except ValueError as error:
+        raise ValueError(f"{short(pattern)} is no regular expression: {error}") from error
 
 
 def _layers(folder: Path) -> list[str]:
