@@ -190,7 +190,10 @@ def _fill(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> No
 
 
 def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:
-    """Write the folder so that each file is either whole or absent; a former adapter there is replaced."""
+    """Write the folder so that each file is either whole or absent; a former adapter there is replaced.
+
+    A kill leaves the former adapter, the new one, or a folder without a config, which is none.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -201,6 +204,8 @@ def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor]
     save_file(tensors, partial_file, metadata={"format": "pt"})
     share_file(partial_file)
     seal = file_record(partial_file).sha256
+    # The former config says the checksum of the former weights.
+    (folder / CONFIG).unlink(missing_ok=True)
     partial_file.replace(folder / WEIGHTS)
     write_text(folder / CONFIG, json.dumps(adapter_config(info, seal), indent=2) + "\n")
     write_text(folder / "README.md", card)
