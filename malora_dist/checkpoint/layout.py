@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from malora_dist.errors import CheckpointError
 from malora_dist.files.durable import reading, write_text
+from malora_dist.files.folder import is_cached
 from malora_dist.files.json_rules import check_document
 from malora_dist.files.json_text import parse_json
 
@@ -104,7 +105,7 @@ class Manifest:
         unknown or against its rule.
         """
         path = folder / MANIFEST
-        if path.is_symlink():
+        if path.is_symlink() and not is_cached(path):
             raise CheckpointError(f"{path} is a symbolic link; a checkpoint's files must lie in its folder")
         with reading(path):
             content = path.read_bytes()

@@ -74,6 +74,13 @@ def file_in(folder: Path, name: str) -> Path:
     return path
 
 
+def is_cached(path: Path) -> bool:
+    """Return whether this is a file of the hub's cache: a link from `snapshots/<commit>` to `blobs` beside those."""
+    if not path.is_symlink() or not path.is_file():
+        return False
+    return any(path.resolve().is_relative_to(blobs) for blobs in _blobs(path.parent.resolve()))
+
+
 def local_path(name: str) -> Path:
     """The path that a model's name means if it is one; `~` stands for a home where that is known.
 
