@@ -20,8 +20,10 @@ from malora_dist.files.durable import write_text
 from malora_dist.files.tensor_file import read_header, write_tensors
 from malora_dist.models.linears import is_conv1d
 from malora_dist.models.load import build_empty_model
+from malora_dist.models.weights.checkpoint import CheckpointWeights
 from malora_dist.models.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
 from malora_dist.models.weights.stored_names import stored_names
+from malora_dist.models.weights.ties import untie
 
 # What stands beside the weights in a model folder: config, tokenizer, templates, terms.
 COPIED = re.compile(
@@ -40,6 +42,8 @@ def to_merged(job: Job) -> None:
     base = job.base_folder(adapter.info)
     reader = TensorReader(base)
     model = build_empty_model(base, dtype=torch.float32, trust_remote_code=job.trusted)
+    # As the loader does: what the configuration ties and the files hold apart is apart.
+    untie(model, CheckpointWeights(base).untied_names(model))
     layers = _stored_layers(model, adapter, base, reader)
     transposed = {layer for layer in adapter.layers() if is_conv1d(model.get_submodule(layer))}
     _check_base(adapter, base, reader, layers, transposed)
@@ -105,8 +109,6 @@ def _check_base(
         raise ConfigError(f"{base} holds quantised weights; give the unquantised model with --base")
     check_base(adapter.checkpoint, base)
     for name, layer in layers.items():
-        if config.get("tie_word_embeddings") and layer.rpartition(".")[2] == "lm_head":
-            raise CheckpointError(f"{layer} of this base is tied to the embedding, which a merge would change too")
         place = reader.place([name])
         shape = (adapter.shapes[f"{layer}.B"][1], adapter.shapes[f"{layer}.A"][2])
         shape = shape[::-1] if layer in transposed else shape
