@@ -48,7 +48,7 @@ def _check_all_is_adapter(model: nn.Module) -> None:
     if others:
         more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
         raise CheckpointError(
-            f"{others[0]}{more} trained and no part of the adapter, and a folder of an adapter holds nothing else: save "
+            f"{others[0]}{more} trained and no part of the adapter, and an adapter folder holds nothing else: save "
             "model.state_dict() with torch or safetensors, or freeze all of the base (requires_grad_(False)) to keep "
             "the adapter alone"
         )
