@@ -36,7 +36,8 @@ class Checkpoint:
         """Read the manifest and the headers of all shards, and check that they agree; no tensor is read.
 
         Raises CheckpointError if this is no checkpoint, is of a newer format, or if a file is missing, cut short, a
-        link (but for those of the hub's cache) or holds other tensors than the manifest says. Damage inside tensors is for `verify` to find.
+        link (other than the hub's cache makes) or holds other tensors than the manifest says. Damage inside tensors is
+        for `verify` to find.
         """
         folder = Path(folder)
         with reading(folder):
@@ -128,9 +129,9 @@ class Checkpoint:
 
 
 def check_files(folder: Path, manifest: Manifest, if_missing: str = "") -> None:
-    """Raise CheckpointError unless every file of the manifest is there, a plain file (or the hub's cache's) and of its size.
+    """Raise CheckpointError unless every file of the manifest is there, a plain file and of its size.
 
-    `if_missing` is added to the message for a missing file.
+    A file of the hub's cache counts as plain. `if_missing` is added to the message for a missing file.
     """
     for name, record in manifest.files.items():
         path = folder / name
