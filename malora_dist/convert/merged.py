@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ def to_merged(job: Job) -> None:
     layers = _stored_layers(model, adapter, base, reader)
     transposed = {layer for layer in adapter.layers() if is_conv1d(model.get_submodule(layer))}
     _check_base(adapter, base, reader, layers, transposed)
+    # Before all the work: it may find that the tokenizer and the base do not belong together.
+    rows = text_rows(job, adapter.info) if job.options.verify else None
     merge = _Merge(adapter, reader, layers, transposed)
     file_of = weight_files(base)
     for file in [SINGLE] if file_of is None else dict.fromkeys(file_of.values()):
@@ -62,8 +64,8 @@ def to_merged(job: Job) -> None:
         job.say(
             "note: it was trained on this base in 4 bits and is merged into its full weights, a slightly other model"
         )
-    if job.options.verify:
-        _verify(job, adapter, merge)
+    if rows is not None:
+        _verify(job, adapter, merge, rows)
 
 
 def _one_expert(job: Job) -> AdapterTensors:
@@ -206,13 +208,12 @@ def _card(adapter: AdapterTensors, job: Job) -> str:
     )
 
 
-def _verify(job: Job, adapter: AdapterTensors, merge: _Merge) -> None:
+def _verify(job: Job, adapter: AdapterTensors, merge: _Merge, rows: Sequence[Tensor]) -> None:
     """Logits of the base with the adapter on it and of the merged folder, both computed in float32.
 
     They may differ by 1e-4 of the largest logit, and by 8 eps of the dtype the weights were rounded to where that is
     more. Raises CheckpointError beyond it.
     """
-    rows = text_rows(job, adapter.info)
     model = job.load_base(adapter.info)
     put_adapter(model, adapter)
     wanted = torch.cat(logits_of(model, rows))
