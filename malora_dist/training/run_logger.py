@@ -26,6 +26,7 @@ from malora_dist.distributed.zero3 import gathered_adapter_state
 from malora_dist.errors import TrainingError
 from malora_dist.files.atomic import write_json, write_text
 from malora_dist.files.json_text import parse_json
+from malora_dist.models.config import KEY
 from malora_dist.report import print_results, write_report
 from malora_dist.tracking.metrics import CHECKPOINT, EVAL, ROUTING, MetricsWriter
 from malora_dist.tracking.trackers import open_trackers
@@ -242,11 +243,12 @@ class RunOutputs:
         terminal = console()
         if self.evaluations:
             terminal.print(print_results(self.evaluations))
+        trust = f" --{KEY} true" if self.config.model.trust_remote_code else ""
         next_steps = (
             f"\nLook next at\n"
             f"  {self.folder}/report/index.html   pictures: losses, accuracies, routing of tasks to experts\n"
             f"  {self.folder}/adapter/            the adapter, {self.folder}/metrics.jsonl the numbers\n"
-            f"  malora evaluate {self.folder}     measures it again, on any number of processes"
+            f"  malora evaluate {self.folder}{trust}     measures it again, on any number of processes"
         )
         terminal.print(Text(next_steps), soft_wrap=True)
 

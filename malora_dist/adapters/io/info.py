@@ -26,7 +26,10 @@ PEFT_NAMES = PEFT_LORA | {"magnitude": "lora_magnitude_vector"}
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """What an adapter folder says of its tensors. trust_remote_code: whether code of the base's folder made them."""
+    """What an adapter folder says of its tensors.
+
+    trust_remote_code: whether they were trained on a base that was built by its folder's own Python code.
+    """
 
     spec: MixtureSpec
     target_modules: tuple[str, ...]

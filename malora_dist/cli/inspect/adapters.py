@@ -25,6 +25,8 @@ def adapter_facts(adapter: AdapterTensors, shares: Shares | None = None) -> Fact
     """
     facts = spec_facts(adapter.info.spec) | {
         "base_model": adapter.info.base_model,
+        # Whether code of the base's own folder made the layers.
+        "trust_remote_code": adapter.info.trust_remote_code or None,
         "target_modules": list(adapter.info.target_modules),
         "tensors": len(adapter.shapes),
         "parameters": sum(_numel(shape) for shape in adapter.shapes.values()),
