@@ -15,9 +15,9 @@ LAYERS = [
     ["errors", "console", "ops", "cluster_files"],
     ["files"],
     ["models", "checkpoint", "tracking"],
-    ["adapters", "report"],
+    ["adapters"],
     ["config"],
-    ["data", "launch", "plan"],
+    ["data", "launch", "plan", "report"],
     ["distributed", "recipes"],
     ["evaluation"],
     ["training"],
@@ -78,7 +78,7 @@ def test_the_lower_layers_need_no_torch() -> None:
 
 
 def test_tests_mirror_the_package() -> None:
-    """A test file has the name of the module or folder it tests, or of the processes beside it whose results it uses."""
+    """A test file has the name of the module or folder it tests, or of the processes beside it that it looks at."""
     for test in (ROOT / "tests").rglob("*/test_*.py"):
         if test.parent.name in WHOLE_SYSTEM:
             continue
