@@ -39,6 +39,11 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match and checkpoint_name(int(match[1])) == name else None
 
 
+def is_of_run(checkpoint: Path, run: Path) -> bool:
+    """Return whether a checkpoint is one of the run in a folder, which has done that work itself."""
+    return checkpoint.resolve().parent == (run / CHECKPOINTS).resolve()
+
+
 def removed_name(name: str) -> str:
     """Under what name the folder `name` is deleted."""
     return f".{name}.removed"

@@ -15,7 +15,7 @@ from torch import nn
 from malora_dist.adapters.inject import InjectionReport
 from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
-from malora_dist.checkpoint.layout import CHECKPOINTS
+from malora_dist.checkpoint.layout import is_of_run
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, config_text
 from malora_dist.config.summary import adapter_spec
@@ -141,22 +141,23 @@ class RunOutputs:
     def resumed(self, step: int, checkpoint: Checkpoint | None, *, validated: bool = True) -> None:
         """Take the records of lost work out of metrics.jsonl, and add one that training goes on after `step`.
 
-        Unless the step is `validated`, its validation will be recorded once more.
+        From a checkpoint of another run, all that this folder has recorded was lost. Unless the step is `validated`,
+        its validation will be recorded once more.
         """
-        self._on_main(lambda: self.metrics.cut(step, () if validated else (EVAL, ROUTING)))
+        own = checkpoint is not None and is_of_run(checkpoint.folder, self.folder)
+        self._on_main(lambda: self.metrics.cut(step if own else 0, () if validated else (EVAL, ROUTING)))
         folder = None
         if checkpoint is not None:
             folder = str(checkpoint.folder)
             self.log.info("going on after step %d, from %s", step, folder)
+        if checkpoint is not None and own:
             self._record_checkpoint(checkpoint)
         self.record({"kind": "resume", "step": step, "checkpoint": folder})
 
     def _record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add the record of a checkpoint of this run whose writer was killed before it could."""
         step, files = checkpoint.manifest.step, checkpoint.manifest.files.values()
-        if checkpoint.folder.parent == self.folder / CHECKPOINTS and not on_main(
-            lambda: self.metrics.holds(CHECKPOINT, step), self.world
-        ):
+        if not on_main(lambda: self.metrics.holds(CHECKPOINT, step), self.world):
             self.record({"kind": CHECKPOINT, "step": step, "bytes": sum(record.bytes for record in files)})
 
     def measured_on(self, what: Mapping[str, Any]) -> None:
