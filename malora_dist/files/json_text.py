@@ -2,6 +2,7 @@
 
 import json
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 DEEPEST = 100
@@ -21,7 +22,7 @@ def parse_json(text: str | bytes, *, non_finite: bool = False) -> Any:
     return value
 
 
-def key_given_twice(pairs: list[tuple[str, Any]]) -> str | None:
+def key_given_twice(pairs: Iterable[tuple[str, Any]]) -> str | None:
     """The first key of an object that repeats one before it, None if each stands once."""
     seen: set[str] = set()
     for key, _ in pairs:
