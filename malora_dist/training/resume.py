@@ -12,9 +12,8 @@ from malora_dist.config import RunConfig, config_from_dict, load_config, plain_c
 from malora_dist.config.resume_compatibility import Change, changes
 from malora_dist.distributed.process_groups import World, fail_together
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.files.exit_status import FINISHED, read_outcome
+from malora_dist.files.exit_status import FINISHED, MEASURED_ON, read_outcome
 from malora_dist.training.base_model import base_quantizer
-from malora_dist.training.run_folder import MEASURED_ON
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,14 @@ from malora_dist.distributed.process_groups import World, from_main, on_main
 from malora_dist.distributed.zero3 import gathered_adapter_state
 from malora_dist.errors import TrainingError
 from malora_dist.files.atomic import write_json, write_text
+from malora_dist.files.exit_status import MEASURED_ON
 from malora_dist.files.json_text import parse_json
 from malora_dist.models.config import KEY
 from malora_dist.report import print_results, write_report
 from malora_dist.tracking.metrics import CHECKPOINT, EVAL, ROUTING, MetricsWriter
 from malora_dist.tracking.trackers import open_trackers
 from malora_dist.training.best_checkpoint import Tasks, score
-from malora_dist.training.run_folder import MEASURED_ON, forget_evaluations, read_evaluations, read_measured_on
+from malora_dist.training.run_folder import forget_evaluations, read_evaluations, read_measured_on
 
 
 class RunOutputs:

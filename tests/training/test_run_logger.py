@@ -9,9 +9,9 @@ import pytest
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.distributed.process_groups import World
 from malora_dist.files.atomic import write_json
+from malora_dist.files.exit_status import MEASURED_ON
 from malora_dist.tracking.metrics import MetricsWriter, read_metrics
 from malora_dist.training.resume import find_start
-from malora_dist.training.run_folder import MEASURED_ON
 from malora_dist.training.run_logger import RunOutputs
 from tests.multiprocess import run_distributed
 from tests.training.test_resume import begun, config

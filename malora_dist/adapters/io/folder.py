@@ -5,7 +5,6 @@ Whatever holds an adapter is read through `open_adapter`, one tensor at a time; 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from malora_dist.adapters.io.info import (
     CONFIG,
     WEIGHTS,
     AdapterInfo,
+    AnyPath,
     adapter_config,
     file_key,
     file_shape,
@@ -42,8 +42,6 @@ from malora_dist.files.tensor_file import TensorPlace, read_elements, write_tens
 
 __all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_folder", "load_adapter", "open_adapter"]
 __all__ += ["put_adapter", "read_adapter_info", "save_adapter", "write_adapter_folder"]
-
-AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """The adapter of a model in memory, written as an adapter folder."""
 
-import os
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -8,12 +7,13 @@ from torch import Tensor, nn
 from malora_dist.adapters.inject import adapter_parameters, expected_shapes
 from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
+from malora_dist.adapters.io.info import AnyPath
 from malora_dist.adapters.saving import injected_adapters
 from malora_dist.errors import CheckpointError
 
 
 def save_model_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None
+    model: nn.Module, folder: AnyPath, state_dict: Mapping[str, Tensor] | None = None
 ) -> AdapterInfo:
     """Write the adapter that is on a model, as `save_adapter` does.
 

@@ -1,7 +1,6 @@
 """Stock PEFT LoRA folders as a source: read where our one-expert layers are the same function, refused elsewhere."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from malora_dist.adapters.io.folder import (
     open_adapter,
     open_weights,
 )
-from malora_dist.adapters.io.info import PEFT_NAMES, PREFIX, read_config
+from malora_dist.adapters.io.info import PEFT_NAMES, PREFIX, AnyPath, read_config
 from malora_dist.adapters.io.weights import weights_header
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.errors import CheckpointError, brief, short
@@ -52,17 +51,17 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def is_peft_folder(path: str | os.PathLike[str]) -> bool:
+def is_peft_folder(path: AnyPath) -> bool:
     """Whether the folder holds an adapter of PEFT rather than one of ours."""
     return (Path(path) / CONFIG).is_file() and "malora" not in read_config(Path(path))
 
 
-def open_lora(path: str | os.PathLike[str]) -> AdapterTensors:
+def open_lora(path: AnyPath) -> AdapterTensors:
     """The adapter of a PEFT folder, or of whatever `open_adapter` takes."""
     return open_peft(path) if is_peft_folder(path) else open_adapter(path)
 
 
-def open_peft(folder: str | os.PathLike[str]) -> AdapterTensors:
+def open_peft(folder: AnyPath) -> AdapterTensors:
     """The LoRA or DoRA of a PEFT folder, as if it were a `lora` or `dora` adapter of ours.
 
     Raises CheckpointError if a file is missing, damaged, a pickle or outside the folder, or if the adapter is not
