@@ -170,7 +170,7 @@ def _count_parameters(path: Path) -> int | None:
                 raise ValueError("a shape holds what is no size")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MaloraError(f"{path} is damaged: its header is none of safetensors: {error!r}") from error
-    count = sum(math.prod(shape) for shape in shapes)
+    count: int = sum(math.prod(shape) for shape in shapes)
     if not is_count(count):
         raise MaloraError(f"{path} is damaged: its header tells of more numbers than any disk holds")
     return count

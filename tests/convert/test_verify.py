@@ -89,7 +89,7 @@ def test_tokens_and_positions_that_the_base_has_not(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "base")
     job = job_of("merged", tmp_path / "adapter", tmp_path, text=text, **options)
     info = open_adapter(tmp_path / "adapter").info
-    assert {len(row) for row in text_rows(job, info)} == {7, 5}
+    assert [len(row) for row in text_rows(job, info)] == [7, 4]
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "base")
     said: list[str] = []

@@ -32,7 +32,9 @@ def go_on(world: World, run: str, wanted: str) -> dict[str, Any]:
     return {
         "evaluations": outputs.evaluations,
         "files": sorted(path.name for path in Path(run).glob("*.json")),
-        "records": [(record["kind"], record.get("step")) for record in read_metrics(Path(run) / "metrics.jsonl")],
+        "records": [
+            f"{record['kind']} {record.get('step', '')}" for record in read_metrics(Path(run) / "metrics.jsonl")
+        ],
     }
 
 
@@ -52,8 +54,8 @@ def test_a_start_from_another_run_keeps_nothing_of_a_start_that_failed(own: bool
     (found,) = run_distributed(
         "tests.training.test_run_logger:go_on", 1, run=str(run), wanted="auto" if own else str(other)
     )
-    trained, saved = ([("train", 1), ("train", 2)], [("checkpoint", 3)]) if own else ([], [])
-    assert found["records"] == [("run", None), *trained, *saved, ("resume", 3)]
+    kept = ["train 1", "train 2", "checkpoint 3"] if own else []
+    assert found["records"] == ["run ", *kept, "resume 3"]
     assert found["evaluations"] == ({"base": MEASURED} if own else {})
     assert ("baseline.json" in found["files"]) == ("eval.json" in found["files"]) == own
     assert json.loads((run / MEASURED_ON).read_text()) == {"recipe": {"train.seed": 7 if own else 42}}
