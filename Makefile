@@ -7,7 +7,7 @@
 # make test-fast  the tests that start no process
 # make test-gpu  the tests that need a GPU
 # make soak    the tests that stop and kill runs, with many more moments, and those that draw damaged inputs, with many more
-# make breaks  break the package in fifty ways, one after another: some test must catch each
+# make breaks  break the package in sixty ways, one after another: some test must catch each
 # make coverage  the lines and branches that the whole suite runs
 # make check   lint, format, types
 # make setup   the environment all of them need, in .venv

@@ -28,7 +28,7 @@ from malora_dist.evaluation.packing import check_packing
 from malora_dist.evaluation.tasks import evaluate_tasks
 from malora_dist.files.atomic import write_json
 from malora_dist.models.attention import attention_for
-from malora_dist.models.config import read_model_config
+from malora_dist.models.config import KEY, read_model_config
 from malora_dist.models.load import load_tokenizer
 from malora_dist.models.resolve import resolve_model
 from malora_dist.models.vocabulary import check_tokens
@@ -53,7 +53,7 @@ def _start(arguments: list[str]) -> None:
     from malora_dist.distributed.process_groups import start_processes
 
     target = _parse(arguments)
-    config = load_config(target.recipe, target.overrides)
+    config = target.config()
     adapter = open_adapter(target.adapter)
     world = start_processes(config.parallel.timeout_seconds)
     check_consistency(world, start_facts(config_text(config)))
@@ -74,12 +74,29 @@ def _start(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """What to evaluate, and the folder that takes the result."""
+    """What to evaluate, and the folder that takes the result. run: whether the recipe is the run's, and not named."""
 
     adapter: Path
     recipe: str
     overrides: list[str]
     folder: Path
+    run: bool = False
+
+    def config(self) -> RunConfig:
+        """The recipe with its overrides.
+
+        Raises ConfigError if it lets code of a model's folder run, and only the run says so: it may be somebody else's.
+        """
+        config = load_config(self.recipe, self.overrides)
+        if self.run and config.model.trust_remote_code:
+            unless_told = load_config(self.recipe, [f"--{KEY}=false", *self.overrides])
+            if not unless_told.model.trust_remote_code:
+                raise ConfigError(
+                    f"{self.recipe} says {KEY}: true, so that code of {config.model.name_or_path} would run with all "
+                    "rights that you have. A run's own word is not enough; if you trust that code, say it here: "
+                    f"malora evaluate {shlex.join([str(self.folder), *self.overrides])} --{KEY} true"
+                )
+        return config
 
 
 def _parse(arguments: list[str]) -> Target:
@@ -95,7 +112,7 @@ def _parse(arguments: list[str]) -> Target:
     run = Path(rest[0])
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"RUN={run} is not the folder of a run: it has no config.yaml")
-    return Target(run, str(run / "config.yaml"), rest[1:], run)
+    return Target(run, str(run / "config.yaml"), rest[1:], run, run=True)
 
 
 def _take(arguments: list[str], option: str) -> str | None:

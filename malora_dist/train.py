@@ -116,7 +116,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     outputs.notes(lengths)
 
     base = base_identity(config, folder, world)
-    if session.start.checkpoint is None:
+    if not session.start.goes_on:
         outputs.measured_on({"recipe": decisive(plain_config(config)), "base": base, "rows": data.digests})
     loader = train_loader(config, data, world)
     outputs.notes(unseen_tasks(config, data, loader))

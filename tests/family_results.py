@@ -94,7 +94,9 @@ def _merged(model: Any, folder: Path, target: Path) -> float | None:
     save_adapter(target / "adapter", info, adapter_state_dict(model), "card")
     try:
         convert("merged", (target / "adapter",), target / "merged", Options(), lambda said: None)
-    except MaloraError:
+    except MaloraError as error:
+        if not any(why in str(error) for why in ("is tied to", "as a part of")):
+            raise
         return None
     merged = load_base_model(target / "merged", dtype=torch.float32, load_in_4bit=False)
     return _apart(logits(merged), logits(model))
@@ -140,17 +142,23 @@ def page() -> str:
     """Return docs/models.md."""
     import transformers
 
+    not_merged = [name for name in families() if look(name).merged is None]
     lines = [
         "# Models",
         "",
-        "Every causal language model of transformers is loaded as transformers loads it, from safetensors: names and "
-        "layouts of tensors, ties, and buffers that no file holds. What cannot be loaded is refused, by `malora "
-        "validate`, `prepare` and `train` alike, before anything is read or quantised. A folder's own Python code is "
-        "never run, unless the recipe says `model.trust_remote_code: true`.",
+        "The causal language models of transformers below are loaded as transformers loads them, from safetensors: "
+        "names and layouts of tensors, ties, and buffers that no file holds. What cannot be loaded is refused, by "
+        "`malora validate`, `prepare` and `train` alike, before anything is read or quantised.",
+        "",
+        "A folder's own Python code is never run, unless you say `model.trust_remote_code: true`: in the recipe that "
+        "you name, or on the command line. That a run, a checkpoint or an adapter says so is not enough: of a run of "
+        "yours, `malora evaluate RUN --model.trust_remote_code true` and `malora convert RUN ... --recipe "
+        "RUN/config.yaml` do.",
         "",
         f"A test makes this page, of tiny models of the families of transformers {transformers.__version__}: each is "
         "saved by transformers and loaded by this package, as it is and in 4 bits, gives the logits that transformers "
-        "gives, and is saved and loaded again, also with an adapter merged into it.",
+        "gives, and is saved and loaded again; so it is with an adapter merged into it, but for those whose layers "
+        f"share weights or lie in one tensor, which is refused: {', '.join(not_merged)}.",
         "",
         "`linears` are what `adapter.target_modules: all-linear` means, and what targets can name; experts that "
         "transformers keeps as one parameter are loaded and not adapted, as the log says. `attention` is what "

@@ -2,16 +2,19 @@
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from malora_dist.console.log import LOGGER
 from malora_dist.evaluate import main
 from malora_dist.files.atomic import write_json
 from malora_dist.tracking.metrics import read_metrics
 from malora_dist.training.run_folder import evaluation_file
+from tests.config.recipes import recipe
 from tests.e2e import contents, make_folder, run_alone, run_ranks
 
 
@@ -106,6 +109,24 @@ def test_wrong_arguments_are_named(
     monkeypatch.setattr(logging.getLogger(LOGGER), "handlers", [])
     assert main(arguments) in (1, 2)
     assert part in capsys.readouterr().err and not (folder / "none").exists()
+
+
+def test_a_run_cannot_let_code_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only a setting beside it can, or a recipe that is named; whatever else the run says."""
+    monkeypatch.setattr(logging.getLogger(LOGGER), "handlers", [])
+    run = tmp_path / "somebody's run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe(model={"trust_remote_code": True})))
+    assert main([str(run), "--evaluation.base=false"]) == 2
+    told = f"malora evaluate {shlex.join([str(run), '--evaluation.base=false'])} --model.trust_remote_code true"
+    assert told in capsys.readouterr().err
+    settings = [["--model.trust_remote_code", "true"], ["model.trust_remote_code=false"]]
+    named = [["--adapter", str(run), "--recipe", str(run / "config.yaml")]]
+    for arguments in [*([str(run), *setting] for setting in settings), *named]:
+        assert main(arguments) in (1, 2)
+        assert "is no adapter folder" in capsys.readouterr().err
 
 
 def test_where_a_result_goes(tmp_path: Path) -> None:

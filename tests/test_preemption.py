@@ -50,16 +50,21 @@ class Moment:
 
 @dataclass(frozen=True)
 class Amounts:
-    """How many signals are sent, at least, and how many to one run at most; and how many ranks are killed."""
+    """How many signals are sent, and how many ranks are killed: at least, and at most at so many moments of one run.
+
+    both: whether runs of all variants are killed, and often both ranks at once.
+    """
 
     signals: int
     signals_of_a_run: int
     kills: int
+    kills_of_a_run: int
+    both: bool
 
 
 @pytest.fixture(scope="module")
 def amounts(pytestconfig: pytest.Config) -> Amounts:
-    return Amounts(30, 10, 6) if pytestconfig.getoption("soak") else Amounts(10, 5, 3)
+    return Amounts(30, 10, 24, 6, True) if pytestconfig.getoption("soak") else Amounts(10, 5, 3, 3, False)
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +125,28 @@ def test_a_run_that_is_stopped_again_and_again_is_the_run_that_was_never_stopped
 def test_a_run_whose_ranks_are_killed_is_the_run_that_was_not(
     ranks: Ranks, whole: dict[str, Whole], amounts: Amounts
 ) -> None:
-    (wanted, entered), kills = whole["zero3"], 0
+    """One rank at a time, of which the other must hear; in the long form often both at once, and of each variant."""
+    kills = 0
     for seed in count(KILLS):
+        variant = list(VARIANTS)[(seed - KILLS) % (len(VARIANTS) if amounts.both else 1)]
+        wanted, entered = whole[variant]
         run = ranks.folder / "runs" / f"killed-{seed}"
-        arguments = ["--output_dir", f"runs/{run.name}", "--parallel.timeout_seconds", "20"]
-        for number, moment in enumerate(draw_moments(seed, amounts.kills, entered)):
+        arguments = [*VARIANTS[variant], "--output_dir", f"runs/{run.name}", "--parallel.timeout_seconds", "20"]
+        draw = random.Random(seed)
+        for number, moment in enumerate(draw_moments(seed, amounts.kills_of_a_run, entered)):
             session = ranks.start(f"{run.name}.{number}", arguments)
             send(session, replace(moment, signal=signal.SIGKILL if moment.signal else 0))
+            both = moment.signal != 0 and amounts.both and draw.random() < 0.5
+            if both:
+                session.signal(1 - moment.rank, signal.SIGKILL)
             codes = session.wait()
             check_checkpoints(run)
-            if codes[moment.rank] == 0:
+            ended = outcome(run)["outcome"] if (run / "exit.json").exists() else "killed"
+            if ended == "finished":
                 break
-            kills += 1
-            assert codes[moment.rank] == -signal.SIGKILL and codes[1 - moment.rank] == 1, session.log()
-            assert not (run / "exit.json").exists() or outcome(run)["outcome"] == "failed"
+            kills += codes.count(-signal.SIGKILL)
+            assert codes[moment.rank] == -signal.SIGKILL and (both or codes[1 - moment.rank] == 1), session.log()
+            assert ended in ("failed", "killed")
         assert_same(run, wanted)
         if kills >= amounts.kills:
             break

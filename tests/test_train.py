@@ -22,8 +22,8 @@ from tests.e2e import contents, files, make_folder, run_alone, run_ranks, run_to
 pytestmark = pytest.mark.e2e
 
 TASKS = ("colour", "animal", "spell")
-# The same global micro-batches as two processes with 2 samples each make: the balance loss is one of a micro-batch.
-ALONE = ("--train.per_device_train_batch_size", "4")
+# Another cut of the same global batch, which changes no number.
+WIDE = ("--train.per_device_train_batch_size", "4")
 SHORT = ("--train.stop_after_steps", "4", "--train.report_to", "tensorboard", "--output_dir", "runs/short")
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 CHECKPOINT = {
@@ -103,17 +103,17 @@ def test_eval_json_has_both_sides(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(run: Path, folder: Path) -> Path:
-    """Runs of one process each: `alone` has no sharding and no checkpointing, `short` stops early at ZeRO-3, `drop`
-    looks at the worst task.
+    """Runs of one process each: `alone` takes more and smaller micro-batches than the two processes, without sharding
+    and checkpointing; `short` stops early at ZeRO-3, `drop` looks at the worst task.
     """
     plain = ["--parallel.zero_stage", "0", "--train.gradient_checkpointing", "false", "--output_dir", "runs/alone"]
     plain += ["--train.deterministic", "true"]
     drop = ["--train.best_metric", "worst_drop", "--train.save_total_limit", "1", "--train.eval_steps", "2"]
     drop += ["--train.save_steps", "1", "--parallel.zero_stage", "1", "--output_dir", "runs/drop"]
     commands = [
-        ("malora_dist.cli", ["train", "recipe.yaml", "--num_gpus", "1", *ALONE, *plain]),
-        ("malora_dist.train", ["recipe.yaml", *ALONE, *SHORT]),
-        ("malora_dist.train", ["recipe.yaml", *ALONE, *drop]),
+        ("malora_dist.cli", ["train", "recipe.yaml", "--num_gpus", "1", *plain]),
+        ("malora_dist.train", ["recipe.yaml", *WIDE, *SHORT]),
+        ("malora_dist.train", ["recipe.yaml", *WIDE, *drop]),
     ]
     whole, short, drops = run_together(commands, folder)
     assert (whole.code, short.code, drops.code) == (0, 75, 0), whole.output + short.output + drops.output
@@ -161,18 +161,18 @@ def test_the_best_checkpoint_is_that_of_the_best_validation_and_is_kept(alone: P
 
 def test_a_finished_run_is_not_touched(run: Path, folder: Path, alone: Path) -> None:
     before = contents(run)
-    done = run_alone("malora_dist.train", ["recipe.yaml", *ALONE], folder)
+    done = run_alone("malora_dist.train", ["recipe.yaml", *WIDE], folder)
     assert done.code == 2 and "the run there is finished. --new-run starts another" in done.output
     assert contents(run) == before
     wrong = ["--output_dir", "runs/short", "--train.learning_rate", "1e-3"]
-    done = run_alone("malora_dist.train", ["recipe.yaml", *ALONE, *wrong], folder)
+    done = run_alone("malora_dist.train", ["recipe.yaml", *WIDE, *wrong], folder)
     assert done.code == 2 and "finished" in done.output
 
 
 def test_a_run_that_another_process_holds_is_left_alone(run: Path, folder: Path) -> None:
     before = contents(run)
     with FileLock(run / ".lock"):
-        done = run_alone("malora_dist.train", ["recipe.yaml", *ALONE, "--parallel.timeout_seconds", "2"], folder)
+        done = run_alone("malora_dist.train", ["recipe.yaml", *WIDE, "--parallel.timeout_seconds", "2"], folder)
     assert done.code == 1 and "runs/tiny: another process is training in it" in done.output, done.output
     assert contents(run) == before
 
@@ -238,7 +238,7 @@ def test_what_cannot_run_is_refused(folder: Path) -> None:
 def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(folder: Path) -> None:
     """Numbers that belong to the failed one's recipe do not become the other's."""
     run = folder / "runs" / "again"
-    short = ["recipe.yaml", *ALONE, "--output_dir", "runs/again", "--train.max_steps", "2", "--train.report_to", "none"]
+    short = ["recipe.yaml", *WIDE, "--output_dir", "runs/again", "--train.max_steps", "2", "--train.report_to", "none"]
     short += ["--train.eval_steps", "null"]
     done = run_alone("malora_dist.train", [*short, "--train.learning_rate", "1e30", "--train.max_steps", "3"], folder)
     assert done.code == 1 and "not finite at step 3" in done.output, done.output

@@ -1,6 +1,5 @@
 """Which linears of a model are meant by `target_modules`: ends of names, patterns, or all of them."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.adapters.near_names import near_names
 from malora_dist.adapters.text_linears import reached_linears
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, short
 from malora_dist.models.linears import linear_sizes, output_head
 from malora_dist.ops.target_names import ALL_LINEAR, is_pattern, name_matches
 
@@ -146,8 +145,8 @@ def _matches(model: nn.Module, target: str, linears: Mapping[str, object]) -> li
     if is_pattern(target):
         try:
             return [name for name in linears if name_matches(target, name)]
-        except re.error as error:
-            raise ConfigError(f"{KEY}: {target!r} is no regular expression: {error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{KEY}: {short(target)} is no regular expression: {error}") from error
     return [name for name, _ in model.named_modules() if name and name_matches(target, name)]
 
 

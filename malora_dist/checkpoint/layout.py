@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from malora_dist.errors import CheckpointError
 from malora_dist.files.durable import reading, write_text
+from malora_dist.files.folder import is_cached
 from malora_dist.files.json_rules import check_document
 from malora_dist.files.json_text import parse_json
 
@@ -36,6 +37,11 @@ def step_of(name: str) -> int | None:
     """The step of a finished checkpoint's folder name, None for any other name."""
     match = re.fullmatch(r"step-(\d{6,})", name, flags=re.ASCII)
     return int(match[1]) if match and checkpoint_name(int(match[1])) == name else None
+
+
+def is_of_run(checkpoint: Path, run: Path) -> bool:
+    """Return whether a checkpoint is one of the run in a folder, which has done that work itself."""
+    return checkpoint.resolve().parent == (run / CHECKPOINTS).resolve()
 
 
 def removed_name(name: str) -> str:
@@ -104,7 +110,7 @@ class Manifest:
         unknown or against its rule.
         """
         path = folder / MANIFEST
-        if path.is_symlink():
+        if path.is_symlink() and not is_cached(path):
             raise CheckpointError(f"{path} is a symbolic link; a checkpoint's files must lie in its folder")
         with reading(path):
             content = path.read_bytes()

@@ -13,6 +13,7 @@ from malora_dist.checkpoint.layout import MANIFEST, MOMENTS, Manifest, step_of
 from malora_dist.checkpoint.shards import file_record, require_finite
 from malora_dist.errors import CheckpointError
 from malora_dist.files.durable import reading
+from malora_dist.files.folder import is_cached
 from malora_dist.files.tensor_file import TensorPlace, read_elements, read_header
 
 DTYPES_OF = {"adapter": (torch.float32,), "optimizer": (torch.float32,), "rng": (torch.uint8, torch.int64)}
@@ -35,7 +36,8 @@ class Checkpoint:
         """Read the manifest and the headers of all shards, and check that they agree; no tensor is read.
 
         Raises CheckpointError if this is no checkpoint, is of a newer format, or if a file is missing, cut short, a
-        link or holds other tensors than the manifest says. Damage inside tensors is for `verify` to find.
+        link (other than the hub's cache makes) or holds other tensors than the manifest says. Damage inside tensors is
+        for `verify` to find.
         """
         folder = Path(folder)
         with reading(folder):
@@ -129,12 +131,12 @@ class Checkpoint:
 def check_files(folder: Path, manifest: Manifest, if_missing: str = "") -> None:
     """Raise CheckpointError unless every file of the manifest is there, a plain file and of its size.
 
-    `if_missing` is added to the message for a missing file.
+    A file of the hub's cache counts as plain. `if_missing` is added to the message for a missing file.
     """
     for name, record in manifest.files.items():
         path = folder / name
         try:
-            status = os.lstat(path)
+            status = os.stat(path) if is_cached(path) else os.lstat(path)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing, the manifest lists it{if_missing}") from error
         except OSError as error:

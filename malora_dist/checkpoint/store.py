@@ -22,6 +22,7 @@ from malora_dist.checkpoint.read import Checkpoint, check_files
 from malora_dist.errors import CheckpointError
 from malora_dist.files.atomic import partial_name, share_file, to_disk
 from malora_dist.files.durable import reading, remove, writing
+from malora_dist.files.folder import is_cached
 
 
 class CheckpointStore:
@@ -100,7 +101,7 @@ class CheckpointStore:
 
     def _best_step(self) -> int | None:
         path = self.folder / BEST
-        if path.is_symlink() or not path.is_file():
+        if (path.is_symlink() and not is_cached(path)) or not path.is_file():
             return None
         with reading(path):
             name = path.read_bytes().decode("utf-8", "replace")

@@ -2,6 +2,7 @@
 
 import re
 import string
+from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -206,9 +207,9 @@ class DataConfig(Section):
     def rules(self) -> Iterator[Rule]:
         if not self.tasks:
             yield Rule(("tasks",), "must hold at least one task")
-        names = [task.name for task in self.tasks]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            yield Rule(("tasks",), f"the task name {name!r} is used {names.count(name)} times; names must be unique")
+        times = Counter(task.name for task in self.tasks)
+        for name in sorted(name for name in times if times[name] > 1):
+            yield Rule(("tasks",), f"the task name {name!r} is used {times[name]} times; names must be unique")
 
     def without_meaning(self) -> dict[str, str]:
         if self.mixture == "temperature":

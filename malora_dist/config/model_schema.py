@@ -7,7 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from malora_dist.config.base import Rule, Section, usable_path
+from malora_dist.errors import short
 from malora_dist.ops.attention_choice import VARLEN
+from malora_dist.ops.target_names import compiled
 
 DTYPE_NAMES = {"bf16": "bfloat16", "torch.bfloat16": "bfloat16", "fp32": "float32", "torch.float32": "float32"}
 
@@ -171,9 +173,9 @@ class AdapterConfig(Section):
             yield Rule(("target_modules",), "must not hold an empty name")
         for name in self.target_modules:
             try:
-                re.compile(name)
-            except re.error as error:
-                yield Rule(("target_modules",), f"{name!r} is no regular expression: {error}")
+                compiled(name)
+            except ValueError as error:
+                yield Rule(("target_modules",), f"{short(name)} is no regular expression: {error}")
 
     def without_meaning(self) -> dict[str, str]:
         return {key: f"has no meaning for adapter.method={self.method}" for key in WITHOUT_MEANING[self.method]}

@@ -135,7 +135,11 @@ def read_yaml(path: str | FilePath) -> tuple[dict[str, Any], dict[Path, int]]:
 
 def parse_value(text: str, key: str) -> Any:
     """The value of the command-line override of a key, read as YAML reads it. Raises ConfigError if it is none."""
-    where = f"--{brief(key)}={short(text)}"
+    return read_yaml_text(text, f"--{brief(key)}={short(text)}")
+
+
+def read_yaml_text(text: str, where: str) -> Any:
+    """The value of a YAML text, None if it is empty. Raises ConfigError, which says `where`, as `read_yaml`."""
     data, _, twice = _read(text, f"{where}: ")
     raise_all(twice, where)
     return data

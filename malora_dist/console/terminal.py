@@ -7,6 +7,7 @@ service may start us without any output at all. What cannot be shown is shown ot
 import codecs
 import io
 import os
+import select
 import sys
 from typing import TextIO, cast
 
@@ -45,10 +46,17 @@ class _Forgiving(io.FileIO):
     """A file that takes whatever it is given, also what cannot be written any more."""
 
     def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override]
+        rest = memoryview(data)
         try:
-            return super().write(data)
+            while len(rest):
+                written: int | None = super().write(rest)
+                if written is None:
+                    # A full pipe that does not block, as node and ssh make them: wait, as writers to others do.
+                    select.select([], [self], [])
+                rest = rest[written or 0 :]
         except OSError:
-            return len(data)
+            pass
+        return len(data)
 
 
 def _forgiving(stream: io.TextIOWrapper) -> TextIO:

@@ -1,5 +1,6 @@
 """One conversion: what it reads, where it writes, and what its options stand for."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,9 +19,10 @@ from malora_dist.data.build import PreparedData, build_data
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.files.folder import new_folder
 from malora_dist.models.attention import attention_for
-from malora_dist.models.config import read_model_config
-from malora_dist.models.load import load_base_model, load_tokenizer
+from malora_dist.models.config import KEY, own_code, read_model_config
+from malora_dist.models.load import build_empty_model, load_base_model, load_tokenizer
 from malora_dist.models.resolve import resolve_model
+from malora_dist.models.vocabulary import check_row, check_tokens, check_vocabulary, embedding_rows
 from malora_dist.models.weights.fingerprint import base_fingerprint
 from malora_dist.ops.attention_choice import VARLEN
 from malora_dist.training.sequence_lengths import position_notes
@@ -43,6 +45,7 @@ class Job:
     folder: Path
     options: Options
     say: Callable[[str], None] = field(default=print)
+    _found: dict[str, Path] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def source(self) -> Path:
@@ -67,15 +70,20 @@ class Job:
 
     @cached_property
     def _recipe(self) -> RunConfig | None:
-        if self.options.recipe is not None:
-            return load_config(self.options.recipe)
-        source = self.sources[0]
-        for folder in (source, source.parent):
-            if (folder / "config.yaml").is_file():
-                return load_config(folder / "config.yaml")
+        file = self._recipe_file
+        if file is not None:
+            return load_config(file)
         if self._checkpoint is None:
             return None
         return config_from_dict(self._checkpoint.manifest.config, source=str(self._checkpoint.folder))
+
+    @property
+    def _recipe_file(self) -> Path | None:
+        """The file of --recipe, else that of the run."""
+        if self.options.recipe is not None:
+            return self.options.recipe
+        files = (folder / "config.yaml" for folder in (self.sources[0], self.sources[0].parent))
+        return next((file for file in files if file.is_file()), None)
 
     @cached_property
     def _checkpoint(self) -> Checkpoint | None:
@@ -97,29 +105,66 @@ class Job:
         return recipe
 
     def base_folder(self, info: AdapterInfo) -> Path:
-        """The folder of the base: --base, else the recipe's, else what the adapter names."""
+        """The folder of the base: --base, else the recipe's, else what the adapter names.
+
+        Raises ConfigError if it brings code of its own that what SRC holds would let run, and no --recipe does.
+        """
         recipe = self.recipe()
-        if self.options.base is not None or recipe is None:
-            return resolve_model(self.options.base or info.base_model, trust_remote_code=self.trusted)
-        model = recipe.model
-        return resolve_model(model.name_or_path, model.revision, trust_remote_code=self.trusted)
+        name, revision = self.options.base or info.base_model, None
+        if self.options.base is None and recipe is not None:
+            name, revision = recipe.model.name_or_path, recipe.model.revision
+        if name not in self._found:
+            folder = resolve_model(name, revision, trust_remote_code=self.trusted)
+            self._check_code(folder, info)
+            self._found[name] = folder
+        return self._found[name]
+
+    def _check_code(self, folder: Path, info: AdapterInfo) -> None:
+        """Say that a base's own code runs; refuse it where only SRC says that it may."""
+        code, recipe = own_code(folder), self.recipe()
+        if code and self.trusted:
+            self.say(f"note: {KEY}=true: code of {folder} is run ({', '.join(code)})")
+        elif code and (info.trust_remote_code or (recipe is not None and recipe.model.trust_remote_code)):
+            raise ConfigError(
+                f"{folder} is code of its own ({', '.join(code)}), with which {self.sources[0]} was made. Code runs "
+                "with all rights that you have, so that SRC says so is not enough. If you trust it, name a recipe that "
+                f"says {KEY}: true: --recipe {self._recipe_file or 'RECIPE.yaml'}"
+            )
 
     @property
     def trusted(self) -> bool:
-        """Whether the recipe lets code of the base's folder run."""
-        recipe = self.recipe()
+        """Whether code of the base's folder may run: only a recipe that the user has named can say so."""
+        recipe = self.recipe() if self.options.recipe is not None else None
         return recipe is not None and recipe.model.trust_remote_code
 
-    def tokenizer(self, info: AdapterInfo) -> "PreTrainedTokenizerBase":
-        """The base's tokenizer."""
-        return load_tokenizer(self.base_folder(info), trust_remote_code=self.trusted)
+    def token_ids(self, info: AdapterInfo, text: str, where: str) -> list[int]:
+        """A text in tokens. Raises ConfigError or DataError for those for which the base has no row."""
+        tokenizer, beyond = self._tokenizer(info)
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        check_row(ids, beyond, where)
+        return ids
 
     def data(self, info: AdapterInfo) -> PreparedData:
-        """The recipe's tasks in tokens. Raises ConfigError for samples beyond the positions of the base."""
-        data, folder = build_data(self.needed_recipe().data, self.tokenizer(info)), self.base_folder(info)
-        for note in position_notes(data, folder, trust_remote_code=self.trusted):
+        """The recipe's tasks in tokens. Raises as `token_ids`, and for samples beyond the positions of the base."""
+        tokenizer, beyond = self._tokenizer(info)
+        data = build_data(self.needed_recipe().data, tokenizer)
+        check_tokens(data, beyond)
+        for note in position_notes(data, self.base_folder(info), trust_remote_code=self.trusted):
             self.say(f"note: {note}")
         return data
+
+    def positions(self, info: AdapterInfo) -> int:
+        """How long a row the base was made for."""
+        config: Any = read_model_config(self.base_folder(info), trust_remote_code=self.trusted)
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else sys.maxsize
+
+    def _tokenizer(self, info: AdapterInfo) -> tuple["PreTrainedTokenizerBase", dict[int, str]]:
+        """The base's tokenizer, and the tokens for which the base has no row."""
+        folder, trusted = self.base_folder(info), self.trusted
+        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+        model = build_empty_model(folder, dtype=torch.float32, trust_remote_code=trusted)
+        return tokenizer, check_vocabulary(tokenizer, embedding_rows(model))
 
     def load_base(self, info: AdapterInfo) -> "PreTrainedModel":
         """The base in float32, not quantised, on --device (the CPU), with the recipe's attention where that runs here.

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from malora_dist.files.durable import write_text
 from malora_dist.files.tensor_file import read_header, write_tensors
 from malora_dist.models.linears import is_conv1d
 from malora_dist.models.load import build_empty_model
+from malora_dist.models.weights.checkpoint import CheckpointWeights
 from malora_dist.models.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
 from malora_dist.models.weights.stored_names import stored_names
+from malora_dist.models.weights.ties import untie
 
 # What stands beside the weights in a model folder: config, tokenizer, templates, terms.
 COPIED = re.compile(
@@ -40,9 +42,13 @@ def to_merged(job: Job) -> None:
     base = job.base_folder(adapter.info)
     reader = TensorReader(base)
     model = build_empty_model(base, dtype=torch.float32, trust_remote_code=job.trusted)
+    # As the loader does: what the configuration ties and the files hold apart is apart.
+    untie(model, CheckpointWeights(base).untied_names(model))
     layers = _stored_layers(model, adapter, base, reader)
     transposed = {layer for layer in adapter.layers() if is_conv1d(model.get_submodule(layer))}
     _check_base(adapter, base, reader, layers, transposed)
+    # Before all the work: it may find that the tokenizer and the base do not belong together.
+    rows = text_rows(job, adapter.info) if job.options.verify else None
     merge = _Merge(adapter, reader, layers, transposed)
     file_of = weight_files(base)
     for file in [SINGLE] if file_of is None else dict.fromkeys(file_of.values()):
@@ -58,8 +64,8 @@ def to_merged(job: Job) -> None:
         job.say(
             "note: it was trained on this base in 4 bits and is merged into its full weights, a slightly other model"
         )
-    if job.options.verify:
-        _verify(job, adapter, merge)
+    if rows is not None:
+        _verify(job, adapter, merge, rows)
 
 
 def _one_expert(job: Job) -> AdapterTensors:
@@ -105,8 +111,6 @@ def _check_base(
         raise ConfigError(f"{base} holds quantised weights; give the unquantised model with --base")
     check_base(adapter.checkpoint, base)
     for name, layer in layers.items():
-        if config.get("tie_word_embeddings") and layer.rpartition(".")[2] == "lm_head":
-            raise CheckpointError(f"{layer} of this base is tied to the embedding, which a merge would change too")
         place = reader.place([name])
         shape = (adapter.shapes[f"{layer}.B"][1], adapter.shapes[f"{layer}.A"][2])
         shape = shape[::-1] if layer in transposed else shape
@@ -204,13 +208,12 @@ def _card(adapter: AdapterTensors, job: Job) -> str:
     )
 
 
-def _verify(job: Job, adapter: AdapterTensors, merge: _Merge) -> None:
+def _verify(job: Job, adapter: AdapterTensors, merge: _Merge, rows: Sequence[Tensor]) -> None:
     """Logits of the base with the adapter on it and of the merged folder, both computed in float32.
 
     They may differ by 1e-4 of the largest logit, and by 8 eps of the dtype the weights were rounded to where that is
     more. Raises CheckpointError beyond it.
     """
-    rows = text_rows(job, adapter.info)
     model = job.load_base(adapter.info)
     put_adapter(model, adapter)
     wanted = torch.cat(logits_of(model, rows))

@@ -18,7 +18,6 @@ from malora_dist.console.progress import tracked
 from malora_dist.convert.gates import Replay, deciding
 from malora_dist.convert.job import Job
 from malora_dist.convert.subspace import subspace_of
-from malora_dist.data.build import build_data
 from malora_dist.errors import CheckpointError, ConfigError
 
 LOGITS_TOLERANCE = 1e-4
@@ -34,23 +33,21 @@ Difference = tuple[float, float]  # largest |difference|, largest |value|
 def text_rows(job: Job, info: AdapterInfo) -> list[Tensor]:
     """Token ids (T,) of up to ROWS pieces of real text: of --text, else of the recipe's training rows, task by task.
 
-    Raises ConfigError if there is neither.
+    Raises ConfigError if there is neither, and as `Job.data` for rows that the base cannot take.
     """
-    tokenizer = job.tokenizer(info)
     if job.options.text is not None:
         try:
             text = job.options.text.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--text {job.options.text} cannot be read as UTF-8 text: {error}") from error
-        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-        rows = [row for row in ids.split(TOKENS) if len(row) > 1][:ROWS]
+        ids = torch.tensor(job.token_ids(info, text, f"--text {job.options.text}"), dtype=torch.long)
+        rows = [row for row in ids.split(min(TOKENS, job.positions(info))) if len(row) > 1][:ROWS]
         if not rows:
             raise ConfigError(f"--text {job.options.text} holds no text")
         return rows
-    recipe = job.recipe()
-    if recipe is None:
+    if job.recipe() is None:
         raise ConfigError(f"--verify runs on real text; {job.source} names no tasks, so give --text FILE or --recipe")
-    data = build_data(recipe.data, tokenizer)
+    data = job.data(info)
     samples = [data.train[i * len(data.train) // ROWS] for i in range(min(ROWS, len(data.train)))]
     return [torch.tensor(sample.input_ids[:TOKENS].tolist()) for sample in samples]
 

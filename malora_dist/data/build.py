@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +21,7 @@ from malora_dist.data.tokenize import (
     read_task,
     tokenizer_fingerprint,
 )
-from malora_dist.files.cache import default_cache_dir
+from malora_dist.files.cache import default_cache_dir, expanded
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def build_data(
     shows how far it is.
     Raises DataError as `malora_dist.data.tasks.load_task` does.
     """
-    cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir is not None else default_cache_dir()
+    cache_dir = expanded("data.cache_dir", data.cache_dir) if data.cache_dir is not None else default_cache_dir()
     tasks: list[TaskTokens] = []
     tokenizer_key = tokenizer_fingerprint(tokenizer)
     with Bar("preparing the tasks") as bar:

@@ -1,6 +1,7 @@
 """Rows of a task's files, each with the place it came from: JSONL, JSON, CSV and Parquet."""
 
 import glob
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def find_files(patterns: Sequence[str], *, task: str) -> list[Path]:
     """
     files: list[Path] = []
     for pattern in patterns:
-        files += _matches(str(Path(pattern).expanduser()), task)
+        # A home that is not known stays as it is written.
+        files += _matches(os.path.expanduser(pattern), task)
     for path in files:
         if path.suffix.lower() not in FORMATS:
             raise DataError(f"task {task!r}: {path}: unknown kind of file; known are {', '.join(FORMATS)}")

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from malora_dist.data.row import Row, broken_character
+from malora_dist.data.row import Row, broken_character, short
 from malora_dist.errors import DataError
+from malora_dist.files.json_text import key_given_twice
 
 ROWS_AT_ONCE = 1000
 
@@ -70,9 +71,9 @@ def _column_names(path: Path, line: int, cells: Sequence[str]) -> list[str]:
 
 
 def _refuse_twice(path: Path, names: Sequence[str]) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = key_given_twice((name, None) for name in names)
     if twice is not None:
-        raise DataError(f"{path}: two columns have the name {twice!r}")
+        raise DataError(f"{path}: two columns have the name {short(twice)}")
 
 
 def _table_row(source: str, names: Sequence[str], cells: Sequence[str]) -> Row:

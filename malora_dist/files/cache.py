@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, Timeout
 
+from malora_dist.errors import ConfigError, short
 from malora_dist.files.atomic import to_disk
 from malora_dist.files.locks import lock_at
 
@@ -15,8 +16,16 @@ WAIT_SECONDS = 0.3
 
 
 def default_cache_dir() -> Path:
-    """$MALORA_CACHE, or ~/.cache/malora_dist."""
-    return Path(os.environ.get("MALORA_CACHE", "~/.cache/malora_dist")).expanduser()
+    """$MALORA_CACHE, or ~/.cache/malora_dist. Raises ConfigError as `expanded`."""
+    return expanded("MALORA_CACHE", os.environ.get("MALORA_CACHE", "~/.cache/malora_dist"))
+
+
+def expanded(key: str, path: str) -> Path:
+    """The path with a home in the place of `~`. Raises ConfigError, naming `key`, for a home that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}={short(path)}: whose home that is is not known on this machine") from error
 
 
 def build_once(folder: Path, build: Callable[[Path], None], waiting: Callable[[], None] = lambda: None) -> bool:

@@ -9,9 +9,11 @@ from malora_dist.files.atomic import write_json
 from malora_dist.files.json_text import parse_json
 
 EXIT_FILE = "exit.json"
+# The recipe, base and rows that eval.json and baseline.json are of, until a checkpoint says so.
+MEASURED_ON = "measured_on.json"
 # What makes a folder that of a run.
 RUN_FILES = {
-    "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", "exit.json", "measured_on.json",
+    "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", EXIT_FILE, MEASURED_ON,
     "metrics.jsonl", "report", "train.log",
 }  # fmt: skip
 FINISHED, PREEMPTED, FAILED = "finished", "preempted", "failed"

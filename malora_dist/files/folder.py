@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all, and files that stay inside theirs."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,21 @@ def file_in(folder: Path, name: str) -> Path:
     if not any(file.is_relative_to(place) for place in places):
         raise CheckpointError(f"{path} is a link to {file}, outside its folder; put the file itself there")
     return path
+
+
+def is_cached(path: Path) -> bool:
+    """Return whether this is a file of the hub's cache: a link from `snapshots/<commit>` to `blobs` beside those."""
+    if not path.is_symlink() or not path.is_file():
+        return False
+    return any(path.resolve().is_relative_to(blobs) for blobs in _blobs(path.parent.resolve()))
+
+
+def local_path(name: str) -> Path:
+    """The path that a model's name means if it is one; `~` stands for a home where that is known.
+
+    What it is, os.path tells: of what cannot be a path it says no, where Path's own methods raise.
+    """
+    return Path(os.path.expanduser(name))
 
 
 def _blobs(folder: Path) -> Iterator[Path]:

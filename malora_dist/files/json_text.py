@@ -2,6 +2,7 @@
 
 import json
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 DEEPEST = 100
@@ -21,10 +22,14 @@ def parse_json(text: str | bytes, *, non_finite: bool = False) -> Any:
     return value
 
 
-def key_given_twice(pairs: list[tuple[str, Any]]) -> str | None:
-    """The first key of an object that stands there more than once, None if each stands once."""
-    keys = [key for key, _ in pairs]
-    return next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+def key_given_twice(pairs: Iterable[tuple[str, Any]]) -> str | None:
+    """The first key of an object that repeats one before it, None if each stands once."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

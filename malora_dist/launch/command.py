@@ -87,7 +87,7 @@ def launcher_path(name: str = "deepspeed") -> str:
 def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the launcher's environment: this Python's scripts (ninja, deepspeed) come first on PATH; the allocator.
 
-    It keeps nothing that it has to say: where nobody reads it, what is left would make its exit code 120.
+    Unbuffered, since output that cannot be written at the end makes Python exit with 120.
     """
     scripts = str(Path(sys.executable).parent)
     own = {**environment, **allocator_variables(environment), "PYTHONUNBUFFERED": "1"}

@@ -34,11 +34,27 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_node(environment["SLURM_STEP_NODELIST"]),
-        # Two steps on one node must not meet.
-        "MASTER_PORT": environment.get("MASTER_PORT")
-        or str(FIRST_PORT + (7 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % PORTS),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_node(_of_step(environment, "SLURM_STEP_NODELIST")),
+        "MASTER_PORT": environment.get("MASTER_PORT") or _port_of_step(environment),
     }
+
+
+def _port_of_step(environment: Mapping[str, str]) -> str:
+    """Two steps on one node must not meet. Raises TopologyError if Slurm has not told the job's number."""
+    job = _of_step(environment, "SLURM_JOB_ID")
+    if not job.isdecimal():
+        raise TopologyError(f"SLURM_JOB_ID={job} must be a number; set MASTER_PORT, the same for all tasks")
+    return str(FIRST_PORT + (7 * int(job) + int(environment["SLURM_STEP_ID"])) % PORTS)
+
+
+def _of_step(environment: Mapping[str, str], name: str) -> str:
+    """What srun tells each task. Raises TopologyError if it is missing."""
+    if not environment.get(name):
+        raise TopologyError(
+            f"{name} is not set, though SLURM_STEP_ID={environment['SLURM_STEP_ID']} says that srun has started this "
+            "task: start with srun, which sets both, or set MASTER_ADDR and MASTER_PORT"
+        )
+    return environment[name]
 
 
 def under_launcher(environment: Mapping[str, str]) -> bool:
@@ -49,9 +65,15 @@ def under_launcher(environment: Mapping[str, str]) -> bool:
     return False
 
 
-def check_processes(environment: Mapping[str, str], num_gpus: int | None) -> None:
-    """Raise ConfigError if a launched process is told to start another number of processes than there are."""
+def check_processes(environment: Mapping[str, str], num_gpus: int | None, master_port: int | None = None) -> None:
+    """Raise ConfigError if a launched process is told to start another number of processes, or to meet elsewhere."""
     rank, size = place_of(environment)
+    if master_port is not None and environment.get("MASTER_PORT") != str(master_port):
+        raise ConfigError(
+            f"--master_port {master_port}: a launcher has started this process, as number {rank} of {size} from 0, and "
+            f"its processes meet at MASTER_PORT={environment.get('MASTER_PORT', '')}. Leave --master_port out here, "
+            "and tell the launcher"
+        )
     # torchrun's and deepspeed's number of processes on this machine.
     here = [environment.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if _is_complete(environment)]
     if num_gpus is not None and str(num_gpus) not in (str(size), *here):
@@ -124,6 +146,14 @@ def _is_complete(environment: Mapping[str, str]) -> bool:
     if not numbers or not int(rank) < int(size):
         listed = ", ".join(f"{name}={environment[name]}" for name in LAUNCHED)
         raise TopologyError(f"{listed}: RANK must be a number from 0 to WORLD_SIZE less 1, the others numbers too")
+    if _in_step(environment) and int(size) < int(environment["SLURM_STEP_NUM_TASKS"]):
+        # A launcher in each task has at least as many processes in all as there are tasks.
+        raise TopologyError(
+            f"RANK={rank} and WORLD_SIZE={size} are set, and srun has started this process as task "
+            f"{environment['SLURM_PROCID']} of SLURM_STEP_NUM_TASKS={environment['SLURM_STEP_NUM_TASKS']}: each would "
+            f"train alone. Where the former are left of something else, unset {', '.join(LAUNCHED)}; else start with "
+            "one of the two"
+        )
     return True
 
 

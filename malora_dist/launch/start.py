@@ -43,7 +43,7 @@ def start(
     recipe cannot run on so many processes, or if a launcher has started others, before any of them starts.
     """
     if under_launcher(os.environ):
-        check_processes(os.environ, num_gpus)
+        check_processes(os.environ, num_gpus, master_port)
         raise typer.Exit(import_module(module).main(arguments) or 0)
     processes = num_gpus if num_gpus is not None else visible_gpus()
     if config is not None:

@@ -1,6 +1,7 @@
 """Where a base model comes from: a hub id, a local folder, or a GGUF file; the result is a folder."""
 
 import hashlib
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,14 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from malora_dist.console.progress import tell
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, short
 from malora_dist.files.cache import build_once, default_cache_dir
+from malora_dist.files.folder import local_path
 
 # Weights, tokenizers in all their forms, chat templates.
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe"]
 # Pickles run code when they are read; weights in other formats are not read.
 NEVER = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.onnx"]
 CODE = ["*.py", "*.so"]
+LONGEST_SHOWN = 1000
 
 
 def resolve_model(
@@ -31,17 +34,20 @@ def resolve_model(
     """A local folder in Hugging Face layout. A GGUF file is converted once, a hub id downloaded once.
 
     Python files of a hub id are downloaded only with `trust_remote_code`. Safe to call on every process: a file lock
-    lets one work while the others wait, and no collective is held open. Raises ConfigError if there is no such model.
+    lets one work while the others wait, and no collective is held open. Raises ConfigError if there is no such model,
+    or for no name at all.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    if not name_or_path.strip():
+        raise ConfigError("the base model has no name: say which folder or hub id it is (malora convert: --base)")
+    path = local_path(name_or_path)
+    if os.path.isdir(path):
         return path
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ConfigError(f"model.name_or_path={name_or_path!r}: there is no such GGUF file")
+        if not os.path.isfile(path):
+            raise ConfigError(f"{_said(name_or_path)}: there is no such GGUF file")
         return _convert_gguf(path, cache_dir or default_cache_dir())
     if path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
-        raise ConfigError(f"model.name_or_path={name_or_path!r}: there is no such folder")
+        raise ConfigError(f"{_said(name_or_path)}: there is no such folder, or none to be read")
     return _download(name_or_path, revision, trust_remote_code)
 
 
@@ -55,17 +61,22 @@ def local_model(
     """The folder that `resolve_model` would give without any work, None if there is some to do."""
     from huggingface_hub import snapshot_download
 
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = local_path(name_or_path)
+    if name_or_path.strip() and os.path.isdir(path):
         return path
     if path.suffix == ".gguf":
-        target = _converted_folder(path, cache_dir or default_cache_dir()) if path.is_file() else None
+        target = _converted_folder(path, cache_dir or default_cache_dir()) if os.path.isfile(path) else None
         return target if target is not None and target.is_dir() else None
     try:
         patterns = _patterns(trust_remote_code)
         return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True, **patterns))
     except (ValueError, OSError):  # no such id, or nothing of it on this machine
         return None
+
+
+def _said(name_or_path: str) -> str:
+    """The key and its value, of one that no system takes for a path the beginning."""
+    return f"model.name_or_path={repr(name_or_path) if len(name_or_path) < LONGEST_SHOWN else short(name_or_path)}"
 
 
 def _patterns(code: bool) -> dict[str, Any]:
@@ -79,7 +90,7 @@ def _download(repository: str, revision: str | None, code: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    said = f"model.name_or_path={repository!r}"
+    said = _said(repository)
     page = f"{constants.ENDPOINT}/{repository}"
     try:
         return Path(snapshot_download(repository, revision=revision, **_patterns(code)))

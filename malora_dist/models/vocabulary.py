@@ -1,6 +1,6 @@
 """Whether a tokenizer and a model belong together: every token that a text can give has a row in the embedding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from malora_dist.errors import ConfigError, DataError
@@ -47,11 +47,15 @@ def check_tokens(data: "PreparedData", beyond: dict[int, str]) -> None:
     """Raise DataError if a row of a task holds a token for which the model has no row."""
     if not beyond:
         return
-    first = min(beyond)
     for task, ids in _ids(data):
-        highest = max(ids, default=0)
-        if highest >= first:
-            raise DataError(f"task {task}: a row holds {beyond.get(highest, highest)}, for which the model has no row")
+        check_row(ids, beyond, f"task {task}: a row")
+
+
+def check_row(ids: Sequence[int], beyond: Mapping[int, str], where: str) -> None:
+    """Raise DataError if a row of token ids, which is `where` they are, holds one for which the model has no row."""
+    highest = max(ids, default=0)
+    if beyond and highest >= min(beyond):
+        raise DataError(f"{where} holds {beyond.get(highest, highest)}, for which the model has no row")
 
 
 def _ids(data: "PreparedData") -> Iterator[tuple[str, list[int]]]:

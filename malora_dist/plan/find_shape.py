@@ -1,11 +1,13 @@
 """The shape of a base model, read from its config.json or the metadata of a GGUF file."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from malora_dist.errors import ConfigError
+from malora_dist.files.folder import local_path
 from malora_dist.plan.shapes import LAYOUTS, ModelShape
 
 ASK_FOR_CONFIG = "give its config.json: --model path/to/config.json (or the model's folder)"
@@ -16,12 +18,12 @@ def find_shape(name_or_path: str, revision: str | None = None) -> ModelShape:
 
     Nothing is downloaded. Raises ConfigError if there is no configuration here or its layout is not known.
     """
-    path = Path(name_or_path).expanduser()
+    path = local_path(name_or_path)
     if path.suffix == ".json":
         return read_config(path)
     if path.suffix == ".gguf":
         return read_gguf(path)
-    folder = path if path.is_dir() else local_config(name_or_path, revision)
+    folder = path if os.path.isdir(path) else local_config(name_or_path, revision)
     if folder is None:
         raise ConfigError(f"model.name_or_path={name_or_path!r} is not on this machine: {ASK_FOR_CONFIG}")
     return read_config(folder / "config.json")
@@ -32,11 +34,11 @@ def local_config(name_or_path: str, revision: str | None = None) -> Path | None:
 
     Nothing is downloaded.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = local_path(name_or_path)
+    if os.path.isdir(path):
         return path if (path / "config.json").is_file() else None
     if path.suffix == ".gguf":
-        return path if path.is_file() else None
+        return path if os.path.isfile(path) else None
     cached = _cached_config(name_or_path, revision)
     return None if cached is None else cached.parent
 

@@ -6,11 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from malora_dist.config.yaml_reader import read_yaml_text
 from malora_dist.errors import MaloraError
 from malora_dist.files.json_text import parse_json
-from malora_dist.report.rules import check_adapter, check_config, check_counts, check_evaluations, check_record, clean
+from malora_dist.report.rules import (
+    check_adapter,
+    check_config,
+    check_counts,
+    check_evaluations,
+    check_record,
+    clean,
+    is_count,
+)
 from malora_dist.tracking.metrics import (
     EVAL,
     KIND,
@@ -29,8 +36,8 @@ from malora_dist.tracking.metrics import (
 class RunFiles:
     """What a run folder holds.
 
-    evaluations is eval.json, counts data.json, routing the last routing record, parameters the number of values in the
-    adapter's weights, missing the names of files that are not there.
+    evaluations is eval.json, counts data.json, run the facts of the last start, routing the last routing record,
+    parameters the number of values in the adapter's weights, missing the names of files that are not there.
     """
 
     name: str
@@ -90,7 +97,8 @@ def read_run(run_dir: Path) -> RunFiles:
         name=clean(run_dir.resolve().name),
         config=_yaml(run_dir / "config.yaml", text),
         config_text=text,
-        run=next((record for record in records if record[KIND] == RUN), {}),
+        # Of several starts the last: one before may have been of another recipe.
+        run=next((record for record in reversed(records) if record[KIND] == RUN), {}),
         train=[record for record in records if record[KIND] == TRAIN],
         validation=[record for record in records if record[KIND] == EVAL],
         routing=routing[-1] if routing else None,
@@ -123,11 +131,9 @@ def _text(path: Path) -> str:
 
 
 def _yaml(path: Path, text: str) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(text) or {}
-        return _mapping(path, value, check_config)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise MaloraError(f"{path} is damaged, not YAML: {error}") from error
+    """As the recipe that it is."""
+    value = read_yaml_text(text, f"{path} is damaged")
+    return _mapping(path, {} if value is None else value, check_config)
 
 
 def _json(path: Path, check: Callable[[Path, Mapping[str, Any]], None]) -> dict[str, Any]:
@@ -159,9 +165,12 @@ def _count_parameters(path: Path) -> int | None:
             raise MaloraError(f"{path} is damaged: its header is longer than the file")
         try:
             header = parse_json(file.read(length))
-            shapes = [
-                [int(size) for size in entry["shape"]] for name, entry in header.items() if name != "__metadata__"
-            ]
+            shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+            if not all(is_count(size) for shape in shapes for size in shape):
+                raise ValueError("a shape holds what is no size")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MaloraError(f"{path} is damaged: its header is none of safetensors: {error!r}") from error
-    return sum(math.prod(shape) for shape in shapes)
+    count: int = sum(math.prod(shape) for shape in shapes)
+    if not is_count(count):
+        raise MaloraError(f"{path} is damaged: its header tells of more numbers than any disk holds")
+    return count

@@ -36,7 +36,7 @@ def check_evaluations(path: Path, content: Mapping[str, Any]) -> None:
         tasks = _mapping(path, f"{side}.tasks", _mapping(path, side, measured).get("tasks"))
         for task, row in tasks.items():
             where = f"{side}.tasks.{task}"
-            if type(_mapping(path, where, row).get("n")) is not int or not 0 <= row["n"] < LARGEST:
+            if not is_count(_mapping(path, where, row).get("n")):
                 _refuse(path, f"{where}.n", row.get("n"), "a whole number")
             if row.get(LOSS) is not None:
                 # One that is not finite is a result too.
@@ -82,8 +82,8 @@ def check_record(path: Path, record: Record) -> None:
                 _refuse(path, f"{where}: {name}", value, "a number")
     if kind == RUN:
         for name in (WORLD_SIZE, MAX_STEPS, TRAINABLE_PARAMETERS, BASE_PARAMETERS):
-            if name in record and type(record[name]) is not int:
-                _refuse(path, f"{where}: {name}", record[name], "a whole number")
+            if name in record and not is_count(record[name]):
+                _refuse(path, f"{where}: {name}", record[name], "a whole number of at least 0")
         for name in (DEVICE, BASE_DTYPE):
             if not isinstance(record.get(name, ""), str):
                 _refuse(path, f"{where}: {name}", record[name], "text")
@@ -115,6 +115,11 @@ def _number(path: Path, where: str, value: Any, *, finite: bool = True) -> None:
     known = isinstance(value, int | float) and not isinstance(value, bool)
     if not known or _too_large(value) or (finite and not math.isfinite(value)):
         _refuse(path, where, value, "a number")
+
+
+def is_count(value: Any) -> bool:
+    """Return whether this is a whole number that a page can show."""
+    return type(value) is int and 0 <= value < LARGEST
 
 
 def _is_share(value: Any) -> bool:

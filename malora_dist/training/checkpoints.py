@@ -1,7 +1,7 @@
 """The checkpoints of a run: its engine, loader and window to disk and back."""
 
 from malora_dist.adapters.io.folder import AdapterInfo
-from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name
+from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name, is_of_run
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, plain_config
 from malora_dist.data.loader import TrainLoader
@@ -62,7 +62,7 @@ class RunCheckpoints:
             self.window,
             self.stepper.world,
         )
-        if state.best.by != best_by or checkpoint.folder.parent != self.saver.folder:
+        if state.best.by != best_by or not is_of_run(checkpoint.folder, self.saver.folder.parent):
             state.best = Best(by=best_by)
         self.saver.point_at_best(state.best.step)
         return state

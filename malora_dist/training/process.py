@@ -19,11 +19,12 @@ from malora_dist.training.preemption import STOP_SIGNALS, Preempted
 
 # How long a rank leaves the word to the one that knows more, whose end makes the launcher end all.
 PATIENCE_SECONDS = 5
-# How gloo and NCCL word that another process is gone or late.
+# How gloo, NCCL and the store that the first process keeps word that another process is gone or late.
 LOST_PEER = (
     "Timed out waiting",
     "Connection closed by peer",
     "Connection reset by peer",
+    "Connection was likely closed",
     "Broken pipe",
     "NCCL communicator was aborted",
     "remote process exited",

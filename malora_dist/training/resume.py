@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from malora_dist.checkpoint.layout import CHECKPOINTS, Manifest, checkpoint_name
+from malora_dist.checkpoint.layout import CHECKPOINTS, Manifest, checkpoint_name, is_of_run
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, load_config, plain_config
 from malora_dist.config.resume_compatibility import Change, changes
 from malora_dist.distributed.process_groups import World, fail_together
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.files.exit_status import FINISHED, read_outcome
+from malora_dist.files.exit_status import FINISHED, MEASURED_ON, read_outcome
 from malora_dist.training.base_model import base_quantizer
-from malora_dist.training.run_folder import MEASURED_ON
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,13 @@ class Start:
     folder: str | None = None
     checkpoint: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it goes on with work of its own folder, and so with what was measured and recorded there."""
+        if self.folder is None or self.checkpoint is None:
+            return False
+        return is_of_run(Path(self.checkpoint), Path(self.folder))
 
 
 def find_start(config: RunConfig) -> Start:

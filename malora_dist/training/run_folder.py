@@ -15,8 +15,6 @@ from malora_dist.files.locks import lock_at, marker
 
 LOCK = ".lock"
 LOCK_SECONDS, LOCK_SHARE = 30, 0.8
-# The recipe, base and rows that eval.json and baseline.json are of, until a checkpoint says so.
-MEASURED_ON = "measured_on.json"
 
 
 def claim_run_folder(output_dir: str | Path) -> tuple[Path, BaseFileLock]:

@@ -15,7 +15,7 @@ from torch import nn
 from malora_dist.adapters.inject import InjectionReport
 from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
-from malora_dist.checkpoint.layout import CHECKPOINTS
+from malora_dist.checkpoint.layout import is_of_run
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, config_text
 from malora_dist.config.summary import adapter_spec
@@ -25,12 +25,14 @@ from malora_dist.distributed.process_groups import World, from_main, on_main
 from malora_dist.distributed.zero3 import gathered_adapter_state
 from malora_dist.errors import TrainingError
 from malora_dist.files.atomic import write_json, write_text
+from malora_dist.files.exit_status import MEASURED_ON
 from malora_dist.files.json_text import parse_json
+from malora_dist.models.config import KEY
 from malora_dist.report import print_results, write_report
 from malora_dist.tracking.metrics import CHECKPOINT, EVAL, ROUTING, MetricsWriter
 from malora_dist.tracking.trackers import open_trackers
 from malora_dist.training.best_checkpoint import Tasks, score
-from malora_dist.training.run_folder import MEASURED_ON, forget_evaluations, read_evaluations, read_measured_on
+from malora_dist.training.run_folder import forget_evaluations, read_evaluations, read_measured_on
 
 
 class RunOutputs:
@@ -140,22 +142,23 @@ class RunOutputs:
     def resumed(self, step: int, checkpoint: Checkpoint | None, *, validated: bool = True) -> None:
         """Take the records of lost work out of metrics.jsonl, and add one that training goes on after `step`.
 
-        Unless the step is `validated`, its validation will be recorded once more.
+        From a checkpoint of another run, all that this folder has recorded was lost. Unless the step is `validated`,
+        its validation will be recorded once more.
         """
-        self._on_main(lambda: self.metrics.cut(step, () if validated else (EVAL, ROUTING)))
+        own = checkpoint is not None and is_of_run(checkpoint.folder, self.folder)
+        self._on_main(lambda: self.metrics.cut(step if own else 0, () if validated else (EVAL, ROUTING)))
         folder = None
         if checkpoint is not None:
             folder = str(checkpoint.folder)
             self.log.info("going on after step %d, from %s", step, folder)
+        if checkpoint is not None and own:
             self._record_checkpoint(checkpoint)
         self.record({"kind": "resume", "step": step, "checkpoint": folder})
 
     def _record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add the record of a checkpoint of this run whose writer was killed before it could."""
         step, files = checkpoint.manifest.step, checkpoint.manifest.files.values()
-        if checkpoint.folder.parent == self.folder / CHECKPOINTS and not on_main(
-            lambda: self.metrics.holds(CHECKPOINT, step), self.world
-        ):
+        if not on_main(lambda: self.metrics.holds(CHECKPOINT, step), self.world):
             self.record({"kind": CHECKPOINT, "step": step, "bytes": sum(record.bytes for record in files)})
 
     def measured_on(self, what: Mapping[str, Any]) -> None:
@@ -242,11 +245,12 @@ class RunOutputs:
         terminal = console()
         if self.evaluations:
             terminal.print(print_results(self.evaluations))
+        trust = f" --{KEY} true" if self.config.model.trust_remote_code else ""
         next_steps = (
             f"\nLook next at\n"
             f"  {self.folder}/report/index.html   pictures: losses, accuracies, routing of tasks to experts\n"
             f"  {self.folder}/adapter/            the adapter, {self.folder}/metrics.jsonl the numbers\n"
-            f"  malora evaluate {self.folder}     measures it again, on any number of processes"
+            f"  malora evaluate {self.folder}{trust}     measures it again, on any number of processes"
         )
         terminal.print(Text(next_steps), soft_wrap=True)
 

@@ -14,6 +14,7 @@ from malora_dist.adapters.methods import mixture_spec
 from malora_dist.adapters.near_names import near_names
 from malora_dist.adapters.targets import all_linear, check_targets, find_targets, plain_names
 from malora_dist.errors import ConfigError
+from malora_dist.ops import target_names
 from malora_dist.ops.target_names import ALL_LINEAR
 from tests.families import families, family_model
 from tests.tiny_models import tiny_llama
@@ -66,8 +67,9 @@ def test_patterns_match_whole_names() -> None:
     assert len(find_targets(model, [pattern], LORA)[pattern]) == 4
     with pytest.raises(ConfigError, match="matches no linear"):
         find_targets(model, [r"mlp\.(up|down)_proj"], LORA)
-    with pytest.raises(ConfigError, match="is no regular expression: missing"):
-        find_targets(model, [r"mlp\.(up"], LORA)
+    for pattern, why in ((r"mlp\.(up", "missing"), ("a{99999999999999999999}", "the repetition number")):
+        with pytest.raises(ConfigError, match=f"is no regular expression: {why}"):
+            find_targets(model, [pattern], LORA)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_targets_of_models_that_are_none_of_transformers() -> None:
     check_targets(model, [ALL_LINEAR], LORA)
 
 
-@pytest.mark.parametrize("module", [targets_module, names_module])
+@pytest.mark.parametrize("module", [targets_module, names_module, target_names])
 def test_examples_in_docstrings(module: Any) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0

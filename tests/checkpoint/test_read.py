@@ -269,6 +269,31 @@ def test_a_file_that_vanishes_or_shrinks_after_opening(folder: Path) -> None:
         checkpoint.verify()
 
 
+def test_the_hubs_cache_is_made_of_links(folder: Path, tmp_path: Path) -> None:
+    """From a snapshot to the blobs of its own repository; a link elsewhere is one that leads out."""
+    repository = tmp_path / "models--a--b"
+    run, blobs = repository / "snapshots" / ("0a" * 20), repository / "blobs"
+    step = run / "checkpoints" / folder.name
+    step.mkdir(parents=True)
+    blobs.mkdir()
+    (folder.parent / "best").write_text(f"{folder.name}\n")
+    for file in [*folder.iterdir(), folder.parent / "best"]:
+        shutil.copy(file, blobs / file.name)
+        place = step if file.parent == folder else step.parent
+        (place / file.name).symlink_to(os.path.relpath(blobs / file.name, place))
+    checkpoint = Checkpoint.open(step)
+    checkpoint.verify()
+    assert torch.equal(checkpoint.read("rng", "0.torch"), tensors_of(7)["rng"]["0.torch"])
+    store = CheckpointStore(step.parent)
+    assert store.latest() == store.best() == step
+    for name in (RNG_FILE, MANIFEST):
+        (blobs / name).rename(tmp_path / name)
+        (step / name).unlink()
+        (step / name).symlink_to(tmp_path / name)
+        with pytest.raises(CheckpointError, match=f"{name} is a symbolic link"):
+            Checkpoint.open(step)
+
+
 def test_a_checkpoint_may_be_copied_under_another_name_and_linked_as_a_whole(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "mine")
     os.symlink(folder, tmp_path / "link")

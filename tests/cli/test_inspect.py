@@ -15,7 +15,7 @@ from malora_dist.adapters.io.folder import WEIGHTS, open_adapter
 from malora_dist.cli.app import app
 from malora_dist.cli.inspect.lines import lines
 from malora_dist.cli.inspect.look import inspect
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, MaloraError
 from malora_dist.tracking.metrics import MetricsWriter
 from tests.adapter_samples import edit_weights
 from tests.convert.made import make_checkpoint, make_workspace, run_kind
@@ -103,6 +103,10 @@ def test_dead_and_duplicate_experts(made: Path, tmp_path: Path) -> None:
     assert f"{LAYER}: 1, 2" in text and f"{LAYER}: 0 and 3, cosine 0.99" in text
     early = make_checkpoint(run, step=6)
     assert inspect(early)["layers"][LAYER]["dead"] == [1]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "routing", "share": {}}) + "\n")
+    with pytest.raises(MaloraError, match="metrics.jsonl is damaged: a routing record is not readable: KeyError"):
+        inspect(early)
 
 
 def flip(path: Path) -> None:

@@ -160,9 +160,18 @@ def test_targets_are_names_patterns_or_all(given: Any, targets: tuple[str, ...])
     assert AdapterConfig(target_modules=given).target_modules == targets
 
 
-def test_a_pattern_that_is_none_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"is no regular expression: missing \)"):
-        AdapterConfig(target_modules=[r".*\.(q_proj"])
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        (r".*\.(q_proj", r"missing \)"),
+        ("a{99999999999999999999}", "the repetition number is too large"),
+        ("(" * 990 + ")" * 990, "it is nested too deep"),
+        ("(q_proj|" * 2000, "it has 16000 characters, more than 2000"),
+    ],
+)
+def test_a_pattern_that_is_none_is_refused(pattern: str, why: str) -> None:
+    with pytest.raises(ValidationError, match=f"is no regular expression: {why}"):
+        AdapterConfig(target_modules=[pattern])
 
 
 @pytest.mark.parametrize(

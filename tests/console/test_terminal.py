@@ -5,7 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from tests.processes import start, wait
 from tests.report.run_folder import write_run
 
 NAME = "grün ± 世 [/b]"
-TERMINALS = ("ascii", "latin-1", "closed", "broken", "full")
+TERMINALS = ("ascii", "latin-1", "closed", "broken", "full", "nonblocking")
 CLI = "import sys; from malora_dist.cli.app import main; main(sys.argv[1:])"
 
 
@@ -96,15 +99,33 @@ def open_terminal(kind: str) -> None:
     if kind == "broken":
         reader, writer = os.pipe()
         os.close(reader)
+    elif kind == "nonblocking":
+        reader, writer = os.pipe()
+        fill(writer)
+        threading.Thread(target=read_slowly, args=[reader], daemon=True).start()
     elif kind == "full":
         writer = os.open("/dev/full", os.O_WRONLY)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        if kind in ("broken", "full"):
+        if kind in ("broken", "full", "nonblocking"):
             os.dup2(writer, number)
         encoding = kind if kind in ("ascii", "latin-1") else "utf-8"
         stream = io.TextIOWrapper(open(number, "wb", closefd=False), encoding=encoding, errors="strict")
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+
+
+def fill(pipe: int) -> None:
+    """Leave no room in a pipe, which then tells writers so instead of letting them wait."""
+    os.set_blocking(pipe, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b"\n" * 1024)
+
+
+def read_slowly(pipe: int) -> None:
+    time.sleep(0.2)
+    while os.read(pipe, 2**16):
+        pass
 
 
 @pytest.mark.e2e
@@ -122,6 +143,8 @@ def test_an_interpreter_has_nothing_left_to_say_when_it_ends(terminal: str, unbu
     reader, writer = os.pipe()
     if terminal == "broken":
         os.close(reader)
+    elif terminal == "nonblocking":
+        fill(writer)
     done = subprocess.Popen(
         ["sh", "-c", command + redirected], cwd=folder, env=os.environ | settings, stdout=writer, stderr=writer
     )

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from malora_dist.adapters.inject import adapter_state_dict, inject_adapters
+from malora_dist.adapters.io.folder import save_adapter
+from malora_dist.adapters.io.from_model import save_model_adapter
+from malora_dist.adapters.methods import mixture_spec
 from malora_dist.cli.app import main
-from malora_dist.errors import CheckpointError
+from malora_dist.cli.inspect.look import inspect
+from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.models.packed_attention import MASKED
 from tests.adapter_samples import edit_weights
 from tests.config.recipes import recipe
 from tests.convert.made import job_of, make_checkpoint, run_kind
 from tests.families import family_model
+from tests.models.test_config import own_model
 from tests.processes import start, wait
+from tests.tiny_models import tiny_llama
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Adapter = Callable[[Path], object]
@@ -177,6 +185,29 @@ def test_a_checkpoint_brings_its_recipe_and_knows_its_base(workspace: Path, tmp_
     said = run_kind("peft-tasks", checkpoint, tmp_path / "out", eval_samples=5, calibration=3)
     assert [line.split()[:2] for line in said[1:4]] == [["colour", "5"], ["animal", "5"], ["spell", "5"]]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"colour", "animal", "spell"}
+
+
+def test_code_of_a_base_runs_only_at_the_users_own_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run, a checkpoint or an adapter may be somebody else's, whatever its recipe or its config says."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base, run, mark = own_model(tmp_path / "base", tmp_path / "mark"), tmp_path / "run", tmp_path / "mark"
+    model = tiny_llama()
+    inject_adapters(model, mixture_spec("lora", r=2), ["q_proj"])
+    info = save_model_adapter(model, run / "adapter")
+    config = {"model": {"name_or_path": str(base), "trust_remote_code": True}, "adapter": {"method": "lora", "r": 2}}
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe(**config)))
+    with pytest.raises(ConfigError, match="rights that you have, so that SRC says so is not enough") as caught:
+        run_kind("merged", run, tmp_path / "out")
+    assert f"--recipe {run / 'config.yaml'}" in str(caught.value) and "modeling_own.OwnForCausalLM" in str(caught.value)
+    alone = replace(info, trust_remote_code=True, base_model=str(base))
+    save_adapter(tmp_path / "alone", alone, adapter_state_dict(model), "card")
+    with pytest.raises(ConfigError, match=r"with which .*/alone was made.* --recipe RECIPE.yaml"):
+        run_kind("merged", tmp_path / "alone", tmp_path / "out")
+    assert inspect(tmp_path / "alone")["trust_remote_code"] is True
+    assert not mark.exists() and not (tmp_path / "out").exists()
+    said = run_kind("merged", run, tmp_path / "out", recipe=run / "config.yaml")
+    assert said[0].startswith("note: model.trust_remote_code=true: code of") and mark.exists()
+    assert (tmp_path / "out" / "modeling_own.py").is_file()
 
 
 def convert_under_a_limit(source: Path, target: Path) -> int:

@@ -164,6 +164,30 @@ def test_a_weight_of_two_layers_is_not_merged_into(tmp_path: Path) -> None:
                 run_kind("merged", tmp_path / targets[0], tmp_path / "merged")
 
 
+@pytest.mark.parametrize("differs", [True, False])
+def test_a_head_is_merged_into_where_the_files_hold_one_of_its_own(tmp_path: Path, differs: bool) -> None:
+    """What the configuration says of ties is not all: a stored head that differs is no longer the embedding."""
+    tied = family_model("llama", tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / SINGLE)
+    head = tensors["model.embed_tokens.weight"] * (1.5 if differs else 1.0)
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model" / SINGLE, metadata={"format": "pt"})
+    model = load_base_model(tmp_path / "model", dtype=torch.float32, load_in_4bit=False)
+    inject_adapters(model, mixture_spec("lora", r=2), ["lm_head", "q_proj"])
+    for _, parameter in adapter_parameters(model):
+        parameter.data += 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = ("merged", tmp_path / "adapter", tmp_path / "merged")
+    if not differs:
+        with pytest.raises(CheckpointError, match="lm_head of this base is tied to model.embed_tokens, which a merge"):
+            run_kind(*arguments, base=str(tmp_path / "model"))
+        return
+    run_kind(*arguments, base=str(tmp_path / "model"))
+    rows = [torch.arange(3, 33)]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged, rows), logits(model, rows), atol=2e-5, rtol=2e-5)
+
+
 def test_an_index_cannot_lead_out_of_the_folder(workspace: Path, tmp_path: Path) -> None:
     in_shards(workspace / "model", tmp_path / "model")
     index = json.loads((tmp_path / "model" / INDEX).read_text())

@@ -8,12 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.io.folder import load_adapter, open_adapter
+from malora_dist.adapters.methods import mixture_spec
 from malora_dist.convert.gates import Replay, deciding
+from malora_dist.convert.job import convert
+from malora_dist.convert.kinds import Options
 from malora_dist.convert.verify import TOKENS, difference, judge, text_rows, verify_routed
-from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.errors import CheckpointError, ConfigError, DataError
 from tests.adapter_samples import edit_weights
 from tests.convert.made import base, job_of, logits, run_kind, token_rows
+from tests.tiny_models import byte_tokenizer, tiny_llama
 
 SOURCE = Path("runs") / "malora"
 
@@ -71,6 +76,32 @@ def test_text_of_a_file_and_of_the_tasks(workspace: Path, tmp_path: Path) -> Non
         run_kind("molora", tmp_path / "alone", tmp_path / "other", verify=True, text=text)
     recipe = workspace / SOURCE / "config.yaml"
     assert run_kind("molora", tmp_path / "alone", tmp_path / "other", verify=True, recipe=recipe)
+
+
+def test_tokens_and_positions_that_the_base_has_not(tmp_path: Path) -> None:
+    """A word that was added to the tokenizer alone is refused before the work; rows end where positions do."""
+    tokenizer, model = byte_tokenizer(), tiny_llama(vocab_size=259, max_position_embeddings=7)
+    model.save_pretrained(tmp_path / "base")
+    inject_adapters(model, mixture_spec("lora", r=2), ["q_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    text, options = tmp_path / "text.txt", {"base": str(tmp_path / "base"), "verify": True}
+    text.write_text("hello world")
+    tokenizer.save_pretrained(tmp_path / "base")
+    job = job_of("merged", tmp_path / "adapter", tmp_path, text=text, **options)
+    info = open_adapter(tmp_path / "adapter").info
+    assert [len(row) for row in text_rows(job, info)] == [7, 4]
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=r"the tokenizer has 1 token for which the model has no row \(<new> 259\)"):
+        convert("merged", (tmp_path / "adapter",), tmp_path / "out", Options(text=text, **options), said.append)
+    assert said == [] and not (tmp_path / "out").exists()
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    text.write_text("hello <pad>")
+    with pytest.raises(DataError, match="text.txt holds <pad>, for which the model has no row"):
+        text_rows(job_of("merged", tmp_path / "adapter", tmp_path, text=text, **options), info)
 
 
 def test_replay_gives_the_routings_again(workspace: Path) -> None:

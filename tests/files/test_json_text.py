@@ -2,7 +2,7 @@
 
 import pytest
 
-from malora_dist.files.json_text import DEEPEST, parse_json
+from malora_dist.files.json_text import DEEPEST, key_given_twice, parse_json
 
 
 def test_values_are_those_of_the_text() -> None:
@@ -31,3 +31,21 @@ def test_our_own_measurements_may_hold_what_is_not_finite() -> None:
 def test_what_is_none_is_said(text: str | bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_json(text)
+
+
+class Counted(str):
+    """A key that counts how often it is compared with another."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return super().__eq__(other)
+
+
+def test_a_file_of_many_keys_is_read_in_time_that_grows_with_it() -> None:
+    """A header of 5 MB would take hours if each key were looked for among all others."""
+    pairs = [(Counted(number), None) for number in [*range(1000), 999]]
+    assert key_given_twice(pairs[:-1]) is None and key_given_twice(pairs) == "999"
+    assert Counted.compared < 10_000

@@ -27,6 +27,16 @@ from tests.fuzz.mutate import broken_bytes, broken_text, mutated, safetensors_fi
 from tests.tiny_models import tiny_llama
 
 KINDS = ("malora", "molora", "lora", "peft")
+# What PEFT writes and we do not.
+OF_PEFT = {
+    "rank_pattern": {"k_proj": 5},
+    "alpha_pattern": {r".*\.layers\.7\..*": 3},
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "fan_in_fan_out": False,
+    "peft_version": "0.19.0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "lora", folder / "peft")
     config = json.loads((folder / "peft" / CONFIG).read_text())
     del config["malora"]
-    (folder / "peft" / CONFIG).write_text(json.dumps(config))
+    (folder / "peft" / CONFIG).write_text(json.dumps(config | OF_PEFT))
     save(CheckpointStore(folder / "checkpoints"), 7)
     return folder
 

@@ -86,6 +86,17 @@ def test_a_step_whose_nodes_slurm_does_not_name(scontrol: Path) -> None:
         rank_variables({**STEP, "SLURM_STEP_NODELIST": "node[8]"})
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NODELIST", "SLURM_JOB_ID"])
+def test_a_step_of_which_slurm_does_not_tell_all(name: str) -> None:
+    environment = {**STEP, "MASTER_PORT" if name == "SLURM_STEP_NODELIST" else "MASTER_ADDR": "7"}
+    del environment[name]
+    with pytest.raises(TopologyError, match=f"{name} is not set, though SLURM_STEP_ID=2 says that srun"):
+        rank_variables(environment)
+    with pytest.raises(TopologyError, match="SLURM_JOB_ID=x must be a number; set MASTER_PORT"):
+        rank_variables({**STEP, "SLURM_JOB_ID": "x", "MASTER_ADDR": "n0"})
+    assert rank_variables({**environment, "MASTER_ADDR": "n0", "MASTER_PORT": "7"})["MASTER_PORT"] == "7"
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -96,6 +107,11 @@ def test_a_step_whose_nodes_slurm_does_not_name(scontrol: Path) -> None:
         ({**LAUNCHED, "WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
         ({**LAUNCHED, "MASTER_PORT": "tcp"}, "MASTER_PORT=tcp"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: mpirun has started this process beside others"),
+        (
+            {**LAUNCHED, "RANK": "0", "WORLD_SIZE": "1", **STEP},
+            "RANK=0 and WORLD_SIZE=1 are set, and srun .* task 3 of SLURM_STEP_NUM_TASKS=4: .* unset RANK, WORLD_SIZE",
+        ),
+        ({**LAUNCHED, "WORLD_SIZE": "2", **STEP}, "WORLD_SIZE=2 are set, and srun .* each would train alone"),
     ],
 )
 def test_processes_that_would_each_train_alone_are_refused(environment: dict[str, str], message: str) -> None:
@@ -115,6 +131,14 @@ def test_a_number_of_processes_at_odds_with_the_launchers_is_refused() -> None:
         check_processes(LAUNCHED, 2)
     with pytest.raises(ConfigError, match=r"--num_gpus 1: .* \(SLURM_PROCID=3, SLURM_STEP_NUM_TASKS=4\)"):
         check_processes(STEP, 1)
+
+
+def test_a_port_at_odds_with_the_launchers_is_refused() -> None:
+    check_processes(LAUNCHED, None, 7)
+    with pytest.raises(ConfigError, match=r"--master_port 12345: .* number 1 of 4 from 0, .* meet at MASTER_PORT=7"):
+        check_processes(LAUNCHED, None, 12345)
+    with pytest.raises(ConfigError, match="--master_port 12345: "):
+        check_processes(STEP, None, 12345)
 
 
 def test_runs_on_one_machine_meet_at_ports_of_their_own() -> None:

@@ -40,7 +40,7 @@ def _edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def _own_model(folder: Path, mark: Path) -> Path:
+def own_model(folder: Path, mark: Path) -> Path:
     """A Llama under a type of its own, whose code leaves `mark` when it runs."""
     save_tiny_llama(folder)
     auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
@@ -69,7 +69,7 @@ def _nobody_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_code_of_a_model_is_refused_in_words(tmp_path: Path) -> None:
-    folder = _own_model(tmp_path / "model", tmp_path / "mark")
+    folder = own_model(tmp_path / "model", tmp_path / "mark")
     words = (
         "config.json: model_type='own' is code of its own .configuration_own.OwnConfig, modeling_own.OwnForCausalLM.; "
         "code of a model folder is not run unless the recipe says model.trust_remote_code: true"
@@ -88,7 +88,7 @@ def test_code_of_a_tokenizer_is_refused_in_words(tmp_path: Path) -> None:
 
 
 def test_code_runs_where_the_recipe_allows_it(tmp_path: Path) -> None:
-    folder = _own_tokenizer(_own_model(tmp_path / "model", tmp_path / "mark"), tmp_path / "other")
+    folder = _own_tokenizer(own_model(tmp_path / "model", tmp_path / "mark"), tmp_path / "other")
     ours = load_base_model(folder, dtype=torch.float32, load_in_4bit=False, trust_remote_code=True)
     ids = torch.arange(9)[None]
     with torch.no_grad():

@@ -10,6 +10,7 @@ from malora_dist.distributed.process_groups import World
 from malora_dist.errors import ConfigError
 from malora_dist.files.cache import default_cache_dir
 from malora_dist.models.resolve import local_model, resolve_model, stored_tensors
+from malora_dist.plan.shapes import local_config
 from tests.families import family_model
 from tests.hub import local_hub
 from tests.multiprocess import run_distributed
@@ -31,6 +32,22 @@ def test_a_missing_path_is_named_and_never_looked_up_elsewhere(
     with pytest.raises(ConfigError) as caught:
         resolve_model(name, cache_dir=tmp_path)
     assert name in str(caught.value) and "there is no such" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["~nobodys-home/x", "a\0b", "x" * 5000, "y" * 5000 + ".gguf"])
+def test_what_is_no_name_of_a_model_is_refused_in_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="model.name_or_path='.*(neither a local folder nor|there is no such)"):
+        resolve_model(name)
+    assert local_model(name) is None and local_config(name) is None
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_the_folder_one_stands_in(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="the base model has no name: say which"):
+        resolve_model(name)
+    assert local_model(name) is None
 
 
 def test_a_hub_id_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

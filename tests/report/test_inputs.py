@@ -22,6 +22,15 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert 0 < len(steps) == len(values) < 20, "a record without the task is left out"
 
 
+def test_the_facts_are_those_of_the_last_start(tmp_path: Path) -> None:
+    """A start that failed may have been of another recipe, on another number of processes."""
+    write_run(tmp_path / "demo")
+    with MetricsWriter(tmp_path / "demo" / "metrics.jsonl") as metrics:
+        metrics.write({"kind": "run", "world_size": 1, "device": "cuda", "trainable_parameters": 200})
+    run = read_run(tmp_path / "demo")
+    assert (run.run["world_size"], run.run["device"], run.run["trainable_parameters"]) == (1, "cuda", 200)
+
+
 def test_an_empty_folder_names_what_is_missing(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert run.missing == ["config.yaml", "metrics.jsonl", "eval.json", "data.json", "adapter/adapter_config.json"]

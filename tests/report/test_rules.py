@@ -12,8 +12,12 @@ import yaml
 
 from malora_dist.errors import MaloraError
 from malora_dist.report import write_report
+from malora_dist.report.facts import key_facts, run_facts
 from malora_dist.report.inputs import read_run
+from malora_dist.report.results import headline, improvements, read_results
 from malora_dist.report.rules import clean
+from malora_dist.report.tables import counts_table, loss_table, results_table
+from tests.fuzz.mutate import safetensors_file
 from tests.report.run_folder import write_run
 
 HOSTILE = "<script>alert(1)</script>'\"{{7*7}}&<b "
@@ -84,12 +88,15 @@ def changed(value: Any, at: Place, new: Any, *, key: bool) -> Any:
 
 
 def is_read(folder: Path) -> bool:
-    """Whether the folder is read; what is not is damage, in words."""
+    """Whether the folder is read, and all but its pictures can then be shown; what is not is damage, in words."""
     try:
-        read_run(folder)
+        run = read_run(folder)
     except MaloraError as error:
         assert "damaged" in str(error)
         return False
+    results = read_results(run.evaluations, run.tasks)
+    shown = [key_facts(run), run_facts(run), headline(results), improvements(results)]
+    assert [*shown, results_table(results), loss_table(results), counts_table(run.counts)]
     return True
 
 
@@ -140,6 +147,33 @@ def test_files_of_something_else_are_damage_or_empty(name: str, content: bytes, 
         assert "<!DOCTYPE html>" in write_report(tmp_path).read_text()
     except MaloraError as error:
         assert name in str(error) and "damaged" in str(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {seed: !!bool maybe}",
+        'train: {seed: !!int ""}',
+        'train: {seed: !!float ""}',
+        "train: {seed: !!timestamp x}",
+        "train: {seed: 1, seed: 2}",
+        "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)),
+    ],
+)
+def test_a_config_is_read_as_a_recipe_is(text: str, tmp_path: Path) -> None:
+    """With its words and its limits: what no run has written is damage, and takes no time."""
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(MaloraError, match="config.yaml is damaged: line "):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[10**4000, 10**4000], [-1], [1.5], ["3"], "33", [2**60, 2**60]])
+def test_a_header_that_no_file_has_is_damage(shape: Any, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(safetensors_file({"a": {"shape": shape}}, b""))
+    with pytest.raises(MaloraError, match="adapter_model.safetensors is damaged: its header"):
+        write_report(tmp_path)
 
 
 def test_what_no_page_can_hold_is_replaced() -> None:

@@ -5,7 +5,6 @@ Whatever holds an adapter is read through `open_adapter`, one tensor at a time; 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from malora_dist.adapters.io.info import (
     CONFIG,
     WEIGHTS,
     AdapterInfo,
+    AnyPath,
     adapter_config,
     file_key,
     file_shape,
@@ -42,8 +42,6 @@ from malora_dist.files.tensor_file import TensorPlace, read_elements, write_tens
 
 __all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_folder", "load_adapter", "open_adapter"]
 __all__ += ["put_adapter", "read_adapter_info", "save_adapter", "write_adapter_folder"]
-
-AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +188,10 @@ def _fill(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> No
 
 
 def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:
-    """Write the folder so that each file is either whole or absent; a former adapter there is replaced."""
+    """Write the folder so that each file is either whole or absent; a former adapter there is replaced.
+
+    A kill leaves the former adapter, the new one, or a folder without a config, which is none.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -201,6 +202,8 @@ def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor]
     save_file(tensors, partial_file, metadata={"format": "pt"})
     share_file(partial_file)
     seal = file_record(partial_file).sha256
+    # The former config says the checksum of the former weights.
+    (folder / CONFIG).unlink(missing_ok=True)
     partial_file.replace(folder / WEIGHTS)
     write_text(folder / CONFIG, json.dumps(adapter_config(info, seal), indent=2) + "\n")
     write_text(folder / "README.md", card)

@@ -1,6 +1,5 @@
 """The adapter of a model in memory, written as an adapter folder."""
 
-import os
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -8,21 +7,23 @@ from torch import Tensor, nn
 from malora_dist.adapters.inject import adapter_parameters, expected_shapes
 from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
+from malora_dist.adapters.io.info import AnyPath
 from malora_dist.adapters.saving import injected_adapters
 from malora_dist.errors import CheckpointError
 
 
 def save_model_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None
+    model: nn.Module, folder: AnyPath, state_dict: Mapping[str, Tensor] | None = None
 ) -> AdapterInfo:
     """Write the adapter that is on a model, as `save_adapter` does.
 
     `state_dict`: values by the names of the model's parameters, where the model's own are in parts. Raises
-    CheckpointError if there is no adapter or a value is not whole.
+    CheckpointError if there is no adapter, a value is not whole, or something else is trained too, which would be lost.
     """
     injected = injected_adapters(model)
     if injected is None:
         raise CheckpointError(f"{type(model).__name__} has no adapters: inject_adapters or load_adapter put them on it")
+    _check_all_is_adapter(model)
     info = AdapterInfo(
         spec=injected.spec,
         target_modules=injected.target_modules,
@@ -38,6 +39,19 @@ def save_model_adapter(
             )
     save_adapter(folder, info, state, model_card(info, (), {}))
     return info
+
+
+def _check_all_is_adapter(model: nn.Module) -> None:
+    """`inject_adapters` froze the base, so what is trained besides was let loose since then."""
+    adapter = {id(parameter) for _, parameter in adapter_parameters(model)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
+    if others:
+        more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
+        raise CheckpointError(
+            f"{others[0]}{more} trained and no part of the adapter, and an adapter folder holds nothing else: save "
+            "model.state_dict() with torch or safetensors, or freeze all of the base (requires_grad_(False)) to keep "
+            "the adapter alone"
+        )
 
 
 def _values(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from malora_dist.files.json_text import parse_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+AnyPath = str | os.PathLike[str]
 PREFIX = "base_model.model."
 FORMAT_VERSION = 1
 # PEFT has one expert without the leading dimension.
@@ -26,7 +27,10 @@ PEFT_NAMES = PEFT_LORA | {"magnitude": "lora_magnitude_vector"}
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """What an adapter folder says of its tensors. trust_remote_code: whether code of the base's folder made them."""
+    """What an adapter folder says of its tensors.
+
+    trust_remote_code: whether they were trained on a base that was built by its folder's own Python code.
+    """
 
     spec: MixtureSpec
     target_modules: tuple[str, ...]
@@ -75,7 +79,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
+def read_adapter_info(folder: AnyPath) -> AdapterInfo:
     """Read adapter_config.json. Raises CheckpointError if it is missing, damaged or not from this package."""
     folder = Path(folder)
     config, path = read_config(folder), folder / CONFIG

@@ -1,7 +1,6 @@
 """Stock PEFT LoRA folders as a source: read where our one-expert layers are the same function, refused elsewhere."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ from malora_dist.adapters.io.folder import (
     open_adapter,
     open_weights,
 )
-from malora_dist.adapters.io.info import PEFT_NAMES, PREFIX, read_config
+from malora_dist.adapters.io.info import PEFT_NAMES, PREFIX, AnyPath, read_config
 from malora_dist.adapters.io.weights import weights_header
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.errors import CheckpointError, brief, short
 from malora_dist.files.folder import file_in
+from malora_dist.ops.target_names import compiled
 
 # What says nothing of the function, or is read below.
 READ = {"peft_type", "task_type", "base_model_name_or_path", "revision", "target_modules", "r", "lora_alpha"}
@@ -51,17 +51,17 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def is_peft_folder(path: str | os.PathLike[str]) -> bool:
+def is_peft_folder(path: AnyPath) -> bool:
     """Whether the folder holds an adapter of PEFT rather than one of ours."""
     return (Path(path) / CONFIG).is_file() and "malora" not in read_config(Path(path))
 
 
-def open_lora(path: str | os.PathLike[str]) -> AdapterTensors:
+def open_lora(path: AnyPath) -> AdapterTensors:
     """The adapter of a PEFT folder, or of whatever `open_adapter` takes."""
     return open_peft(path) if is_peft_folder(path) else open_adapter(path)
 
 
-def open_peft(folder: str | os.PathLike[str]) -> AdapterTensors:
+def open_peft(folder: AnyPath) -> AdapterTensors:
     """The LoRA or DoRA of a PEFT folder, as if it were a `lora` or `dora` adapter of ours.
 
     Raises CheckpointError if a file is missing, damaged, a pickle or outside the folder, or if the adapter is not
@@ -92,7 +92,7 @@ def peft_info(folder: Path, layers: Sequence[str]) -> AdapterInfo:
             base_model=config.get("base_model_name_or_path") or "",
             lora_dropout=float(config.get("lora_dropout") or 0.0),
         )
-    except (AttributeError, TypeError, ValueError, re.error) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged: {error}") from error
 
 
@@ -141,9 +141,17 @@ def _one_rank_and_alpha(folder: Path, config: Mapping[str, Any], layers: Sequenc
 def _pattern_value(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
     """The first pattern that is the end of the layer's name from a dot on, as PEFT searches them."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        if _ends_in(pattern).match(layer):
             return value
     return default
+
+
+def _ends_in(pattern: str) -> re.Pattern[str]:
+    """Raises ValueError for no regular expression, with the pattern."""
+    try:
+        return compiled(rf"(.*\.)?({pattern})$")
+    except ValueError as error:
+        raise ValueError(f"{short(pattern)} is no regular expression: {error}") from error
 
 
 def _layers(folder: Path) -> list[str]:

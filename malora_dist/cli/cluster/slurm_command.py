@@ -91,7 +91,7 @@ def slurm_command(
     options = _of_recipes(options, configs, name)
     run = Path(configs[0].output_dir)
     stages = (
-        chain(options, run, wanted, convert_to)
+        chain(options, run, wanted, convert_to, trusts_code=configs[0].model.trust_remote_code)
         if numbers is None
         else [_array_stage(options, configs, numbers, wanted)]
     )

@@ -39,14 +39,22 @@ def recipe_file(config: RunConfig) -> Path:
     return (Path(config.output_dir) / SLURM_FOLDER).resolve() / f"recipe-{digest}.yaml"
 
 
-def chain(options: JobOptions, run: Path, stages: Sequence[str], convert_to: str) -> list[Stage]:
-    """The scripts of a run's stages. The options' arguments are training's. Raises ConfigError as train_script."""
+def chain(
+    options: JobOptions, run: Path, stages: Sequence[str], convert_to: str, *, trusts_code: bool = False
+) -> list[Stage]:
+    """The scripts of a run's stages. The options' arguments are training's: the recipe.
+
+    With `trusts_code` that recipe lets code of the base's folder run, which the later stages are told on their command
+    lines: a run's own word would not do. Raises ConfigError as train_script.
+    """
     made = [Stage(TRAIN, train_script(_placed(options, run, TRAIN)))] if TRAIN in stages else []
     if "evaluate" in stages:
-        evaluate = replace(options, name=f"{options.name}-evaluate", arguments=(str(run),))
+        trust = ("--model.trust_remote_code", "true") if trusts_code else ()
+        evaluate = replace(options, name=f"{options.name}-evaluate", arguments=(str(run), *trust))
         made.append(Stage("evaluate", evaluate_script(_placed(evaluate, run, "evaluate"))))
     if "convert" in stages:
-        words = (str(run), str(run / "export"), "--to", convert_to)
+        recipe = ("--recipe", *(options.arguments or ())) if trusts_code else ()
+        words = (str(run), str(run / "export"), "--to", convert_to, *recipe)
         one = replace(
             options, name=f"{options.name}-convert", arguments=words, nodes=1, gpus_per_node=0, start="launcher"
         )

@@ -25,6 +25,8 @@ def adapter_facts(adapter: AdapterTensors, shares: Shares | None = None) -> Fact
     """
     facts = spec_facts(adapter.info.spec) | {
         "base_model": adapter.info.base_model,
+        # Whether code of the base's own folder made the layers.
+        "trust_remote_code": adapter.info.trust_remote_code or None,
         "target_modules": list(adapter.info.target_modules),
         "tensors": len(adapter.shapes),
         "parameters": sum(_numel(shape) for shape in adapter.shapes.values()),
@@ -79,14 +81,14 @@ def routing_shares(metrics: Path, step: int | None = None) -> Shares | None:
     if not metrics.is_file():
         return None
     records = [record for record in without_lost_steps(read_metrics(metrics)) if record[KIND] == ROUTING]
-    records = [record for record in records if step is None or record[STEP] <= step]
-    if not records:
-        return None
     try:
+        records = [record for record in records if step is None or record[STEP] <= step]
+        if not records:
+            return None
         tasks = [task for task in records[-1][SHARE].values() if any(map(sum, task.values()))]
         return {
             layer: [sum(parts) / len(tasks) for parts in zip(*(task[layer] for task in tasks), strict=True)]
             for layer in (tasks[0] if tasks else ())
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MaloraError(f"{metrics} is damaged: its last routing record is not readable: {error!r}") from error
+        raise MaloraError(f"{metrics} is damaged: a routing record is not readable: {error!r}") from error

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters, mixture_layers
+from malora_dist.adapters.io import folder as folder_module
 from malora_dist.adapters.io.folder import (
     CONFIG,
     WEIGHTS,
@@ -27,7 +28,9 @@ from malora_dist.adapters.io.folder import (
 )
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import METHODS, mixture_spec
+from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.errors import CheckpointError
+from tests.checkpoint.samples import save
 from tests.processes import start, wait
 from tests.tiny_models import tiny_llama
 
@@ -199,6 +202,27 @@ def test_killed_while_writing_leaves_the_former_file_whole(
     assert (folder / name).read_bytes() == former
     save_adapter(folder, info_of("malora"), {"layer.B": torch.zeros(9)}, "# new card\n")
     assert (folder / name).read_bytes() != former
+
+
+def test_a_kill_between_two_files_leaves_no_adapter_that_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run without an adapter is that of its newest checkpoint."""
+    run, model = tmp_path / "run", tiny_llama()
+    state = saved(run / "adapter", adapted(model, info_of("lora")), info_of("lora"))
+    save(CheckpointStore(run / "checkpoints"), 7)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for place, name in ((Path, "replace"), (folder_module, "write_text")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, name, killed)
+            save_adapter(run / "adapter", info_of("lora"), {key: 1 + value for key, value in state.items()}, "# new\n")
+        with pytest.raises(CheckpointError, match="step-000007/adapter_config.json"):
+            open_adapter(run)
+        save_adapter(run / "adapter", info_of("lora"), state, "# card\n")
+        assert open_adapter(run).checkpoint is None
 
 
 def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path: Path) -> None:

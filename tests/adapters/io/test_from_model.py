@@ -100,6 +100,21 @@ def test_values_may_come_from_elsewhere(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, state_dict={})
 
 
+def test_what_is_trained_beside_the_adapter_is_not_lost_in_silence(tmp_path: Path) -> None:
+    model = adapted()
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(CheckpointError, match=r"^lm_head.weight is trained and no part of the adapter"):
+        model.save_pretrained(tmp_path)
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(CheckpointError, match=r"^model.norm.weight and 1 more are trained"):
+        save_model_adapter(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+    model.lm_head.weight.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(False)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
 def test_only_the_main_process_writes_and_nothing_goes_to_the_hub(tmp_path: Path) -> None:
     model = adapted()
     model.save_pretrained(tmp_path / "none", is_main_process=False)

@@ -98,6 +98,15 @@ def test_a_chain_is_submitted_and_written_down(folder: Path, capsys: pytest.Capt
     assert (home / "train_100.sbatch").read_text() == scripts[0]
 
 
+def test_a_recipe_that_trusts_code_says_so_at_each_stage(folder: Path) -> None:
+    """What stands in the run's folder is not enough for those that read it."""
+    stages = ("--after", "train,evaluate,convert")
+    assert run(RECIPE, *SMALL, *stages, "--model.trust_remote_code", "true") == 0
+    train, evaluate, convert = map(words, submitted(folder))
+    assert evaluate == ["runs/a b", "--model.trust_remote_code", "true"]
+    assert convert == ["runs/a b", "runs/a b/export", "--to", "adapter", "--recipe", *train]
+
+
 def test_a_job_does_not_inherit_the_job_it_is_submitted_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "3")
     monkeypatch.setenv("SLURM_CONF", "/etc/x")

@@ -1,0 +1,61 @@
+"""What a run's folder keeps of the starts before: what belongs to the work that goes on, and nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.distributed.process_groups import World
+from malora_dist.files.atomic import write_json
+from malora_dist.files.exit_status import MEASURED_ON
+from malora_dist.tracking.metrics import MetricsWriter, read_metrics
+from malora_dist.training.resume import find_start
+from malora_dist.training.run_logger import RunOutputs
+from tests.multiprocess import run_distributed
+from tests.training.test_resume import begun, config
+
+MEASURED = {"tasks": {"a": {"n": 1, "accuracy": 0.9}}, "average": 0.9}
+
+
+def go_on(world: World, run: str, wanted: str) -> dict[str, Any]:
+    """Begin as `malora_dist.train` does, from what is wanted; what is then in the folder."""
+    its_config = config(Path(run), resume_from_checkpoint=wanted)
+    start = find_start(its_config)
+    outputs = RunOutputs(its_config, Path(run), world)
+    if not start.goes_on:
+        outputs.measured_on({"recipe": {"train.seed": 42}})
+    assert start.checkpoint is not None
+    outputs.resumed(3, Checkpoint.open(start.checkpoint))
+    outputs.close()
+    return {
+        "evaluations": outputs.evaluations,
+        "files": sorted(path.name for path in Path(run).glob("*.json")),
+        "records": [
+            f"{record['kind']} {record.get('step', '')}" for record in read_metrics(Path(run) / "metrics.jsonl")
+        ],
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("own", [True, False])
+def test_a_start_from_another_run_keeps_nothing_of_a_start_that_failed(own: bool, tmp_path: Path) -> None:
+    """Its numbers are of another recipe, and its steps are none of the checkpoint's."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    begun(run, (3,) if own else (), "failed")
+    begun(other, (3,))
+    write_json(run / "eval.json", {"base": MEASURED})
+    write_json(run / "baseline.json", MEASURED)
+    (run / MEASURED_ON).write_text(json.dumps({"recipe": {"train.seed": 7}}))
+    with MetricsWriter(run / "metrics.jsonl") as metrics:
+        for record in ({"kind": "run"}, *({"kind": "train", "step": step, "loss": 9.0} for step in (1, 2, 4))):
+            metrics.write(record)
+    (found,) = run_distributed(
+        "tests.training.test_run_logger:go_on", 1, run=str(run), wanted="auto" if own else str(other)
+    )
+    kept = ["train 1", "train 2", "checkpoint 3"] if own else []
+    assert found["records"] == ["run ", *kept, "resume 3"]
+    assert found["evaluations"] == ({"base": MEASURED} if own else {})
+    assert ("baseline.json" in found["files"]) == ("eval.json" in found["files"]) == own
+    assert json.loads((run / MEASURED_ON).read_text()) == {"recipe": {"train.seed": 7 if own else 42}}
