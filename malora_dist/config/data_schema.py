@@ -45,7 +45,9 @@ class RowFields(Section):
         "choices", description="Field with the list of answers to choose from, or a list of fields with one each."
     )
     label: str = Field(
-        "label", min_length=1, description="Field with the right answer's number, from first_label, or its text."
+        "label",
+        min_length=1,
+        description="Field with the right answer's key, text, letter, or number from first_label.",
     )
     response: str = Field("response", min_length=1, description="Field with the answer to learn, for kind completion.")
 

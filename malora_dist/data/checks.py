@@ -6,7 +6,7 @@ from typing import Any
 
 from malora_dist.data.choices import Field, has_choices, read_choices
 from malora_dist.data.example import COMPLETION, MULTIPLE_CHOICE, Example
-from malora_dist.data.label import is_counted, read_label
+from malora_dist.data.label import Label, read_label
 from malora_dist.data.row import MISSING, BadRow, Row, find_field, needed_field, needed_text, shown, what_row_has
 
 DEFAULT_FIELDS: Mapping[str, Field] = {role: role for role in ("prompt", "choices", "label", "response")}
@@ -34,8 +34,8 @@ class RowRules:
         chosen = has_choices(row, self.fields["choices"], self.choices) or (has["label"] and not has["response"])
         return MULTIPLE_CHOICE if chosen else COMPLETION
 
-    def read(self, row: Row, kind: str) -> Example:
-        """The row as an Example.
+    def read(self, row: Row, kind: str) -> tuple[Example, Label | None]:
+        """The row as an Example, and its label where it has choices.
 
         Raises BadRow for a missing field, an empty text, a wrong type, a repeated choice or a label that is no choice.
         """
@@ -47,17 +47,11 @@ class RowRules:
         if kind == MULTIPLE_CHOICE:
             choices, keys = read_choices(row, self.fields["choices"], self.choices)
             label = read_label(row, self.fields["label"], choices, keys, self.first_label)
-        response = needed_text(row, self.fields["response"], "response") if label is None else choices[label]
+        response = needed_text(row, self.fields["response"], "response") if label is None else choices[label.index]
         extra = {name: self._extra(row, name) for name in self.template_fields}
         group = None if self.group_by is None else _group(row, self.group_by)
-        return Example(self.task, prompt, response, choices, label, group, row.source, extra)
-
-    def counted_label(self, row: Row, example: Example) -> int | None:
-        """The label, if it is a number that was counted from 0."""
-        if example.label is None or self.first_label != 0:
-            return None
-        value = find_field(row.fields, self.fields["label"])
-        return example.label if is_counted(value, example.choices, example.label) else None
+        index = None if label is None else label.index
+        return Example(self.task, prompt, response, choices, index, group, row.source, extra), label
 
     def _extra(self, row: Row, name: str) -> str:
         value = find_field(row.fields, name)

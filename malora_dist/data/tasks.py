@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from malora_dist.data.checks import DEFAULT_FIELDS, RowRules
 from malora_dist.data.choices import Field
 from malora_dist.data.example import COMPLETION, MULTIPLE_CHOICE, Example
+from malora_dist.data.label import Label
 from malora_dist.data.row import BadRow
 from malora_dist.data.rows import find_files, read_rows
 from malora_dist.data.splits import Size, Splits, cap, cut_splits, drop_repeated, remove_leaks
@@ -39,7 +40,7 @@ class _Reader:
     kind: str | None
     skip_bad_rows: bool
     counts: Counter[str]
-    labels: Counter[int | None]
+    labels: Counter[Label]
     watch: Watch
 
     def read(self, patterns: Sequence[str] | None) -> tuple[Example, ...]:
@@ -54,7 +55,7 @@ class _Reader:
             self.counts["rows_read"] += 1
             try:
                 kind = self.kind or self.rules.kind_of(row)
-                example = self.rules.read(row, kind)
+                example, label = self.rules.read(row, kind)
             except BadRow as problem:
                 problems.append(str(problem))
                 if not self.skip_bad_rows and len(problems) == MAX_PROBLEMS_SHOWN:
@@ -62,14 +63,21 @@ class _Reader:
                 continue
             self.kind = kind
             examples.append(example)
-            self.labels[self.rules.counted_label(row, example)] += 1
+            if label is not None:
+                self.labels[label] += 1
         self._report(problems, examples, ", ".join(map(str, files)))
         return tuple(examples)
 
-    def labels_from_1(self) -> int:
-        """How many labels are numbers from 1 on, where none is 0: they may be meant to count from 1."""
-        numbers = [label for label in self.labels if label is not None]
-        return sum(self.labels[label] for label in numbers) if numbers and min(numbers) == 1 else 0
+    def doubtful_labels(self) -> dict[str, int]:
+        """Count the labels that may be read otherwise than they are meant; what does not occur is left out."""
+        counted = [label for label in self.labels if label.counted and self.rules.first_label == 0]
+        from_1 = counted and min(label.index for label in counted) == 1
+        found = {
+            # Numbers from 1 on, where none is 0.
+            "labels_from_1": sum(self.labels[label] for label in counted) if from_1 else 0,
+            "labels_of_two_meanings": sum(self.labels[label] for label in self.labels if label.two_meanings),
+        }
+        return {name: number for name, number in found.items() if number}
 
     def _report(self, problems: list[str], examples: list[Example], files: str) -> None:
         if problems and not self.skip_bad_rows:
@@ -134,8 +142,7 @@ def load_task(
         "validation": cap(splits.validation, max_eval_samples, split_seed),
         "test": cap(splits.test, max_eval_samples, split_seed),
     }
-    if reader.labels_from_1():
-        counts["labels_from_1"] = reader.labels_from_1()
+    counts.update(reader.doubtful_labels())
     counts["over_the_cap"] = sum(len(getattr(splits, split)) - len(part) for split, part in parts.items())
     counts.update({split: len(part) for split, part in parts.items()})
     return TaskData(name=name, kind=reader.kind, scoring=scoring, counts=dict(counts), **parts)

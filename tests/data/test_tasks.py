@@ -53,6 +53,8 @@ def test_all_formats_give_the_same_examples(name: str, tmp_path: Path) -> None:
         (["no", "yes"], "0", 0),
         (["B", "A"], "B", 0),  # a choice's text goes before a letter
         (["2", "1"], "1", 1),  # and before a number
+        ({"text": ["B", "A", "AB", "O"], "label": ["A", "B", "C", "D"]}, "B", 1),  # but not before a key
+        ({"text": ["no", "yes"], "label": ["1", "2"]}, "2.0", 1),
         ({"text": ["no", "yes"], "label": ["1", "2"]}, "2", 1),  # a key goes before a number
         ([{"text": "no", "label": "x"}, {"text": "yes", "label": "y"}], "y", 1),
         ({"text": ["no", "yes"], "label": [1, 2]}, 1, 0),  # also of a number
@@ -71,6 +73,27 @@ def test_ways_to_write_a_label(write_jsonl: Any, choices: Any, label: Any, expec
     assert load_task(name="t", train=path).train[0].label == expected
 
 
+@pytest.mark.parametrize(
+    ("choices", "labels", "two_meanings", "from_1"),
+    [
+        (["no", "yes"], [0, 1, "0", "B", "yes", "1.0", True], 0, 0),
+        ({"text": ["3", "4", "2", "1"], "label": ["1", "2", "3", "4"]}, ["3", 4], 2, 0),
+        (["3", "4", "1", "2"], ["1", "4", "1.0"], 2, 1),
+        (["B", "A", "AB"], ["B", "C", "AB"], 1, 0),
+        (["0", "1", "2"], ["0", 1, "2"], 0, 0),
+        (["1", "2", "3", "4", "5"], [1, 2, 3], 3, 3),
+        (["1", "2", "3", "4", "5"], ["1", "2", "5"], 2, 0),
+        (["w", "x", "y", "z"], [1, "2", 3.0], 0, 3),
+    ],
+)
+def test_labels_that_may_be_meant_otherwise_are_counted(
+    write_jsonl: Any, choices: Any, labels: list[Any], two_meanings: int, from_1: int
+) -> None:
+    rows = [{"prompt": f"p{number}", "choices": choices, "label": label} for number, label in enumerate(labels)]
+    counts = load_task(name="t", train=write_jsonl("t.jsonl", rows)).counts
+    assert (counts.get("labels_of_two_meanings", 0), counts.get("labels_from_1", 0)) == (two_meanings, from_1)
+
+
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "missing prompt": ({"choices": ["a", "b"], "label": 0}, "field 'prompt' is missing"),
     "null prompt": ({**GOOD, "prompt": None}, "field 'prompt' is null"),
@@ -85,6 +108,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         "field 'label': 0 is not among",
     ),
     "label text unknown": ({**GOOD, "label": "maybe"}, "field 'label': 'maybe' is not among"),
+    "label that is a text beside numbers": ({**GOOD, "choices": ["1", "2"], "label": 2}, "field 'label': 2 is not"),
     "label true": ({**GOOD, "choices": ["a", "b"], "label": True}, "field 'label': True is not among the 2 choices"),
     "label fraction": ({**GOOD, "label": 1.5}, "field 'label' must be a number, a letter or a choice, is float 1.5"),
     "choices no list": ({**GOOD, "choices": "no, yes"}, "field 'choices' must be a list"),
