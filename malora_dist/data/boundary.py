@@ -9,6 +9,7 @@ that their likelihoods can be compared.
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 from tokenizers import Encoding
@@ -17,6 +18,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from malora_dist.errors import DataError
 
 Tokens = list[int]
+MOST_TRIED = 1000
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, int]]:
@@ -99,16 +101,28 @@ def split_answers(texts: Iterable[tuple[Tokens, int]]) -> tuple[Tokens, list[Tok
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
     """What the tokenizer itself puts before and behind a text. Raises DataError if that cannot be told."""
-    bare: Tokens = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full: Tokens = tokenizer("a")["input_ids"]
+    text, bare = _plain_text(tokenizer)
+    full: Tokens = tokenizer(text)["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         end = start + len(bare)
         if full[start:end] == bare:
             return full[:start], full[end:]
     raise DataError(
-        f"the tokenizer {tokenizer.name_or_path!r} reads 'a' as {bare}, and as {full} with its special tokens: what it "
-        "puts around a text cannot be told"
+        f"the tokenizer {tokenizer.name_or_path!r} reads {text!r} as {bare}, and as {full} with its special tokens: "
+        "what it puts around a text cannot be told"
     )
+
+
+def _plain_text(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Tokens]:
+    """A text whose tokens are all plain, and these: among special tokens they could not be found again."""
+    special = set(tokenizer.all_special_ids)
+    plain = (number for number in sorted(tokenizer.get_vocab().values()) if number not in special)
+    # Not every vocabulary has letters of English, as those of proteins.
+    for text in chain("aA0", (tokenizer.decode([number]) for number in islice(plain, MOST_TRIED))):
+        bare: Tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if bare and special.isdisjoint(bare):
+            return text, bare
+    raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has no tokens but special ones for any text")
 
 
 def without_start(ids: Tokens, start: Tokens) -> Tokens:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, models, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from malora_dist.data.boundary import common_length, encode_texts, missing_end, special_tokens, without_start
 from malora_dist.data.encode import ChoiceItem, Encoder, Sample
 from malora_dist.data.example import Example
+from malora_dist.errors import DataError
 from tests.tiny_models import merging_tokenizer
 
 TEMPLATES = [
@@ -205,6 +206,33 @@ def test_special_tokens_on_both_sides() -> None:
     assert special_tokens(tokenizer) == ([ids["<start>"]], [ids["<sop>"], ids["<end>"]])
     sample, _ = encode(Encoder(tokenizer, 64))
     assert sample.input_ids.tolist()[-2:] == [ids["<sop>"], ids["<end>"]]
+
+
+@pytest.mark.parametrize("unknown", [None, "<s>", "<unk>"])
+def test_a_vocabulary_without_letters_of_english(unknown: str | None) -> None:
+    """As of DNA: "a" has no token there, or is unknown, or is read as a special one."""
+    tokenizer = letters_tokenizer("CGTN", unknown)
+    assert special_tokens(tokenizer) == ([0], [1])
+    (sample,) = Encoder(tokenizer, 32, "{prompt}", "{response}").samples([Example("t", "CGT", "GG")], 0, Counter())
+    assert sample.input_ids.tolist() == tokenizer("CGTGG")["input_ids"] and sample.prompt_length == 4
+
+
+def test_a_vocabulary_of_special_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match="has no tokens but special ones for any text"):
+        special_tokens(letters_tokenizer("", None))
+
+
+def letters_tokenizer(letters: str, unknown: str | None) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of single letters that puts <s> before a text and </s> behind it."""
+    names = ["<s>", "</s>", "<unk>", *letters]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    named = {} if unknown is None else {"unk_token": unknown}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<unk>"]}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **named)
 
 
 def test_parts_of_lists() -> None:
