@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from malora_dist.data.row import Row, broken_character, short
+from malora_dist.data.row import Row, Unreadable, broken_character, short
 from malora_dist.errors import DataError
 from malora_dist.files.json_text import key_given_twice
 
@@ -85,21 +85,16 @@ def _table_row(source: str, names: Sequence[str], cells: Sequence[str]) -> Row:
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """All rows of a Parquet file. Raises DataError if it is none."""
-    # Imported late: it takes seconds, and JSONL files do not need it.
-    from datasets import load_dataset
+    """All rows of a Parquet file. Raises DataError if it is none.
 
+    What stands in a column that cannot be read, or is a value that Python cannot hold, is Unreadable.
+    """
     number = 0
     try:
-        # Streaming: without it `datasets` writes a second copy of the rows to its own cache. As Arrow has them, since
-        # a column with a null would become one of fractions.
-        escaped = glob.escape(str(path.resolve()))
-        rows = load_dataset("parquet", data_files=escaped, split="train", streaming=True).with_format("arrow")
-        for batch in rows.iter(batch_size=ROWS_AT_ONCE):
+        for batch, unreadable in _batches(path):
             for row in _values(batch):
                 number += 1
-                source = f"{path}: row {number}"
-                yield Row(source, {}, row) if isinstance(row, str) else Row(source, row)
+                yield Row(f"{path}: row {number}", {**row, **unreadable})
     except DataError:
         raise
     except Exception as error:
@@ -108,15 +103,58 @@ def read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read as parquet{behind}: {why}") from error
 
 
-def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Each row of a batch as Python values, or why it has none."""
+def _batches(path: Path) -> Iterator[tuple[Any, dict[str, Unreadable]]]:
+    """Arrow tables of some rows each, and what stands for the columns that are none of theirs."""
+    # Imported late: it takes seconds, and JSONL files do not need it.
+    from datasets import Features, load_dataset
+    from pyarrow import parquet, schema
+
+    file = parquet.ParquetFile(path)
+    fields = list(file.schema_arrow)
+    _refuse_twice(path, [field.name for field in fields])
+    readable = [field for field in fields if _has_feature(field)]
+    unreadable = {
+        field.name: Unreadable(f"a value of Arrow's type {field.type}") for field in fields if field not in readable
+    }
+    options: dict[str, Any] = {}
+    if unreadable:
+        names = [field.name for field in readable]
+        options = {"columns": names, "features": Features.from_arrow_schema(schema(readable))}
+    if file.metadata.num_rows == 0:
+        return
+    # Streaming: without it `datasets` writes a second copy of the rows to its own cache. As Arrow has them, since a
+    # column with a null would become one of fractions.
+    escaped = glob.escape(str(path.resolve()))
+    rows = load_dataset("parquet", data_files=escaped, split="train", streaming=True, **options).with_format("arrow")
+    for batch in rows.iter(batch_size=ROWS_AT_ONCE):
+        yield batch, unreadable
+
+
+def _has_feature(field: Any) -> bool:
+    """Whether `datasets` has a type for an Arrow column."""
+    from datasets import Features
+    from pyarrow import schema
+
+    try:
+        Features.from_arrow_schema(schema([field]))
+    except ValueError:
+        return False
+    return True
+
+
+def _values(batch: Any) -> Iterator[dict[str, Any]]:
+    """Each row of a batch as Python values."""
     try:
         yield from batch.to_pylist()
     except (ValueError, ArithmeticError):
-        for place in range(batch.num_rows):
-            try:
-                yield from batch.slice(place, 1).to_pylist()
-            except UnicodeDecodeError:
-                yield "invalid UTF-8"
-            except (ValueError, ArithmeticError) as error:
-                yield f"cannot be read: {error}"
+        columns = [[_value(cell) for cell in column] for column in batch.columns]
+        yield from (dict(zip(batch.column_names, cells, strict=True)) for cells in zip(*columns, strict=True))
+
+
+def _value(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return Unreadable("invalid UTF-8")
+    except (ValueError, ArithmeticError):
+        return Unreadable(f"a {cell.type} that Python cannot hold")

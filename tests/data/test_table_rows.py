@@ -66,6 +66,34 @@ def test_a_value_of_parquet_that_python_cannot_hold_is_a_bad_row(tmp_path: Path,
     path = tmp_path / "t.parquet"
     broken = pyarrow.array([b"fine", b"b\xff", b"fine too"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"prompt": broken, "response": ["r"] * 3}), path)
-    assert f"{path}: row 2: invalid UTF-8" in refusal(path)
+    assert f"{path}: row 2: field 'prompt' must be text, is invalid UTF-8" in refusal(path)
     parquet.write_table(pyarrow.table([["p"], ["q"]], names=["prompt", "prompt"]), path)
-    assert f"{path}: cannot be read as parquet: Multiple matches for FieldRef.Name(prompt)" in refusal(path)
+    assert f"{path}: two columns have the name 'prompt'" in refusal(path)
+
+
+def test_what_nobody_reads_in_parquet_may_be_anything(tmp_path: Path, refusal: Any) -> None:
+    path = tmp_path / "t.parquet"
+    texts = pyarrow.array(["a", "b"])
+    late = pyarrow.array([253402300800000, 2], pyarrow.timestamp("ms"))
+    counts = pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    broken = pyarrow.array([b"\xff", b"fine"]).view(pyarrow.string())
+    columns = {"prompt": texts, "a.b": texts, "response": texts.dictionary_encode(), "text": texts.cast("string_view")}
+    for more in ({"late": late}, {"counts": counts}, {"broken": broken}, {"late": late, "counts": counts}):
+        parquet.write_table(pyarrow.table(columns | more), path)
+        rows = load_task(name="t", train=str(path), template_fields=("a.b", "text")).train
+        assert [(row.prompt, row.response, row.extra["text"], row.extra["a.b"]) for row in rows] == [
+            ("a", "a", "a", "a"), ("b", "b", "b", "b")
+        ]  # fmt: skip
+    needed = {"template_fields": ("late",)}
+    assert f"{path}: row 1: field 'late' must be text, is a timestamp[ms] that Python cannot" in refusal(path, **needed)
+    needed = {"template_fields": ("counts",)}
+    assert f"{path}: row 1: field 'counts' must be text, is a value of Arrow's type map" in refusal(path, **needed)
+
+
+def test_parquet_without_rows_says_so_and_nothing_else(
+    tmp_path: Path, refusal: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["p"], "response": ["r"]}).slice(0, 0), path)
+    assert f"{path}: no rows" in refusal(path)
+    assert capfd.readouterr() == ("", "")
