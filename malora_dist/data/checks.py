@@ -1,5 +1,6 @@
 """From a raw row to an Example: every field is checked, and a bad row says which field breaks which rule."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from malora_dist.data.example import COMPLETION, MULTIPLE_CHOICE, Example
 from malora_dist.data.label import Label, read_label
 from malora_dist.data.row import MISSING, BadRow, Row, find_field, needed_field, needed_text, shown, what_row_has
 
+FRACTION_OF_NOTHING = re.compile(r"(-?\d+)\.0+", re.ASCII)
 DEFAULT_FIELDS: Mapping[str, Field] = {role: role for role in ("prompt", "choices", "label", "response")}
 
 
@@ -68,5 +70,8 @@ def _group(row: Row, name: str) -> str:
     value = needed_field(row, name)
     if not isinstance(value, str | int | float):
         raise BadRow(f"{row.source}: field {name!r} (group_by) must be text or a number, is {shown(value)}")
-    # A column with one number missing has become one of fractions, in another file it has not.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    # A column with one number missing has become one of fractions, in another file, as text too, it has not.
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    whole = FRACTION_OF_NOTHING.fullmatch(value.strip()) if isinstance(value, str) else None
+    return whole[1] if whole is not None else str(value)

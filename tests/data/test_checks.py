@@ -78,8 +78,10 @@ def test_choices_of_the_task_hide_none_of_a_row(write_jsonl: Any) -> None:
         load_task(name="t", train=path, choices=("yes", "no"))
 
 
-def test_a_group_is_the_same_as_number_and_as_fraction(write_jsonl: Any) -> None:
-    """As when a column of one of two files has a number missing."""
-    train = write_jsonl("a.jsonl", [{"prompt": f"p{i}", "response": "r", "id": float(i)} for i in range(3)])
-    test = write_jsonl("b.jsonl", [{"prompt": "other", "response": "r", "id": 1}])
+@pytest.mark.parametrize("write", [float, lambda i: f"{i}.0", lambda i: f" {i}.00", str, int])
+@pytest.mark.parametrize("held_out", [1, 1.0, "1", "1.0"])
+def test_a_group_is_the_same_as_number_and_as_fraction(write_jsonl: Any, write: Any, held_out: Any) -> None:
+    """As when a column of one of two files has a number missing, which pandas writes to a table as text."""
+    train = write_jsonl("a.jsonl", [{"prompt": f"p{i}", "response": "r", "id": write(i)} for i in range(3)])
+    test = write_jsonl("b.jsonl", [{"prompt": "other", "response": "r", "id": held_out}])
     assert load_task(name="t", train=train, test=test, group_by="id").counts["shared_groups_removed"] == 1
