@@ -1,5 +1,6 @@
 """What all sections of a recipe have in common: they are frozen, know every name, and check themselves."""
 
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +21,46 @@ class Rule:
     text: str
 
 
+class Written:
+    """A number of a recipe, with the word that it is written as, which it is where a key holds text."""
+
+    word: str
+
+    def __str__(self) -> str:
+        return self.word
+
+
+class WrittenInt(Written, int):
+    """A whole number, such as the revision 0123456."""
+
+
+class WrittenFloat(Written, float):
+    """A number, such as the revision 12e4567 or the choice 1.50."""
+
+
+def _read(value: Any, as_text: bool) -> Any:
+    """The value with the words of numbers in it where they are text, else with the numbers alone."""
+    if isinstance(value, WrittenInt | WrittenFloat):
+        number = int(value) if isinstance(value, WrittenInt) else float(value)
+        return value.word if as_text else number
+    return [_read(item, as_text) for item in value] if isinstance(value, list) else value
+
+
+def _holds_text(annotation: Any) -> bool:
+    """Whether the values of a key are texts and never numbers."""
+    types = set(_leaf_types(annotation))
+    return str in types and types.isdisjoint((int, float, bool))
+
+
+def _leaf_types(annotation: Any) -> Iterator[Any]:
+    inner = typing.get_args(annotation)
+    for part in inner:
+        yield from _leaf_types(part)
+    # What Literal and Annotated hold beside types is none, and need not have a hash.
+    if not inner and isinstance(annotation, type):
+        yield annotation
+
+
 class Section(BaseModel):
     """Base of all sections. A subclass states its own rules in `rules` and dead settings in `without_meaning`."""
 
@@ -37,10 +78,11 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+    def _words_and_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool:
             raise PydanticCustomError("bool_given", "must not be true or false")
-        return value
+        return _read(value, _holds_text(annotation))
 
     @model_validator(mode="after")
     def _check_rules(self) -> "Section":

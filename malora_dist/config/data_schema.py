@@ -24,10 +24,10 @@ Files = Annotated[tuple[File, ...], BeforeValidator(_as_list), Field(min_length=
 
 
 def _texts(value: Any) -> Any:
-    """Numbers as the texts they look like. YAML has turned an unquoted yes or no into a truth value by now."""
+    """Numbers of Python as texts; those of a recipe are as they are written there by now."""
     if isinstance(value, list | tuple):
         if any(isinstance(item, bool) for item in value):
-            raise PydanticCustomError("truth_for_text", 'must be texts: write "yes", "no", "true", "false" in quotes')
+            raise PydanticCustomError("truth_for_text", 'must be texts: write "true", "false" in quotes')
         return [str(item) if isinstance(item, int | float) else item for item in value]
     return value
 

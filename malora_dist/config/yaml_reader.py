@@ -1,7 +1,8 @@
 """Read a YAML mapping together with the line of each key. What it cannot be is refused with its line and the rule.
 
 Words are read as YAML 1.2 reads them, which is as people mean them: `no`, `on` and `2024-01-31` are text, `010` is ten,
-`1:30` is text. So are numbers: `5e-4` is one, and so are `1_000`, `0x10` and `.5`.
+`1:30` is text. So are numbers: `5e-4` is one, and so are `1_000`, `0x10` and `.5`; where a key holds text, they are the
+words that they are written as.
 """
 
 import re
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from malora_dist.config.base import WrittenFloat, WrittenInt
 from malora_dist.config.problems import Path, Problem, raise_all
 from malora_dist.errors import ConfigError, brief, short
 
@@ -42,7 +44,7 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     return found
 
 
-def _number(loader: yaml.SafeLoader, node: yaml.Node) -> int | float:
+def _number(loader: yaml.SafeLoader, node: yaml.Node) -> WrittenInt | WrittenFloat:
     text = _word(node)
     number = text.replace("_", "").lower()
     kind = int if node.tag == f"{TAG}int" else float
@@ -50,9 +52,13 @@ def _number(loader: yaml.SafeLoader, node: yaml.Node) -> int | float:
         raise _refused(f"{short(text)} is no {'whole ' if kind is int else ''}number", node.start_mark)
     if len(text) > MOST_DIGITS:
         raise _refused(f"{short(text)} is a number of more than {MOST_DIGITS} digits", node.start_mark)
+    value: WrittenInt | WrittenFloat
     if kind is int:
-        return int(number, 0) if number.lstrip("-+")[:2] in ("0x", "0o") else int(number)
-    return float(number.replace(".inf", "inf").replace(".nan", "nan"))
+        value = WrittenInt(int(number, 0) if number.lstrip("-+")[:2] in ("0x", "0o") else int(number))
+    else:
+        value = WrittenFloat(number.replace(".inf", "inf").replace(".nan", "nan"))
+    value.word = text
+    return value
 
 
 def _text(loader: yaml.SafeLoader, node: yaml.Node) -> str:

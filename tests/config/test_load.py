@@ -128,10 +128,21 @@ def test_what_a_file_can_get_wrong(tmp_path: Path, text: str, message: str) -> N
 )  # fmt: skip
 def test_words_are_read_as_people_mean_them(text: str, value: object) -> None:
     if text != "-":
-        assert parse_value(text, "a.b") == value and type(parse_value(text, "a.b")) is type(value)
+        read = parse_value(text, "a.b")
+        assert read == value and isinstance(read, type(value)) and isinstance(read, bool) == isinstance(value, bool)
     # As text, each is written so that it is read back, by readers of any version of YAML.
     written = yaml.dump({"a": text}, Dumper=RecipeDumper, allow_unicode=True)
     assert parse_value(written, "a.b") == yaml.safe_load(written) == {"a": text}
+
+
+def test_where_text_belongs_a_number_is_the_word_that_is_written(tmp_path: Path) -> None:
+    text = GOOD.replace("weight: 2", "weight: 2.0, choices: [1.50, 010, 0x10, 1e3, no, 1_000], fields: {prompt: 007}")
+    config = load_config(write(tmp_path, text), ["--model.revision", "12e4567", "--data.tasks.piqa.name=2024"])
+    task, other = config.data.tasks
+    assert task.choices == ("1.50", "010", "0x10", "1e3", "no", "1_000") and task.fields.prompt == "007"
+    assert (config.model.revision, other.name) == ("12e4567", "2024")
+    assert [type(value) for value in (task.weight, config.train.learning_rate, config.adapter.r)] == [float, float, int]
+    assert load_config(write(tmp_path, config_text(config))) == config
 
 
 def test_a_switch_takes_every_word_for_yes_and_no() -> None:

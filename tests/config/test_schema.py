@@ -93,7 +93,9 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
         ),
         broken("data", {"tasks": [{**TASK, "response_template": "{response!x}"}]}, "is not a template: {response!x}"),
         broken("data", {"tasks": [{**TASK, "weight": 0}]}, "data.tasks[0].weight=0", "greater than 0"),
-        broken("data", {"tasks": [{**TASK, "choices": [False, True]}]}, "data.tasks[0].choices", 'write "yes", "no"'),
+        broken(
+            "data", {"tasks": [{**TASK, "choices": [False, True]}]}, "data.tasks[0].choices", 'write "true", "false" in'
+        ),
         broken("data", {"tasks": [{**TASK, "choices": ["a"]}]}, "data.tasks[0].choices", "must be 2 to 26 texts"),
         broken("data", {"tasks": [{**TASK, "choices": ["a", "a "]}]}, "must not hold a choice twice"),
         broken("data", {"tasks": [{**TASK, "choices": ["a", "b"], "kind": "completion"}]}, "no meaning for kind"),
