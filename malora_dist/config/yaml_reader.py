@@ -6,7 +6,7 @@ words that they are written as.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
@@ -77,6 +77,12 @@ def _truth(loader: yaml.SafeLoader, node: yaml.Node) -> bool:
     return text.lower() == "true"
 
 
+def _null(loader: yaml.SafeLoader, node: yaml.Node) -> None:
+    text = _word(node)
+    if not re.fullmatch(KINDS["null"][0], text):
+        raise _refused(f"{short(text)} is not null", node.start_mark)
+
+
 def _unknown(loader: yaml.SafeLoader, node: yaml.Node) -> None:
     raise _refused(f"the tag {short(node.tag.replace(TAG, '!!'))} has no meaning in a recipe", node.start_mark)
 
@@ -86,7 +92,7 @@ class RecipeLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = _resolvers()
     yaml_constructors: ClassVar[dict[Any, Any]] = {
-        f"{TAG}null": lambda loader, node: None,
+        f"{TAG}null": _null,
         f"{TAG}bool": _truth,
         f"{TAG}int": _number,
         f"{TAG}float": _number,
@@ -95,6 +101,13 @@ class RecipeLoader(yaml.SafeLoader):
         f"{TAG}map": yaml.SafeLoader.construct_yaml_map,
         None: _unknown,
     }
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
+        """Keys are the words that are written, whatever they would be as values."""
+        if not isinstance(node, yaml.MappingNode):
+            raise _refused("!!map must stand before keys with their values", node.start_mark)
+        self.flatten_mapping(node)
+        return {_text(self, key): self.construct_object(value, deep=deep) for key, value in node.value}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth = getattr(self, "depth", 0) + 1
