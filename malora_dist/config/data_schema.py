@@ -12,6 +12,8 @@ from pydantic_core import PydanticCustomError
 from malora_dist.config.base import Rule, Section, usable_path
 
 MOST_CHOICES = 26
+# Numbers of rows and of tokens may be weights; times sizes of tasks they stay numbers.
+LEAST_WEIGHT, MOST_WEIGHT = 1e-12, 1e12
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -107,7 +109,9 @@ class TaskConfig(Section):
         None, description="The answers to choose from, where the rows hold none and all have the same."
     )
     first_label: Literal[0, 1] = Field(0, description="The number of the first choice, where labels are numbers.")
-    weight: float = Field(1.0, gt=0, description="Multiplies this task's share of the mixture.")
+    weight: float = Field(
+        1.0, ge=LEAST_WEIGHT, le=MOST_WEIGHT, description="Multiplies this task's share of the mixture."
+    )
     max_train_samples: int | None = Field(None, ge=1, description="Use at most this many training rows.")
     max_eval_samples: int | None = Field(None, ge=1, description="Use at most this many rows of each evaluation split.")
     scoring: Literal["text", "letter"] = Field(

@@ -1,5 +1,6 @@
 """How many samples of each task an epoch holds, and in which order: pure functions of sizes, shares, seed and epoch."""
 
+import math
 from collections.abc import Sequence
 from operator import add
 
@@ -20,13 +21,17 @@ def mixture_shares(
 ) -> tuple[float, ...]:
     """Share p_i of each task, summing to 1: weight_i * n_i^(1/T), where T is 1 (proportional), given, or infinite.
 
-    `sizes` are numbers of training samples after any cap. Raises DataError for a task without samples.
+    `sizes` are numbers of training samples after any cap. Raises DataError for a task without samples, or for weights
+    that are too large or too small to give shares.
     """
     if not sizes or min(sizes) < 1:
         raise DataError(f"every task needs at least one training sample, the sizes are {list(sizes)}")
     exponent = {"proportional": 1.0, "uniform": 0.0, "temperature": 1.0 / temperature}[mixture]
     raw = [weight * size**exponent for size, weight in zip(sizes, weights or [1.0] * len(sizes), strict=True)]
-    return tuple(value / sum(raw) for value in raw)
+    total = sum(raw)
+    if not (math.isfinite(total) and min(raw) > 0):
+        raise DataError(f"the weights {list(weights or ())} with the sizes {list(sizes)} give no shares")
+    return tuple(value / total for value in raw)
 
 
 class EpochCounts:

@@ -92,7 +92,8 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
             "data", {"tasks": [{**TASK, "prompt_template": "{prompt:d}"}]}, "is not a template: Unknown format code"
         ),
         broken("data", {"tasks": [{**TASK, "response_template": "{response!x}"}]}, "is not a template: {response!x}"),
-        broken("data", {"tasks": [{**TASK, "weight": 0}]}, "data.tasks[0].weight=0", "greater than 0"),
+        broken("data", {"tasks": [{**TASK, "weight": 0}]}, "data.tasks[0].weight=0", "greater than or equal to"),
+        broken("data", {"tasks": [{**TASK, "weight": 1e308}]}, "data.tasks[0].weight=1e+308", "less than or equal to"),
         broken(
             "data", {"tasks": [{**TASK, "choices": [False, True]}]}, "data.tasks[0].choices", 'write "true", "false" in'
         ),

@@ -35,6 +35,12 @@ def test_an_empty_task_is_refused() -> None:
         mixture_shares((5, 0))
 
 
+@pytest.mark.parametrize("weights", [(1e308, 1.0), (0.0, 1.0), (float("nan"), 1.0)])
+def test_weights_that_give_no_shares_are_refused(weights: tuple[float, ...]) -> None:
+    with pytest.raises(DataError, match="give no shares"):
+        mixture_shares((2000, 3000), weights=weights)
+
+
 def test_counts_are_the_shares_rounded_in_each_epoch_and_over_all() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
