@@ -57,6 +57,7 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
 
 # How samples follow one another. 1, of states that name none: an epoch did not carry remainders to the next.
 ORDER = 2
+MOST_EPOCHS_COUNTED = 50_000
 
 
 class TrainLoader(Iterator[list[MicroBatch]]):
@@ -142,6 +143,18 @@ class TrainLoader(Iterator[list[MicroBatch]]):
 
     def _epoch_order(self, epoch: int) -> Indices:
         return epoch_order(self._sizes, self._shares, seed=self._seed, epoch=epoch, counts=self._counts)
+
+    def unseen(self, steps: int) -> list[int]:
+        """Return the tasks of which a run of so many optimizer steps draws no sample.
+
+        A task whose share of them is two samples has been drawn: `EpochCounts` is never that far off. Where a share is
+        so small that only counting through MOST_EPOCHS_COUNTED epochs would tell, none is named.
+        """
+        enough = 2 / min(self._shares) + self.epoch_size
+        taken = steps * self.global_batch_size
+        if taken >= enough or taken > MOST_EPOCHS_COUNTED * self.epoch_size:
+            return []
+        return [task for task, count in enumerate(self.drawn(steps)) if count == 0]
 
     def drawn(self, steps: int) -> tuple[int, ...]:
         """Samples of each task in the first so many optimizer steps of a run."""

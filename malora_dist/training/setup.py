@@ -112,12 +112,9 @@ def unseen_tasks(config: RunConfig, data: PreparedData, loader: TrainLoader) -> 
     """Return a note on each task of which the run draws no sample."""
     steps = total_steps(config, loader)
     return [
-        f"task {task}: none of its {size} samples is drawn in the {steps} steps of this run, its share of the mixture "
-        f"is {share:.2g}; see data.mixture and the task's weight"
-        for task, size, share, drawn in zip(
-            data.task_names, data.train_sizes, data.shares, loader.drawn(steps), strict=True
-        )
-        if drawn == 0
+        f"task {data.task_names[task]}: none of its {data.train_sizes[task]} samples is drawn in the {steps} steps of "
+        f"this run, its share of the mixture is {data.shares[task]:.2g}; see data.mixture and the task's weight"
+        for task in loader.unseen(steps)
     ]
 
 

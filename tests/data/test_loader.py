@@ -158,6 +158,17 @@ def test_samples_drawn_by_task() -> None:
         counts += np.bincount(tasks[loader.global_batch(8 * steps)], minlength=3)
 
 
+def test_tasks_of_which_no_sample_is_drawn_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the run is: a smoke test's rows with max_steps a billion and max_hours are many epochs."""
+    for shares in (mixture_shares(SIZES), (0.99, 0.0099, 0.0001), (1 - 2e-9, 1e-9, 1e-9)):
+        loader = make_loader(shares=shares)
+        for steps in (*range(30), 200, 3000, 12000):
+            assert loader.unseen(steps) == [task for task, count in enumerate(loader.drawn(steps)) if not count]
+    monkeypatch.setattr(TrainLoader, "drawn", lambda *_: pytest.fail("counted through"))
+    for shares in (mixture_shares(SIZES), (1 - 2e-9, 1e-9, 1e-9)):
+        assert make_loader(shares=shares).unseen(10**12) == make_loader(shares=shares).unseen(10**6) == []
+
+
 def test_wrong_numbers_are_refused() -> None:
     with pytest.raises(TopologyError, match="global_batch_size=8 must be a multiple of .*=2 times 3 processes"):
         make_loader(world_size=3)
