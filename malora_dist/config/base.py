@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, mod
 from pydantic_core import PydanticCustomError
 
 RULE_ERROR = "section_rules"
+# More than any run has of processes, experts, ranks or samples in a batch, of steps, of tokens; lists are made of some.
+MOST, MOST_STEPS, MOST_TOKENS = 10**6, 10**12, 10**9
 # File systems take no longer name, and Linux no longer path, in bytes.
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
+from malora_dist.config.base import MOST
 from malora_dist.config.deepspeed import ds_config_problems, read_ds_config
 from malora_dist.config.schema import RunConfig
 from malora_dist.config.topology import (
@@ -75,8 +76,8 @@ def suggest_world_sizes(config: RunConfig) -> list[int]:
 
 
 def _plan_errors(config: RunConfig, world_size: int, version: str | None) -> Iterator[MaloraError]:
-    if world_size < 1:
-        yield TopologyError(f"world size {world_size} must be at least 1")
+    if not 1 <= world_size <= MOST:
+        yield TopologyError(f"world size {world_size} must be at least 1 and at most {MOST}")
         return
     yield from _version_errors(version)
     yield from _batch_errors(config, world_size)

@@ -9,11 +9,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from malora_dist.config.base import Rule, Section, usable_path
+from malora_dist.config.base import MOST_STEPS, MOST_TOKENS, Rule, Section, usable_path
+from malora_dist.errors import short
 
 MOST_CHOICES = 26
 # Numbers of rows and of tokens may be weights; times sizes of tasks they stay numbers.
 LEAST_WEIGHT, MOST_WEIGHT = 1e-12, 1e12
+# A field of the row, or one inside of it: question.stem, answers.text.0.
+FIELD = re.compile(r"[^\W\d]\w*(\.([^\W_]\w*))*")
+WIDE = re.compile(r"\d{5}")
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -112,8 +116,10 @@ class TaskConfig(Section):
     weight: float = Field(
         1.0, ge=LEAST_WEIGHT, le=MOST_WEIGHT, description="Multiplies this task's share of the mixture."
     )
-    max_train_samples: int | None = Field(None, ge=1, description="Use at most this many training rows.")
-    max_eval_samples: int | None = Field(None, ge=1, description="Use at most this many rows of each evaluation split.")
+    max_train_samples: int | None = Field(None, ge=1, le=MOST_STEPS, description="Use at most this many training rows.")
+    max_eval_samples: int | None = Field(
+        None, ge=1, le=MOST_STEPS, description="Use at most this many rows of each evaluation split."
+    )
     scoring: Literal["text", "letter"] = Field(
         "text", description="Evaluate a choice by the likelihood of its text, or of its letter (A, B, ...)."
     )
@@ -125,8 +131,19 @@ class TaskConfig(Section):
         yield from self._choice_rules()
         yield from _template_rules("prompt_template", self.prompt_template, "prompt")
         yield from _template_rules("response_template", self.response_template, "response")
+        yield from self._optional_field_rules()
         if self.scoring == "letter" and self.kind == "completion":
             yield Rule(("scoring", "kind"), "letters need choices; kind is completion")
+
+    def _optional_field_rules(self) -> Iterator[Rule]:
+        try:
+            named = {*template_names(self.prompt_template), *template_names(self.response_template)}
+        except ValueError:
+            return
+        for name in self.optional_fields:
+            if name not in named - {"prompt", "response"}:
+                keys = ("optional_fields", "prompt_template", "response_template")
+                yield Rule(keys, f"{short(name)} stands in no template beside prompt and response")
 
     def _choice_rules(self) -> Iterator[Rule]:
         texts = [choice.strip() for choice in self.choices or ()]
@@ -159,8 +176,12 @@ def template_names(template: str) -> list[str]:
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:
             continue
+        if not FIELD.fullmatch(name):
+            raise ValueError(f"{short(name)} must be the plain name of a field")
         if conversion not in (None, "r", "s", "a"):
             raise ValueError(f"{{{name}!{conversion}}}: the conversions are !r, !s and !a")
+        if WIDE.search(spec or ""):
+            raise ValueError(f"{short(spec)} has a number of more than four digits")
         format("", spec or "")
         names.append(name)
     return names
@@ -191,7 +212,9 @@ class DataConfig(Section):
     }
 
     tasks: tuple[TaskConfig, ...] = Field(description="The tasks to learn together, one entry each.")
-    max_seq_length: int = Field(1024, ge=8, description="Longest sample in tokens; longer prompts lose their start.")
+    max_seq_length: int = Field(
+        1024, ge=8, le=MOST_TOKENS, description="Longest sample in tokens; longer prompts lose their start."
+    )
     mixture: Literal["proportional", "uniform", "temperature"] = Field(
         "proportional", description="A task's share: by its rows n, equal for all, or by n^(1/temperature)."
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from malora_dist.config.base import Rule, Section, usable_path
+from malora_dist.config.base import MOST, Rule, Section, usable_path
 from malora_dist.errors import short
 from malora_dist.ops.attention_choice import VARLEN
 from malora_dist.ops.target_names import compiled
@@ -115,12 +115,13 @@ class AdapterConfig(Section):
         description="malora: experts share one down-projection. molora: each has its own. hydralora: all experts act "
         "on one shared projection. lora: one expert, no router. dora: lora with a trained norm for each output.",
     )
-    num_experts: int = Field(8, ge=1, description="Experts on each target linear, over all processes.")
-    top_k: int = Field(2, ge=1, description="Experts a token is sent to.")
-    r: int = Field(12, ge=1, description="Rank of one expert.")
+    num_experts: int = Field(8, ge=1, le=MOST, description="Experts on each target linear, over all processes.")
+    top_k: int = Field(2, ge=1, le=MOST, description="Experts a token is sent to.")
+    r: int = Field(12, ge=1, le=MOST, description="Rank of one expert.")
     shared_r: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="Rank of the shared down-projection; null: from compression_ratio (32 for 8 experts, r 12).",
     )
     compression_ratio: float = Field(

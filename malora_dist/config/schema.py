@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from malora_dist.config.base import Rule, Section, split_commas, usable_path
+from malora_dist.config.base import MOST, MOST_STEPS, MOST_TOKENS, Rule, Section, split_commas, usable_path
 from malora_dist.config.data_schema import DataConfig, RowFields, TaskConfig
 from malora_dist.config.model_schema import AdapterConfig, ModelConfig
 
@@ -68,6 +68,7 @@ def _one_flag(value: str) -> str:
     return _one_line(value)
 
 
+Tokens = Annotated[Annotated[int, Field(ge=1, le=MOST_TOKENS)] | Literal["auto"], BeforeValidator(_tokens)]
 ShellLine = Annotated[str, AfterValidator(_one_line)]
 Flag = Annotated[str, AfterValidator(_one_flag)]
 
@@ -92,7 +93,10 @@ class ParallelConfig(Section):
         description="DeepSpeed ZeRO: 0 copies all, 1 and 2 split optimizer and gradients, 3 the weights too.",
     )
     ep_size: int = Field(
-        1, ge=1, description="Processes that share one set of experts, each owning a part. Above 1, tokens travel."
+        1,
+        ge=1,
+        le=MOST,
+        description="Processes that share one set of experts, each owning a part. Above 1, tokens travel.",
     )
     timeout_seconds: int = Field(
         1800,
@@ -128,15 +132,18 @@ class TrainConfig(Section):
         "full_determinism": "deterministic",
     }
 
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps to train. Give this or num_train_epochs.")
-    num_train_epochs: float | None = Field(
-        None, gt=0, description="Passes over the mixture. Give this or max_steps; 3 if neither is given."
+    max_steps: int | None = Field(
+        None, ge=1, le=MOST_STEPS, description="Optimizer steps to train. Give this or num_train_epochs."
     )
-    global_batch_size: int = Field(16, ge=1, description="Samples of one optimizer step, over all processes.")
-    per_device_train_batch_size: int = Field(4, ge=1, description="Samples one process handles at a time.")
+    num_train_epochs: float | None = Field(
+        None, gt=0, le=MOST, description="Passes over the mixture. Give this or max_steps; 3 if neither is given."
+    )
+    global_batch_size: int = Field(16, ge=1, le=MOST, description="Samples of one optimizer step, over all processes.")
+    per_device_train_batch_size: int = Field(4, ge=1, le=MOST, description="Samples one process handles at a time.")
     gradient_accumulation_steps: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="null: derived from the batch sizes and the number of processes. A given value is checked.",
     )
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
@@ -155,15 +162,21 @@ class TrainConfig(Section):
         "token", description="What counts the same in a step's loss: each answer token, each sample, or each task."
     )
     gradient_checkpointing: bool = Field(False, description="Compute activations again in backward to save memory.")
-    logging_steps: int = Field(10, ge=1, description="Steps between log records.")
+    logging_steps: int = Field(10, ge=1, le=MOST_STEPS, description="Steps between log records.")
     eval_steps: int | None = Field(
-        None, ge=1, description="Steps between evaluations on the validation split; null: none."
+        None, ge=1, le=MOST_STEPS, description="Steps between evaluations on the validation split; null: none."
     )
     save_steps: int | None = Field(
-        None, ge=1, description="Steps between checkpoints; null: one at the end, and one whenever the run is stopped."
+        None,
+        ge=1,
+        le=MOST_STEPS,
+        description="Steps between checkpoints; null: one at the end, and one whenever the run is stopped.",
     )
     save_total_limit: int | None = Field(
-        None, ge=1, description="Checkpoints to keep; the latest and the best are always among them. null: all."
+        None,
+        ge=1,
+        le=MOST,
+        description="Checkpoints to keep; the latest and the best are always among them. null: all.",
     )
     async_save: bool = Field(True, description="Write checkpoints from memory while training goes on.")
     best_metric: Literal["average", "worst_task", "worst_drop"] = Field(
@@ -180,6 +193,7 @@ class TrainConfig(Section):
     stop_after_steps: int | None = Field(
         None,
         ge=1,
+        le=MOST_STEPS,
         description="Save and end after this many steps of this process; the same command then goes on. The learning "
         "rate's shape follows the full length.",
     )
@@ -229,7 +243,7 @@ class EvaluationConfig(Section):
     base: bool = Field(True, description="Evaluate the untouched base model too.")
     tuned: bool = Field(True, description="Evaluate the trained model.")
     split: Literal["test", "validation"] = Field("test", description="Rows to evaluate on.")
-    batch_tokens: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_tokens)] = Field(
+    batch_tokens: Tokens = Field(
         "auto",
         description="Tokens of one forward pass. auto: 1024 on a CPU, 16384 on a GPU, 4096 there if attention takes a "
         "mask.",
@@ -255,6 +269,7 @@ class LaunchConfig(Section):
     max_restarts: int = Field(
         3,
         ge=0,
+        le=MOST,
         description="A job that has ended more often than this in a row without a newer checkpoint is given up.",
     )
 

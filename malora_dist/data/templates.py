@@ -1,6 +1,5 @@
 """An example's texts: the prompt, the answer to learn, and the answers to choose from."""
 
-import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +13,6 @@ PROMPT_TEMPLATE = "Question: {prompt}\nAnswer:"
 RESPONSE_TEMPLATE = " {response}"
 TEXT = "text"
 LETTER = "letter"
-# A field of the row, or one inside of it: question.stem, answers.text.0.
-FIELD = re.compile(r"[^\W\d]\w*(\.([^\W_]\w*))*")
 
 
 def template_fields(template: str) -> tuple[str, ...]:
@@ -24,9 +21,6 @@ def template_fields(template: str) -> tuple[str, ...]:
         names = template_names(template)
     except ValueError as error:
         raise DataError(f"template {template!r}: {error} (write {{{{ for a brace)") from error
-    for name in names:
-        if not FIELD.fullmatch(name):
-            raise DataError(f"template {template!r}: {{{name}}} must be the plain name of a field")
     return tuple(dict.fromkeys(names))
 
 

@@ -91,6 +91,17 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
         broken(
             "data", {"tasks": [{**TASK, "prompt_template": "{prompt:d}"}]}, "is not a template: Unknown format code"
         ),
+        broken(
+            "data",
+            {"tasks": [{**TASK, "prompt_template": "{prompt:>9999999999}"}]},
+            "is not a template: '>9999999999' has a number",
+        ),
+        broken("data", {"tasks": [{**TASK, "prompt_template": "{prompt[0]} {prompt}"}]}, "must be the plain name of a"),
+        broken("data", {"tasks": [{**TASK, "prompt_template": "{Correct Answer} {prompt}"}]}, "plain name of a field"),
+        broken("data", {"tasks": [{**TASK, "response_template": "{} {response}"}]}, "'' must be the plain name of a"),
+        broken(
+            "data", {"tasks": [{**TASK, "optional_fields": ["nope"]}]}, "optional_fields=['nope']", "'nope' stands in"
+        ),
         broken("data", {"tasks": [{**TASK, "response_template": "{response!x}"}]}, "is not a template: {response!x}"),
         broken("data", {"tasks": [{**TASK, "weight": 0}]}, "data.tasks[0].weight=0", "greater than or equal to"),
         broken("data", {"tasks": [{**TASK, "weight": 1e308}]}, "data.tasks[0].weight=1e+308", "less than or equal to"),
@@ -105,6 +116,11 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
         broken("data", {"tasks": [{**TASK, "fields": {"choices": []}}]}, "fields.choices=[]", "2 to 26 fields"),
         broken("data", {"tasks": {"boolq": TASK}}, "data.tasks=", "must be a list"),
         broken("data", {"temperature": 3}, "no meaning for data.mixture=proportional"),
+        broken("train", {"global_batch_size": 10**23}, "train.global_batch_size=", "less than or equal to 1000000"),
+        broken("train", {"max_steps": 10**15}, "train.max_steps=", "less than or equal to"),
+        broken("train", {"num_train_epochs": 1e308}, "train.num_train_epochs=1e+308", "less than or equal to"),
+        broken("adapter", {"num_experts": 10**23}, "adapter.num_experts=", "less than or equal to"),
+        broken("adapter", {"r": 10**30}, "adapter.r=", "less than or equal to"),
         broken("parallel", {"zero_stage": 4}, "parallel.zero_stage=4", "less than or equal to 3"),
         broken("train", {"learning_rate": 0}, "train.learning_rate=0", "greater than 0"),
         broken("train", {"learning_rate": math.nan}, "train.learning_rate=nan", "finite"),
@@ -129,6 +145,7 @@ def test_a_broken_rule_names_key_value_and_rule(section: str, values: dict[str, 
 
 def test_fields_and_choices_of_a_task() -> None:
     task = {**TASK, "fields": {"prompt": "question.stem", "choices": ["A", "B"]}, "optional_fields": "input"}
+    task["prompt_template"] = "{input} {prompt}"
     (read,) = config_from_dict(recipe(data={"tasks": [task]})).data.tasks
     assert (read.fields.choices, read.optional_fields, read.choices, read.first_label) == (
         ("A", "B"),
