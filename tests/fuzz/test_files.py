@@ -93,7 +93,7 @@ def damage_weights(draw: Random, folder: Path) -> None:
 
 
 def test_adapter_folders(made: Path, draws: Iterator[Random], tmp_path: Path) -> None:
-    model, folder = tiny_llama(), tmp_path / "adapter"
+    model, folder, taken = tiny_llama(), tmp_path / "adapter", 0
     for draw in draws:
         shutil.rmtree(folder, ignore_errors=True)
         kind = draw.choice(KINDS)
@@ -112,16 +112,18 @@ def test_adapter_folders(made: Path, draws: Iterator[Random], tmp_path: Path) ->
             )
             put_adapter(model, adapter)
             model = tiny_llama()
+            taken += 1
         except CheckpointError as error:
             assert folder.name in str(error) and len(str(error)) < 3000
         except ConfigError as error:
             assert "target" in str(error), error
         facts = inspect(folder)
         assert all(isinstance(line, str) for line in lines(facts)) and json.dumps(facts)
+    assert taken
 
 
 def test_headers(made: Path, draws: Iterator[Random], tmp_path: Path) -> None:
-    path = tmp_path / WEIGHTS
+    path, taken = tmp_path / WEIGHTS, 0
     for draw in draws:
         shutil.copyfile(made / draw.choice(KINDS) / WEIGHTS, path)
         damage_weights(draw, tmp_path)
@@ -132,6 +134,8 @@ def test_headers(made: Path, draws: Iterator[Random], tmp_path: Path) -> None:
             continue
         for place in places.values():
             assert read_elements(path, place, 0, place.numel).numel() == place.numel
+        taken += 1
+    assert taken
 
 
 def resealed(draw: Random, manifest: dict[str, Any]) -> str:
@@ -150,6 +154,7 @@ def test_manifests(made: Path, draws: Iterator[Random], tmp_path: Path) -> None:
         lambda draw: broken_bytes(draw, before),
         lambda draw: broken_text(draw, before.decode()).encode("utf-8", "surrogatepass"),
     ]
+    taken = 0
     for draw in draws:
         path.write_bytes(draw.choice(ways)(draw))
         try:
@@ -157,7 +162,9 @@ def test_manifests(made: Path, draws: Iterator[Random], tmp_path: Path) -> None:
             checkpoint.verify()
             for kind in ("adapter", "optimizer", "rng"):
                 assert all(checkpoint.read(kind, name).numel() for name in checkpoint.names(kind))
+            taken += 1
         except CheckpointError as error:
             assert folder.name in str(error) and len(str(error)) < 5000
         facts = inspect(folder)
         assert all(isinstance(line, str) for line in lines(facts)) and json.dumps(facts)
+    assert taken

@@ -72,6 +72,29 @@ def test_recipes(draws: Iterator[Random], tmp_path: Path) -> None:
     assert taken
 
 
+@pytest.mark.parametrize("path", [path for path in leaves() if path[:2] != ("data", "tasks")], ids=".".join)
+def test_every_setting_takes_or_refuses_every_odd_number(path: tuple[str, ...], tmp_path: Path) -> None:
+    """None of them makes a list of 10**40 items, or anything else that never ends."""
+    check_numbers(f"--{'.'.join(path)}", tmp_path)
+
+
+@pytest.mark.parametrize("key", [path[2] for path in leaves() if path[:2] == ("data", "tasks") and len(path) == 3])
+def test_every_setting_of_a_task_takes_or_refuses_every_odd_number(key: str, tmp_path: Path) -> None:
+    check_numbers(f"--data.tasks.boolq.{key}", tmp_path)
+
+
+def check_numbers(flag: str, folder: Path) -> None:
+    path = folder / "recipe.yaml"
+    path.write_text(config_text(config_from_dict(recipe())))
+    for value in (value for value in ODD if isinstance(value, int | float)):
+        try:
+            use(path, [f"{flag}={json.dumps(value)}"])
+        except ConfigError as error:
+            check_message(error)
+        except TopologyError:
+            pass
+
+
 def test_settings_on_the_command_line(draws: Iterator[Random], tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(config_text(config_from_dict(recipe())))
@@ -82,6 +105,7 @@ def test_settings_on_the_command_line(draws: Iterator[Random], tmp_path: Path) -
         "x",
         "",
     ]
+    taken = 0
     for draw in draws:
         overrides = []
         for _ in range(draw.choice((1, 1, 2, 4))):
@@ -90,10 +114,12 @@ def test_settings_on_the_command_line(draws: Iterator[Random], tmp_path: Path) -
             overrides += draw.choice(([f"--{key}={value}"], [f"--{key}", value], [f"{key}={value}"]))
         try:
             use(path, overrides)
+            taken += 1
         except ConfigError as error:
             check_message(error)
         except TopologyError:
             pass
+    assert taken
 
 
 def test_deepspeed_settings(draws: Iterator[Random], tmp_path: Path) -> None:
@@ -120,6 +146,7 @@ def test_hostfiles(draws: Iterator[Random], tmp_path: Path, monkeypatch: pytest.
     # Names that the network knows are not what is drawn here.
     monkeypatch.setattr(hostfile, "addresses", lambda host: set())
     path = tmp_path / "hosts"
+    taken = 0
     for draw in draws:
         hosts = "".join(f"host{n} slots={draw.choice((1, 2, 8))}\n" for n in range(draw.choice((1, 3))))
         path.write_bytes(broken_text(draw, f"# ours\n{hosts}").encode("utf-8", "surrogatepass"))
@@ -129,5 +156,7 @@ def test_hostfiles(draws: Iterator[Random], tmp_path: Path, monkeypatch: pytest.
             assert found and all(slots >= 1 for slots in found.values())
             include, exclude = draw.choice(((chosen, None), (None, chosen), (None, None)))
             assert slots_per_host(choose_hosts(found, include, exclude)) >= 1
+            taken += 1
         except ConfigError as error:
             assert str(error)
+    assert taken
