@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
+from malora_dist.console.terminal import is_terminal
+
 LOGGER = "malora_dist"
 
 
@@ -38,7 +40,7 @@ def start_logging(log_file: Path | None) -> None:
 
 def _stdout_handler() -> logging.Handler:
     handler: logging.Handler
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         handler = RichHandler(console=console(), show_path=False, show_level=False, markup=False)
     else:
         handler = logging.StreamHandler(sys.stdout)
@@ -49,7 +51,7 @@ def _stdout_handler() -> logging.Handler:
 
 def console() -> Console:
     """The terminal; a file gets lines wide enough for a table of results."""
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return Console() if is_terminal(sys.stdout) else Console(width=120)
 
 
 def peak_memory_gib(device: torch.device) -> float:

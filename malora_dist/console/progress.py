@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from malora_dist.console.terminal import is_terminal
+
 PATIENCE, BETWEEN_LINES = 2.0, 30.0
 
 T = TypeVar("T")
@@ -73,7 +75,7 @@ class Bar(AbstractContextManager["Bar"]):
             self.task = self.progress.add_task(title, total=self.total)
 
     def _show_bar(self) -> None:
-        if not self.active or not sys.stdout.isatty():
+        if not self.active or not is_terminal(sys.stdout):
             return
         columns: tuple[ProgressColumn, ...] = (
             TextColumn("{task.description}", markup=False),

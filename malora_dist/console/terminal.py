@@ -42,6 +42,11 @@ def forgive_output() -> None:
             getattr(sys, name).reconfigure(errors=SPELL)
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether somebody sees the stream at once. A service may have none, or a closed one."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
 class _Forgiving(io.FileIO):
     """A file that takes whatever it is given, also what cannot be written any more."""
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from malora_dist.console.progress import tell
+from malora_dist.console.terminal import is_terminal
 from malora_dist.errors import ConfigError, short
 from malora_dist.files.cache import build_once, default_cache_dir
 from malora_dist.files.folder import local_path
@@ -129,7 +130,7 @@ def _write_converted(path: Path, target: Path) -> None:
     from transformers.utils import logging
 
     tell(f"converting {path.name} to a model folder in the cache, once")
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -4,6 +4,7 @@ import logging
 import os
 import pty
 import re
+import sys
 import time
 from pathlib import Path
 from select import select
@@ -55,6 +56,22 @@ def test_a_reader_that_is_gone_ends_no_work(clock: list[float], monkeypatch: pyt
         clock[0] += 9
         bar.advance()
     assert bar.done == 1
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_service_without_output_works_on(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, closed: bool
+) -> None:
+    for name in ("stdout", "stderr"):
+        stream = (tmp_path / name).open("w") if closed else None
+        if stream is not None:
+            stream.close()
+        monkeypatch.setattr(sys, name, stream)
+    for after in (2, 0):
+        with Bar("reading", after=after) as bar:
+            clock[0] += 99
+            bar.update(3)
+        assert bar.done == 3 and bar.progress is None
 
 
 def test_items_are_counted_as_they_are_taken(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
