@@ -46,6 +46,13 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _matches(pattern: str, task: str) -> list[Path]:
+    try:
+        return _existing(pattern, task)
+    except OSError as error:
+        raise DataError(f"task {task!r}: {pattern}: cannot be read: {error.strerror}") from error
+
+
+def _existing(pattern: str, task: str) -> list[Path]:
     # A name with brackets may be a plain file, so the literal reading comes first.
     if Path(pattern).is_file():
         return [Path(pattern)]

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,23 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Path, "open", refuse)
     assert refusal(path) == f"task 't': {path}: cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "*.jsonl"])
+def test_a_file_in_a_folder_that_may_not_be_entered_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Any, name: str
+) -> None:
+    """Root may enter all folders, so the system's answer is given for it."""
+    (tmp_path / "t.jsonl").write_text('{"prompt": "p", "response": "r"}')
+    ask = os.stat
+
+    def refuse(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{tmp_path}/t"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return ask(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert refusal(tmp_path / name) == f"task 't': {tmp_path / name}: cannot be read: Permission denied"
 
 
 # What people's rows hold, and what breaks readers.
