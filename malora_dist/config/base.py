@@ -1,5 +1,6 @@
 """What all sections of a recipe have in common: they are frozen, know every name, and check themselves."""
 
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -97,9 +98,16 @@ class Section(BaseModel):
 
 
 def usable_path(value: str | None) -> str | None:
-    """The path, which the operating system can take as it is. Raises PydanticCustomError if it cannot."""
+    """The path, with a home in the place of `~`, which the operating system can take as it is.
+
+    Raises PydanticCustomError if it cannot, or if that home is not known.
+    """
     if value is None:
         return value
+    value = os.path.expanduser(value)
+    if value.startswith("~"):
+        rule = "must name a home that is known on this machine (a name that begins with ~ is written ./~...)"
+        raise PydanticCustomError("unknown_home", rule)
     encoded = value.encode("utf-8", "surrogatepass")
     if len(encoded) > LONGEST_PATH or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
         rule = f"must be a path of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}"

@@ -184,7 +184,7 @@ class TrainConfig(Section):
         description="What makes a checkpoint `best`, by the validations of eval_steps: the tasks' average, the worst "
         "task, or the largest loss of a task against best_baseline.",
     )
-    best_baseline: str | None = Field(
+    best_baseline: Annotated[str | None, AfterValidator(usable_path)] = Field(
         None,
         min_length=1,
         description="For worst_drop: an eval.json (its `tuned` side, else its `base`) to compare each task with; "

@@ -194,18 +194,42 @@ def test_a_pattern_that_is_none_is_refused(pattern: str, why: str) -> None:
         AdapterConfig(target_modules=[pattern])
 
 
-@pytest.mark.parametrize(
-    "place",
-    ["output_dir", "model.name_or_path", "data.cache_dir", "train.resume_from_checkpoint", "parallel.ds_config"],
-)
+PLACES = ["output_dir", "model.name_or_path", "data.cache_dir", "parallel.ds_config"]
+PLACES += ["train.resume_from_checkpoint", "train.best_baseline"]
+
+
+def at_place(place: str, value: str) -> RunConfig:
+    """A recipe with this value for a key."""
+    section, _, key = place.rpartition(".")
+    best = {"best_metric": "worst_drop"} if key == "best_baseline" else {}
+    return config_from_dict(recipe(**{section: {key: value, **best}}) if section else recipe() | {key: value})
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_paths_that_no_system_takes_are_refused(place: str) -> None:
     """Bytes count, not letters."""
-    section, _, key = place.rpartition(".")
-
-    def changed(value: str) -> dict[str, Any]:
-        return recipe(**{section: {key: value}}) if section else recipe() | {key: value}
-
-    config_from_dict(changed("é" * 127))
+    at_place(place, "é" * 127)
     for path in ("é" * 128, "a/" * 2048 + "b"):
         with pytest.raises(ConfigError, match=rf"{re.escape(place)}=.*names of at most 255"):
-            config_from_dict(changed(path))
+            at_place(place, path)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_home_stands_in_the_place_of_its_sign(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    section, _, key = place.rpartition(".")
+    for given, path in {"~/x": "/home/me/x", "~": "/home/me", "./~x": "./~x", "a/~/b": "a/~/b"}.items():
+        config = at_place(place, given)
+        assert getattr(getattr(config, section) if section else config, key) == path
+    with pytest.raises(ConfigError, match=rf"{re.escape(place)}='~nosuchuser/x': must name a home that is known"):
+        at_place(place, "~nosuchuser/x")
+
+
+def test_a_home_in_the_paths_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (task,) = config_from_dict(
+        recipe(data={"tasks": [{**TASK, "train": ["~/a.jsonl", "b"], "test": "~/c"}]})
+    ).data.tasks
+    assert (task.train, task.test) == (("/home/me/a.jsonl", "b"), ("/home/me/c",))
+    with pytest.raises(ConfigError, match=r"tasks\[0\]\.train.*must name a home that is known"):
+        config_from_dict(recipe(data={"tasks": [{**TASK, "train": "~nosuchuser/x.jsonl"}]}))
