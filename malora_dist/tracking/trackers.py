@@ -33,6 +33,7 @@ class TensorBoardTracker:
             self._open(purge_step=record[STEP] + 1)
         for name, value in scalars(record).items():
             self._open().add_scalar(name, value, record[STEP])
+        if self._writer is not None:
             self._writer.flush()
 
     def _open(self, **settings: Any) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from malora_dist.errors import MaloraError
+from malora_dist.tracking import trackers
 from malora_dist.tracking.trackers import open_trackers, scalars
 
 TRAIN = {"kind": "train", "step": 7, "loss": 2.5, "learning_rate": 1e-3, "train/boolq/loss": 1.5}
@@ -49,6 +50,32 @@ def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
     assert set(events.Tags()["scalars"]) == set(scalars(TRAIN)) | set(scalars(ROUTING))
     (loss,) = events.Scalars("train/boolq/loss")
     assert (loss.step, loss.value) == (7, 1.5)
+
+
+def test_tensorboard_writes_a_record_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each flush is a write to what may be a network's file system."""
+    written: list[str] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            pass
+
+        def add_text(self, *_: object) -> None:
+            pass
+
+        def add_scalar(self, name: str, *_: object) -> None:
+            written.append(name)
+
+        def flush(self) -> None:
+            written.append("flush")
+
+        close = flush
+
+    monkeypatch.setattr(trackers, "_summary_writer", lambda: Writer)
+    (tracker,) = open_trackers(["tensorboard"], tmp_path, {})
+    for record in ({"kind": "run", "world_size": 2}, TRAIN, ROUTING):
+        tracker.log(record)
+    assert written == [*scalars(TRAIN), "flush", *scalars(ROUTING), "flush"]
 
 
 def test_tensorboard_hides_the_steps_that_are_done_again(tmp_path: Path) -> None:
