@@ -21,6 +21,7 @@ from malora_dist.data.tokenize import (
     read_task,
     tokenizer_fingerprint,
 )
+from malora_dist.data.watch import READING_FILES
 from malora_dist.files.cache import default_cache_dir, expanded
 
 
@@ -111,8 +112,9 @@ def build_data(
 
 def _watch(look: Callable[[], None], bar: Bar, task: str, work: str, done: int, total: int) -> None:
     look()
-    # Of the processes that wait one at most may say so.
-    if done or total or os.environ.get("RANK", "0") == "0":
+    # Of the processes that wait, or all do the same, one at most may say so.
+    alone = (done or total) and work != READING_FILES
+    if alone or os.environ.get("RANK", "0") == "0":
         bar.update(done, total, f"task {task}: {work}")
 
 

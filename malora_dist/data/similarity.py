@@ -3,7 +3,9 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+from malora_dist.data.watch import Watch, unwatched, watched
 
 SHINGLE_WORDS = 3
 COMMON_SHARE = 0.5
@@ -38,15 +40,15 @@ class NearDuplicateIndex:
     choices) are left out of the comparison: they would make any two short questions look alike.
     """
 
-    def __init__(self, texts: Iterable[str], threshold: float) -> None:
+    def __init__(self, texts: Sequence[str], threshold: float, watch: Watch = unwatched) -> None:
         self.threshold = threshold
-        raw = [shingles(text) for text in texts]
+        raw = [shingles(text) for text in watched("reading held-out rows", texts, watch)]
         self._frequency = Counter(shingle for members in raw for shingle in members)
         limit = max(COMMON_AT_LEAST, COMMON_SHARE * len(raw))
         self._common = {shingle for shingle, count in self._frequency.items() if count > limit}
         self._sets = [self._telling(members) for members in raw]
         self._postings: defaultdict[Shingle, list[int]] = defaultdict(list)
-        for number, members in enumerate(self._sets):
+        for number, members in enumerate(watched("indexing held-out rows", self._sets, watch)):
             for shingle in self._prefix(members):
                 self._postings[shingle].append(number)
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from malora_dist.data.example import Example
 from malora_dist.data.similarity import NearDuplicateIndex, normalized
-from malora_dist.data.watch import Watch, unwatched
+from malora_dist.data.watch import Watch, unwatched, watched
 from malora_dist.errors import DataError
 
 Size = int | float
+REMOVED = ("shared_groups_removed", "leaked_duplicates_removed", "near_duplicates_removed")
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,22 @@ def group_key(example: Example) -> str:
 
 
 def cut_splits(
-    examples: Sequence[Example], *, validation_size: Size | None = None, test_size: Size | None = None, seed: int = 0
+    examples: Sequence[Example],
+    *,
+    validation_size: Size | None = None,
+    test_size: Size | None = None,
+    seed: int = 0,
+    watch: Watch = unwatched,
 ) -> Splits:
     """Cut validation and test from `examples` by whole groups, in an order hashed from the seed.
 
     A size below 1 is a fraction of the rows. A split may be a few rows short where no group of the right size is left.
     Raises DataError if nothing would be left to train on or no group fits.
     """
+    if validation_size is None and test_size is None:
+        return Splits(tuple(examples))
     groups: dict[str, list[Example]] = {}
-    for example in examples:
+    for example in watched("grouping rows", examples, watch):
         groups.setdefault(group_key(example), []).append(example)
     order = sorted(groups, key=lambda key: hash_order(key, seed))
     taken: dict[str, str] = {}
@@ -54,7 +62,7 @@ def cut_splits(
             rows = _number_of_rows(examples, size, split)
             taken |= dict.fromkeys(_fill(groups, [key for key in order if key not in taken], rows, split), split)
     parts: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
-    for example in examples:
+    for example in watched("cutting splits", examples, watch):
         parts[taken.get(group_key(example), "train")].append(example)
     if not parts["train"]:
         raise DataError(
@@ -112,23 +120,26 @@ def remove_leaks(
     near-duplicates (Jaccard similarity of word triples at or above the threshold; None: not looked for).
     """
     held_out = (*splits.validation, *splits.test)
+    if not held_out:
+        return splits, dict.fromkeys(REMOVED, 0)
     groups = {example.group for example in held_out if example.group is not None}
-    texts = {normalized(comparison_text(example)) for example in held_out}
+    texts = {normalized(comparison_text(row)) for row in watched("reading held-out rows", held_out, watch)}
     apart = [example for example in splits.train if example.group not in groups]
-    unequal = [example for example in apart if normalized(comparison_text(example)) not in texts]
+    unequal = [
+        row
+        for row in watched("comparing with held-out rows", apart, watch)
+        if normalized(comparison_text(row)) not in texts
+    ]
     kept = unequal
-    if near_duplicate_threshold is not None and texts:
-        index = NearDuplicateIndex(sorted(texts), near_duplicate_threshold)
-        kept = []
-        for number, example in enumerate(unequal):
-            watch("comparing with held-out rows", number, len(unequal))
-            if not index.similar(comparison_text(example)):
-                kept.append(example)
-    counts = {
-        "shared_groups_removed": len(splits.train) - len(apart),
-        "leaked_duplicates_removed": len(apart) - len(unequal),
-        "near_duplicates_removed": len(unequal) - len(kept),
-    }
+    if near_duplicate_threshold is not None:
+        index = NearDuplicateIndex(sorted(texts), near_duplicate_threshold, watch)
+        kept = [
+            row
+            for row in watched("looking for nearly the same among held-out rows", unequal, watch)
+            if not index.similar(comparison_text(row))
+        ]
+    left = [len(splits.train), len(apart), len(unequal), len(kept)]
+    counts = {name: before - after for name, before, after in zip(REMOVED, left, left[1:], strict=False)}
     return replace(splits, train=tuple(kept)), counts
 
 

@@ -124,7 +124,7 @@ def load_task(
     rows = reader.read(_as_list(train))
     unique = drop_repeated(rows)
     counts["duplicates_removed"] = len(rows) - len(unique)
-    cut = cut_splits(unique, validation_size=validation_size, test_size=test_size, seed=split_seed)
+    cut = cut_splits(unique, validation_size=validation_size, test_size=test_size, seed=split_seed, watch=watch)
     splits = Splits(
         cut.train,
         reader.read(_as_list(validation)) if validation is not None else cut.validation,

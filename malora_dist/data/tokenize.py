@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,11 +26,13 @@ from malora_dist.data.store import (
 )
 from malora_dist.data.tasks import TaskData, load_task
 from malora_dist.data.templates import template_fields
+from malora_dist.data.watch import READING_FILES, Watch
 from malora_dist.errors import DataError
 from malora_dist.files.cache import build_once
 
 EVALUATION_SPLITS = ("validation", "test")
 SPLITS = ("train", *EVALUATION_SPLITS)
+BYTES_AT_ONCE = 2**20
 
 
 def prepare_task(
@@ -90,7 +93,7 @@ def _write_task(folder: Path, task: TaskData, encoder: Encoder) -> None:
 def content_key(settings: Mapping[str, Any], encoder: Encoder, tokenizer_key: str) -> str:
     """Hash of the content of a task's files, the settings other than their names, the encoder and this code."""
     files = {
-        split: [_file_hash(path) for path in find_files(_paths(settings[split]), task=settings["name"])]
+        split: [_file_hash(path, encoder.watch) for path in find_files(_paths(settings[split]), task=settings["name"])]
         for split in SPLITS
         if settings.get(split) is not None
     }
@@ -125,10 +128,15 @@ def _paths(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _file_hash(path: Path) -> str:
+def _file_hash(path: Path, watch: Watch) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        # The format is part of the content: .csv and .tsv read the same bytes differently.
-        return path.suffix.lower() + hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        while part := file.read(BYTES_AT_ONCE):
+            watch(READING_FILES, file.tell(), size)
+            digest.update(part)
+    # The format is part of the content: .csv and .tsv read the same bytes differently.
+    return path.suffix.lower() + digest.hexdigest()
 
 
 def _code_hash() -> str:

@@ -44,6 +44,12 @@ def test_scripts_without_blanks_are_compared_by_character() -> None:
     assert index.similar("明日の会議は何時からですか") == []
 
 
+def test_the_index_says_how_far_it_is() -> None:
+    seen: list[tuple[str, int, int]] = []
+    NearDuplicateIndex(["red fox", "green frog"], 0.5, lambda *what: seen.append(what))
+    assert seen == [(f"{work} held-out rows", done, 2) for work in ("reading", "indexing") for done in (0, 1)]
+
+
 def test_clusters_join_over_any_key_and_in_chains() -> None:
     one = ["red fox runs fast", "red fox runs slow", "blue whale sings low", "green frog"]
     other = ["a", "b", "b", "c"]

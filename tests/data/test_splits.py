@@ -1,5 +1,6 @@
 """No group on two sides, sizes as asked, the same cut every time, and leaks leave the training rows only."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -83,6 +84,21 @@ def test_leaks_leave_train_only_and_are_counted_by_kind() -> None:
     assert (splits.validation, splits.test) == (held, asked)
     without, counts = remove_leaks(Splits(train, held, asked), near_duplicate_threshold=None)
     assert counts["near_duplicates_removed"] == 0 and len(without.train) == 3
+
+
+def test_work_on_many_rows_can_be_ended() -> None:
+    """Nothing of it takes all rows at once without a word."""
+    seen: Counter[str] = Counter()
+    splits = cut_splits(rows(60), test_size=20, watch=lambda work, *_: seen.update([work]))
+    remove_leaks(splits, near_duplicate_threshold=0.8, watch=lambda work, *_: seen.update([work]))
+    assert seen == {
+        "grouping rows": 60,
+        "cutting splits": 60,
+        "reading held-out rows": 2 * 20,
+        "indexing held-out rows": 20,
+        "comparing with held-out rows": 40,
+        "looking for nearly the same among held-out rows": 40,
+    }
 
 
 def test_cap_picks_at_random_and_keeps_the_order() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from malora_dist.data import tokenize
 from malora_dist.data.encode import Encoder
 from malora_dist.data.tokenize import prepare_task, read_task, tokenizer_fingerprint
 from malora_dist.errors import DataError
@@ -65,6 +66,20 @@ def test_the_key_follows_the_content(write_jsonl: Any, tmp_path: Path, tokenizer
         key(write_jsonl("t.jsonl", ROWS[1:]), Encoder(tokenizer, 64)),
     ]
     assert len({base, *others}) == 6
+
+
+def test_files_are_hashed_in_parts_between_looks(
+    write_jsonl: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start of every process reads all of them, prepared or not."""
+    path = write_jsonl("t.jsonl", ROWS)
+    before = prepare(settings(path), Encoder(tokenizer, 64), tmp_path)
+    monkeypatch.setattr(tokenize, "BYTES_AT_ONCE", 100)
+    seen: list[tuple[int, int]] = []
+    watch = lambda work, *how_far: seen.append(how_far)  # noqa: E731
+    assert prepare(settings(path), Encoder(tokenizer, 64, watch=watch), tmp_path) == before
+    size = Path(path).stat().st_size
+    assert len(seen) > 5 and seen[-1] == (size, size) and seen[:2] == [(100, size), (200, size)]
 
 
 def test_the_fingerprint_follows_the_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
