@@ -8,6 +8,7 @@ from malora_dist.data.row import (
     MISSING,
     BadRow,
     Row,
+    as_text,
     find_field,
     needed_field,
     refuse_half_characters,
@@ -54,7 +55,7 @@ def read_choices(row: Row, field: Field, fixed: Sequence[str] | None) -> tuple[T
 
 def _columns(row: Row, names: Sequence[str]) -> tuple[list[str], Texts]:
     """One choice from each field, which is its key. The last ones may be empty: other rows have more choices."""
-    values = [find_field(row.fields, name) for name in names]
+    values = [as_text(find_field(row.fields, name)) for name in names]
     while values and (values[-1] is None or (isinstance(values[-1], str) and not values[-1].strip())):
         values.pop()
     for name, value in zip(names, values, strict=False):
@@ -76,12 +77,13 @@ def _listed(row: Row, name: str) -> tuple[list[str], Texts]:
         value, keys = value["text"], value.get("label")
     elif isinstance(value, list) and value and all(isinstance(item, dict) and "text" in item for item in value):
         value, keys = [item["text"] for item in value], [item.get("label") for item in value]
-    if not isinstance(value, list | tuple) or not all(isinstance(choice, str) for choice in value):
+    texts: list[Any] = [as_text(choice) for choice in value] if isinstance(value, list | tuple) else [None]
+    if not all(isinstance(choice, str) for choice in texts):
         raise BadRow(f"{row.source}: field {name!r} must be a list of texts, is {shown(value)}")
-    for choice in value:
+    for choice in texts:
         refuse_half_characters(row, name, choice)
     named = isinstance(keys, list | tuple) and len(keys) == len(value) and all(isinstance(k, str | int) for k in keys)
-    return list(value), tuple(str(key).strip() for key in keys) if named else ()
+    return texts, tuple(str(key).strip() for key in keys) if named else ()
 
 
 def _from_json(row: Row, name: str, value: str) -> Any:

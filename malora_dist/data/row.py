@@ -82,13 +82,18 @@ def what_row_has(row: Row, role: str | None) -> str:
 
 def needed_text(row: Row, name: str, role: str | None = None) -> str:
     """A field's text. Raises BadRow where it is none, is empty, or holds what is no character."""
-    value = needed_field(row, name, role)
+    value = as_text(needed_field(row, name, role))
     if not isinstance(value, str):
         raise BadRow(f"{row.source}: field {name!r} must be text, is {shown(value)}")
     if not value.strip():
         raise BadRow(f"{row.source}: field {name!r} is empty")
     refuse_half_characters(row, name, value)
     return value
+
+
+def as_text(value: Any) -> Any:
+    """A whole number as its digits, as tables hold it. A fraction may be written in several ways and stays one."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def refuse_half_characters(row: Row, name: str, text: str) -> None:

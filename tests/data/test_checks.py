@@ -1,9 +1,13 @@
 """Rows as public data sets have them, and what a task says of its rows."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from malora_dist.data.example import Example
 from malora_dist.data.tasks import load_task
@@ -57,6 +61,38 @@ def test_rows_as_public_data_sets_have_them(name: str, write_jsonl: Any) -> None
     row, options, expected = SHAPES[name]
     path = write_jsonl("t.jsonl", [row])
     assert load_task(name="t", train=path, **options).train == (replace(expected, source=f"{path}:1"),)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_whole_numbers_are_texts_in_every_format(suffix: str, tmp_path: Path) -> None:
+    """As arithmetic has them."""
+    path = tmp_path / f"t{suffix}"
+    for row, options in (
+        ({"prompt": "6 * 7?", "response": 42, "year": 1999}, {"template_fields": ("year",)}),
+        ({"prompt": 42, "A": 6, "B": 7, "label": "B"}, {"fields": {**ROLES, "choices": ("A", "B")}}),
+    ):
+        write_row(path, row)
+        (example,) = load_task(name="t", train=str(path), **options).train
+        assert (example.prompt, example.response) == (str(row["prompt"]), str(row.get("response", 7)))
+        assert example.choices in ((), ("6", "7")) and example.extra in ({}, {"year": "1999"})
+
+
+def test_choices_in_a_list_may_be_whole_numbers(write_jsonl: Any) -> None:
+    for choices in ([41, 42], "[41, 42]", {"text": [41, "42"], "label": ["a", "b"]}, [{"text": 41}, {"text": 42}]):
+        path = write_jsonl("t.jsonl", [{"prompt": "6 * 7?", "choices": choices, "label": "42"}])
+        (example,) = load_task(name="t", train=path).train
+        assert (example.choices, example.label) == (("41", "42"), 1)
+
+
+def write_row(path: Path, row: dict[str, Any]) -> None:
+    """A file of one row, as its suffix says."""
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    elif path.suffix in (".csv", ".tsv"):
+        separator = "," if path.suffix == ".csv" else "\t"
+        path.write_text("".join(separator.join(map(str, cells)) + "\n" for cells in (row, row.values())))
+    else:
+        path.write_text(json.dumps([row] if path.suffix == ".json" else row))
 
 
 def test_a_field_that_is_missing_says_how_to_name_it(write_jsonl: Any) -> None:

@@ -98,7 +98,8 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "missing prompt": ({"choices": ["a", "b"], "label": 0}, "field 'prompt' is missing"),
     "null prompt": ({**GOOD, "prompt": None}, "field 'prompt' is null"),
     "empty prompt": ({**GOOD, "prompt": " \n"}, "field 'prompt' is empty"),
-    "wrong type": ({**GOOD, "prompt": 7}, "field 'prompt' must be text, is int 7"),
+    "wrong type": ({**GOOD, "prompt": 7.5}, "field 'prompt' must be text, is float 7.5"),
+    "truth for text": ({**GOOD, "prompt": True}, "field 'prompt' must be text, is bool True"),
     "missing label": ({"prompt": "p", "choices": ["a", "b"]}, "field 'label' is missing"),
     "label too large": ({**GOOD, "label": 2}, "field 'label': 2 is not among the 2 choices"),
     "label negative": ({**GOOD, "label": -1}, "field 'label': -1 is not among"),
@@ -112,7 +113,8 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "label true": ({**GOOD, "choices": ["a", "b"], "label": True}, "field 'label': True is not among the 2 choices"),
     "label fraction": ({**GOOD, "label": 1.5}, "field 'label' must be a number, a letter or a choice, is float 1.5"),
     "choices no list": ({**GOOD, "choices": "no, yes"}, "field 'choices' must be a list"),
-    "choices not text": ({**GOOD, "choices": [1, 2]}, "field 'choices' must be a list of texts"),
+    "choices not text": ({**GOOD, "choices": [1.5, 2]}, "field 'choices' must be a list of texts"),
+    "choices true": ({**GOOD, "choices": [True, False]}, "field 'choices' must be a list of texts"),
     "one choice": ({**GOOD, "choices": ["no"]}, "field 'choices' must hold 2 to 26 choices, holds 1"),
     "empty choice": ({**GOOD, "choices": ["no", ""]}, "field 'choices' holds an empty choice"),
     "repeated choice": ({**GOOD, "choices": ["no", "yes", "no "]}, "field 'choices' holds the choice 'no' twice"),
@@ -131,7 +133,7 @@ def test_a_bad_row_is_named_or_skipped_and_counted(name: str, write_jsonl: Any) 
     assert (len(task.train), task.counts["bad_rows_skipped"], task.counts["rows_read"]) == (1, 1, 2)
 
 
-@pytest.mark.parametrize("row", [{"prompt": "p"}, {"prompt": "p", "response": " "}, {"prompt": "p", "response": 5}])
+@pytest.mark.parametrize("row", [{"prompt": "p"}, {"prompt": "p", "response": " "}, {"prompt": "p", "response": 5.5}])
 def test_bad_responses_of_completions(row: dict[str, Any], write_jsonl: Any) -> None:
     path = write_jsonl("t.jsonl", [{"prompt": "q", "response": "r"}, row])
     with pytest.raises(DataError, match=r"t\.jsonl:2: field 'response'"):
