@@ -56,6 +56,7 @@ class PreparedData:
             "duplicates_removed": "training rows repeat another and were removed",
             "labels_from_1": "labels are numbers from 1 on, none is 0, and 1 is taken for the second choice: if it "
             "is the first one, set first_label: 1",
+            "choice_fields_unused": "of the last fields in fields.choices hold a choice in no row: are they misspelt?",
             "labels_of_two_meanings": "labels are the text of one choice and the key, letter or number of another: "
             "taken are keys where rows name them, else texts, and numbers that are not written as text are counted",
         }

@@ -54,9 +54,9 @@ def read_choices(row: Row, field: Field, fixed: Sequence[str] | None) -> tuple[T
 
 
 def _columns(row: Row, names: Sequence[str]) -> tuple[list[str], Texts]:
-    """One choice from each field, which is its key. The last ones may be empty: other rows have more choices."""
+    """One choice from each field, which is its key. The last may be empty or left out: other rows have more."""
     values = [as_text(find_field(row.fields, name)) for name in names]
-    while values and (values[-1] is None or (isinstance(values[-1], str) and not values[-1].strip())):
+    while values and (_is_empty(values[-1]) or (values[-1] is MISSING and len(values) > 2)):
         values.pop()
     for name, value in zip(names, values, strict=False):
         if value is MISSING:
@@ -65,6 +65,10 @@ def _columns(row: Row, names: Sequence[str]) -> tuple[list[str], Texts]:
             raise BadRow(f"{row.source}: field {name!r} must be text, is {shown(value)}")
         refuse_half_characters(row, name, value or "")
     return [value or "" for value in values], tuple(names[: len(values)])
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _listed(row: Row, name: str) -> tuple[list[str], Texts]:

@@ -42,6 +42,7 @@ class _Reader:
     counts: Counter[str]
     labels: Counter[Label]
     watch: Watch
+    most_choices: int = 0
 
     def read(self, patterns: Sequence[str] | None) -> tuple[Example, ...]:
         """All examples of the files. Raises DataError on the first bad rows, unless they are skipped."""
@@ -63,6 +64,7 @@ class _Reader:
                 continue
             self.kind = kind
             examples.append(example)
+            self.most_choices = max(self.most_choices, len(example.choices))
             if label is not None:
                 self.labels[label] += 1
         self._report(problems, examples, ", ".join(map(str, files)))
@@ -78,6 +80,12 @@ class _Reader:
             "labels_of_two_meanings": sum(self.labels[label] for label in self.labels if label.two_meanings),
         }
         return {name: number for name, number in found.items() if number}
+
+    def unused_fields(self) -> dict[str, int]:
+        """Count the fields of `fields.choices` in which no row has a choice; left out if there is none."""
+        names = self.rules.fields["choices"]
+        unused = 0 if isinstance(names, str) or not self.most_choices else len(names) - self.most_choices
+        return {"choice_fields_unused": unused} if unused and self.rules.choices is None else {}
 
     def _report(self, problems: list[str], examples: list[Example], files: str) -> None:
         if problems and not self.skip_bad_rows:
@@ -142,7 +150,7 @@ def load_task(
         "validation": cap(splits.validation, max_eval_samples, split_seed),
         "test": cap(splits.test, max_eval_samples, split_seed),
     }
-    counts.update(reader.doubtful_labels())
+    counts.update(reader.doubtful_labels() | reader.unused_fields())
     counts["over_the_cap"] = sum(len(getattr(splits, split)) - len(part) for split, part in parts.items())
     counts.update({split: len(part) for split, part in parts.items()})
     return TaskData(name=name, kind=reader.kind, scoring=scoring, counts=dict(counts), **parts)

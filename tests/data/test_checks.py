@@ -108,6 +108,20 @@ def test_a_field_that_is_missing_says_how_to_name_it(write_jsonl: Any) -> None:
         load_task(name="t", train=path, fields=fields)
 
 
+@pytest.mark.parametrize("last", [{}, {"C": None}, {"C": ""}])
+def test_the_last_choices_may_be_left_out(write_jsonl: Any, last: dict[str, Any]) -> None:
+    rows = [{"prompt": "p", "A": "x", "B": "y", "label": "B", **last}, {"prompt": "q", "A": "x", "B": "y", "label": 0}]
+    fields = {**ROLES, "choices": ("A", "B", "C", "D")}
+    task = load_task(name="t", train=write_jsonl("t.jsonl", rows), fields=fields)
+    assert [row.choices for row in task.train] == [("x", "y")] * 2 and task.counts["choice_fields_unused"] == 2
+    rows[1] |= {"C": "z", "D": 4}
+    task = load_task(name="t", train=write_jsonl("t.jsonl", rows), fields=fields)
+    assert [len(row.choices) for row in task.train] == [2, 4] and "choice_fields_unused" not in task.counts
+    path = write_jsonl("t.jsonl", [{"prompt": "p", "A": "x", "C": "y", "label": "A"}])
+    with pytest.raises(DataError, match="field 'B' is missing"):
+        load_task(name="t", train=path, fields=fields)
+
+
 def test_choices_of_the_task_hide_none_of_a_row(write_jsonl: Any) -> None:
     path = write_jsonl("t.jsonl", [{"prompt": "p", "choices": ["no", "yes"], "label": 1}])
     with pytest.raises(DataError, match=r"t\.jsonl:1: field 'choices' holds choices, and the task has its own"):
