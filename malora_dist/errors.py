@@ -1,5 +1,6 @@
 """What can go wrong, by kind. Every message names the key, the value and the rule that was broken."""
 
+from reprlib import Repr
 from typing import Any
 
 
@@ -36,7 +37,13 @@ def brief(key: str) -> str:
     return key if len(key) <= 120 else f"{key[:117]}..."
 
 
-def short(value: Any) -> str:
-    """The value as Python writes it, of a long one the beginning."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def short(value: Any, characters: int = 80) -> str:
+    """The value as Python writes it, of a long one the beginning; it may be nested deeper than `repr` can go."""
+    shortened = Repr()
+    for kind in ("string", "other", "long"):
+        # The end that Repr keeps of these is cut away here.
+        setattr(shortened, f"max{kind}", 3 * characters)
+    for kind in ("dict", "list", "tuple", "set", "frozenset", "deque", "array"):
+        setattr(shortened, f"max{kind}", characters)
+    text = shortened.repr(value)
+    return text if len(text) <= characters else f"{text[: characters - 3]}..."

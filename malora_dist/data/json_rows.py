@@ -38,7 +38,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
 DECODER = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_object)
 
 
-def parse_json(text: str, start: int = 0) -> tuple[Any, int]:
+def parse_value_at(text: str, start: int = 0) -> tuple[Any, int]:
     """The value that begins at `start` of a text, and where it ends. Raises NotJson."""
     try:
         return DECODER.raw_decode(text, start)
@@ -50,7 +50,7 @@ def parse_json(text: str, start: int = 0) -> tuple[Any, int]:
 
 def parse_whole(text: str) -> Any:
     """The value that a text is, blanks aside. Raises NotJson."""
-    value, end = parse_json(text, _skip_blanks(text, 0))
+    value, end = parse_value_at(text, _skip_blanks(text, 0))
     end = _skip_blanks(text, end)
     if end < len(text):
         raise NotJson(f"not JSON: more follows behind the value, at place {end + 1}", end)
@@ -95,7 +95,7 @@ def read_json_list(path: Path) -> Iterator[Row]:
     number = 0
     while not (number == 0 and text.startswith("]", place)):
         try:
-            value, end = parse_json(text, place)
+            value, end = parse_value_at(text, place)
         except NotJson as error:
             raise DataError(f"{path}:{_line_of(text, error.place)}: {error}, in row {number + 1}") from None
         number += 1
@@ -120,7 +120,7 @@ def _decoded(path: Path) -> str:
 
 def _why_no_list(path: Path, text: str, place: int) -> str:
     try:
-        value, end = parse_json(text, place)
+        value, end = parse_value_at(text, place)
     except NotJson as error:
         return f"{path}:{_line_of(text, error.place)}: {error}"
     if _skip_blanks(text, end) < len(text) and isinstance(value, dict):

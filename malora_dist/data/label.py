@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from malora_dist.data.choices import LETTERS, Texts
-from malora_dist.data.row import BadRow, Row, needed_field, short, shown
+from malora_dist.data.row import BadRow, Row, needed_field, shown
+from malora_dist.errors import short
 
 WHOLE_NUMBER = re.compile(r"(\d{1,9})(?:\.0+)?", re.ASCII)
 TRUTH = {"true": True, "false": False}

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from reprlib import Repr
 from typing import Any
 
-from malora_dist.errors import DataError
+from malora_dist.errors import DataError, short
 
 MISSING = object()
-FIELDS_SHOWN, CHARACTERS_SHOWN = 20, 60
+FIELDS_SHOWN = 20
 
 
 class BadRow(DataError):
@@ -115,11 +114,3 @@ def broken_character(text: str) -> int | None:
 def shown(value: Any) -> str:
     """A value with its type, cut short."""
     return str(value) if isinstance(value, Unreadable) else f"{type(value).__name__} {short(value)}"
-
-
-def short(value: Any) -> str:
-    """A value as Python writes it, cut short; values may be nested deeper than `repr` can go."""
-    shortened = Repr()
-    shortened.maxstring = shortened.maxother = shortened.maxlong = CHARACTERS_SHOWN
-    text = shortened.repr(value)
-    return text if len(text) <= CHARACTERS_SHOWN else f"{text[: CHARACTERS_SHOWN - 3]}..."

@@ -1,6 +1,7 @@
 """JSON of files that others may have written: what Python's reader takes and nobody means is refused in words."""
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -13,9 +14,9 @@ def parse_json(text: str | bytes, *, non_finite: bool = False) -> Any:
 
     Raises ValueError if it is none, gives a key twice, or is nested beyond all use.
     """
-    constant = float if non_finite else _refuse_constant
+    constant, number = (float, float) if non_finite else (_refuse_constant, _finite)
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant, parse_float=number)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} deep") from None
     _check_depth(value)
@@ -41,6 +42,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:80]} is too large for a number")
+    return value
 
 
 def _check_depth(value: Any) -> None:

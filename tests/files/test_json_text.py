@@ -11,7 +11,7 @@ def test_values_are_those_of_the_text() -> None:
 
 
 def test_our_own_measurements_may_hold_what_is_not_finite() -> None:
-    assert str(parse_json("[NaN, Infinity, -Infinity, 1]", non_finite=True)) == "[nan, inf, -inf, 1]"
+    assert str(parse_json("[NaN, Infinity, -Infinity, 1, 1e999]", non_finite=True)) == "[nan, inf, -inf, 1, inf]"
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,7 @@ def test_our_own_measurements_may_hold_what_is_not_finite() -> None:
         ("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), "nested more than 100 deep"),
         ("[" * 99_999, "nested more than 100 deep"),
         ("9" * 5000, "4300 digits"),
+        ("[-1e999]", "-1e999 is too large for a number"),
         (b'"\xff"', "codec can't decode"),
         ("", "Expecting value"),
         ("{} {}", "Extra data"),
