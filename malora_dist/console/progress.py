@@ -90,7 +90,7 @@ class Bar(AbstractContextManager["Bar"]):
 
 def tell(line: str) -> None:
     """Say a line in the log, or on stderr where no log has been started."""
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger(__name__.partition(".")[0])
     if logger.handlers:
         logger.info("%s", line)
     else:
