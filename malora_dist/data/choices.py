@@ -15,6 +15,7 @@ from malora_dist.data.row import (
     shown,
     what_row_has,
 )
+from malora_dist.errors import short
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -49,7 +50,7 @@ def read_choices(row: Row, field: Field, fixed: Sequence[str] | None) -> tuple[T
         raise BadRow(f"{row.source}: {where} holds an empty choice")
     if len(set(choices)) < len(choices):
         twice = next(choice for choice in choices if choices.count(choice) > 1)
-        raise BadRow(f"{row.source}: {where} holds the choice {twice!r} twice")
+        raise BadRow(f"{row.source}: {where} holds the choice {short(twice)} twice")
     return choices, keys
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.data.row import Row, Unreadable
-from malora_dist.errors import DataError
+from malora_dist.errors import DataError, short
 from malora_dist.files.json_text import key_given_twice
 
 BLANKS = re.compile(r"[ \t\n\r]*")
@@ -32,7 +32,7 @@ def _whole_number(digits: str) -> int | Unreadable:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
     twice = key_given_twice(pairs)
-    return dict(pairs) if twice is None else Unreadable(f"an object that gives {twice!r} twice")
+    return dict(pairs) if twice is None else Unreadable(f"an object that gives {short(twice)} twice")
 
 
 DECODER = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_object)

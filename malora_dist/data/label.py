@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from malora_dist.data.choices import LETTERS, Texts
-from malora_dist.data.row import BadRow, Row, needed_field, shown
+from malora_dist.data.row import BadRow, Row, listed, needed_field, shown
 from malora_dist.errors import short
 
 WHOLE_NUMBER = re.compile(r"(\d{1,9})(?:\.0+)?", re.ASCII)
@@ -39,7 +39,7 @@ def read_label(row: Row, field: str, choices: Texts, keys: Texts, first_label: i
         raise BadRow(f"{row.source}: field {field!r} must be a number, a letter or a choice, is {shown(value)}")
     meanings = _meanings(value, number, choices, keys, first_label)
     if not meanings:
-        among = f"is not among the {len(choices)} choices {list(choices)}"
+        among = f"is not among the {len(choices)} choices {listed(choices)}"
         hint = "" if number is None else f"; numbers count from {first_label} (`first_label` of the task)"
         if isinstance(value, bool):
             hint = "; true and false are choices that say so: yes and no, or true and false"

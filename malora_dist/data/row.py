@@ -1,13 +1,13 @@
 """One row of a file as it was read, and the fields in it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from malora_dist.errors import DataError, short
 
 MISSING = object()
-FIELDS_SHOWN = 20
+FIELDS_SHOWN, CHARACTERS_SHOWN = 20, 60
 
 
 class BadRow(DataError):
@@ -72,7 +72,8 @@ def needed_field(row: Row, name: str, role: str | None = None) -> Any:
 def what_row_has(row: Row, role: str | None) -> str:
     """The fields there are, and the key of a task that names another one."""
     names = sorted(map(str, row.fields))
-    found = str(names) if len(names) <= FIELDS_SHOWN else f"{len(names)} fields, {names[:FIELDS_SHOWN]}, ..."
+    first = listed(names[:FIELDS_SHOWN])
+    found = first if len(names) <= FIELDS_SHOWN else f"{len(names)} fields, {first}, ..."
     how = f" (`fields: {{{role}: NAME}}` of the task names another)" if role is not None else ""
     if role == "choices":
         how = " (`fields: {choices: NAME}` of the task names another or one each, `choices` holds those of all rows)"
@@ -109,6 +110,11 @@ def broken_character(text: str) -> int | None:
     except UnicodeEncodeError as error:
         return error.start
     return None
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Some texts as Python writes a list of them, each cut short."""
+    return f"[{', '.join(short(text, CHARACTERS_SHOWN) for text in texts)}]"
 
 
 def shown(value: Any) -> str:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from malora_dist.data.row import Row, Unreadable, broken_character, short
-from malora_dist.errors import DataError
+from malora_dist.data.row import Row, Unreadable, broken_character
+from malora_dist.errors import DataError, short
 from malora_dist.files.json_text import key_given_twice
 
 ROWS_AT_ONCE = 1000

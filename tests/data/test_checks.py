@@ -122,6 +122,18 @@ def test_the_last_choices_may_be_left_out(write_jsonl: Any, last: dict[str, Any]
         load_task(name="t", train=path, fields=fields)
 
 
+def test_a_message_is_short_whatever_stands_in_the_row(write_jsonl: Any) -> None:
+    long = "x" * 5000
+    for row in (
+        {f"{number}{long}": 1 for number in range(30)},
+        {"prompt": "p", "choices": [long, f"{long}y"], "label": "z"},
+        {"prompt": "p", "choices": [long, long], "label": 0},
+    ):
+        with pytest.raises(DataError) as error:
+            load_task(name="t", train=write_jsonl("t.jsonl", [row]))
+        assert len(str(error.value)) < 2500 and "xxx..." in str(error.value)
+
+
 def test_choices_of_the_task_hide_none_of_a_row(write_jsonl: Any) -> None:
     path = write_jsonl("t.jsonl", [{"prompt": "p", "choices": ["no", "yes"], "label": 1}])
     with pytest.raises(DataError, match=r"t\.jsonl:1: field 'choices' holds choices, and the task has its own"):
