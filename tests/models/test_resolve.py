@@ -10,7 +10,7 @@ from malora_dist.distributed.process_groups import World
 from malora_dist.errors import ConfigError
 from malora_dist.files.cache import default_cache_dir
 from malora_dist.models.resolve import local_model, resolve_model, stored_tensors
-from malora_dist.plan.shapes import local_config
+from malora_dist.plan.find_shape import local_config
 from tests.families import family_model
 from tests.hub import local_hub
 from tests.multiprocess import run_distributed
