@@ -228,3 +228,35 @@ def test_a_state_along_the_row_is_refused_before_any_weight_is_read(name: str) -
         ConfigError, match=f"per_device_train_batch_size=2 must be 1 for {name}: its layers carry a state"
     ):
         check_rows(config, samples=2)
+class Whole(LlamaForCausalLM):
+    """Code that gives the logits of all tokens, as it knows no other way."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool = True,
+    ) -> Any:
+        options = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        return super().forward(input_ids=input_ids, **options)
+
+
+class Swallowing(Whole):
+    """The same, of a forward that takes every option and heeds few."""
+
+    def forward(self, input_ids: Tensor, logits_to_keep: Any = 0, **options: Any) -> Any:
+        return super().forward(input_ids, **options)
+
+
+@pytest.mark.parametrize("kind", [Whole, Swallowing])
+@pytest.mark.parametrize("first", [2, 3, 4])
+def test_logits_of_all_tokens_are_told_from_those_asked_for(kind: type[LlamaForCausalLM], first: int) -> None:
+    """As many tokens of prompts as choices make a row of as many tokens as targets."""
+    torch.manual_seed(0)
+    model = kind(tiny_config()).eval()
+    assert packing_of(model) is Packing.TREES
+    found = score_items(forward_of(model), questions(first)[:1], batch_tokens=256, packing=Packing.TREES)
+    assert list(found.values()) == pytest.approx(by_a_plain_loop(model, first)[:3], rel=1e-4)
+
+
