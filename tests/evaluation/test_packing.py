@@ -200,8 +200,23 @@ def test_rotations_that_change_with_the_longest_text_of_a_row() -> None:
         check_rows(model.config, samples=2, longest=longest)
     dynamic = family_config("llama", rope_parameters={**DYNAMIC})
     check_rows(dynamic, samples=8, longest=64)
-    with pytest.raises(ConfigError, match="data.max_seq_length=65 must be at most 64 for this llama"):
+    with pytest.raises(ConfigError, match=f"^{TOO_LONG}"):
         check_rows(dynamic, samples=1, longest=65)
+
+
+TOO_LONG = "samples of 65 tokens are too long for this llama: .*set data.max_seq_length=64"
+
+
+def test_a_text_that_would_change_the_scores_of_those_after_it_is_not_scored() -> None:
+    """With dynamic rotations what is asked first decides; nothing measures such texts, in whatever order."""
+    model = family_model("llama", rope_parameters={**DYNAMIC})
+    text, longer = torch.arange(65)[None] % 60, torch.arange(80)[None] % 60
+    with torch.no_grad():
+        before, _, after = (model(input_ids=ids, use_cache=False).logits for ids in (text, longer, text))
+    assert not torch.allclose(before, after, rtol=0.01)
+    assert packing_of(model, longest=64) is Packing.TREES
+    with pytest.raises(ConfigError, match=f"^{TOO_LONG}"):
+        packing_of(model, longest=65)
 
 
 class Narrow(LlamaForCausalLM):
@@ -220,14 +235,6 @@ def test_a_model_that_is_told_nothing_gets_one_sample_a_row() -> None:
     assert packed(model, Packing.ALONE) == pytest.approx(by_a_plain_loop(model), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mamba", "jamba", "falcon_h1", "lfm2", "rwkv", "recurrent_gemma", "qwen3_next"])
-def test_a_state_along_the_row_is_refused_before_any_weight_is_read(name: str) -> None:
-    config = family_config(name, **LAYERS.get(name, {}))
-    check_rows(config, samples=1)
-    with pytest.raises(
-        ConfigError, match=f"per_device_train_batch_size=2 must be 1 for {name}: its layers carry a state"
-    ):
-        check_rows(config, samples=2)
 class Whole(LlamaForCausalLM):
     """Code that gives the logits of all tokens, as it knows no other way."""
 
@@ -260,3 +267,11 @@ def test_logits_of_all_tokens_are_told_from_those_asked_for(kind: type[LlamaForC
     assert list(found.values()) == pytest.approx(by_a_plain_loop(model, first)[:3], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mamba", "jamba", "falcon_h1", "lfm2", "rwkv", "recurrent_gemma", "qwen3_next"])
+def test_a_state_along_the_row_is_refused_before_any_weight_is_read(name: str) -> None:
+    config = family_config(name, **LAYERS.get(name, {}))
+    check_rows(config, samples=1)
+    with pytest.raises(
+        ConfigError, match=f"per_device_train_batch_size=2 must be 1 for {name}: its layers carry a state"
+    ):
+        check_rows(config, samples=2)
