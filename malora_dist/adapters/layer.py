@@ -10,6 +10,7 @@ from malora_dist.adapters.dora import Magnitude
 from malora_dist.adapters.input_projection import Entrance
 from malora_dist.adapters.protocols import AddExperts, Dispatcher, Entered, EntersTogether
 from malora_dist.adapters.recompute import is_recomputing, refuse_reentrant
+from malora_dist.errors import ConfigError
 from malora_dist.ops.cost import prefer_grouped
 from malora_dist.ops.dense import dense_experts
 from malora_dist.ops.dropout import keyed_dropout
@@ -117,6 +118,19 @@ class MixtureLinear(nn.Module):
         return self.base_layer.bias
 
     def __getstate__(self) -> dict[str, Any]:
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Hand a new `weight` on to the base: transformers ties an output head to the embedding this way."""
+        if name != "weight":
+            super().register_parameter(name, param)
+            return
+        outputs = self.B.shape[1]
+        if param is not None and param.shape[0] != outputs:
+            raise ConfigError(
+                f"a weight of {param.shape[0]} outputs is put on an adapted linear of {outputs}: resize a model before "
+                "inject_adapters"
+            )
+        self.base_layer.register_parameter(name, param)
+
         """What a copy has, or a pickle: everything but what belongs to the last forward."""
         return self.__dict__ | {"routing": None, "token_keys": None, "weight_copies": None}
 
