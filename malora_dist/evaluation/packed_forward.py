@@ -57,7 +57,10 @@ def accepted(model: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_token_keys(model: nn.Module, batch: MicroBatch, seed: int, step: int) -> None:
-    """Tell every adapted layer which samples its next forward sees, for dropout masks that do not depend on ranks."""
+    """Tell every adapted layer which samples the next forward sees, and to keep the routing of each of its calls.
+
+    Dropout masks then do not depend on ranks.
+    """
     keys_T = token_keys(seed, step, batch.sample_ids[batch.token_sample], batch.position_ids[0])
     for _, layer in mixture_layers(model):
-        layer.token_keys = keys_T
+        layer.token_keys, layer.routings = keys_T, []
