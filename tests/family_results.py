@@ -23,7 +23,7 @@ from malora_dist.errors import MaloraError
 from malora_dist.models.attention import choose_attention
 from malora_dist.models.load import load_base_model
 from malora_dist.models.nf4_linear import NF4Linear
-from malora_dist.models.packed_attention import FLASH_VARLEN, MASKED, TORCH_VARLEN
+from malora_dist.models.packed_attention import FLASH_VARLEN, TORCH_VARLEN
 from malora_dist.ops.nf4 import dequantize_nf4, quantize_nf4
 from tests.evaluation.test_packing import ALONE, REFUSED, SEQUENCES
 from tests.families import NOT_TINY, families, family_model, without_compiler
@@ -31,7 +31,7 @@ from tests.multiprocess import ROOT
 
 PAGE = ROOT / "docs" / "models.md"
 IDS = torch.tensor([[3, 5, 9, 11, 60, 7, 30, 4, 17, 8, 50, 21]])
-WORDS = {MASKED: "sdpa", TORCH_VARLEN: "varlen", FLASH_VARLEN: "varlen"}
+WORDS = {TORCH_VARLEN: "varlen", FLASH_VARLEN: "varlen"}
 
 
 @dataclass(frozen=True)
