@@ -159,7 +159,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     )
     position.follow(engine.module)
     position.enter("evaluation")
-    packing = check_packing(engine, world, samples=1, longest=config.data.max_seq_length)
+    packing = check_packing(engine, world, samples=1, longest=data.longest)
     sides = {"base": config.evaluation.base, "tuned": config.evaluation.tuned}
     return {
         side: evaluate_tasks(

@@ -123,8 +123,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
     stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
-    samples, longest = config.train.per_device_train_batch_size, config.data.max_seq_length
-    packing = check_packing(stepper.engine, world, samples, longest)
+    packing = check_packing(stepper.engine, world, config.train.per_device_train_batch_size, data.longest)
     window = Window(stepper)
     checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
     agreement.background = checkpoints.saver

@@ -23,7 +23,7 @@ from malora_dist.errors import MaloraError
 from malora_dist.models.attention import choose_attention
 from malora_dist.models.load import load_base_model
 from malora_dist.models.nf4_linear import NF4Linear
-from malora_dist.models.packed_attention import FLASH_VARLEN, MASKED, TORCH_VARLEN
+from malora_dist.models.packed_attention import FLASH_VARLEN, TORCH_VARLEN
 from malora_dist.ops.nf4 import dequantize_nf4, quantize_nf4
 from tests.evaluation.test_packing import ALONE, REFUSED, SEQUENCES
 from tests.families import NOT_TINY, families, family_model, without_compiler
@@ -31,7 +31,7 @@ from tests.multiprocess import ROOT
 
 PAGE = ROOT / "docs" / "models.md"
 IDS = torch.tensor([[3, 5, 9, 11, 60, 7, 30, 4, 17, 8, 50, 21]])
-WORDS = {MASKED: "sdpa", TORCH_VARLEN: "varlen", FLASH_VARLEN: "varlen"}
+WORDS = {TORCH_VARLEN: "varlen", FLASH_VARLEN: "varlen"}
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,8 @@ def _merged(model: Any, folder: Path, target: Path) -> float | None:
     """Put a LoRA on the model, and merge it into the folder it was loaded from."""
     spec = mixture_spec("lora", r=2)
     targets = inject_adapters(model, spec, [ALL_LINEAR]).target_modules
-    for number, (name, parameter) in enumerate(adapter_parameters(model)):
-        # One router's weight is read, and its layer never called.
-        if not name.endswith("classifier.B"):
-            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+    for number, (_, parameter) in enumerate(adapter_parameters(model)):
+        nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
     info = AdapterInfo(spec=spec, target_modules=targets, base_model=str(folder), lora_dropout=0.0)
     save_adapter(target / "adapter", info, adapter_state_dict(model), "card")
     try:
@@ -160,8 +158,11 @@ def page() -> str:
         "gives, and is saved and loaded again; so it is with an adapter merged into it, but for those whose layers "
         f"share weights or lie in one tensor, which is refused: {', '.join(not_merged)}.",
         "",
-        "`linears` are what `adapter.target_modules: all-linear` means, and what targets can name; experts that "
-        "transformers keeps as one parameter are loaded and not adapted, as the log says. `attention` is what "
+        "`linears` are the last parts of the names that `adapter.target_modules: all-linear` means: of linears that "
+        "training runs on every token and gives a gradient, as a test sees on all families but the refused ones, "
+        "Reformer and RWKV. Another linear of such a name, as the `dense` before BERT's head, is refused as a target. "
+        "Experts that transformers keeps as one parameter are loaded and not adapted, as "
+        "the log says. `attention` is what "
         "`model.attn_implementation: auto` becomes on a CPU or in float32, and on a GPU in 16 bits. `in a row`: "
         "several samples, several that branch (the choices of a question share their prompt), or one, so that "
         "`train.per_device_train_batch_size` must be 1. Refused are those that look at what follows a token, or count "

@@ -89,6 +89,12 @@ def _weight(base_layer: Any) -> Tensor | None:
 
         unpacked: Tensor = dequantize_4bit(weight.data, state)
         return unpacked.view(state.shape)
+    if weight.is_floating_point() and weight.itemsize < 2:
+        raise ConfigError(
+            f"adapter.method=dora measures the base's weights, and a {type(base_layer).__name__} keeps them in 8 bits "
+            f"({str(weight.dtype).removeprefix('torch.')}) with scales of its own: take another method, or load the "
+            "base in another format"
+        )
     if weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
         return None
     return weight.T if is_conv1d(base_layer) else weight

@@ -74,8 +74,8 @@ def inject_adapters(
     initial value is computed: the factors are memory that the caller must fill, every one.
 
     Raises ConfigError if `computation` is grouped_triton where Triton cannot run, if the model has adapters already, or
-    if a target matches nothing or matches a module that is not a linear. Experts that a model keeps as one 3-D
-    parameter are no linears; the report names them.
+    if a target matches nothing or matches a module that is not a linear. After an error, whatever it was, the model is
+    as it was before. Experts that a model keeps as one 3-D parameter are no linears; the report names them.
     """
     _refuse_second(model)
     if computation == "grouped_triton" and spec.structure.routed:
@@ -87,9 +87,10 @@ def inject_adapters(
     model.requires_grad_(False)
     base_parameters = count_base_parameters(model)
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    save_adapters_of(model, Injected(spec, names, lora_dropout, trained))
     places = _places(model)
-    for matched in matches.values():
-        for name in matched:
+    try:
+        for name in (name for matched in matches.values() for name in matched):
             base = model.get_submodule(name)
             with whole(base) if spec.structure.magnitude else nullcontext():
                 layer = _adapted(base, name, spec, lora_dropout, computation, seed, init_weights)
@@ -97,11 +98,13 @@ def inject_adapters(
                 setattr(parent, leaf, layer)
             if place is not None:
                 place(layer)
+    except BaseException:
+        remove_adapters(model)
+        raise
     rows = [row for target, matched in matches.items() for row in _rows(model, spec, target, matched)]
     if fuse_siblings and spec.shared_r is not None:
         join_siblings(model)
     keep_differentiable(model)
-    save_adapters_of(model, Injected(spec, names, lora_dropout, trained))
     return InjectionReport(
         rows=tuple(rows),
         trainable_parameters=sum(row.trainable_parameters for row in rows),

@@ -10,6 +10,7 @@ from malora_dist.adapters.dora import Magnitude
 from malora_dist.adapters.input_projection import Entrance
 from malora_dist.adapters.protocols import AddExperts, Dispatcher, Entered, EntersTogether
 from malora_dist.adapters.recompute import is_recomputing, refuse_reentrant
+from malora_dist.errors import ConfigError
 from malora_dist.ops.cost import prefer_grouped
 from malora_dist.ops.dense import dense_experts
 from malora_dist.ops.dropout import keyed_dropout
@@ -27,8 +28,8 @@ class MixtureLinear(nn.Module):
     MALoRA (`shared_r` and `core`): h = S_A drop(x), C_t = P_t. HydraLoRA (`shared_r` alone): h = S_A drop(x), no C_t,
     all experts. MoLoRA: h = drop(x), C_t = A_t. LoRA: one expert, no router; DoRA (`magnitude`): LoRA, rescaled.
     The experts' stacked factors belong to this module, router and S_A to its `entrance`, DoRA's norms to `dora`. All
-    are fp32; products run in the dtype of x. `routing` keeps the last forward's decision; `balanced` says whether it
-    belongs in the balance loss.
+    are fp32; products run in the dtype of x. `routing` keeps the last forward's decision, and `routings`, where it is a
+    list, those of every call since; `balanced` says whether they belong in the balance loss.
 
     The base's output is added to in place, and so is the gradient of its input: hooks on the base must copy what they
     keep. Without a `dispatcher` all experts are here. With one (`distributed.expert_parallel`), this module holds
@@ -93,6 +94,7 @@ class MixtureLinear(nn.Module):
         self.dispatcher: Dispatcher | None = None
         self.siblings: EntersTogether | None = None
         self.routing = None
+        self.routings: list[Routing] | None = None
         self.token_keys: Tensor | None = None
         if not self.B.is_meta and self.dora is not None:
             self.dora.measure(base_layer)
@@ -116,9 +118,22 @@ class MixtureLinear(nn.Module):
         """The base's bias, or None."""
         return self.base_layer.bias
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Hand a new `weight` on to the base: transformers ties an output head to the embedding this way."""
+        if name != "weight":
+            super().register_parameter(name, param)
+            return
+        outputs = self.B.shape[1]
+        if param is not None and param.shape[0] != outputs:
+            raise ConfigError(
+                f"a weight of {param.shape[0]} outputs is put on an adapted linear of {outputs}: resize a model before "
+                "inject_adapters"
+            )
+        self.base_layer.register_parameter(name, param)
+
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has, or a pickle: everything but what belongs to the last forward."""
-        return self.__dict__ | {"routing": None, "token_keys": None, "weight_copies": None}
+        return self.__dict__ | {"routing": None, "routings": None, "token_keys": None, "weight_copies": None}
 
     def set_experts(self, core: nn.Parameter | None, B: nn.Parameter) -> None:
         """Hold these experts, all or a slice of them."""
@@ -205,12 +220,14 @@ class MixtureLinear(nn.Module):
 
     def _keep(self, routing: Routing | None) -> None:
         # Recomputation in backward must not: its routing would keep a block's graph alive until the next forward.
-        if torch.compiler.is_compiling():
-            self.routing = routing
-        elif not is_recomputing():
+        if not torch.compiler.is_compiling():
+            if is_recomputing():
+                return
             if self.balanced:
                 refuse_reentrant(self.training)
-            self.routing = routing
+        self.routing = routing
+        if self.routings is not None and routing is not None:
+            self.routings.append(routing)
 
     def _start(self, x: Tensor) -> tuple[Tensor, AddExperts]:
         entered = self.enter(x, through_A=self.core_name == "A" and not self.grouped and self.dora is None)

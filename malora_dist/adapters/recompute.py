@@ -7,7 +7,8 @@ import torch
 
 from malora_dist.errors import TrainingError
 
-REENTRANT = "CheckpointFunction.forward"
+# What runs the forward of every autograd function.
+APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 def is_recomputing() -> bool:
@@ -19,16 +20,17 @@ def refuse_reentrant(training: bool) -> None:
     """Raise TrainingError in a forward of reentrant checkpointing, which runs without a graph.
 
     What a router says there can have no gradient, and its balance loss would train nothing. Every such checkpointing,
-    PyTorch's, DeepSpeed's or Megatron's, is an autograd function of this name.
+    whoever wrote it, is an autograd function around layers; so are tiled and reversible ones.
     """
     if not training or torch.is_grad_enabled():
         return
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_qualname.endswith(REENTRANT):
+        if frame.f_code is APPLY:
             raise TrainingError(
-                "reentrant activation checkpointing (use_reentrant=True) runs layers without a graph, so that routers "
-                "would get no gradient of the balance loss: choose use_reentrant=False, in transformers "
+                "reentrant activation checkpointing (use_reentrant=True), or another autograd function around layers, "
+                "runs them without a graph, so that routers would get no gradient of the balance loss: choose "
+                "use_reentrant=False, in transformers "
                 'model.gradient_checkpointing_enable({"use_reentrant": False}) or '
                 'TrainingArguments(gradient_checkpointing_kwargs={"use_reentrant": False})'
             )

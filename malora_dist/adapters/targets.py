@@ -1,6 +1,6 @@
 """Which linears of a model are meant by `target_modules`: ends of names, patterns, or all of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.adapters.near_names import near_names
-from malora_dist.adapters.text_linears import reached_linears
+from malora_dist.adapters.text_linears import idle_linears
 from malora_dist.errors import ConfigError, short
 from malora_dist.models.linears import linear_sizes, output_head
 from malora_dist.ops.target_names import ALL_LINEAR, is_pattern, name_matches
@@ -25,7 +25,8 @@ def find_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) ->
     such as those for pictures: they are not meant.
     Raises ConfigError with all that is wrong at once, and with the linears that the model has.
     """
-    found, wrong = _look(model, targets, spec)
+    needed = ALL_LINEAR in targets or _has_other_parts(model)
+    found, wrong = _look(model, targets, spec, idle_linears(model) if needed else frozenset())
     _refuse(model, wrong)
     return found
 
@@ -36,19 +37,20 @@ def check_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -
     That are linears that text never trains, and the output head: a run computes logits of learned tokens alone, so the
     head sees other tokens than the routers of all other layers.
     """
-    found, wrong = _look(model, targets, spec)
-    _refuse(model, [*wrong, *_untrainable(model, found)])
+    idle = idle_linears(model)
+    found, wrong = _look(model, targets, spec, idle)
+    _refuse(model, [*wrong, *_untrainable(model, found, idle)])
 
 
-def _look(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> tuple[dict[str, list[str]], list[str]]:
+def _look(
+    model: nn.Module, targets: Sequence[str], spec: MixtureSpec, idle: Collection[str]
+) -> tuple[dict[str, list[str]], list[str]]:
     """What each target means, and what is wrong with it."""
     if not targets:
         raise ConfigError(f"{KEY} is empty: there would be nothing to train")
     linears = linears_of(model)
-    found = {target: _matches(model, target, linears) for target in targets}
+    found = {target: _matches(model, target, linears, idle) for target in targets}
     if _has_other_parts(model):
-        reached = reached_linears(model)
-        idle = set() if reached is None else set(linears) - reached
         found = {target: [name for name in names if name not in idle] for target, names in found.items()}
     wrong = [text for target, names in found.items() for text in _mistakes(model, target, names, linears)]
     chosen = {name: linears[name] for names in found.values() for name in names if name in linears}
@@ -62,17 +64,16 @@ def _refuse(model: nn.Module, wrong: Sequence[str]) -> None:
         raise ConfigError(f"{KEY}: {'; '.join(wrong)}. The model's linears are {described(linears_of(model))}{kept}")
 
 
-def _untrainable(model: nn.Module, found: Mapping[str, Sequence[str]]) -> Iterable[str]:
-    reached, head = reached_linears(model), output_head(model)
+def _untrainable(model: nn.Module, found: Mapping[str, Sequence[str]], idle: Collection[str]) -> Iterable[str]:
+    head = output_head(model)
     heads = {name for name, module in model.named_modules() if module is head}
     for target, names in found.items():
-        linears = [name for name in names if linear_sizes(model.get_submodule(name)) is not None]
-        idle = [] if reached is None else [name for name in linears if name not in reached]
-        if idle:
+        untrained = [name for name in names if name in idle]
+        if untrained:
             yield (
-                f"{target!r} matches {idle[0]} and {len(idle) - 1} more that text gives no gradient token by token: "
-                "they are not called, only choose, or read something else; name the others by more of their names, or "
-                "by a pattern"
+                f"{target!r} matches {untrained[0]} and {len(untrained) - 1} more that text gives no gradient token by "
+                "token: they are not called, only choose, or read something else; name the others by more of their "
+                "names, or by a pattern"
             )
         for name in heads & set(names):
             yield (
@@ -100,9 +101,12 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 def all_linear(model: nn.Module) -> list[str]:
     """Names of every linear but the output head, and but those that text never trains."""
-    head, reached = output_head(model), reached_linears(model)
-    names = [name for name in linears_of(model) if model.get_submodule(name) is not head]
-    return names if reached is None else [name for name in names if name in reached]
+    return _all_linear(model, idle_linears(model))
+
+
+def _all_linear(model: nn.Module, idle: Collection[str]) -> list[str]:
+    head = output_head(model)
+    return [name for name in linears_of(model) if name not in idle and model.get_submodule(name) is not head]
 
 
 def _has_other_parts(model: nn.Module) -> bool:
@@ -139,9 +143,9 @@ def _leaf(name: str) -> str:
     return f"{rest.rpartition('.')[2]}.{leaf}" if leaf.isdigit() else leaf
 
 
-def _matches(model: nn.Module, target: str, linears: Mapping[str, object]) -> list[str]:
+def _matches(model: nn.Module, target: str, linears: Mapping[str, object], idle: Collection[str]) -> list[str]:
     if target == ALL_LINEAR:
-        return all_linear(model)
+        return _all_linear(model, idle)
     if is_pattern(target):
         try:
             return [name for name in linears if name_matches(target, name)]

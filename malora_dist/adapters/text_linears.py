@@ -1,49 +1,64 @@
-"""Which linears of a model a loss on text trains token by token, found out on a twin without weights."""
+"""Which linears of a model a loss on text does not train token by token, found out on a twin without weights."""
 
 import copy
+import inspect
 import warnings
 from collections import Counter
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from malora_dist.models.linears import linear_sizes
+from malora_dist.models.linears import linear_sizes, output_head
 
 # Enough for layers that compress tokens by the block.
 TOKENS = 256
 
 
-def reached_linears(model: nn.Module) -> frozenset[str] | None:
-    """Names of the linears that read each token of a text, and from whose output a gradient leads to the logits.
+def idle_linears(model: nn.Module) -> frozenset[str]:
+    """Names of the linears of a model's class that do not read each token, or whose output gets no gradient.
 
     Parts for pictures and attention to an encoder are never called. What only chooses, as the index of sparse
-    attention does, has no gradient. Some read blocks of tokens, or tokens of their own. None where this cannot be told
-    without weights, or for a model that is not one of transformers.
+    attention does, has no gradient. Some read blocks of tokens, tokens of their own, or learned tokens alone, as what
+    stands before the output head may. The head itself is not among them. Linears that were put on the model later are
+    not known here. Empty where this cannot be told without weights, or for a model that is not one of transformers.
     """
     if not hasattr(model, "config"):
-        return None
+        return frozenset()
     longest = getattr(model.config, "max_position_embeddings", None) or TOKENS
     tokens = min(TOKENS, longest) if longest > 0 else TOKENS
-    # A mask is taken by most; without one, most look at numbers. What else a model's own code does is not known.
-    for mask in (torch.zeros(1, 1, tokens, tokens, device="meta"), None):
+    # A mask is taken by most; without one, most look at numbers. In training some draw numbers, and look at them; so do
+    # experts with code of their own. What else a model's own code does is not known.
+    masks = (torch.zeros(1, 1, tokens, tokens, device="meta"), None)
+    for replace_experts, training, mask in product((False, True), (True, False), masks):
         with suppress(Exception), warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
             warnings.simplefilter("ignore")
-            return _reached(_twin(model), torch.zeros(1, tokens, dtype=torch.long, device="meta"), mask)
-    return None
+            twin = _twin(model, replace_experts).train(training)
+            return _idle(twin, torch.zeros(1, tokens, dtype=torch.long, device="meta"), mask)
+    return frozenset()
 
 
-def _twin(model: Any) -> nn.Module:
+def _twin(model: Any, replace_experts: bool) -> nn.Module:
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
     config._experts_implementation = "batched_mm"
     with torch.device("meta"):
         twin: nn.Module = type(model)(config)
-    return twin.requires_grad_(False).eval()
+    for module in list(twin.modules()) if replace_experts else ():
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+            module.forward = _as_experts
+    return twin.requires_grad_(False)
 
 
-def _reached(twin: nn.Module, input_ids: Tensor, mask: Tensor | None) -> frozenset[str]:
+def _as_experts(hidden: Tensor, *others: Any) -> Tensor:
+    """Return what has the shape and the gradients of what experts make of hidden states, choices and weights."""
+    weights = (each for each in others if isinstance(each, Tensor) and each.is_floating_point())
+    return sum((each.sum() for each in weights), hidden)
+
+
+def _idle(twin: nn.Module, input_ids: Tensor, mask: Tensor | None) -> frozenset[str]:
     marks: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
@@ -55,11 +70,19 @@ def _reached(twin: nn.Module, input_ids: Tensor, mask: Tensor | None) -> frozens
 
         return add
 
-    for name, module in twin.named_modules():
-        if linear_sizes(module) is not None:
-            module.register_forward_hook(marked(name))
+    head = output_head(twin)
+    linears = {name: module for name, module in twin.named_modules() if linear_sizes(module) is not None}
+    for name, module in linears.items():
+        module.register_forward_hook(marked(name))
+    # As in training: logits of some tokens.
+    kept = {"logits_to_keep": torch.tensor([0, 1])} if "logits_to_keep" in _known(twin) else {}
     with torch.device("meta"):
-        twin(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.sum().backward()
+        twin(input_ids=input_ids, attention_mask=mask, use_cache=False, **kept).logits.sum().backward()
     # Those of the text, with what a model may put before it.
     usual = Counter(rows.values()).most_common(1)[0][0]
-    return frozenset(name for name, mark in marks.items() if mark.grad is not None and rows[name] == usual)
+    reached = {name for name, mark in marks.items() if mark.grad is not None and rows[name] == usual}
+    return frozenset(name for name, module in linears.items() if module is not head and name not in reached)
+
+
+def _known(twin: nn.Module) -> Any:
+    return inspect.signature(twin.forward).parameters

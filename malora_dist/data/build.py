@@ -72,6 +72,11 @@ class PreparedData:
         evaluated = [row.tokens for split in self.evaluation.values() for row in split[task]]
         return np.concatenate([self.train.lengths(self.task_names.index(task)), np.asarray(evaluated, dtype=np.int64)])
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, or question with its longest choice, of all tasks."""
+        return max((int(self.lengths(task).max(initial=0)) for task in self.task_names), default=0)
+
     def _rare_tasks(self) -> Iterator[str]:
         for task, share in zip(self.task_names, self.shares, strict=True):
             samples = share * sum(self.train_sizes)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,10 +26,14 @@ def cross_entropies(engine: Callable[..., Any], row: PackedRow) -> Tensor:
     """
     head = loss_head(engine)
     model = getattr(engine, "module", engine)
+    N, kept = len(row.targets), row.target_index
+    if head is None and N == row.input_ids.shape[1]:
+        # One more, so that the logits of all tokens, which some models give whatever is asked for, are another number.
+        kept = torch.cat([kept, kept[:1]])
     options = {
         "position_ids": row.position_ids,
         "use_cache": False,
-        "logits_to_keep": row.target_index,
+        "logits_to_keep": kept,
         **attention_arguments(model, row),
     }
     with nullcontext() if head is None else head.loss_at(row.targets), packed_row(row):
@@ -36,7 +41,7 @@ def cross_entropies(engine: Callable[..., Any], row: PackedRow) -> Tensor:
     given: Tensor = output.logits
     if head is not None:
         return given
-    logits_NV = given[0] if given.shape[1] == len(row.targets) else given[0, row.target_index]
+    logits_NV = given[0, :N] if given.shape[1] == len(kept) else given[0, row.target_index]
     return F.cross_entropy(logits_NV.float(), row.targets, reduction="none")
 
 
@@ -52,7 +57,10 @@ def accepted(model: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_token_keys(model: nn.Module, batch: MicroBatch, seed: int, step: int) -> None:
-    """Tell every adapted layer which samples its next forward sees, for dropout masks that do not depend on ranks."""
+    """Tell every adapted layer which samples the next forward sees, and to keep the routing of each of its calls.
+
+    Dropout masks then do not depend on ranks.
+    """
     keys_T = token_keys(seed, step, batch.sample_ids[batch.token_sample], batch.position_ids[0])
     for _, layer in mixture_layers(model):
-        layer.token_keys = keys_T
+        layer.token_keys, layer.routings = keys_T, []

@@ -17,7 +17,7 @@ from malora_dist.evaluation.packed_forward import accepted, cross_entropies
 from malora_dist.evaluation.scoring import build_row
 from malora_dist.evaluation.tasks import evaluating
 from malora_dist.models.packed_attention import FULL, is_masked, length_arguments
-from malora_dist.models.rotations import DYNAMIC, LONGROPE, length_limits
+from malora_dist.models.rotations import LONGROPE, check_rotations, length_limits
 
 KEY = "train.per_device_train_batch_size"
 # Layers in which a token sees those that a mask shows it. Others carry a state along the row, or see blocks of it.
@@ -52,7 +52,7 @@ def check_rows(config: Any, samples: int, longest: int = 0) -> None:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    _check_rotations(config, samples, longest)
+    _check_lengths(config, samples, longest)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if samples > 1 and most_packing(config, model_class) is Packing.ALONE:
         raise ConfigError(
@@ -61,13 +61,9 @@ def check_rows(config: Any, samples: int, longest: int = 0) -> None:
         )
 
 
-def _check_rotations(config: Any, samples: int, longest: int) -> None:
+def _check_lengths(config: Any, samples: int, longest: int) -> None:
+    check_rotations(config, longest)
     limits, key = length_limits(config), "data.max_seq_length"
-    if longest > limits.get(DYNAMIC, longest):
-        raise ConfigError(
-            f"{key}={longest} must be at most {limits[DYNAMIC]} for this {config.model_type}: its rotary embedding "
-            "(dynamic) changes with the longest sample seen so far, so that no loss could be had again"
-        )
     if samples > 1 and longest > limits.get(LONGROPE, longest):
         raise ConfigError(
             f"{KEY}={samples} must be 1 for this {config.model_type}, or {key}={longest} at most {limits[LONGROPE]}: "
@@ -114,6 +110,7 @@ class Differences(NamedTuple):
 
 def _judged(model: Any, measured: Tensor, samples: int, longest: int) -> Packing:
     """Return what `packing_differences` allow. Raises ConfigError if it is less than is wanted."""
+    check_rotations(model.config, longest)
     found, dtype = Differences(*measured.tolist()), model.get_input_embeddings().weight.dtype
     allowed = tolerance(found, dtype)
     if not found.alone <= allowed:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from malora_dist.errors import ConfigError
-from malora_dist.models.packed_attention import FLASH_VARLEN, FULL, MASKED, TORCH_VARLEN, one_mask_fits
+from malora_dist.models.packed_attention import FLASH_VARLEN, FULL, TORCH_VARLEN
 from malora_dist.ops.attention_choice import VARLEN, fits_varlen
 
 KEY = "model.attn_implementation"
@@ -15,8 +15,6 @@ FIRST_CAPABILITY = (8, 0)
 VARLEN_LAYERS = {FULL, "sliding_attention"}
 # Models that hand the lengths of samples to no attention.
 WITHOUT_LENGTHS = ("nemotron",)
-# Models that make a mask out of the mask they are given, and look at what follows a token where they are given none.
-WITH_MASKS = ("doge",)
 
 
 def attention_for(requested: str, config: Any, dtype: torch.dtype, device: torch.device) -> str:
@@ -56,18 +54,10 @@ def choose_attention(
             if not getattr(model_class, "_supports_flash_attn", False):
                 raise ConfigError(f"{KEY}=flash_attention_2: {for_model}; choose auto or eager")
             return requested
-    found = "eager" if requested == "eager" else _masked(config, model_class)
+    found = "sdpa" if requested != "eager" and getattr(model_class, "_supports_sdpa", True) else "eager"
     if requested == "sdpa" and found == "eager":
         raise ConfigError(f"{KEY}=sdpa: {model_class.__name__} does not compute with it; choose eager")
     return found
-
-
-def _masked(config: Any, model_class: Any) -> str:
-    """SDPA with the mask of `models.packed_attention`; with transformers' masks where layers need several; or eager."""
-    if not getattr(model_class, "_supports_sdpa", True):
-        return "eager"
-    replaceable = getattr(model_class, "_supports_attention_backend", False) and config.model_type not in WITH_MASKS
-    return MASKED if replaceable and one_mask_fits(config) else "sdpa"
 
 
 def _machine_obstacle(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.errors import ConfigError
-from malora_dist.models.packed_masks import MASKED, Row, Window, register_masks
+from malora_dist.models.packed_masks import Row, Window, register_masks
 
 TORCH_VARLEN = "malora_varlen"
 FLASH_VARLEN = "malora_varlen_fa2"
@@ -29,9 +29,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tens
 def register_attention() -> None:
     """Make the forms known to transformers."""
     from transformers import AttentionInterface
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(MASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
     AttentionInterface.register(TORCH_VARLEN, partial(varlen_attention, torch_varlen))
     AttentionInterface.register(FLASH_VARLEN, partial(varlen_attention, flash_attn_varlen))
     register_masks(TORCH_VARLEN, FLASH_VARLEN)
@@ -129,17 +127,9 @@ def _window(window: int | None) -> tuple[int, int]:
     return (-1 if window is None else window - 1, 0)
 
 
-def one_mask_fits(config: Any) -> bool:
-    """Return whether a (1,1,T,T) mask can stand for all that a model would make: no layer has a window or chunks."""
-    config = config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or [FULL])
-    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return layers == {FULL} and limits == [None, None]
-
-
 def is_masked(model: Any) -> bool:
     """Return whether the model's attention works on (T, T) masks, be they given or its own."""
-    return model.config._attn_implementation in (MASKED, "sdpa", "eager")
+    return model.config._attn_implementation in ("sdpa", "eager")
 
 
 def is_varlen(model: Any) -> bool:

@@ -15,8 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-MASKED = "malora_sdpa"
-
 # Which keys a query sees, (batch, head, query, key) as integer tensors that broadcast -> bool.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # (T,T) of what is seen, and the dtype of scores -> a mask as an attention takes it
@@ -73,7 +71,6 @@ def register_masks(*without: str) -> None:
 
     AttentionMaskInterface.register("sdpa", partial(row_mask, sdpa_mask, as_aligned_numbers))
     AttentionMaskInterface.register("eager", partial(row_mask, eager_mask, as_numbers))
-    AttentionMaskInterface.register(MASKED, partial(row_mask, sdpa_mask, as_aligned_numbers))
     for name in without:
         AttentionMaskInterface.register(name, row_window)
 

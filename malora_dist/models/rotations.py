@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from malora_dist.errors import ConfigError
+
 LONGROPE, DYNAMIC = "longrope", "dynamic"
 
 
@@ -20,3 +22,14 @@ def length_limits(config: Any) -> dict[str, int]:
             own = each.get("original_max_position_embeddings") if kind == LONGROPE else None
             limits[kind] = min(own or whole, limits.get(kind, own or whole))
     return limits
+
+
+def check_rotations(config: Any, longest: int) -> None:
+    """Raise ConfigError if texts of `longest` tokens would change what the model makes of those after them."""
+    limit = length_limits(config).get(DYNAMIC, longest)
+    if longest > limit:
+        raise ConfigError(
+            f"samples of {longest} tokens are too long for this {config.model_type}: beyond {limit} its rotary "
+            "embedding (dynamic) changes with the longest sample seen so far, so that no loss could be had again; "
+            f"set data.max_seq_length={limit}"
+        )

@@ -102,15 +102,15 @@ def _empty_model(config: Mapping[str, Any], source: str) -> Any:
 
 def _kinds(model: Any) -> tuple[tuple[Linear, ...], set[int]]:
     """The linears by name and size, without the head, and which parameters are their weights."""
-    from malora_dist.adapters.text_linears import reached_linears
+    from malora_dist.adapters.text_linears import idle_linears
     from malora_dist.models.linears import linear_sizes, output_head
 
-    head, weights, reached = output_head(model), set[int](), reached_linears(model)
+    head, weights, idle = output_head(model), set[int](), idle_linears(model)
     names: dict[tuple[str, int, int, bool, bool], list[str]] = {}
     for name, module in model.named_modules():
         sizes = linear_sizes(module)
         if sizes is not None and module is not head:
-            kind = (name.rpartition(".")[2], *sizes, module.bias is not None, reached is None or name in reached)
+            kind = (name.rpartition(".")[2], *sizes, module.bias is not None, name not in idle)
             names.setdefault(kind, []).append(name)
             weights.add(id(module.weight))
     linears = [

@@ -125,7 +125,7 @@ def without_lost_steps(records: Iterable[Record]) -> list[Record]:
 
 
 def _kept(records: Sequence[Record]) -> list[int]:
-    """Numbers of the records that are of work that was not lost, the last of those that are there twice."""
+    """Numbers, rising, of the records that are of work that was not lost, the last of those that are there twice."""
     kept: dict[Any, int] = {}
     for number, record in enumerate(records):
         if record[KIND] == RESUME:
@@ -133,7 +133,7 @@ def _kept(records: Sequence[Record]) -> list[int]:
         # What follows the last step before a stop, such as its validation, may be done again too.
         once = STEP in record and record[KIND] != RESUME
         kept[(record[KIND], record[STEP]) if once else number] = number
-    return list(kept.values())
+    return sorted(kept.values())
 
 
 def cut_records(path: Path, step: int, again: Collection[str] = ()) -> None:

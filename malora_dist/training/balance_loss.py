@@ -22,7 +22,6 @@ from malora_dist.ops.balance import (
     balance_of_shares,
     choice_shares,
     expert_statistics,
-    load_balancing_loss,
 )
 from malora_dist.ops.routing import Routing
 from malora_dist.ops.transfer import to_device
@@ -37,35 +36,50 @@ class BalanceSettings:
     scope: str
 
 
-def take_statistics(model: nn.Module, batch: MicroBatch, num_tasks: int) -> tuple[ExpertStatistics, int] | None:
-    """Return the statistics of the last forward by task, and top_k; None if no layer has anything to balance.
+def take_statistics(model: nn.Module, batch: MicroBatch, num_tasks: int) -> ExpertStatistics | None:
+    """Return the statistics of the last forward by task; None if no layer has anything to balance.
 
-    Layers whose tokens use every expert are not among the L. Call once after each forward: it takes every
-    `layer.routing` away. Raises ConfigError for a layer that the forward did not call for each token.
+    Layers whose tokens use every expert are not among the L. Of a layer that is called several times, as some models
+    repeat their layers, choices are counted in all calls, and probabilities are means over them. Call once after each
+    forward: it takes all that layers keep of their routing away. Raises ConfigError for a layer that the forward did
+    not call for each token.
     """
     task_T = batch.task_ids[batch.token_sample]
     layers = [(name, layer) for name, layer in mixture_layers(model) if layer.routed]
-    taken = [(layer.balanced, _take_routing(name, layer, len(task_T))) for name, layer in layers]
-    routings = [routing for balanced, routing in taken if balanced]
+    taken = [(layer.balanced, _take_routings(name, layer, len(task_T))) for name, layer in layers]
+    routings = [calls for balanced, calls in taken if balanced]
     if not routings:
         return None
-    return expert_statistics(routings, task_T, num_tasks), routings[0].expert_ids_TK.shape[1]
+    statistics = expert_statistics([each for calls in routings for each in calls], task_T, num_tasks)
+    return _of_layers(statistics, [len(calls) for calls in routings])
 
 
-def _take_routing(name: str, layer: Any, tokens: int) -> Routing:
-    routing: Routing | None = layer.routing
-    layer.routing = None
-    if routing is None:
+def _of_layers(statistics: ExpertStatistics, calls: list[int]) -> ExpertStatistics:
+    """Bring those of each call together by layer."""
+    if max(calls) == 1:
+        return statistics
+    counts = [part_GCE.sum(dim=1) for part_GCE in statistics.counts_GLE.split(calls, dim=1)]
+    prob_sums = [part_CE.mean(dim=0) for part_CE in statistics.prob_sum_LE.split(calls)]
+    return ExpertStatistics(torch.stack(counts, dim=1), torch.stack(prob_sums))
+
+
+def _take_routings(name: str, layer: Any, tokens: int) -> list[Routing]:
+    """Return what a layer has decided in each call of the last forward."""
+    last = [] if layer.routing is None else [layer.routing]
+    routings: list[Routing] = layer.routings or last
+    layer.routing = layer.routings = None
+    if not routings:
         raise ConfigError(
             f"adapter.target_modules: {name} is adapted, but this model's forward never calls it (it may read the "
             "weight itself, or be a part for something else than text); leave it out"
         )
-    if len(routing.expert_ids_TK) != tokens:
-        raise ConfigError(
-            f"adapter.target_modules: {name} reads {len(routing.expert_ids_TK)} rows of a micro-batch of {tokens} "
-            "tokens, and cannot be balanced with the others; leave it out"
-        )
-    return routing
+    for routing in routings:
+        if len(routing.expert_ids_TK) != tokens:
+            raise ConfigError(
+                f"adapter.target_modules: {name} reads {len(routing.expert_ids_TK)} rows of a micro-batch of {tokens} "
+                "tokens, and cannot be balanced with the others; leave it out"
+            )
+    return routings
 
 
 class StepBalance:
@@ -97,18 +111,16 @@ class StepBalance:
 
     def add(self, batch: MicroBatch) -> Tensor:
         """Return the share of the micro-batch whose forward has ended."""
-        taken = take_statistics(self.model, batch, self.num_tasks)
-        if taken is None:
+        statistics = take_statistics(self.model, batch, self.num_tasks)
+        if statistics is None:
             return self._zero.float()
-        statistics, top_k = taken
         prob_sum_LE = statistics.prob_sum_LE
         self.counts_GLE = self.counts_GLE + statistics.counts_GLE
         self._prob_sum_LE = self._prob_sum_LE + prob_sum_LE.detach()
         if self.settings.scope == "global":
             return self._reduce(balance_of_shares(self._weight_LE, prob_sum_LE))
         counts_LE = statistics.counts_GLE.sum(dim=0)
-        tokens = counts_LE[0].sum() / top_k
-        share = self._reduce(load_balancing_loss(counts_LE, prob_sum_LE, tokens, top_k))
+        share = self._reduce(balance_of_shares(choice_shares(counts_LE), prob_sum_LE / len(batch.token_sample)))
         share = share / (self.world_size * self.micro_batches)
         self._local = self._local + share.detach()
         return share

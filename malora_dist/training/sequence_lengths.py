@@ -10,6 +10,7 @@ from malora_dist.data.build import PreparedData
 from malora_dist.errors import ConfigError
 from malora_dist.models.config import read_model_config
 from malora_dist.models.load import build_empty_model
+from malora_dist.models.rotations import check_rotations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,9 +22,11 @@ ROWS_MORE = (0, 2)
 def position_notes(data: PreparedData, folder: Path, *, trust_remote_code: bool = False) -> list[str]:
     """Return a note on each task with samples longer than the model of the folder was made for.
 
-    Raises ConfigError if that model looks positions up in a table, which then has none for them.
+    Raises ConfigError if that model looks positions up in a table, which then has none for them, or if its rotations
+    would change with what they stand behind.
     """
     config: Any = read_model_config(folder, trust_remote_code=trust_remote_code)
+    check_rotations(config, data.longest)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int):
         return []

@@ -369,3 +369,32 @@ def test_impossible_targets_leave_the_model_as_it_was(targets: list[str], messag
     with pytest.raises(ConfigError, match=message):
         inject_adapters(model, mixture_spec("malora", r=2, shared_r=4), targets)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_error_in_between_leaves_the_model_as_it_was() -> None:
+    """As where memory runs out at the third layer."""
+    model, placed = tiny_llama(), []
+    before = dict(model.named_modules())
+    model.model.norm.weight.requires_grad_(False)
+
+    def place(layer: MixtureLinear) -> None:
+        placed.append(layer)
+        if len(placed) == 3:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        inject_adapters(model, MALORA, place=place)
+    assert dict(model.named_modules()) == before and "save_pretrained" not in vars(model)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
+    inject_adapters(model, MALORA)
+
+
+def test_an_adapted_output_head_stays_tied() -> None:
+    """transformers ties again whenever it loads or resizes a model."""
+    model = tiny_llama(tie_word_embeddings=True)
+    expected = model(IDS).logits
+    inject_adapters(model, MALORA, ["lm_head"])
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight and torch.equal(model(IDS).logits, expected)
+    with pytest.raises(ConfigError, match="a weight of 70 outputs is put on an adapted linear of 61: resize a model"):
+        model.resize_token_embeddings(70)

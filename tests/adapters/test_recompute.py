@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from malora_dist.adapters.inject import inject_adapters, mixture_layers
 from malora_dist.adapters.methods import METHODS, mixture_spec
@@ -40,6 +41,37 @@ def test_one_layer_under_torchs_own_function() -> None:
         checkpoint(layer, x, use_reentrant=True)
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert layer.routing.probs_TE.requires_grad
+
+
+class Offloaded(torch.autograd.Function):
+    """Checkpointing of another's making."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, x: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            y: Tensor = layer(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            again = x.detach().requires_grad_()
+            torch.autograd.backward(ctx.layer(again), grads)
+        return None, again.grad
+
+
+def test_checkpointing_and_tiles_by_whatever_name() -> None:
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+
+    mlp, x = adapted("malora").model.layers[0].mlp, torch.ones(1, 8, 48, requires_grad=True)
+    with pytest.raises(TrainingError, match="autograd function around layers"):
+        Offloaded.apply(mlp.up_proj, x)
+    trained = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
+    with pytest.raises(TrainingError, match="autograd function around layers"):
+        TiledMLP.apply(lambda module, part: type(module).forward(module, part), mlp, x, 2, trained)
 
 
 def test_a_forward_without_a_graph_is_no_checkpointing() -> None:

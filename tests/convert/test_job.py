@@ -22,7 +22,6 @@ from malora_dist.adapters.methods import mixture_spec
 from malora_dist.cli.app import main
 from malora_dist.cli.inspect.look import inspect
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.models.packed_attention import MASKED
 from tests.adapter_samples import edit_weights
 from tests.config.recipes import recipe
 from tests.convert.made import job_of, make_checkpoint, run_kind
@@ -146,7 +145,7 @@ def test_damaged_sources(workspace: Path, tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "wanted", "attention"),
-    [("bloom", None, "eager"), ("llama", None, MASKED), ("llama", "eager", "eager"), ("llama", "varlen", MASKED)],
+    [("bloom", None, "eager"), ("llama", None, "sdpa"), ("llama", "eager", "eager"), ("llama", "varlen", "sdpa")],
 )
 def test_the_attention_is_the_recipes_or_what_the_family_has(
     tmp_path: Path, family: str, wanted: str | None, attention: str

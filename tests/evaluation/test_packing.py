@@ -200,8 +200,23 @@ def test_rotations_that_change_with_the_longest_text_of_a_row() -> None:
         check_rows(model.config, samples=2, longest=longest)
     dynamic = family_config("llama", rope_parameters={**DYNAMIC})
     check_rows(dynamic, samples=8, longest=64)
-    with pytest.raises(ConfigError, match="data.max_seq_length=65 must be at most 64 for this llama"):
+    with pytest.raises(ConfigError, match=f"^{TOO_LONG}"):
         check_rows(dynamic, samples=1, longest=65)
+
+
+TOO_LONG = "samples of 65 tokens are too long for this llama: .*set data.max_seq_length=64"
+
+
+def test_a_text_that_would_change_the_scores_of_those_after_it_is_not_scored() -> None:
+    """With dynamic rotations what is asked first decides; nothing measures such texts, in whatever order."""
+    model = family_model("llama", rope_parameters={**DYNAMIC})
+    text, longer = torch.arange(65)[None] % 60, torch.arange(80)[None] % 60
+    with torch.no_grad():
+        before, _, after = (model(input_ids=ids, use_cache=False).logits for ids in (text, longer, text))
+    assert not torch.allclose(before, after, rtol=0.01)
+    assert packing_of(model, longest=64) is Packing.TREES
+    with pytest.raises(ConfigError, match=f"^{TOO_LONG}"):
+        packing_of(model, longest=65)
 
 
 class Narrow(LlamaForCausalLM):
@@ -218,6 +233,38 @@ def test_a_model_that_is_told_nothing_gets_one_sample_a_row() -> None:
     model = Narrow(tiny_config()).eval()
     assert packing_of(model) is Packing.ALONE
     assert packed(model, Packing.ALONE) == pytest.approx(by_a_plain_loop(model), rel=1e-4)
+
+
+class Whole(LlamaForCausalLM):
+    """Code that gives the logits of all tokens, as it knows no other way."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool = True,
+    ) -> Any:
+        options = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        return super().forward(input_ids=input_ids, **options)
+
+
+class Swallowing(Whole):
+    """The same, of a forward that takes every option and heeds few."""
+
+    def forward(self, input_ids: Tensor, logits_to_keep: Any = 0, **options: Any) -> Any:
+        return super().forward(input_ids, **options)
+
+
+@pytest.mark.parametrize("kind", [Whole, Swallowing])
+@pytest.mark.parametrize("first", [2, 3, 4])
+def test_logits_of_all_tokens_are_told_from_those_asked_for(kind: type[LlamaForCausalLM], first: int) -> None:
+    """As many tokens of prompts as choices make a row of as many tokens as targets."""
+    torch.manual_seed(0)
+    model = kind(tiny_config()).eval()
+    assert packing_of(model) is Packing.TREES
+    found = score_items(forward_of(model), questions(first)[:1], batch_tokens=256, packing=Packing.TREES)
+    assert list(found.values()) == pytest.approx(by_a_plain_loop(model, first)[:3], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "falcon_h1", "lfm2", "rwkv", "recurrent_gemma", "qwen3_next"])

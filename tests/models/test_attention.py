@@ -21,7 +21,7 @@ from transformers import (
 
 from malora_dist.errors import ConfigError
 from malora_dist.models.attention import attention_for, choose_attention
-from malora_dist.models.packed_attention import FLASH_VARLEN, MASKED, TORCH_VARLEN
+from malora_dist.models.packed_attention import FLASH_VARLEN, TORCH_VARLEN
 
 LLAMA = LlamaConfig()
 A100, V100, CPU = (8, 0), (7, 0), None
@@ -32,18 +32,18 @@ A100, V100, CPU = (8, 0), (7, 0), None
     [
         ("auto", LLAMA, 2, A100, False, TORCH_VARLEN),
         ("auto", LLAMA, 2, A100, True, FLASH_VARLEN),
-        ("auto", LLAMA, 4, A100, True, MASKED),
-        ("auto", LLAMA, 2, V100, True, MASKED),
-        ("auto", LLAMA, 2, CPU, True, MASKED),
-        ("auto", LlamaConfig(head_dim=288), 2, A100, True, MASKED),
+        ("auto", LLAMA, 4, A100, True, "sdpa"),
+        ("auto", LLAMA, 2, V100, True, "sdpa"),
+        ("auto", LLAMA, 2, CPU, True, "sdpa"),
+        ("auto", LlamaConfig(head_dim=288), 2, A100, True, "sdpa"),
         ("auto", MistralConfig(sliding_window=8), 2, A100, False, TORCH_VARLEN),
         ("auto", MistralConfig(sliding_window=8), 4, A100, False, "sdpa"),
-        ("auto", MistralConfig(sliding_window=None), 4, A100, False, MASKED),
-        ("auto", Qwen3Config(use_sliding_window=False), 2, CPU, False, MASKED),
-        ("auto", DeepseekV3Config(), 2, A100, True, MASKED),
+        ("auto", MistralConfig(sliding_window=None), 4, A100, False, "sdpa"),
+        ("auto", Qwen3Config(use_sliding_window=False), 2, CPU, False, "sdpa"),
+        ("auto", DeepseekV3Config(), 2, A100, True, "sdpa"),
         ("auto", FalconConfig(), 2, A100, True, "sdpa"),
-        ("auto", LlamaConfig(head_dim=100), 2, A100, False, MASKED),
-        ("auto", NemotronConfig(), 2, A100, False, MASKED),
+        ("auto", LlamaConfig(head_dim=100), 2, A100, False, "sdpa"),
+        ("auto", NemotronConfig(), 2, A100, False, "sdpa"),
         ("auto", Gemma3Config(), 2, CPU, False, "sdpa"),
         ("auto", DogeConfig(), 2, A100, True, "sdpa"),
         ("auto", MambaConfig(), 2, A100, False, "eager"),
@@ -52,7 +52,7 @@ A100, V100, CPU = (8, 0), (7, 0), None
         ("varlen", LLAMA, 2, A100, True, TORCH_VARLEN),
         ("flash_attention_2", LLAMA, 2, A100, True, FLASH_VARLEN),
         ("flash_attention_2", Gemma2Config(), 2, A100, True, "flash_attention_2"),
-        ("sdpa", LLAMA, 2, A100, True, MASKED),
+        ("sdpa", LLAMA, 2, A100, True, "sdpa"),
         ("eager", LLAMA, 2, A100, True, "eager"),
     ],
 )
@@ -90,4 +90,4 @@ def test_flash_attention_of_a_family_without_it_is_refused() -> None:
 
 
 def test_this_machine_has_no_gpu_for_a_cpu_device() -> None:
-    assert attention_for("auto", LLAMA, torch.bfloat16, torch.device("cpu")) == MASKED
+    assert attention_for("auto", LLAMA, torch.bfloat16, torch.device("cpu")) == "sdpa"

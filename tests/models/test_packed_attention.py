@@ -24,7 +24,7 @@ from malora_dist.models.packed_attention import (
     torch_varlen,
     varlen_attention,
 )
-from malora_dist.models.packed_masks import MASKED, Window
+from malora_dist.models.packed_masks import Window
 from tests.adapters.varlen_kernel import kernel_on_cpu
 from tests.families import family_config
 from tests.reference import gradients, packed_attention_reference
@@ -46,7 +46,6 @@ CONFIGS: dict[str, Any] = {
     "llama4": family_config("llama4_text", attention_chunk_size=3),
 }
 ATTENTIONS: dict[str, tuple[str, ...]] = {
-    "llama": (TORCH_VARLEN, MASKED, "eager"),
     "gpt_oss": ("eager",),
     "gemma2": ("eager",),
     **dict.fromkeys(("falcon", "llama4"), ("sdpa", "eager")),
@@ -177,7 +176,7 @@ def test_the_signature_of_older_versions(monkeypatch: pytest.MonkeyPatch, heads:
 def test_who_gets_which_arguments() -> None:
     """A mask that hides nothing, in the place of which transformers makes ours; and lengths for varlen kernels."""
     batch = collate(samples_of((3, 2)))
-    for attention in (MASKED, "sdpa", "eager", TORCH_VARLEN, "flash_attention_2"):
+    for attention in ("sdpa", "eager", TORCH_VARLEN, "flash_attention_2"):
         model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
         given = attention_arguments(model, batch)
         shown = given.pop("attention_mask")

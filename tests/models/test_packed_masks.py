@@ -14,7 +14,7 @@ from transformers.masking_utils import (
 
 from malora_dist.data.encode import ChoiceItem
 from malora_dist.evaluation.scoring import Row, build_row
-from malora_dist.models.packed_masks import MASKED, Window, packed_row, register_masks
+from malora_dist.models.packed_masks import Window, packed_row, register_masks
 
 MAKERS = {"full": create_causal_mask, "window": create_sliding_window_causal_mask, "chunk": create_chunked_causal_mask}
 SIZE = 3
@@ -55,7 +55,7 @@ def as_seen(mask: Tensor, attention: str) -> list[list[bool]]:
     return (mask[0, 0] == 0).tolist()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", MASKED])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_a_token_sees_by_positions_in_its_sample_and_branch(share_prompt: bool, maker: str, attention: str) -> None:
@@ -72,7 +72,7 @@ def test_a_sample_alone_needs_no_mask_but_for_what_a_window_hides() -> None:
     """Eager attention knows nothing of causality itself."""
     short, long = (build_row([ChoiceItem(0, (1,), ((2,) * n,), (1,), 0)], (0,), False) for n in (SIZE, SIZE + 1))
     for row, maker, needed in ((short, "full", False), (short, "window", False), (long, "window", True)):
-        for attention in ("sdpa", MASKED, "eager"):
+        for attention in ("sdpa", "eager"):
             with packed_row(row):
                 mask = made(row, maker, attention)
             assert (mask is not None) == (needed or attention == "eager")

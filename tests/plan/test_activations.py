@@ -17,7 +17,7 @@ from malora_dist.evaluation.packed_forward import cross_entropies, set_token_key
 from malora_dist.models.load import load_base_model
 from malora_dist.models.loss_head import install_loss_head
 from malora_dist.models.packed_attention import TORCH_VARLEN, attention_arguments
-from malora_dist.models.packed_masks import MASKED, packed_row
+from malora_dist.models.packed_masks import packed_row
 from malora_dist.ops.cost import prefer_grouped
 from malora_dist.ops.weight_copies import kept_weight_copies
 from malora_dist.plan.activations import (
@@ -110,7 +110,7 @@ def built(folder: Path, name: str, layers: int, checkpointing: bool) -> tuple[An
         dtype=getattr(torch, config.model.dtype),
         load_in_4bit=config.model.load_in_4bit,
         double_quant=config.model.bnb_4bit_use_double_quant,
-        attn_implementation={"sdpa": MASKED, "varlen": TORCH_VARLEN, "eager": "eager"}[attention],
+        attn_implementation=TORCH_VARLEN if attention == "varlen" else attention,
     )
     assert install_loss_head(model)
     if checkpointing:

@@ -84,6 +84,22 @@ def test_the_host_cannot_read_and_integers_have_no_products(device: StrictDevice
     refused(lambda: dev(3, 3, dtype=torch.int64) @ dev(3, 3, dtype=torch.int64))
 
 
+def test_whole_numbers_have_histograms(device: StrictDevice) -> None:
+    numbers = torch.tensor([3, 0, 3, 1], dtype=torch.int32, device="strict")
+    found = torch.histc(numbers, bins=4, min=0, max=3)
+    assert (found.dtype, found.tolist()) == (torch.int32, [1, 1, 0, 2])
+
+
+def test_complex_numbers_have_gradients(device: StrictDevice) -> None:
+    """Which are products with conjugates, that are conjugated as they are read."""
+    pairs = torch.arange(1.0, 5.0, device="strict").view(2, 2).requires_grad_()
+    turns = torch.polar(torch.ones(2), torch.tensor([0.5, 1.0])).to("strict")
+    torch.view_as_real(torch.view_as_complex(pairs) * turns).sum().backward()
+    wanted = torch.view_as_real(torch.tensor([1 + 1j, 1 + 1j]) * turns.cpu().conj())
+    torch.testing.assert_close(pairs.grad.cpu(), wanted)  # type: ignore[union-attr]
+    assert torch.view_as_real(turns.conj()).tolist() == torch.view_as_real(turns.cpu().conj().resolve_conj()).tolist()
+
+
 def test_only_host_memory_is_pinned(device: StrictDevice) -> None:
     assert "pin" in refused(lambda: dev(3).pin_memory())
     assert not dev(3).is_pinned() and not torch.ones(3).is_pinned()

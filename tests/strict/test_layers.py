@@ -19,10 +19,8 @@ from malora_dist.training.balance_loss import BalanceSettings, StepBalance
 from tests.pairwise import pairwise
 from tests.tiny_models import tiny_llama
 
-BALANCE = BalanceSettings(0.01, "mean", "local")
-CASES = [
-    case
-    for case in pairwise(
+CASES = list(
+    pairwise(
         {
             "method": list(METHODS),
             "computation": ["auto", "dense", "grouped"],
@@ -31,9 +29,10 @@ CASES = [
             "normalize_gates": [False, True],
             "gradient_checkpointing": [False, True],
             "loss_head": [False, True],
+            "balance": ["global", "local"],
         }
     )
-]
+)
 
 
 def numbers(case: dict[str, Any], device: str) -> dict[str, Tensor]:
@@ -66,11 +65,12 @@ def numbers(case: dict[str, Any], device: str) -> dict[str, Tensor]:
     model.train()
     set_token_keys(model, batch, 3, 1)
     ce_N = cross_entropies(model, batch)
-    aux = StepBalance(model, BALANCE, 2, 1, torch.device(device)).add(batch)
+    balance = BalanceSettings(0.01, "mean", case["balance"])
+    aux = StepBalance(model, balance, 2, 1, torch.device(device)).add(batch)
     counts = batch_counts(batch.tasks_and_targets, 2).to(device)
     weights_N = target_weights(batch.target_sample, batch.task_ids, batch.target_counts, counts, "token")
     loss = (ce_N * weights_N).sum()
-    (loss + BALANCE.coefficient * aux).backward()
+    (loss + balance.coefficient * aux).backward()
     gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
     assert set(gradients) == set(trained)
     return {"loss": loss.detach().cpu(), "aux": aux.detach().cpu()} | {n: g.cpu() for n, g in gradients.items()}

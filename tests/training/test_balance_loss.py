@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters
+from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
+from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
+from malora_dist.ops.routing import Routing
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
+from tests.families import family_model
 from tests.tiny_models import tiny_llama
 
 NUM_EXPERTS, TASKS = 4, 2
@@ -133,6 +136,46 @@ def test_counts_of_other_layers_are_refused(counts: Any) -> None:
     rule = "state.balance.expert_counts must be 4 lists of 4 counts"
     with pytest.raises(CheckpointError, match=f"step-000003: {re.escape(rule)}"):
         balance.load_state_dict({"expert_counts": counts}, "step-000003")
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_every_call_of_a_repeated_layer_counts(scope: str) -> None:
+    """Its probabilities are means over the calls; a layer beside it is called once."""
+    layers = nn.ModuleDict({"once": nn.Linear(8, 8), "often": nn.Linear(8, 8)})
+    inject_adapters(layers, mixture_spec("malora", num_experts=NUM_EXPERTS, r=2), ["once", "often"])
+    batch, x_TI = micro_batch(ALL), torch.randn(sum(SIZES), 8)
+    balance = StepBalance(layers, BalanceSettings(0.01, "sum", scope), TASKS, 1, torch.device("cpu"))
+    balance.start(torch.tensor(float(sum(SIZES)), dtype=torch.float64), 1)
+    set_token_keys(layers, batch, 3, 1)
+    routings: dict[str, list[Routing]] = {"once": [], "often": []}
+    for name, factor in (("once", 1.0), ("often", 1.0), ("often", -2.0), ("often", 3.0)):
+        layers[name](factor * x_TI)
+        routings[name].append(layers[name].routing)
+    share = balance.add(batch)
+    wanted = 0.0
+    for number, calls in enumerate(routings.values()):
+        counts_E = torch.cat([call.expert_ids_TK for call in calls]).flatten().bincount(minlength=NUM_EXPERTS)
+        assert torch.equal(balance.counts_GLE.sum(dim=0)[number].long(), counts_E)
+        mean_prob_E = torch.cat([call.probs_TE for call in calls]).mean(dim=0).detach()
+        wanted += float(NUM_EXPERTS * (counts_E / counts_E.sum() * mean_prob_E).sum())
+    assert float(balance.finish(balance.sums())) == pytest.approx(wanted)
+    assert float(share.detach()) == pytest.approx(2 if scope == "global" else wanted)
+
+
+def test_a_family_that_repeats_its_layers_is_balanced_over_all_of_them() -> None:
+    model = family_model("hrm_text")
+    inject_adapters(model, mixture_spec("malora", num_experts=NUM_EXPERTS, r=2), ["q_proj"])
+    layers, batch = [layer for _, layer in mixture_layers(model)], micro_batch(ALL)
+    calls: list[MixtureLinear] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, _inputs, _output: calls.append(module))
+    (balance,) = new_balances(model.train(), 1)
+    set_token_keys(model, batch, 3, 1)
+    cross_entropies(model, batch)
+    balance.add(batch)
+    assert len(calls) > len(layers)
+    totals = balance.counts_GLE.sum(dim=(0, 2)).tolist()
+    assert totals == [calls.count(layer) * layer.top_k * sum(SIZES) for layer in layers]
 
 
 @pytest.mark.parametrize(

@@ -56,3 +56,11 @@ def test_a_base_with_a_table_of_positions_refuses_them(config: PreTrainedConfig,
     config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="task a: 1 of 1 samples .*\n  This base has .* set data.max_seq_length=16"):
         position_notes(data_of([17], 3), tmp_path)
+
+
+def test_a_base_whose_rotations_change_beyond_its_positions_refuses_them(tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    tiny_config(max_position_embeddings=16, rope_parameters=dynamic).save_pretrained(tmp_path)
+    assert position_notes(data_of([4, 16], 16), tmp_path) == []
+    with pytest.raises(ConfigError, match="^samples of 17 tokens are too long for this llama"):
+        position_notes(data_of([4], 17), tmp_path)

@@ -39,6 +39,8 @@ from malora_dist.bench.strict.collectives import check_collective, on_host_tenso
 from malora_dist.bench.strict.counts import Counts
 
 TYPE = "strict"
+# Views that change signs as they are read.
+LAZY = ("aten._conj.", "aten._neg_view.")
 
 
 class StrictTensor(Tensor):
@@ -181,7 +183,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("generator") is not None:
         found = kwargs["generator"].device.type
         raise RuntimeError(f"{name}: Expected a '{TYPE}' device type for generator but found '{found}'")
-    result = func(*rules.mapped(_host, args), **_host_settings(kwargs))
+    result = _compute(func, name, rules.mapped(_host, args), _host_settings(kwargs))
     _count(func, args, kwargs, [*tensors, *rules.tensors_of(result)])
     if name.startswith("aten._to_copy.") and wanted is not None and not to_device:
         return result
@@ -190,9 +192,19 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if name.startswith(rules.COPIES[1:]) and not on_device(args[0]):
         return args[0]
+    if name.startswith(LAZY):
+        # A tensor of the device could not say that its numbers on the host are to be read with another sign.
+        return StrictTensor(result.resolve_conj().resolve_neg())
     wrapped = rules.mapped(StrictTensor, result)
     aliases = ours and (func.is_view or func._schema.is_mutable)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if aliases else wrapped
+
+
+def _compute(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Compute on host tensors; histograms of whole numbers, which only CUDA has, on floating-point ones."""
+    if name.startswith("aten.histc.") and not args[0].is_floating_point():
+        return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
 
 
 def _run_on_host(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
