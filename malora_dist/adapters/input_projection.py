@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.ops.input_projection import enter
 from malora_dist.ops.routing import Routing, choose
 from malora_dist.ops.weight_copies import WeightCopies
@@ -11,34 +12,26 @@ from malora_dist.ops.weight_copies import WeightCopies
 class Entrance(nn.Module):
     """Router and shared down-projection S_A: x (T, I) -> h (T, D) and who gets it (MALoRA eqs. 4 and 7).
 
-    The router reads x before dropout, h = S_A drop(x). Without `shared_r` (MoLoRA, LoRA) there is no h, without
-    `routed` (LoRA, DoRA) no routing. A module of its own, because ZeRO-3 gathers weights module by module: linears
-    that share their input can then be asked for h together, without gathering what their experts hold.
+    The router reads x before dropout, h = S_A drop(x). A method without S_A (MoLoRA, LoRA) has no h, one without a
+    router (LoRA, DoRA) no routing. A module of its own, because ZeRO-3 gathers weights module by module: linears that
+    share their input can then be asked for h together, without gathering what their experts hold.
     """
 
     weight_copies: WeightCopies | None = None
     gate: nn.Parameter | None
     shared_A: nn.Parameter | None
 
-    def __init__(
-        self,
-        in_features: int,
-        num_experts: int,
-        *,
-        top_k: int,
-        shared_r: int | None,
-        routed: bool,
-        normalize_gates: bool = False,
-        dropout: float = 0.0,
-        input_salt: int = 0,
-    ) -> None:
+    def __init__(self, in_features: int, spec: MixtureSpec, *, dropout: float = 0.0, input_salt: int = 0) -> None:
         super().__init__()
-        self.top_k, self.normalize_gates, self.dropout, self.input_salt = top_k, normalize_gates, dropout, input_salt
-        gate = nn.Parameter(torch.empty(num_experts, in_features, dtype=torch.float32)) if routed else None
+        self.top_k, self.normalize_gates = spec.top_k, spec.normalize_gates
+        self.dropout, self.input_salt = dropout, input_salt
+        gate = None
+        if spec.structure.routed:
+            gate = nn.Parameter(torch.empty(spec.num_experts, in_features, dtype=torch.float32))
         self.register_parameter("gate", gate)
         shared_A = None
-        if shared_r is not None:
-            shared_A = nn.Parameter(torch.empty(shared_r, in_features, dtype=torch.float32))
+        if spec.shared_r is not None:
+            shared_A = nn.Parameter(torch.empty(spec.shared_r, in_features, dtype=torch.float32))
         self.register_parameter("shared_A", shared_A)
 
     def forward(self, x_TI: Tensor, keys_T: Tensor | None = None) -> tuple[Tensor, Tensor | None, Routing | None]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from malora_dist.adapters.dora import Magnitude
 from malora_dist.adapters.input_projection import Entrance
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.adapters.protocols import AddExperts, Dispatcher, Entered, EntersTogether
 from malora_dist.adapters.recompute import is_recomputing, refuse_reentrant
 from malora_dist.ops.cost import prefer_grouped
@@ -24,8 +25,8 @@ from malora_dist.ops.weight_copies import WeightCopies
 class MixtureLinear(nn.Module):
     """y = base(x) + s * sum_{t in top-k} g_t B_t C_t h, the layer of all methods (eqs. 1, 5, 7).
 
-    MALoRA (`shared_r` and `core`): h = S_A drop(x), C_t = P_t. HydraLoRA (`shared_r` alone): h = S_A drop(x), no C_t,
-    all experts. MoLoRA: h = drop(x), C_t = A_t. LoRA: one expert, no router; DoRA (`magnitude`): LoRA, rescaled.
+    `spec` says which. MALoRA: h = S_A drop(x), C_t = P_t. HydraLoRA: h = S_A drop(x), no C_t, all experts. MoLoRA:
+    h = drop(x), C_t = A_t. LoRA: one expert, no router; DoRA: LoRA, rescaled.
     The experts' stacked factors belong to this module, router and S_A to its `entrance`, DoRA's norms to `dora`. All
     are fp32; products run in the dtype of x. `routing` keeps the last forward's decision; `balanced` says whether it
     belongs in the balance loss.
@@ -45,49 +46,31 @@ class MixtureLinear(nn.Module):
     def __init__(
         self,
         base_layer: nn.Module,
+        spec: MixtureSpec,
         *,
         in_features: int,
         out_features: int,
-        num_experts: int,
-        top_k: int,
-        r: int,
-        shared_r: int | None,
-        routed: bool,
-        scaling: float,
-        core: bool = True,
-        balanced: bool = True,
-        magnitude: bool = False,
-        beta: float = 1.0,
         dropout: float = 0.0,
-        normalize_gates: bool = False,
         computation: str = "auto",
         input_salt: int = 0,
         generator: torch.Generator | None = None,
         init_weights: bool = True,
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.spec, self.computation = base_layer, spec, computation
         self.in_features, self.out_features = in_features, out_features
-        self.num_experts, self.top_k, self.r, self.shared_r = num_experts, top_k, r, shared_r
-        self.routed, self.scaling, self.beta, self.computation = routed, scaling, beta, computation
-        self.entrance = Entrance(
-            in_features,
-            num_experts,
-            top_k=top_k,
-            shared_r=shared_r,
-            routed=routed,
-            normalize_gates=normalize_gates,
-            dropout=dropout,
-            input_salt=input_salt,
-        )
-        self.balanced = routed and balanced
-        self.dora = Magnitude(out_features) if magnitude else None
-        self.core_name = "A" if shared_r is None else "P" if core else None
-        width = in_features if shared_r is None else shared_r
-        B = nn.Parameter(torch.empty(num_experts, out_features, r, dtype=torch.float32))
+        self.num_experts, self.top_k, self.r, self.shared_r = spec.num_experts, spec.top_k, spec.r, spec.shared_r
+        structure = spec.structure
+        self.routed, self.scaling = structure.routed, spec.scaling
+        self.balanced = structure.routed and not structure.dense
+        self.entrance = Entrance(in_features, spec, dropout=dropout, input_salt=input_salt)
+        self.dora = Magnitude(out_features) if structure.magnitude else None
+        self.core_name = "A" if spec.shared_r is None else "P" if structure.core else None
+        width = in_features if spec.shared_r is None else spec.shared_r
+        B = nn.Parameter(torch.empty(spec.num_experts, out_features, spec.r, dtype=torch.float32))
         down = None
         if self.core_name is not None:
-            down = nn.Parameter(torch.empty(num_experts, r, width, dtype=torch.float32))
+            down = nn.Parameter(torch.empty(spec.num_experts, spec.r, width, dtype=torch.float32))
         self.set_experts(down, B)
         self.adapter_enabled = True
         self.dispatcher: Dispatcher | None = None
@@ -167,7 +150,7 @@ class MixtureLinear(nn.Module):
         else:
             K_EDI = kaiming_uniform((E, len(shared_A), n), fan_in=n, generator=generator)
             for factor, value in zip(
-                (shared_A, self.core), shared_subspace_init(K_EDI, self.r, self.beta), strict=True
+                (shared_A, self.core), shared_subspace_init(K_EDI, self.r, self.spec.beta), strict=True
             ):
                 factor.copy_(value)
         self.B.zero_()

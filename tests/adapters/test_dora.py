@@ -110,8 +110,7 @@ def test_norm_is_that_of_the_unpacked_weight() -> None:
 def test_a_row_of_zeros_stays_finite() -> None:
     base = nn.Linear(6, 3)
     base.weight.data[1] = 0
-    layer = MixtureLinear(base, in_features=6, out_features=3, num_experts=1, top_k=1, r=2, shared_r=None, routed=False,
-                          scaling=2.0, magnitude=True)  # fmt: skip
+    layer = MixtureLinear(base, mixture_spec("dora", r=2), in_features=6, out_features=3)
     y = layer(torch.randn(4, 6))
     y.sum().backward()
     assert torch.equal(y[:, 1], base.bias[1].expand(4))

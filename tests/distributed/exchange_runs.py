@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.expert_parallel import connect_experts, keep_owned_experts
 from malora_dist.ops.dropout import keep_mask, token_keys
@@ -69,6 +70,12 @@ def _keys(num_tokens: int, rank: int) -> Tensor:
     return token_keys(1, 2, torch.arange(num_tokens) // 3 + 50 * rank, torch.arange(num_tokens) % 3)
 
 
+def _spec(case: ExchangeCase) -> MixtureSpec:
+    sizes = {"num_experts": case.E, "top_k": case.K, "r": case.r, "shared_r": case.D}
+    scale = {"lora_alpha": SCALING * case.r, "beta": 1.0}
+    return MixtureSpec(method=case.method, **sizes, **scale, normalize_gates=case.normalize)
+
+
 def _layer(case: ExchangeCase, tensors: Values, rank: int) -> MixtureLinear:
     """A training layer with all experts, parameters as the product keeps them: adapters in fp32, the base in dtype."""
     dtype = DTYPES[case.dtype]
@@ -76,16 +83,10 @@ def _layer(case: ExchangeCase, tensors: Values, rank: int) -> MixtureLinear:
     with torch.device("meta"):
         layer = MixtureLinear(
             _Base(case.I, tensors["base"]),
+            _spec(case),
             in_features=case.I,
             out_features=tensors["base"].shape[1],
-            num_experts=case.E,
-            top_k=case.K,
-            r=case.r,
-            shared_r=case.D,
-            routed=True,
-            scaling=SCALING,
             dropout=DROPOUT_P if case.dropout else 0.0,
-            normalize_gates=case.normalize,
             computation=case.computation,
             input_salt=SALT,
         )
