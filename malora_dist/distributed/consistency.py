@@ -89,7 +89,7 @@ def _probe(world: World, folder: Path) -> Iterator[Path]:
         except OSError as caught:
             error = ConfigError(f"output_dir={folder}: {parent} cannot be written: {caught.strerror}")
     try:
-        path, error = _from_main((path, error), world)
+        path, error = _broadcast_object((path, error), world)
         if error is not None:
             raise error
         yield path
@@ -172,7 +172,7 @@ def _gather(value: Any, world: World) -> list[Any]:
     return values
 
 
-def _from_main(value: Any, world: World) -> Any:
+def _broadcast_object(value: Any, world: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=world.control)
     return box[0]

@@ -16,7 +16,7 @@ from malora_dist.launch.environment import allocator_variables
 from malora_dist.launch.interface import interface_variables
 from malora_dist.launch.ranks import free_port, rank_variables
 
-NOTE = "malora_dist/told"
+STOP_KEY = "malora_dist/stop"
 
 
 @dataclass(frozen=True)
@@ -127,25 +127,25 @@ def max_over_control(values: Sequence[int], world: World) -> list[int]:
     return result
 
 
-def tell_all() -> None:
-    """Leave a note that every process can find with `told` whenever it looks, in step with the others or not."""
-    dist.distributed_c10d._get_default_store().set(NOTE, "1")
+def broadcast_stop() -> None:
+    """Ask every process to stop; each finds the request with `stop_requested`, in step with the others or not."""
+    dist.distributed_c10d._get_default_store().set(STOP_KEY, "1")
 
 
-def told() -> bool:
-    """Whether a process has left the note."""
-    found: bool = dist.distributed_c10d._get_default_store().check([NOTE])
+def stop_requested() -> bool:
+    """Return whether a process has called `broadcast_stop`."""
+    found: bool = dist.distributed_c10d._get_default_store().check([STOP_KEY])
     return found
 
 
-def from_main(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The main process's value, on all of them."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def on_main(work: Callable[[], Any], world: World) -> Any:
+def run_on_rank0(work: Callable[[], Any], world: World) -> Any:
     """What `work` gives on the main process, on all of them; a MaloraError it raises there is raised on all."""
     value, error = None, None
     if world.is_main:
@@ -153,13 +153,13 @@ def on_main(work: Callable[[], Any], world: World) -> Any:
             value = work()
         except MaloraError as caught:
             error = caught
-    value, error = from_main((value, error))
+    value, error = broadcast_object((value, error))
     if error is not None:
         raise error
     return value
 
 
-def fail_together(error: MaloraError | None) -> None:
+def raise_on_all_ranks(error: MaloraError | None) -> None:
     """Raise, on every process alike, the error that one of them has met; that of the lowest rank if several have."""
     errors = [found for found in gather_lists([error]) if found is not None]
     if errors:

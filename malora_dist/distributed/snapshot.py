@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from malora_dist.adapters.inject import adapter_parameters
 from malora_dist.distributed.optimizer_state import MOMENTS, OptimizerState
-from malora_dist.distributed.process_groups import fail_together
+from malora_dist.distributed.process_groups import raise_on_all_ranks
 from malora_dist.distributed.zero012 import is_slice
 from malora_dist.distributed.zero3 import gather_experts
 from malora_dist.errors import CheckpointError
@@ -95,4 +95,4 @@ def restore(tensors: list[Whole], state: OptimizerState, step: int, read: ReadEl
             for key in MOMENTS:
                 place = partial(elements, "optimizer", f"{key}.{whole.name}", whole.first)
                 state.set_moment(whole.parameter, key, place)
-    fail_together(errors[0] if errors else None)
+    raise_on_all_ranks(errors[0] if errors else None)

@@ -10,7 +10,7 @@ from malora_dist.config import RunConfig
 from malora_dist.config.summary import adapter_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
-from malora_dist.distributed.process_groups import World, fail_together, gather_lists
+from malora_dist.distributed.process_groups import World, gather_lists, raise_on_all_ranks
 from malora_dist.errors import ConfigError
 from malora_dist.ops.triton_ready import missing_for_triton
 from malora_dist.plan import Hardware, Lengths, Report, find_shape
@@ -39,7 +39,7 @@ def check_device(config: RunConfig, world: World, *, trains: bool = True) -> lis
         _check_one(config, world.device, dtype, trains)
     except ConfigError as found:
         error = found
-    fail_together(error)
+    raise_on_all_ranks(error)
     return list(_notes(config, world.device))
 
 
@@ -96,7 +96,7 @@ def check_memory(config: RunConfig, folder: Path, world: World, lengths: Lengths
         notes = memory_notes(config, folder, world.size, base_dtype(config, world), Gpu.of(world.device), lengths)
     except ConfigError as found:
         error = found
-    fail_together(error)
+    raise_on_all_ranks(error)
     return gather_lists(notes)[:1]
 
 

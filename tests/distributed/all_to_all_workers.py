@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from malora_dist.distributed.dispatch_plan import Routes, make_routes
 from malora_dist.distributed.expert_groups import ExpertGroups, create_expert_groups
-from malora_dist.distributed.process_groups import World, from_main, gather_lists
+from malora_dist.distributed.process_groups import World, broadcast_object, gather_lists
 from malora_dist.plan.communication import exchange_bytes
 from tests.distributed.exchange_cases import DTYPES, ExchangeCase, exchange_cases, named_cases
 from tests.distributed.exchange_llama import compare_llamas
@@ -54,7 +54,7 @@ def falsified(world: World, groups: dict[int, ExpertGroups]) -> str:
     """The smallest drawn case in which anything is wrong on any rank, from the main process; it draws for all."""
 
     def together(case: ExchangeCase | None) -> list[Errors]:
-        case = from_main(case)
+        case = broadcast_object(case)
         return [] if case is None else gather_lists([examine(case, world.rank, groups[case.ep_size])])
 
     @settings(

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict
 from malora_dist.distributed.process_groups import (
     World,
-    from_main,
+    broadcast_object,
     gather_lists,
     group_timeouts,
     max_over_processes,
@@ -99,7 +99,7 @@ def collectives(world: World) -> list[Any]:
     return [
         sum_over_processes(own.clone()).tolist(),
         max_over_processes(own.clone()).tolist(),
-        from_main({"rank": world.rank}),
+        broadcast_object({"rank": world.rank}),
         gather_lists([world.rank] * (2 * world.rank + 1)),
     ]
 
