@@ -216,7 +216,7 @@ def _build(
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
     model = base_model(config, folder, world, settings, agreement.check)
-    report, wire = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
+    report, all_to_all = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
     outputs.injection(report)
     steps = total_steps(config, loader)
     position.enter("starting DeepSpeed")
@@ -229,7 +229,7 @@ def _build(
         expert_groups=groups,
     )
     outputs.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
-    return new_stepper(config, data, engine, world, wire, position), steps
+    return new_stepper(config, data, engine, world, all_to_all, position), steps
 
 
 def _baseline(config: RunConfig, data: PreparedData) -> Tasks | None:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 
 @dataclass
-class Wire:
+class AllToAll:
     """A group's messages: whether the home leg flies during other work, and the bytes sent to other ranks so far.
 
     `sent_bytes` counts by leg: counts, rows, returns, grad_returns, grad_rows (the names of `traffic.ExchangeBytes`).
@@ -122,15 +122,15 @@ class SendRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, gates_NE: Tensor, wire: Wire, sent: list[int], received: list[int]
+        ctx: Any, rows_ND: Tensor, gates_NE: Tensor, all_to_all: AllToAll, sent: list[int], received: list[int]
     ) -> tuple[Tensor, Tensor]:
-        ctx.wire, ctx.sent, ctx.received = wire, sent, received
-        return _unpack(wire.exchange(_pack(rows_ND, gates_NE), sent, received, "rows"), rows_ND, gates_NE)
+        ctx.all_to_all, ctx.sent, ctx.received = all_to_all, sent, received
+        return _unpack(all_to_all.exchange(_pack(rows_ND, gates_NE), sent, received, "rows"), rows_ND, gates_NE)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_gates: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        message = ctx.wire.exchange(_pack(grad_rows, grad_gates), ctx.received, ctx.sent, "grad_rows")
+        message = ctx.all_to_all.exchange(_pack(grad_rows, grad_gates), ctx.received, ctx.sent, "grad_rows")
         return *_unpack(message, grad_rows, grad_gates), None, None, None
 
 
@@ -155,8 +155,8 @@ def _unpack(message: Tensor, rows_ND: Tensor, gates_NE: Tensor) -> tuple[Tensor,
 class Homeward:
     """One flight home, forward and backward: launch, compute something else, land."""
 
-    def __init__(self, wire: Wire, sent: list[int], received: list[int]) -> None:
-        self.wire, self.sent, self.received = wire, sent, received
+    def __init__(self, all_to_all: AllToAll, sent: list[int], received: list[int]) -> None:
+        self.all_to_all, self.sent, self.received = all_to_all, sent, received
         self._buffer: Tensor | None = None
         self._flight: _Flight | None = None
 
@@ -171,14 +171,14 @@ class Homeward:
         return rows
 
     def depart(self, rows: Tensor, sent: list[int], received: list[int], leg: str) -> Tensor:
-        self._buffer, self._flight = self.wire.start(rows, sent, received, leg)
-        if not self.wire.overlap:
+        self._buffer, self._flight = self.all_to_all.start(rows, sent, received, leg)
+        if not self.all_to_all.overlap:
             self._flight.wait()
         return self._buffer
 
     def arrive(self) -> Tensor:
         assert self._buffer is not None and self._flight is not None, "nothing is under way"
-        if self.wire.overlap:
+        if self.all_to_all.overlap:
             self._flight.wait()
         buffer, self._buffer, self._flight = self._buffer, None, None
         return buffer

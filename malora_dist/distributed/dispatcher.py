@@ -9,7 +9,7 @@ from torch import Tensor
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.protocols import AddExperts
 from malora_dist.adapters.shared_input import SharedInput
-from malora_dist.distributed.all_to_all import Combine, Homeward, SendRows, Spread, Wire
+from malora_dist.distributed.all_to_all import AllToAll, Combine, Homeward, SendRows, Spread
 from malora_dist.distributed.dispatch_plan import Positions, Routes, make_routes
 from malora_dist.ops.routing import Routing
 
@@ -29,14 +29,14 @@ class Arrived:
     home: Positions
 
 
-def send_rows(h: Sequence[Tensor], routings: Sequence[Routing], wire: Wire) -> list[Arrived]:
+def send_rows(h: Sequence[Tensor], routings: Sequence[Routing], all_to_all: AllToAll) -> list[Arrived]:
     """Bring tokens of L layers to their owners: h[l] (T, D) with routing over all experts -> rows at the owner.
 
     All layers share one exchange of counts and one of rows.
     """
     num_experts = routings[0].probs_TE.shape[1]
-    routes = make_routes([routing.expert_ids_TK for routing in routings], num_experts, wire.group)
-    wire.count("counts", [1] * len(routes.sent_WL), len(h) * 8)
+    routes = make_routes([routing.expert_ids_TK for routing in routings], num_experts, all_to_all.group)
+    all_to_all.count("counts", [1] * len(routes.sent_WL), len(h) * 8)
     W = len(routes.sent_WL)
     stacked = routes.stacked
     rows = Spread.apply(torch.cat(list(h)), stacked.token_N, stacked.slots_TQ)
@@ -44,7 +44,7 @@ def send_rows(h: Sequence[Tensor], routings: Sequence[Routing], wire: Wire) -> l
     # A gate goes to one row at most, so that backward adds nothing up, and the order of its atomics changes no bit.
     row_gates = gates.index_select(0, stacked.token_N * W + stacked.owner_N)
     sent, received = [sum(row) for row in routes.sent_WL], [sum(row) for row in routes.received_WL]
-    rows, row_gates = SendRows.apply(rows, row_gates, wire, sent, received)
+    rows, row_gates = SendRows.apply(rows, row_gates, all_to_all, sent, received)
     return _by_layer(rows, row_gates, routes)
 
 
@@ -65,9 +65,9 @@ def _by_layer(rows: Tensor, gates: Tensor, routes: Routes) -> list[Arrived]:
     ]
 
 
-def return_sums(arrived: Arrived, sums_NO: Tensor, wire: Wire) -> AddExperts:
+def return_sums(arrived: Arrived, sums_NO: Tensor, all_to_all: AllToAll) -> AddExperts:
     """Launch the owner's sums (N', O) homeward; the result lands them and adds them to a base output (T, O)."""
-    way = Homeward(wire, arrived.sent, arrived.received)
+    way = Homeward(all_to_all, arrived.sent, arrived.received)
     buffer = way.launch(sums_NO)
 
     def add(base_TO: Tensor) -> Tensor:
@@ -81,17 +81,17 @@ def return_sums(arrived: Arrived, sums_NO: Tensor, wire: Wire) -> AddExperts:
 class SharedInputDispatcher:
     """Dispatcher of the linears that read one tensor (q, k and v; gate and up): whichever comes first sends for all."""
 
-    def __init__(self, layers: Sequence[MixtureLinear], wire: Wire) -> None:
-        self.layers, self.wire = list(layers), wire
+    def __init__(self, layers: Sequence[MixtureLinear], all_to_all: AllToAll) -> None:
+        self.layers, self.all_to_all = list(layers), all_to_all
         self._sent = SharedInput(self.layers, self._send)
 
     def start(self, layer: MixtureLinear, x: Tensor) -> tuple[Tensor, AddExperts]:
         """Rows out unless a sibling has sent them, this layer's experts, and their sums launched homeward."""
         x_TI, arrived = self._sent.take(layer, x)
-        return x_TI, return_sums(arrived, layer.sum_experts(arrived.rows, arrived.gates), self.wire)
+        return x_TI, return_sums(arrived, layer.sum_experts(arrived.rows, arrived.gates), self.all_to_all)
 
     def _send(self, x: Tensor) -> list[tuple[Tensor, Arrived]]:
         entered = [layer.enter(x) for layer in self.layers]
         routings = [each.routing for each in entered if each.routing is not None]
-        arrived = send_rows([each.h for each in entered], routings, self.wire)
+        arrived = send_rows([each.h for each in entered], routings, self.all_to_all)
         return [(each.x_TI, part) for each, part in zip(entered, arrived, strict=True)]

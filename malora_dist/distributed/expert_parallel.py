@@ -5,7 +5,7 @@ from torch import nn
 
 from malora_dist.adapters.fused_projections import sets_of_siblings
 from malora_dist.adapters.layer import MixtureLinear
-from malora_dist.distributed.all_to_all import Wire
+from malora_dist.distributed.all_to_all import AllToAll
 from malora_dist.distributed.dispatcher import SharedInputDispatcher
 from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.zero3 import mark_expert_parameter
@@ -28,17 +28,17 @@ def _slice(parameter: nn.Parameter, owned: range) -> nn.Parameter:
     return nn.Parameter(part, requires_grad=parameter.requires_grad)
 
 
-def connect_experts(model: nn.Module, groups: ExpertGroups, *, overlap: bool = True, share: bool = True) -> Wire:
-    """Give every routed layer a dispatcher through the expert-parallel group; the wire they share counts the bytes.
+def connect_experts(model: nn.Module, groups: ExpertGroups, *, overlap: bool = True, share: bool = True) -> AllToAll:
+    """Give every routed layer a dispatcher through the expert-parallel group; the AllToAll they share counts bytes.
 
     overlap: the home leg flies while the base layer computes. share: linears that read one tensor send together.
     """
-    wire = Wire(groups.expert_parallel, overlap=overlap)
+    all_to_all = AllToAll(groups.expert_parallel, overlap=overlap)
     for layers in _sharing_an_input(model, share):
-        dispatcher = SharedInputDispatcher(layers, wire)
+        dispatcher = SharedInputDispatcher(layers, all_to_all)
         for layer in layers:
             layer.dispatcher = dispatcher
-    return wire
+    return all_to_all
 
 
 def _sharing_an_input(model: nn.Module, share: bool) -> list[list[MixtureLinear]]:

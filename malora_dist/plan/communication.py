@@ -42,7 +42,7 @@ def exchange_bytes(
     """Bytes a rank sends for one layer, from its rows to and from each *other* rank of its expert-parallel group.
 
     in_width is D (S_A's rank; the layer's inputs for methods without S_A), out_width is O, itemsize the bytes of a
-    number on the wire (2 for bf16), gate_itemsize those of a gate. `recompute`: activation checkpointing runs the
+    number that is sent (2 for bf16), gate_itemsize those of a gate. `recompute`: activation checkpointing runs the
     forward legs a second time.
     """
     sent, received = sum(sent_rows), sum(received_rows)

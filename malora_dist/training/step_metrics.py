@@ -48,7 +48,7 @@ class Window:
             "step_seconds": seconds / n,
             "peak_memory_gib": peak,
         }
-        if self.stepper.wire is not None:
+        if self.stepper.all_to_all is not None:
             record["exchange_bytes"] = sum(sent) / n
         for task, name in enumerate(self.stepper.task_names):
             count = sum(result.task_token_counts[task] for result in results)

@@ -23,13 +23,13 @@ def recorded_bench(world: World, arguments: Sequence[str]) -> dict[str, Any]:
     sent: dict[str, list[int]] = {}
 
     def step(subject: Subject, number: int, batches: Sequence[MicroBatch]) -> Record:
-        engine, wire = subject.stepper.engine, subject.stepper.wire
+        engine, all_to_all = subject.stepper.engine, subject.stepper.all_to_all
         dispatchers = {id(layer.dispatcher) for _, layer in mixture_layers(engine.module) if layer.dispatcher}
         found[subject.variant.name] = {
             "zero_stage": engine.zero_optimization_stage(),
             "load_in_4bit": any(isinstance(module, NF4Linear) for module in engine.module.modules()),
             "experts": {layer.num_local_experts for _, layer in mixture_layers(engine.module)}.pop(),
-            "overlap": wire is None or wire.overlap,
+            "overlap": all_to_all is None or all_to_all.overlap,
             "dispatchers": len(dispatchers),
         }
         with recorded_messages() as messages:

@@ -135,7 +135,7 @@ def wrong_routes(routes: Routes, all_ids: list[Any], place: int, case: ExchangeC
 def wrong_bytes(
     case: ExchangeCase, switch: str, found: Run, routes: Routes, all_ids: list[Any], place: int
 ) -> list[str]:
-    """Four counts of the bytes of each leg: the wire's, the formula's, the naive one, and that of real messages."""
+    """Four counts of the bytes of each leg: AllToAll's, the formula's, the naive one, and that of real messages."""
     L, recompute = len(case.outs), switch == "recomputed"
     itemsize = DTYPES[case.dtype].itemsize
     sizes = {"in_width": case.D or case.I, "itemsize": itemsize, "gate_itemsize": max(4, itemsize)}
@@ -163,6 +163,6 @@ def wrong_bytes(
         return [f"{switch}: {len(found.messages)} messages, not {len(legs)}"]
     for leg, size in zip(legs, found.messages, strict=True):
         real[leg] += size
-    counts = {"wire": found.sent_bytes, "formula": formula, "naive": naive, "real": real}
+    counts = {"counted": found.sent_bytes, "formula": formula, "naive": naive, "real": real}
     texts = {name: str({leg: count.get(leg, 0) for leg in real}) for name, count in counts.items()}
     return [] if len(set(texts.values())) == 1 else [f"{switch}: {texts}"]

@@ -29,7 +29,7 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """Outputs and gradients by name, bytes sent by leg as the wire counts them, and every message's real bytes."""
+    """Outputs and gradients by name, bytes sent by leg as AllToAll counts them, and every message's real bytes."""
 
     values: Values
     sent_bytes: dict[str, int]
@@ -114,7 +114,7 @@ def run(
     layers = nn.ModuleDict({name: _layer(case, tensors, rank) for name, tensors in zip(NAMES, own, strict=False)})
     for layer in layers.values():
         keep_owned_experts(layer, groups)
-    wire = connect_experts(layers, groups, overlap=overlap, share=share)
+    all_to_all = connect_experts(layers, groups, overlap=overlap, share=share)
 
     def forward(x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in layers.values()]
@@ -129,7 +129,7 @@ def run(
         # Without allow_unused: a rank's backward must touch every parameter, or ZeRO-3 hangs.
         found = torch.autograd.grad(outputs, list(leaves.values()), directions)
     values = {f"{number}.y": y.detach() for number, y in enumerate(outputs)} | dict(zip(leaves, found, strict=True))
-    return Run(values, dict(wire.sent_bytes), messages)
+    return Run(values, dict(all_to_all.sent_bytes), messages)
 
 
 def _direction(output: Tensor) -> Tensor:
