@@ -181,7 +181,7 @@ def exchange_bytes_reference(
     forwards: int = 1,
     backwards: int = 1,
 ) -> list[dict[str, int]]:
-    """Bytes each rank sends for one layer, by leg, message by message; `expert_ids[rank]` (T, K) of its own tokens.
+    """Bytes each rank sends for one layer, by phase, message by message; `expert_ids[rank]` (T, K) of its own tokens.
 
     A token sends each other owner one row with a gate per expert of that owner, and gets one row back; in backward the
     gradients of both go the opposite ways. Before that every rank tells every other one an 8-byte count.

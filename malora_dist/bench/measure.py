@@ -100,7 +100,7 @@ class Subject:
         )
 
     def _uniform_bytes(self, batches: Sequence[MicroBatch]) -> Counter[str]:
-        """What this process would send by leg if every set of top_k experts were equally likely."""
+        """What this process would send by phase if every set of top_k experts were equally likely."""
         total: Counter[str] = Counter()
         if self.stepper.all_to_all is not None:
             for _, layer in mixture_layers(self.stepper.engine.module):

@@ -19,27 +19,27 @@ from torch.autograd.function import once_differentiable
 
 @dataclass
 class AllToAll:
-    """A group's messages: whether the home leg flies during other work, and the bytes sent to other ranks so far.
+    """A group's messages: whether the home phase flies during other work, and the bytes sent to other ranks so far.
 
-    `sent_bytes` counts by leg: counts, rows, returns, grad_returns, grad_rows (the names of `traffic.ExchangeBytes`).
+    `sent_bytes` counts by phase: counts, rows, returns, grad_returns, grad_rows (the names of `traffic.ExchangeBytes`).
     """
 
     group: dist.ProcessGroup
     overlap: bool = True
     sent_bytes: Counter[str] = field(default_factory=Counter)
 
-    def start(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], leg: str) -> tuple[Tensor, Any]:
+    def start(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], phase: str) -> tuple[Tensor, Any]:
         """Rows (sum(sent), ...), by destination, on their way: a buffer (sum(received), ...) and its handle."""
         rows = rows.contiguous()
         buffer = rows.new_empty(sum(received), *rows.shape[1:])
-        self.count(leg, sent, rows[0:1].numel() * rows.element_size() if len(rows) else 0)
-        with named(self.group, leg):
+        self.count(phase, sent, rows[0:1].numel() * rows.element_size() if len(rows) else 0)
+        with named(self.group, phase):
             handle = dist.all_to_all_single(buffer, rows, list(received), list(sent), group=self.group, async_op=True)
-        return buffer, _Flight(handle, rows, self.group, leg)
+        return buffer, _Flight(handle, rows, self.group, phase)
 
-    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], leg: str) -> Tensor:
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], phase: str) -> Tensor:
         """The rows the others sent here."""
-        buffer, flight = self.start(rows, sent, received, leg)
+        buffer, flight = self.start(rows, sent, received, phase)
         flight.wait()
         return buffer
 
@@ -47,31 +47,31 @@ class AllToAll:
     def total_bytes(self) -> int:
         return sum(self.sent_bytes.values())
 
-    def count(self, leg: str, sent: Sequence[int], row_bytes: int) -> None:
+    def count(self, phase: str, sent: Sequence[int], row_bytes: int) -> None:
         own = dist.get_rank(self.group)
-        self.sent_bytes[leg] += row_bytes * sum(rows for rank, rows in enumerate(sent) if rank != own)
+        self.sent_bytes[phase] += row_bytes * sum(rows for rank, rows in enumerate(sent) if rank != own)
 
 
 class _Flight:
     """A message under way; keeps what is being sent alive until it has arrived."""
 
-    def __init__(self, handle: Any, rows: Tensor, group: dist.ProcessGroup, leg: str) -> None:
-        self.handle, self.group, self.leg = handle, group, leg
+    def __init__(self, handle: Any, rows: Tensor, group: dist.ProcessGroup, phase: str) -> None:
+        self.handle, self.group, self.phase = handle, group, phase
         self.rows: Tensor | None = rows
 
     def wait(self) -> None:
-        with named(self.group, self.leg):
+        with named(self.group, self.phase):
             self.handle.wait()
         self.handle = self.rows = None
 
 
 @contextmanager
-def named(group: dist.ProcessGroup, leg: str) -> Iterator[None]:
-    """Give a collective's error a note of which group and which leg it was."""
+def named(group: dist.ProcessGroup, phase: str) -> Iterator[None]:
+    """Give a collective's error a note of which group and which phase it was."""
     try:
         yield
     except RuntimeError as error:
-        error.add_note(f"expert-parallel group {dist.get_process_group_ranks(group)}, leg {leg}")
+        error.add_note(f"expert-parallel group {dist.get_process_group_ranks(group)}, phase {phase}")
         raise
 
 
@@ -170,8 +170,8 @@ class Homeward:
         rows: Tensor = _Land.apply(buffer, self)
         return rows
 
-    def depart(self, rows: Tensor, sent: list[int], received: list[int], leg: str) -> Tensor:
-        self._buffer, self._flight = self.all_to_all.start(rows, sent, received, leg)
+    def depart(self, rows: Tensor, sent: list[int], received: list[int], phase: str) -> Tensor:
+        self._buffer, self._flight = self.all_to_all.start(rows, sent, received, phase)
         if not self.all_to_all.overlap:
             self._flight.wait()
         return self._buffer

@@ -31,7 +31,7 @@ def _slice(parameter: nn.Parameter, owned: range) -> nn.Parameter:
 def connect_experts(model: nn.Module, groups: ExpertGroups, *, overlap: bool = True, share: bool = True) -> AllToAll:
     """Give every routed layer a dispatcher through the expert-parallel group; the AllToAll they share counts bytes.
 
-    overlap: the home leg flies while the base layer computes. share: linears that read one tensor send together.
+    overlap: the home phase flies while the base layer computes. share: linears that read one tensor send together.
     """
     all_to_all = AllToAll(groups.expert_parallel, overlap=overlap)
     for layers in _sharing_an_input(model, share):

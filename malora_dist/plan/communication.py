@@ -14,7 +14,7 @@ COUNT_BYTES = 8
 
 @dataclass(frozen=True)
 class ExchangeBytes:
-    """Bytes one rank sends for one adapted layer and micro-batch, by leg, recomputation included."""
+    """Bytes one rank sends for one adapted layer and micro-batch, by phase, recomputation included."""
 
     counts: int
     rows: int
@@ -43,7 +43,7 @@ def exchange_bytes(
 
     in_width is D (S_A's rank; the layer's inputs for methods without S_A), out_width is O, itemsize the bytes of a
     number that is sent (2 for bf16), gate_itemsize those of a gate. `recompute`: activation checkpointing runs the
-    forward legs a second time.
+    forward phases a second time.
     """
     sent, received = sum(sent_rows), sum(received_rows)
     row = in_width * itemsize + num_local_experts * gate_itemsize

@@ -135,7 +135,7 @@ def wrong_routes(routes: Routes, all_ids: list[Any], place: int, case: ExchangeC
 def wrong_bytes(
     case: ExchangeCase, switch: str, found: Run, routes: Routes, all_ids: list[Any], place: int
 ) -> list[str]:
-    """Four counts of the bytes of each leg: AllToAll's, the formula's, the naive one, and that of real messages."""
+    """Four counts of the bytes of each phase: AllToAll's, the formula's, the naive one, and that of real messages."""
     L, recompute = len(case.outs), switch == "recomputed"
     itemsize = DTYPES[case.dtype].itemsize
     sizes = {"in_width": case.D or case.I, "itemsize": itemsize, "gate_itemsize": max(4, itemsize)}
@@ -155,14 +155,14 @@ def wrong_bytes(
         passes = {"forwards": 1 + recompute}
         naive.update(exchange_bytes_reference(ids, case.E, out_width=out_width, **sizes, **passes)[place])
     if switch == "each for itself":
-        legs = ["counts", "rows", "returns"] * L + ["grad_returns", "grad_rows"] * L
+        phases = ["counts", "rows", "returns"] * L + ["grad_returns", "grad_rows"] * L
     else:
         forward = ["counts", "rows", *["returns"] * L]
-        legs = forward * (1 + recompute) + ["grad_returns"] * L + ["grad_rows"]
-    if len(legs) != len(found.messages):
-        return [f"{switch}: {len(found.messages)} messages, not {len(legs)}"]
-    for leg, size in zip(legs, found.messages, strict=True):
-        real[leg] += size
+        phases = forward * (1 + recompute) + ["grad_returns"] * L + ["grad_rows"]
+    if len(phases) != len(found.messages):
+        return [f"{switch}: {len(found.messages)} messages, not {len(phases)}"]
+    for phase, size in zip(phases, found.messages, strict=True):
+        real[phase] += size
     counts = {"counted": found.sent_bytes, "formula": formula, "naive": naive, "real": real}
-    texts = {name: str({leg: count.get(leg, 0) for leg in real}) for name, count in counts.items()}
+    texts = {name: str({phase: count.get(phase, 0) for phase in real}) for name, count in counts.items()}
     return [] if len(set(texts.values())) == 1 else [f"{switch}: {texts}"]

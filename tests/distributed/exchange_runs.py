@@ -29,7 +29,7 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """Outputs and gradients by name, bytes sent by leg as AllToAll counts them, and every message's real bytes."""
+    """Outputs and gradients by name, bytes sent by phase as AllToAll counts them, and every message's real bytes."""
 
     values: Values
     sent_bytes: dict[str, int]

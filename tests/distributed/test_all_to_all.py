@@ -82,7 +82,7 @@ def test_bf16_rows_are_added_in_fp32() -> None:
 def test_odd_cases(aspect: str, world_size: int) -> None:
     """twin: outputs and every gradient equal the naive twin's, in float64, fp32 and bf16, by both forms of computation.
     bits: again, without overlap, with every linear for itself and with recomputation, every number is the same.
-    bytes: what the formula says, what AllToAll counts and what was really handed over agree, leg by leg.
+    bytes: what the formula says, what AllToAll counts and what was really handed over agree, phase by phase.
     """
     for rank in results(world_size):
         wrong = {name: errors[aspect] for name, errors in rank["cases"].items() if errors[aspect]}

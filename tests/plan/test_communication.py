@@ -8,7 +8,7 @@ from malora_dist.plan.communication import exchange_bytes, rows_per_token
 from tests.reference import exchange_bytes_reference, owners_reference
 
 SIZES = [(E, K, W) for E in (4, 6, 8) for K in range(1, E + 1) for W in (1, 2, 4, 8) if E % W == 0]
-LEGS = ("counts", "rows", "returns", "grad_returns", "grad_rows")
+PHASES = ("counts", "rows", "returns", "grad_returns", "grad_rows")
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "ep_size"), SIZES)
@@ -43,5 +43,5 @@ def test_every_leg_equals_a_count_of_messages(
             recompute=recompute,
             **sizes,
         )
-        assert {leg: getattr(found, leg) for leg in LEGS} == wanted[rank], rank
+        assert {phase: getattr(found, phase) for phase in PHASES} == wanted[rank], rank
         assert found.total == sum(wanted[rank].values())
