@@ -14,7 +14,7 @@ from malora_dist.config.topology import (
     accumulation_steps,
     expert_parallel_ranks,
     legal_world_sizes,
-    owned_experts,
+    local_experts,
 )
 from malora_dist.errors import ConfigError, MaloraError, TopologyError
 
@@ -131,7 +131,7 @@ def _expert_parallel_errors(config: RunConfig, world_size: int, version: str | N
         )
         return
     for check in (
-        lambda: owned_experts(0, ep_size, config.adapter.num_experts),
+        lambda: local_experts(0, ep_size, config.adapter.num_experts),
         lambda: expert_parallel_ranks(world_size, ep_size),
     ):
         try:

@@ -61,10 +61,10 @@ def expert_data_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]
     return [list(range(start, world_size, ep_size)) for start in range(ep_size)]
 
 
-def owned_experts(rank: int, ep_size: int, num_experts: int) -> range:
+def local_experts(rank: int, ep_size: int, num_experts: int) -> range:
     """The global ids of the experts that `rank` owns; one slice of the stacked experts.
 
-    >>> owned_experts(3, ep_size=2, num_experts=8)
+    >>> local_experts(3, ep_size=2, num_experts=8)
     range(4, 8)
 
     Raises TopologyError unless ep_size divides num_experts.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from malora_dist.config.topology import expert_data_parallel_ranks, expert_parallel_ranks, owned_experts
+from malora_dist.config.topology import expert_data_parallel_ranks, expert_parallel_ranks, local_experts
 from malora_dist.distributed.process_groups import set_timeouts
 from malora_dist.errors import TopologyError
 
@@ -23,9 +23,9 @@ class ExpertGroups:
     expert_parallel: dist.ProcessGroup
     expert_data_parallel: dist.ProcessGroup
 
-    def owned(self, num_experts: int) -> range:
-        """Global numbers of this process's experts."""
-        return owned_experts(dist.get_rank(), self.ep_size, num_experts)
+    def local_experts(self, num_experts: int) -> range:
+        """Return the global numbers of this process's experts."""
+        return local_experts(dist.get_rank(), self.ep_size, num_experts)
 
 
 def create_expert_groups(ep_size: int, timeout_seconds: float) -> ExpertGroups | None:

@@ -11,11 +11,11 @@ from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.zero3 import mark_expert_parameter
 
 
-def keep_owned_experts(layer: MixtureLinear, groups: ExpertGroups) -> None:
+def keep_local_experts(layer: MixtureLinear, groups: ExpertGroups) -> None:
     """Replace a layer's stacked factors by this process's slice, marked for ZeRO."""
     if not layer.routed:
         return
-    owned = groups.owned(layer.num_experts)
+    owned = groups.local_experts(layer.num_experts)
     assert layer.core is not None, "check_plan refuses methods whose tokens use every expert"
     parts = [_slice(parameter, owned) for parameter in (layer.core, layer.B)]
     for part in parts:

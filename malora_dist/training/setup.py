@@ -15,7 +15,7 @@ from malora_dist.data.build import PreparedData
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.all_to_all import AllToAll
 from malora_dist.distributed.expert_groups import ExpertGroups
-from malora_dist.distributed.expert_parallel import connect_experts, keep_owned_experts
+from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
 from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.zero3 import gathered, partition_at_once
 from malora_dist.training.balance_loss import BalanceSettings
@@ -55,7 +55,7 @@ def add_adapters(
     def place(layer: MixtureLinear) -> None:
         between()
         if groups is not None:
-            keep_owned_experts(layer, groups)
+            keep_local_experts(layer, groups)
         if partition is not None:
             partition([parameter for _, parameter in layer.factors()])
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.distributed.expert_groups import ExpertGroups
-from malora_dist.distributed.expert_parallel import connect_experts, keep_owned_experts
+from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
 from malora_dist.ops.dropout import keep_mask, token_keys
 from tests.cases import DROPOUT_P
 from tests.distributed.exchange_cases import DTYPES, ExchangeCase
@@ -113,7 +113,7 @@ def run(
     x = own[0]["x"].to(DTYPES[case.dtype]).requires_grad_()
     layers = nn.ModuleDict({name: _layer(case, tensors, rank) for name, tensors in zip(NAMES, own, strict=False)})
     for layer in layers.values():
-        keep_owned_experts(layer, groups)
+        keep_local_experts(layer, groups)
     all_to_all = connect_experts(layers, groups, overlap=overlap, share=share)
 
     def forward(x: Tensor) -> list[Tensor]:
@@ -165,7 +165,7 @@ def twin(case: ExchangeCase, own: Sequence[Values], rank: int, groups: ExpertGro
     direction = torch.cat([_direction(y).flatten() for y in outputs])
     found = gradients(torch.cat([y.flatten() for y in outputs]), list(leaves.values()), direction)
     values = {f"{number}.y": y.detach() for number, y in enumerate(outputs)} | dict(zip(leaves, found, strict=True))
-    owned = groups.owned(case.E)
+    owned = groups.local_experts(case.E)
     for name in values:
         if name.endswith((".P", ".A", ".B")):
             total = values[name].contiguous()

@@ -20,7 +20,7 @@ from malora_dist.adapters.methods import mixture_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.distributed.expert_groups import ExpertGroups, create_expert_groups
-from malora_dist.distributed.expert_parallel import connect_experts, keep_owned_experts
+from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
 from malora_dist.distributed.process_groups import World, group_timeouts, replicate
 from malora_dist.distributed.zero012 import link_optimizer_state
 from malora_dist.distributed.zero3 import (
@@ -97,7 +97,7 @@ def build_model(
             layer.entrance.gate.data.zero_()
             layer.entrance.gate.requires_grad_(False)
         if groups is not None:
-            keep_owned_experts(layer, groups)
+            keep_local_experts(layer, groups)
         if partition is not None and not case.get("whole_adapters"):
             partition([parameter for _, parameter in layer.factors()])
 
