@@ -9,8 +9,8 @@ from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.protocols import Entered
 from malora_dist.adapters.shared_input import SharedInput
 from malora_dist.ops.input_projection import autocast, enter
+from malora_dist.ops.products import WeightCopies
 from malora_dist.ops.routing import Routing, choose
-from malora_dist.ops.weight_copies import WeightCopies
 
 # Linears of one parent module that read the same tensor.
 SIBLINGS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.adapters.fused_projections import SIBLINGS, join_siblings, part_siblings
-from malora_dist.adapters.kernels import require_triton
-from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.layer import MixtureLinear, require_triton
 from malora_dist.adapters.methods import MixtureSpec, count_parameters, factor_shapes
 from malora_dist.adapters.saving import Injected, release, save_adapters_of
 from malora_dist.adapters.targets import find_targets, fused_experts, plain_names

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.ops.input_projection import enter
+from malora_dist.ops.products import WeightCopies
 from malora_dist.ops.routing import Routing, choose
-from malora_dist.ops.weight_copies import WeightCopies
 
 
 class Entrance(nn.Module):

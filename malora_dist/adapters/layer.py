@@ -11,15 +11,16 @@ from malora_dist.adapters.input_projection import Entrance
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.adapters.protocols import AddExperts, Dispatcher, Entered, EntersTogether
 from malora_dist.adapters.recompute import is_recomputing, refuse_reentrant
-from malora_dist.ops.cost import prefer_grouped
+from malora_dist.errors import ConfigError
+from malora_dist.ops.choices import prefer_grouped
 from malora_dist.ops.dense import dense_experts
+from malora_dist.ops.devices import missing_for_triton, triton_ready
 from malora_dist.ops.dropout import keyed_dropout
 from malora_dist.ops.grouped import grouped_experts
 from malora_dist.ops.init import kaiming_uniform, shared_subspace_init
 from malora_dist.ops.input_projection import autocast, enter
+from malora_dist.ops.products import WeightCopies
 from malora_dist.ops.routing import Routing, largest
-from malora_dist.ops.triton_ready import triton_ready
-from malora_dist.ops.weight_copies import WeightCopies
 
 
 class MixtureLinear(nn.Module):
@@ -234,6 +235,13 @@ class MixtureLinear(nn.Module):
             f"num_experts={self.num_experts}, top_k={self.top_k}, r={self.r}, shared_r={self.shared_r}, "
             f"scaling={self.scaling}, form={self.form}"
         )
+
+
+def require_triton(device: torch.device) -> None:
+    """Raise ConfigError where the Triton kernels cannot run on `device`, with what is missing."""
+    missing = missing_for_triton(device)
+    if missing is not None:
+        raise ConfigError(f"adapter.computation=grouped_triton needs {missing}; choose adapter.computation=auto")
 
 
 def _measure_again(layer: MixtureLinear, _: object) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from malora_dist.config.base import Rule, Section, usable_path
-from malora_dist.ops.attention_choice import VARLEN
+from malora_dist.ops.choices import VARLEN
 
 DTYPE_NAMES = {"bf16": "bfloat16", "torch.bfloat16": "bfloat16", "fp32": "float32", "torch.float32": "float32"}
 

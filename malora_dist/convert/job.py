@@ -22,7 +22,7 @@ from malora_dist.models.config import read_model_config
 from malora_dist.models.load import load_base_model, load_tokenizer
 from malora_dist.models.resolve import resolve_model
 from malora_dist.models.weights.fingerprint import base_fingerprint
-from malora_dist.ops.attention_choice import VARLEN
+from malora_dist.ops.choices import VARLEN
 from malora_dist.training.sequence_lengths import position_notes
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from malora_dist.ops.choices import chunk_rows
 from malora_dist.ops.linear_cross_entropy import linear_cross_entropy
-from malora_dist.ops.loss_chunks import chunk_rows
 
 
 class LossHead(nn.Linear):

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from malora_dist.ops.gating import gate_ranks, gate_ranks_backward_
-from malora_dist.ops.scaled import scaled_product
-from malora_dist.ops.weight_copies import WeightCopies, expert_rows
+from malora_dist.ops.products import WeightCopies, expert_rows, scaled_product
 
 
 def dense_experts(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from malora_dist.ops.grouped_triton import grouped_backward, grouped_forward
+from malora_dist.ops.products import WeightCopies, expert_rows
 from malora_dist.ops.routing import Routing
-from malora_dist.ops.weight_copies import WeightCopies, expert_rows
 
 
 def grouped_experts(

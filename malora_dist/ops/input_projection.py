@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from malora_dist.ops.dropout import add_dropped_, drop
-from malora_dist.ops.scaled import scaled_product
-from malora_dist.ops.weight_copies import WeightCopies
+from malora_dist.ops.products import WeightCopies, scaled_product
 
 
 def enter(

@@ -6,7 +6,7 @@ count; copies of them in another dtype or layout do.
 
 import math
 
-from malora_dist.ops.loss_chunks import chunk_rows
+from malora_dist.ops.choices import chunk_rows
 from malora_dist.plan.communication import rows_per_token
 from malora_dist.plan.parameters import FP32
 from malora_dist.plan.run import Run, is_grouped

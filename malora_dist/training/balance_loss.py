@@ -24,8 +24,8 @@ from malora_dist.ops.balance import (
     expert_statistics,
     load_balancing_loss,
 )
+from malora_dist.ops.devices import to_device
 from malora_dist.ops.routing import Routing
-from malora_dist.ops.transfer import to_device
 
 
 @dataclass(frozen=True)

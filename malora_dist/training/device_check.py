@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from malora_dist.adapters.kernels import require_triton
+from malora_dist.adapters.layer import require_triton
 from malora_dist.config import RunConfig
 from malora_dist.config.summary import adapter_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.process_groups import World, gather_lists, raise_on_all_ranks
 from malora_dist.errors import ConfigError
-from malora_dist.ops.triton_ready import missing_for_triton
+from malora_dist.ops.devices import missing_for_triton
 from malora_dist.plan import Hardware, Lengths, Report, find_shape
 from malora_dist.plan.memory import bytes_per_rank
 from malora_dist.plan.run import run_of

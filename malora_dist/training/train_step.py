@@ -14,9 +14,9 @@ from malora_dist.distributed.process_groups import World, max_over_control, sum_
 from malora_dist.distributed.zero012 import clip_gradients
 from malora_dist.errors import NonFiniteError, TrainingError
 from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
+from malora_dist.ops.devices import to_device
 from malora_dist.ops.loss import batch_counts, target_weights
-from malora_dist.ops.transfer import to_device
-from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.ops.products import kept_weight_copies
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
 from malora_dist.training.nonfinite_guard import GradientGuard, first_nonfinite_layer, stop_if_nonfinite
 from malora_dist.training.watchdog import Position

@@ -16,7 +16,7 @@ from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
 from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
 from malora_dist.ops.dropout import keep_mask, token_keys
-from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.ops.products import kept_weight_copies
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
 from tests.tiny_models import tiny_config
 

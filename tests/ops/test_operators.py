@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from malora_dist.ops.devices import triton_ready
 from malora_dist.ops.dropout import add_dropped_, drop, keep_mask, token_keys
 from malora_dist.ops.gating import gate_ranks, gate_ranks_backward_
 from malora_dist.ops.routing import choose_experts, choose_experts_backward
-from malora_dist.ops.triton_ready import triton_ready
 from tests.devices import kernel_device
 from tests.reference import routing_reference
 

@@ -14,7 +14,7 @@ from malora_dist.bench.local.peers.baselines import LORA, MALORA, MOLORA, Contes
 from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.bench.strict.device import TYPE, StrictDevice
 from malora_dist.ops.dropout import token_keys
-from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.ops.products import kept_weight_copies
 
 Counted = dict[str, int]
 

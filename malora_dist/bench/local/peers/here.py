@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from malora_dist.adapters.kernels import require_triton
+from malora_dist.adapters.layer import require_triton
 from malora_dist.bench.local.peers.baselines import Contestant, chosen
-from malora_dist.ops.triton_ready import triton_ready
+from malora_dist.ops.devices import triton_ready
 
 KERNELS = "grouped_triton"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from malora_dist.adapters.kernels import require_triton
+from malora_dist.adapters.layer import require_triton
 from malora_dist.errors import ConfigError
-from malora_dist.ops.triton_ready import missing_for_c, missing_for_triton, triton_ready
+from malora_dist.ops.devices import missing_for_c, missing_for_triton, triton_ready
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -67,7 +67,7 @@ def test_the_launchers_need_a_c_compiler(monkeypatch: pytest.MonkeyPatch, machin
 
 
 def test_the_launchers_need_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("malora_dist.ops.triton_ready._python_headers", lambda: tmp_path)
+    monkeypatch.setattr("malora_dist.ops.devices._python_headers", lambda: tmp_path)
     assert f"there is no {tmp_path / 'Python.h'}" in str(missing_for_triton(GPU))
 
 

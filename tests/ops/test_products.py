@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from malora_dist.adapters.inject import adapter_parameters, inject_adapters
 from malora_dist.adapters.methods import METHODS, mixture_spec
-from malora_dist.ops.weight_copies import WeightCopies, kept_weight_copies
+from malora_dist.ops.products import WeightCopies, kept_weight_copies
 from tests.tiny_models import tiny_llama
 
 IDS = torch.arange(24)[None] % 61
