@@ -132,15 +132,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def count_base_parameters(model: nn.Module) -> int:
-    """Weights of the base as its authors count them: a 4-bit blob counts the weights it stands for."""
+    """Weights of the base as its authors count them: a packed 4-bit weight counts as the weights that it stands for."""
     total = 0
     for module in model.modules():
         if isinstance(module, NF4Linear):
             total += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
-    blobs = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters()}
+    packed = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters()}
     adapters = {id(p) for _, p in adapter_parameters(model)}
     # ds_numel: ZeRO-3 leaves an empty tensor in place of a partitioned parameter.
-    others = (p for p in model.parameters() if id(p) not in blobs | adapters)
+    others = (p for p in model.parameters() if id(p) not in packed | adapters)
     return total + sum(getattr(p, "ds_numel", p.numel()) for p in others)
 
 

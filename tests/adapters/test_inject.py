@@ -92,8 +92,8 @@ def test_report_counts_the_weights_a_blob_stands_for() -> None:
     attention = model.model.layers[0].self_attn
     for name in ("q_proj", "o_proj"):
         linear = getattr(attention, name)
-        blob = quantize_nf4(linear.weight)
-        quantized = NF4Linear(blob, linear.bias.detach(), linear.in_features, linear.out_features, False)
+        packed = quantize_nf4(linear.weight)
+        quantized = NF4Linear(packed, linear.bias.detach(), linear.in_features, linear.out_features, False)
         setattr(attention, name, quantized)
     report = inject_adapters(model, MALORA)
     assert report.base_parameters == expected

@@ -84,8 +84,8 @@ def memory_of_loading(world: World, folder: str) -> dict[str, int]:
     before = psutil.Process().memory_info().rss
     model = load_base_model(Path(folder, "large"), reader=world.is_main, place=place)
     growth = highest_memory() - before
-    blobs = sum(nf4_bytes(m.in_features * m.out_features) for m in model.modules() if isinstance(m, NF4Linear))
-    return {"growth": growth, "part": resident_bytes(model)["base"], "whole": blobs}
+    packed = sum(nf4_bytes(m.in_features * m.out_features) for m in model.modules() if isinstance(m, NF4Linear))
+    return {"growth": growth, "part": resident_bytes(model)["base"], "whole": packed}
 
 
 def highest_memory() -> int:
