@@ -13,7 +13,7 @@ from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.errors import ConfigError
 from malora_dist.models.nf4_linear import NF4Linear
-from malora_dist.ops.dropout import keep_mask
+from malora_dist.ops.dropout import dropout_mask
 from malora_dist.ops.nf4 import quantize_nf4
 from tests.tiny_models import tiny_llama
 
@@ -86,7 +86,7 @@ def _share_masks(ours: nn.Module, peft_model: Any, dropout: float) -> None:
     class Masked(nn.Module):
         def __init__(self, layer: MixtureLinear) -> None:
             super().__init__()
-            mask = keep_mask(layer.token_keys, layer.entrance.input_salt, layer.in_features, dropout)
+            mask = dropout_mask(layer.token_keys, layer.entrance.input_salt, layer.in_features, dropout).bool()
             self.scale_TI = mask.double() / (1 - dropout)
 
         def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import METHODS, MixtureSpec, mixture_spec
 from malora_dist.models.nf4_linear import NF4Linear
-from malora_dist.ops.dropout import keep_mask, token_keys
+from malora_dist.ops.dropout import dropout_mask, token_keys
 from malora_dist.ops.nf4 import quantize_nf4
 from malora_dist.ops.routing import route
 from tests.cases import ADAPTER_CASES, CASES, DROPOUT_P, AdapterCase, make_inputs, output_gradient
@@ -71,7 +71,7 @@ def test_layer_equals_the_twin(case: AdapterCase, method: str, computation: str,
     named = {re.sub(r"^(entrance|dora)\.", "", name): parameter for name, parameter in layer.named_parameters()}
     twin = {name: parameter for name, parameter in named.items() if not name.startswith("base_layer")}
     twin |= {"x": x, "base": F.linear(x, named["base_layer.weight"], named["base_layer.bias"])}
-    twin["mask"] = keep_mask(layer.token_keys, SALT, case.I, DROPOUT_P).double()
+    twin["mask"] = dropout_mask(layer.token_keys, SALT, case.I, DROPOUT_P).bool().double()
     if method == "dora":
         base = named["base_layer.weight"], named["base_layer.bias"]
         expected = dora_reference(twin, *base, scaling=SCALING, dropout_p=DROPOUT_P)

@@ -16,7 +16,7 @@ from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
-from malora_dist.ops.dropout import keep_mask, token_keys
+from malora_dist.ops.dropout import dropout_mask, token_keys
 from tests.cases import DROPOUT_P
 from tests.distributed.exchange_cases import DTYPES, ExchangeCase
 from tests.reference import adapter_reference, gradients
@@ -151,7 +151,7 @@ def twin(case: ExchangeCase, own: Sequence[Values], rank: int, groups: ExpertGro
         leaves |= {f"{number}.{name}": leaf for name, leaf in factors.items()}
         inputs = factors | {"x": leaves["x"], "base": F.linear(leaves["x"], tensors["weight"]) + factors["base"]}
         if case.dropout:
-            inputs["mask"] = keep_mask(_keys(len(leaves["x"]), rank), SALT, case.I, DROPOUT_P).double()
+            inputs["mask"] = dropout_mask(_keys(len(leaves["x"]), rank), SALT, case.I, DROPOUT_P).bool().double()
         outputs.append(
             adapter_reference(
                 case.method,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from malora_dist.ops.dropout import keep_mask, keyed_dropout, token_keys
+from malora_dist.ops.dropout import dropout_mask, keyed_dropout, token_keys
 from malora_dist.ops.nf4 import dequantize_nf4, quantize_nf4
 from tests.gpu.steps import masks
 
@@ -21,7 +21,7 @@ def test_what_is_dropped_forward_and_backward(dtype: torch.dtype) -> None:
     """By whatever kernel drops it, in rows that are not aligned."""
     tokens = torch.arange(97)
     keys = token_keys(3, 7, tokens // 5, tokens % 5)
-    kept = keep_mask(keys, 11, 131, 0.3)
+    kept = dropout_mask(keys, 11, 131, 0.3).bool()
     x = torch.ones(97, 133, dtype=dtype, device=GPU)[:, 1:132].requires_grad_()
     y = keyed_dropout(x, keys.to(GPU), 11, 0.3)
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from malora_dist.ops.dropout import keep_mask, token_keys
+from malora_dist.ops.dropout import dropout_mask, token_keys
 from malora_dist.ops.input_projection import enter
 from tests.reference import gradients
 
@@ -43,7 +43,11 @@ def _twin(x_TI: Tensor, downs: list[Tensor], gates: list[Tensor], mask_TI: Tenso
 def test_outputs_and_gradients_equal_the_twin(name: str, dropout: bool, T: int) -> None:
     x_TI, downs, gates, keys_T = _tensors(name, T)
     ours = enter(x_TI, downs, gates, keys_T if dropout else None, SALT, P)
-    mask_TI = keep_mask(keys_T, SALT, 13, P).double() if dropout else torch.full((T, 13), 1 - P, dtype=torch.float64)
+    mask_TI = (
+        dropout_mask(keys_T, SALT, 13, P).bool().double()
+        if dropout
+        else torch.full((T, 13), 1 - P, dtype=torch.float64)
+    )
     expected = _twin(x_TI, downs, gates, mask_TI)
     for got, want in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, want, **CLOSE)
