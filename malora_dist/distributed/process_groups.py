@@ -99,14 +99,6 @@ def set_timeouts(timeout_seconds: float) -> None:
         _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
-def group_timeouts() -> list[float]:
-    """Timeout in seconds of every backend of every group of this process."""
-    from torch.distributed.distributed_c10d import _world
-
-    backends = [group._get_backend(device) for group in _world.pg_map for device in group._device_types]
-    return [backend.options._timeout.total_seconds() for backend in backends]
-
-
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place."""
     dist.all_reduce(tensor)

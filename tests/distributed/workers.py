@@ -19,7 +19,6 @@ from malora_dist.distributed.process_groups import (
     World,
     broadcast_object,
     gather_lists,
-    group_timeouts,
     max_over_processes,
     replicate,
     set_timeouts,
@@ -32,7 +31,7 @@ from malora_dist.models.load import build_empty_model, load_base_model
 from malora_dist.models.nf4_linear import NF4Linear
 from malora_dist.ops.nf4 import nf4_bytes
 from malora_dist.training.deepspeed_engine import build_engine
-from tests.multiprocess import run_distributed
+from tests.multiprocess import group_timeouts, run_distributed
 from tests.training.workers import build_model, make_model
 
 DTYPES = ["uint8", "bfloat16", "float32"]

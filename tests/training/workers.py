@@ -21,7 +21,7 @@ from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.distributed.expert_groups import ExpertGroups, create_expert_groups
 from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
-from malora_dist.distributed.process_groups import World, group_timeouts, replicate
+from malora_dist.distributed.process_groups import World, replicate
 from malora_dist.distributed.zero012 import link_optimizer_state
 from malora_dist.distributed.zero3 import (
     gathered,
@@ -36,6 +36,7 @@ from malora_dist.training import train_step as step_module
 from malora_dist.training.balance_loss import BalanceSettings
 from malora_dist.training.deepspeed_engine import OptimizerSettings, build_engine
 from malora_dist.training.train_step import Stepper, StepResult
+from tests.multiprocess import group_timeouts
 from tests.tiny_models import tiny_config
 
 STEPS, ACCUMULATION = 5, 2
