@@ -14,7 +14,7 @@ from malora_dist.models.nf4_linear import NF4Linear
 ROWS = 1024
 
 
-class Magnitude(nn.Module):
+class DoRALayer(nn.Module):
     """y = base + g (W h + s B A h) - W h  with  g = m / ||W + s B A||, a norm for each row, which has no gradient.
 
     h is the adapter's input: where dropout changed it, base = W x + bias and W h differ, as in PEFT. m is `magnitude`
@@ -43,7 +43,7 @@ class Magnitude(nn.Module):
             wide = torch.promote_types(weight_OI.dtype, torch.float32)
             self.base_squares = weight_OI.to(wide).square().sum(dim=1).to(device)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Magnitude":
+    def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
         """Move; ||W||^2 is never rounded, since what is left of it after a difference is a norm."""
         squares_O = self.base_squares
         super()._apply(fn, recurse)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.fused_projections import SIBLINGS, join_siblings, part_siblings
+from malora_dist.adapters.fused_projections import READERS, fuse_input_projections, unfuse_input_projections
 from malora_dist.adapters.layer import MixtureLinear, require_triton
 from malora_dist.adapters.methods import MixtureSpec, count_parameters, factor_shapes
 from malora_dist.adapters.saving import Injected, release, save_adapters_of
@@ -54,7 +54,7 @@ def inject_adapters(
     *,
     lora_dropout: float = 0.0,
     computation: str = "auto",
-    fuse_siblings: bool = False,
+    fuse_projections: bool = False,
     seed: int = 0,
     init_weights: bool = True,
     place: Callable[[MixtureLinear], None] | None = None,
@@ -67,10 +67,10 @@ def inject_adapters(
 
     Adapters are fp32, built on the device of the layer they wrap. Their initial values depend on the seed and the
     module's name alone, so every process builds the same ones (DoRA's magnitude depends on the base's weight too, which
-    `whole(base_layer)` must show whole while it is measured). With `fuse_siblings`, linears that read one tensor enter
-    together (`adapters.fused_projections`), where the method has an S_A. `place` then decides what of a layer stays on
-    this process, before the next layer is built; the report counts whole layers all the same. Without `init_weights` no
-    initial value is computed: the factors are memory that the caller must fill, every one.
+    `whole(base_layer)` must show whole while it is measured). With `fuse_projections`, linears that read one tensor
+    project together (`adapters.fused_projections`), where the method has an S_A. `place` then decides what of a layer
+    stays on this process, before the next layer is built; the report counts whole layers all the same. Without
+    `init_weights` no initial value is computed: the factors are memory that the caller must fill, every one.
 
     Raises ConfigError if `computation` is grouped_triton where Triton cannot run, if the model has adapters already, or
     if a target matches nothing or matches a module that is not a linear. Experts that a model keeps as one 3-D
@@ -97,8 +97,8 @@ def inject_adapters(
             if place is not None:
                 place(layer)
     rows = [row for target, matched in matches.items() for row in _rows(model, spec, target, matched)]
-    if fuse_siblings and spec.shared_r is not None:
-        join_siblings(model)
+    if fuse_projections and spec.shared_r is not None:
+        fuse_input_projections(model)
     keep_differentiable(model)
     save_adapters_of(model, Injected(spec, names, lora_dropout, trained))
     return InjectionReport(
@@ -186,7 +186,7 @@ def _adapted(
             out_features=sizes[1],
             dropout=dropout,
             computation=computation,
-            input_salt=layer_seed(seed, f"{parent_name}:{SIBLINGS.get(leaf, leaf)}"),
+            input_salt=layer_seed(seed, f"{parent_name}:{READERS.get(leaf, leaf)}"),
             generator=torch.Generator("cpu").manual_seed(layer_seed(seed, name)),
             init_weights=init_weights,
         )
@@ -222,7 +222,7 @@ def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int,
 
 def remove_adapters(model: nn.Module) -> None:
     """Put every adapted layer's base back in its place: the model is what `inject_adapters` was given."""
-    part_siblings(model)
+    unfuse_input_projections(model)
     places = _places(model)
     for _, layer in list(mixture_layers(model)):
         for parent, leaf in places[id(layer)]:

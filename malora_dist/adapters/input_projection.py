@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.adapters.methods import MixtureSpec
-from malora_dist.ops.input_projection import enter
+from malora_dist.ops.input_projection import project
 from malora_dist.ops.products import WeightCopies
 from malora_dist.ops.routing import Routing, choose
 
 
-class Entrance(nn.Module):
+class InputProjection(nn.Module):
     """Router and shared down-projection S_A: x (T, I) -> h (T, D) and who gets it (MALoRA eqs. 4 and 7).
 
     The router reads x before dropout, h = S_A drop(x). A method without S_A (MoLoRA, LoRA) has no h, one without a
@@ -40,7 +40,7 @@ class Entrance(nn.Module):
         gates = [] if self.gate is None else [self.gate]
         if not downs and not gates:
             return x_TI, None, None
-        x_TI, h_TD, logits_TE = enter(x_TI, downs, gates, keys_T, self.input_salt, self.dropout, self.weight_copies)
+        x_TI, h_TD, logits_TE = project(x_TI, downs, gates, keys_T, self.input_salt, self.dropout, self.weight_copies)
         routing = choose(logits_TE, self.top_k, self.normalize_gates) if gates else None
         return x_TI, h_TD if downs else None, routing
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.dora import Magnitude
-from malora_dist.adapters.input_projection import Entrance
+from malora_dist.adapters.dora import DoRALayer
+from malora_dist.adapters.input_projection import InputProjection
 from malora_dist.adapters.methods import MixtureSpec
-from malora_dist.adapters.protocols import AddExperts, Dispatcher, Entered, EntersTogether
+from malora_dist.adapters.protocols import AddExperts, Dispatcher, ProjectedInput, EntersTogether
 from malora_dist.adapters.recompute import is_recomputing, refuse_reentrant
 from malora_dist.errors import ConfigError
 from malora_dist.ops.choices import prefer_grouped
@@ -18,7 +18,7 @@ from malora_dist.ops.devices import missing_for_triton, triton_ready
 from malora_dist.ops.dropout import keyed_dropout
 from malora_dist.ops.grouped import grouped_experts
 from malora_dist.ops.init import kaiming_uniform, shared_subspace_init
-from malora_dist.ops.input_projection import autocast, enter
+from malora_dist.ops.input_projection import autocast, project
 from malora_dist.ops.products import WeightCopies
 from malora_dist.ops.routing import Routing, largest
 
@@ -28,9 +28,9 @@ class MixtureLinear(nn.Module):
 
     `spec` says which. MALoRA: h = S_A drop(x), C_t = P_t. HydraLoRA: h = S_A drop(x), no C_t, all experts. MoLoRA:
     h = drop(x), C_t = A_t. LoRA: one expert, no router; DoRA: LoRA, rescaled.
-    The experts' stacked factors belong to this module, router and S_A to its `entrance`, DoRA's norms to `dora`. All
-    are fp32; products run in the dtype of x. `routing` keeps the last forward's decision; `balanced` says whether it
-    belongs in the balance loss.
+    The experts' stacked factors belong to this module, router and S_A to its `input_projection`, DoRA's norms to
+    `dora`. All are fp32; products run in the dtype of x. `routing` keeps the last forward's decision; `balanced` says
+    whether it belongs in the balance loss.
 
     The base's output is added to in place, and so is the gradient of its input: hooks on the base must copy what they
     keep. Without a `dispatcher` all experts are here. With one (`distributed.expert_parallel`), this module holds
@@ -64,13 +64,13 @@ class MixtureLinear(nn.Module):
         structure = spec.structure
         self.routed, self.scaling = structure.routed, spec.scaling
         self.balanced = structure.routed and not structure.dense
-        self.entrance = Entrance(in_features, spec, dropout=dropout, input_salt=input_salt)
-        self.dora = Magnitude(out_features) if structure.magnitude else None
-        self.core_name = "A" if spec.shared_r is None else "P" if structure.core else None
+        self.input_projection = InputProjection(in_features, spec, dropout=dropout, input_salt=input_salt)
+        self.dora = DoRALayer(out_features) if structure.magnitude else None
+        self.down_name = "A" if spec.shared_r is None else "P" if structure.expert_down else None
         width = in_features if spec.shared_r is None else spec.shared_r
         B = nn.Parameter(torch.empty(spec.num_experts, out_features, spec.r, dtype=torch.float32))
         down = None
-        if self.core_name is not None:
+        if self.down_name is not None:
             down = nn.Parameter(torch.empty(spec.num_experts, spec.r, width, dtype=torch.float32))
         self.set_experts(down, B)
         self.adapter_enabled = True
@@ -86,9 +86,9 @@ class MixtureLinear(nn.Module):
             self.register_load_state_dict_post_hook(_measure_again)
 
     @property
-    def core(self) -> nn.Parameter | None:
+    def expert_down(self) -> nn.Parameter | None:
         """What leads into the experts' ranks: P (E, r, D), A (E, r, I) without S_A, or nothing."""
-        return None if self.core_name is None else self.get_parameter(self.core_name)
+        return None if self.down_name is None else self.get_parameter(self.down_name)
 
     @property
     def weight(self) -> Any:
@@ -104,13 +104,13 @@ class MixtureLinear(nn.Module):
         """What a copy has, or a pickle: everything but what belongs to the last forward."""
         return self.__dict__ | {"routing": None, "token_keys": None, "weight_copies": None}
 
-    def set_experts(self, core: nn.Parameter | None, B: nn.Parameter) -> None:
+    def set_experts(self, expert_down: nn.Parameter | None, B: nn.Parameter) -> None:
         """Hold these experts, all or a slice of them."""
-        if self.core_name is not None:
-            setattr(self, self.core_name, core)
+        if self.down_name is not None:
+            setattr(self, self.down_name, expert_down)
         self.B = B
         self.num_local_experts = len(B)
-        self.expert_width = self.r if core is None else core.shape[2]
+        self.expert_width = self.r if expert_down is None else expert_down.shape[2]
 
     @property
     def form(self) -> str:
@@ -131,7 +131,7 @@ class MixtureLinear(nn.Module):
 
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter of every adapter tensor: gate, shared_A, P or A, B, magnitude; those the method has."""
-        for module in (self.entrance, self, self.dora):
+        for module in (self.input_projection, self, self.dora):
             if module is not None:
                 yield from module.named_parameters(recurse=False)
 
@@ -141,17 +141,17 @@ class MixtureLinear(nn.Module):
 
         DoRA's magnitude is the norm of the base's rows.
         """
-        n, E, shared_A = self.in_features, self.num_experts, self.entrance.shared_A
-        if self.entrance.gate is not None:
-            self.entrance.gate.copy_(kaiming_uniform((E, n), fan_in=n, generator=generator))
-        if shared_A is None or self.core is None:
-            down = self.core if shared_A is None else shared_A
+        n, E, shared_A = self.in_features, self.num_experts, self.input_projection.shared_A
+        if self.input_projection.gate is not None:
+            self.input_projection.gate.copy_(kaiming_uniform((E, n), fan_in=n, generator=generator))
+        if shared_A is None or self.expert_down is None:
+            down = self.expert_down if shared_A is None else shared_A
             assert down is not None
             down.copy_(kaiming_uniform(tuple(down.shape), fan_in=n, generator=generator))
         else:
             K_EDI = kaiming_uniform((E, len(shared_A), n), fan_in=n, generator=generator)
             for factor, value in zip(
-                (shared_A, self.core), shared_subspace_init(K_EDI, self.r, self.spec.beta), strict=True
+                (shared_A, self.expert_down), shared_subspace_init(K_EDI, self.r, self.spec.beta), strict=True
             ):
                 factor.copy_(value)
         self.B.zero_()
@@ -169,23 +169,23 @@ class MixtureLinear(nn.Module):
             base_TO = base_TO.clone()
         return add_experts(base_TO).view(*x.shape[:-1], self.out_features)
 
-    def enter(self, x: Tensor, through_A: bool = False) -> Entered:
+    def project(self, x: Tensor, after_A: bool = False) -> ProjectedInput:
         """What the layer makes of its input (..., I) before the experts; `routing` keeps the routing."""
         if self.siblings is not None:
-            entered = self.siblings.enter(self, x)
-            self._keep(entered.routing)
-            return entered
+            inputs = self.siblings.project(self, x)
+            self._keep(inputs.routing)
+            return inputs
         x_TI = autocast(x).reshape(-1, self.in_features)
-        keys_T = self.entrance.dropout_keys(x_TI, self.token_keys)
-        base_TI, h, routing = self.entrance(x_TI, keys_T)
+        keys_T = self.input_projection.dropout_keys(x_TI, self.token_keys)
+        base_TI, h, routing = self.input_projection(x_TI, keys_T)
         self._keep(routing)
-        salt, p = self.entrance.input_salt, self.entrance.dropout
+        salt, p = self.input_projection.input_salt, self.input_projection.dropout
         if h is not None:
-            return Entered(base_TI, h, routing)
-        if through_A:
-            base_TI, h, _ = enter(x_TI, [self.get_parameter("A")], [], keys_T, salt, p, self.weight_copies)
-            return Entered(base_TI, h, routing, through_A)
-        return Entered(base_TI, x_TI if keys_T is None else keyed_dropout(x_TI, keys_T, salt, p), routing)
+            return ProjectedInput(base_TI, h, routing)
+        if after_A:
+            base_TI, h, _ = project(x_TI, [self.get_parameter("A")], [], keys_T, salt, p, self.weight_copies)
+            return ProjectedInput(base_TI, h, routing, after_A)
+        return ProjectedInput(base_TI, x_TI if keys_T is None else keyed_dropout(x_TI, keys_T, salt, p), routing)
 
     def _keep(self, routing: Routing | None) -> None:
         # Recomputation in backward must not: its routing would keep a block's graph alive until the next forward.
@@ -197,26 +197,26 @@ class MixtureLinear(nn.Module):
             self.routing = routing
 
     def _start(self, x: Tensor) -> tuple[Tensor, AddExperts]:
-        entered = self.enter(x, through_A=self.core_name == "A" and not self.grouped and self.dora is None)
-        return entered.x_TI, lambda base_TO: self._add_experts(base_TO, entered)
+        inputs = self.project(x, after_A=self.down_name == "A" and not self.grouped and self.dora is None)
+        return inputs.x_TI, lambda base_TO: self._add_experts(base_TO, inputs)
 
-    def _add_experts(self, base_TO: Tensor, entered: Entered) -> Tensor:
+    def _add_experts(self, base_TO: Tensor, inputs: ProjectedInput) -> Tensor:
         """The base output with the weighted experts of this module added, in place but for DoRA."""
-        _, h, routing, through_A = entered
+        _, h, routing, after_A = inputs
         if self.dora is not None:
-            assert self.core is not None
-            same = self.entrance.dropout == 0 or not self.training
-            A, B = self.core.to(h.dtype), self.B.to(h.dtype)
+            assert self.expert_down is not None
+            same = self.input_projection.dropout == 0 or not self.training
+            A, B = self.expert_down.to(h.dtype), self.B.to(h.dtype)
             return self.dora(self.base_layer, base_TO, h, A, B, self.scaling, same)  # type: ignore[no-any-return]
         if self.grouped:
             assert routing is not None
             return self._grouped(base_TO, h, routing)
         gates_TE = None if routing is None else routing.gates_TE
-        core = None if through_A else self.core
-        return dense_experts(base_TO, h, core, self.B, gates_TE, self.scaling, self.weight_copies)
+        expert_down = None if after_A else self.expert_down
+        return dense_experts(base_TO, h, expert_down, self.B, gates_TE, self.scaling, self.weight_copies)
 
     def _grouped(self, base_TO: Tensor | None, h: Tensor, routing: Routing) -> Tensor:
-        factors = self.core, self.B, routing, self.scaling, self.weight_copies
+        factors = self.expert_down, self.B, routing, self.scaling, self.weight_copies
         # The kernels have no fp64.
         triton = self.form == "grouped_triton" and h.dtype != torch.float64
         return grouped_experts(base_TO, h, *factors, triton=triton)
@@ -224,7 +224,7 @@ class MixtureLinear(nn.Module):
     def sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
         """(N, O): the sum over this module's experts for rows that come with one gate per local expert."""
         if not self.grouped:
-            return dense_experts(None, h_ND, self.core, self.B, gates_NE, self.scaling, self.weight_copies)
+            return dense_experts(None, h_ND, self.expert_down, self.B, gates_NE, self.scaling, self.weight_copies)
         top_k = min(self.top_k, self.num_local_experts)
         # A row may have fewer experts here than top_k: its further ones have gate 0 and add nothing.
         ids_NK = largest(gates_NE.detach(), top_k)

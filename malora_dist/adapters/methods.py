@@ -21,7 +21,7 @@ class Structure:
 
     about: what a recipe's reader should know of it, in a few words.
     shared_down: one down-projection S_A (D, I) serves all experts. Otherwise each expert has its own A_t (R, I), eq. 3.
-    core: each expert has a P_t (R, D) behind S_A, eq. 7. Without one S_A has the experts' rank.
+    expert_down: each expert has a P_t (R, D) behind S_A, eq. 7. Without one S_A has the experts' rank.
     routed: a linear router weighs the experts for each token, eq. 4. Otherwise there is one expert.
     dense: all experts take part in every token, with their softmax weights; there is no load to balance.
     magnitude: the adapted weight W + s B A is rescaled to a trained norm for each output, as DoRA does.
@@ -29,14 +29,14 @@ class Structure:
 
     about: str
     shared_down: bool = False
-    core: bool = False
+    expert_down: bool = False
     routed: bool = False
     dense: bool = False
     magnitude: bool = False
 
     def __post_init__(self) -> None:
         wrong = {
-            "core needs shared_down: P_t reads what S_A makes": self.core and not self.shared_down,
+            "expert_down needs shared_down: P_t reads what S_A makes": self.expert_down and not self.shared_down,
             "dense needs routed: a router gives the experts' weights": self.dense and not self.routed,
             "shared_down needs routed: one expert shares with no other": self.shared_down and not self.routed,
             "magnitude needs a single expert: it rescales one product": self.magnitude and self.routed,
@@ -56,7 +56,7 @@ METHODS: dict[str, Structure] = {
     "dora": Structure(about="lora with a trained norm for each output", magnitude=True),
     "molora": Structure(about="each expert has its own down-projection", routed=True),
     "hydralora": Structure(about="all experts act on one shared projection", shared_down=True, routed=True, dense=True),
-    "malora": Structure(about="experts share one down-projection", shared_down=True, core=True, routed=True),
+    "malora": Structure(about="experts share one down-projection", shared_down=True, expert_down=True, routed=True),
 }
 
 
@@ -100,9 +100,9 @@ class MixtureSpec:
         return METHODS[self.method]
 
     @property
-    def has_core(self) -> bool:
+    def has_expert_down(self) -> bool:
         """Whether each expert has a down-projection of its own, P_t or A_t."""
-        return self.structure.core or not self.structure.shared_down
+        return self.structure.expert_down or not self.structure.shared_down
 
     @property
     def scaling(self) -> float:
@@ -132,7 +132,7 @@ def mixture_spec(
     use_rslora: bool = False,
 ) -> MixtureSpec:
     """Fill in what follows from the method: one expert without a router, all experts for a dense gate, `shared_r`
-    (r where experts have no core), and lora_alpha = 2 r.
+    (r where experts have no expert_down), and lora_alpha = 2 r.
 
     Raises ConfigError for an unknown method or impossible numbers.
     """
@@ -149,7 +149,7 @@ def mixture_spec(
             f"adapter.r={r}, adapter.num_experts={num_experts}, adapter.top_k={top_k}: "
             "each must be at least 1 and top_k at most num_experts"
         )
-    if not structure.core:
+    if not structure.expert_down:
         shared_r = r if structure.shared_down else None
     else:
         shared_r = default_shared_r(num_experts, r, compression_ratio) if shared_r is None else shared_r
@@ -180,7 +180,7 @@ def factor_shapes(spec: MixtureSpec, in_features: int, out_features: int) -> dic
         shapes["gate"] = (E, in_features)
     if spec.shared_r is not None:
         shapes["shared_A"] = (spec.shared_r, in_features)
-    if spec.structure.core:
+    if spec.structure.expert_down:
         assert spec.shared_r is not None
         shapes["P"] = (E, R, spec.shared_r)
     elif spec.shared_r is None:

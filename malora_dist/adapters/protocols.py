@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 AddExperts = Callable[[Tensor], Tensor]
 
 
-class Entered(NamedTuple):
+class ProjectedInput(NamedTuple):
     """A layer's input (T, I) as its base must read it, h (T, D) for the experts, and the routing.
 
-    `through_A`: h (T, E*R) has passed the experts' own A already.
+    `after_A`: h (T, E*R) has passed the experts' own A already.
     """
 
     x_TI: Tensor
     h: Tensor
     routing: Routing | None
-    through_A: bool = False
+    after_A: bool = False
 
 
 class EntersTogether(Protocol):
     """Linears that read one tensor."""
 
-    def enter(self, layer: "MixtureLinear", x: Tensor) -> Entered:
+    def project(self, layer: "MixtureLinear", x: Tensor) -> ProjectedInput:
         """What `layer` makes of its input (..., I) before its experts."""
 
 

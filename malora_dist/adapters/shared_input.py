@@ -17,7 +17,7 @@ class SharedInput(Generic[Part]):
 
     def __init__(self, layers: Sequence[nn.Module], compute: Callable[[Tensor], Sequence[Part]]) -> None:
         self._layers, self._compute = list(layers), compute
-        self._input: _Memory | None = None
+        self._input: _TensorVersion | None = None
         self._mode = (False, False)
         self._parts: dict[int, Part] = {}
 
@@ -30,14 +30,14 @@ class SharedInput(Generic[Part]):
         place = next(n for n, each in enumerate(self._layers) if each is layer)
         mode = torch.is_grad_enabled(), layer.training
         if place not in self._parts or self._mode != mode or self._input is None or not self._input.holds(x):
-            self._input, self._mode, self._parts = _Memory(x), mode, dict(enumerate(self._compute(x)))
+            self._input, self._mode, self._parts = _TensorVersion(x), mode, dict(enumerate(self._compute(x)))
         part = self._parts.pop(place)
         if not self._parts:
             self._input = None
         return part
 
 
-class _Memory:
+class _TensorVersion:
     """The numbers of a tensor as they are now; kept alive, so that nothing else takes their place."""
 
     def __init__(self, tensor: Tensor) -> None:

@@ -114,7 +114,7 @@ def adapter_kernels(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Ker
 def _all_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
     T, O, wide = sizes.T, sizes.O, spec.num_experts * spec.r  # noqa: E741
     yield from _down(spec, sizes, wide if spec.shared_r is None else spec.shared_r, form)
-    if spec.structure.core:
+    if spec.structure.expert_down:
         assert spec.shared_r is not None
         yield sizes.gemm("forward", "core", T, spec.shared_r, wide)
         yield sizes.gemm("dx", "core", T, wide, spec.shared_r)
@@ -155,7 +155,7 @@ def _chosen_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel
     if spec.shared_r is not None:
         yield from _down(spec, sizes, spec.shared_r, form)
     yield sizes.moves("forward", "dispatch", T * width + rows * width)
-    if spec.has_core:
+    if spec.has_expert_down:
         yield from _expert_products(spec, sizes, "down" if spec.shared_r is None else "core", width, spec.r)
     yield from _expert_products(spec, sizes, "up", spec.r, O)
     # Late gates make the sum of the experts a tensor of its own, which is then added to the base's output.

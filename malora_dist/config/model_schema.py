@@ -81,10 +81,10 @@ class ModelConfig(Section):
 def _unused_keys(structure: Structure) -> list[str]:
     """Return the keys of `adapter` that nothing reads for a method of this structure."""
     keys = [] if structure.routed else ["num_experts"]
-    keys += [] if structure.shared_down else ["fuse_siblings"]
+    keys += [] if structure.shared_down else ["fuse_projections"]
     if not structure.sparse:
         keys += ["top_k", "normalize_gates", "router_aux_loss_coef", "router_aux_loss_reduction", "balance_scope"]
-    return keys if structure.core else [*keys, "shared_r", "compression_ratio", "beta"]
+    return keys if structure.expert_down else [*keys, "shared_r", "compression_ratio", "beta"]
 
 
 def _registered(method: str) -> str:
@@ -113,6 +113,7 @@ class AdapterConfig(Section):
         "aux_loss_coef": "router_aux_loss_coef",
         "moe_aux_loss_coef": "router_aux_loss_coef",
         "shared_rank": "shared_r",
+        "fuse_siblings": "fuse_projections",
     }
 
     method: Annotated[str, AfterValidator(_registered)] = Field(
@@ -163,7 +164,7 @@ class AdapterConfig(Section):
         "grouped by Triton kernels, not yet run on a GPU. auto: the cheaper by counting; on a GPU never grouped, which "
         "makes the host wait.",
     )
-    fuse_siblings: bool = Field(
+    fuse_projections: bool = Field(
         True, description="One product for S_A and routers of linears that read one tensor (q, k, v; gate, up)."
     )
 
@@ -171,7 +172,7 @@ class AdapterConfig(Section):
         structure = METHODS[self.method]
         if structure.sparse and self.top_k > self.num_experts:
             yield Rule(("top_k", "num_experts"), f"must be at most adapter.num_experts={self.num_experts}")
-        if structure.core and self.shared_r is not None and self.shared_r < self.r:
+        if structure.expert_down and self.shared_r is not None and self.shared_r < self.r:
             yield Rule(("shared_r", "r"), f"must be at least adapter.r={self.r}")
         if len(set(self.target_modules)) < len(self.target_modules):
             yield Rule(("target_modules",), "must not name a module twice")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora_dist.adapters.fused_projections import join_siblings, part_siblings
+from malora_dist.adapters.fused_projections import fuse_input_projections, unfuse_input_projections
 from malora_dist.adapters.inject import mixture_layers
 from malora_dist.ops.routing import Routing
 
@@ -28,15 +28,15 @@ def deciding(model: nn.Module, decide: Decide) -> Iterator[None]:
         return hook
 
     joined = any(layer.siblings is not None for _, layer in mixture_layers(model))
-    part_siblings(model)
-    handles = [layer.entrance.register_forward_hook(hook_of(name)) for name, layer in mixture_layers(model)]
+    unfuse_input_projections(model)
+    handles = [layer.input_projection.register_forward_hook(hook_of(name)) for name, layer in mixture_layers(model)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
         if joined:
-            join_siblings(model)
+            fuse_input_projections(model)
 
 
 @contextmanager

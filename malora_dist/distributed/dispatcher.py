@@ -91,7 +91,7 @@ class SharedInputDispatcher:
         return x_TI, return_sums(arrived, layer.sum_experts(arrived.rows, arrived.gates), self.all_to_all)
 
     def _send(self, x: Tensor) -> list[tuple[Tensor, Arrived]]:
-        entered = [layer.enter(x) for layer in self.layers]
-        routings = [each.routing for each in entered if each.routing is not None]
-        arrived = send_rows([each.h for each in entered], routings, self.all_to_all)
-        return [(each.x_TI, part) for each, part in zip(entered, arrived, strict=True)]
+        inputs = [layer.project(x) for layer in self.layers]
+        routings = [each.routing for each in inputs if each.routing is not None]
+        arrived = send_rows([each.h for each in inputs], routings, self.all_to_all)
+        return [(each.x_TI, part) for each, part in zip(inputs, arrived, strict=True)]

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from malora_dist.adapters.fused_projections import sets_of_siblings
+from malora_dist.adapters.fused_projections import linears_by_input
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.distributed.all_to_all import AllToAll
 from malora_dist.distributed.dispatcher import SharedInputDispatcher
@@ -16,8 +16,8 @@ def keep_local_experts(layer: MixtureLinear, groups: ExpertGroups) -> None:
     if not layer.routed:
         return
     owned = groups.local_experts(layer.num_experts)
-    assert layer.core is not None, "check_plan refuses methods whose tokens use every expert"
-    parts = [_slice(parameter, owned) for parameter in (layer.core, layer.B)]
+    assert layer.expert_down is not None, "check_plan refuses methods whose tokens use every expert"
+    parts = [_slice(parameter, owned) for parameter in (layer.expert_down, layer.B)]
     for part in parts:
         mark_expert_parameter(part, groups)
     layer.set_experts(*parts)
@@ -42,5 +42,5 @@ def connect_experts(model: nn.Module, groups: ExpertGroups, *, overlap: bool = T
 
 
 def _sharing_an_input(model: nn.Module, share: bool) -> list[list[MixtureLinear]]:
-    sets = [[layer for layer in layers if layer.routed] for _, _, layers in sets_of_siblings(model)]
+    sets = [[layer for layer in layers if layer.routed] for _, _, layers in linears_by_input(model)]
     return sets if share else [[layer] for layers in sets for layer in layers]

@@ -69,7 +69,9 @@ def check_reduction(engine: Any, zero_stage: int, groups: ExpertGroups) -> None:
     if zero_stage and not engine.optimizer.contiguous_gradients:
         raise TopologyError("zero_optimization.contiguous_gradients=false mixes gradients of different experts")
     spread = _state_ranks(engine.optimizer) if zero_stage else {}
-    slices = {id(p) for _, layer in mixture_layers(engine.module) if layer.dispatcher for p in (layer.core, layer.B)}
+    slices = {
+        id(p) for _, layer in mixture_layers(engine.module) if layer.dispatcher for p in (layer.expert_down, layer.B)
+    }
     for name, parameter in adapter_parameters(engine.module):
         expert = id(parameter) in slices
         wanted = own if expert else list(range(dist.get_world_size()))

@@ -76,7 +76,7 @@ def partition_parts(
 def _partitioner(deepspeed_config: dict[str, Any]) -> Any:
     import deepspeed
 
-    # Made around no parameters and not entered, since `with zero.Init():` patches constructors, which changes dtypes.
+    # Made around no parameters and not inputs, since `with zero.Init():` patches constructors, which changes dtypes.
     return deepspeed.zero.Init(module=nn.ParameterList(), config_dict_or_path=deepspeed_config)
 
 
@@ -104,7 +104,7 @@ def check_partitioning(model: nn.Module, zero_stage: int, groups: ExpertGroups |
     none. DeepSpeed ignores marks that it does not know without an error, and mixes parameters up; hence the check.
     """
     world = list(range(dist.get_world_size()))
-    slices = {id(p) for _, layer in mixture_layers(model) if layer.dispatcher for p in (layer.core, layer.B)}
+    slices = {id(p) for _, layer in mixture_layers(model) if layer.dispatcher for p in (layer.expert_down, layer.B)}
     for name, parameter in model.named_parameters():
         group = getattr(parameter, "ds_process_group", None)
         partitioned = group is not None

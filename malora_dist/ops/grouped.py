@@ -14,7 +14,7 @@ from malora_dist.ops.routing import Routing
 def grouped_experts(
     base_TO: Tensor | None,
     h_TD: Tensor,
-    core_ERD: Tensor | None,
+    down_ERD: Tensor | None,
     B_EOR: Tensor,
     routing: Routing,
     scaling: float,
@@ -24,12 +24,12 @@ def grouped_experts(
 ) -> Tensor:
     """(T, O): base + s * sum_k g_k B_{e_k} C_{e_k} h, added to `base_TO` in place if there is one.
 
-    Without a core h has the experts' rank. Every expert takes part in the products, with no row if need be, so that
+    Without a down h has the experts' rank. Every expert takes part in the products, with no row if need be, so that
     each rank's backward touches every parameter. Rows return home by a permutation and a sum over K in order:
     deterministic, unlike index_add on CUDA. The host waits for the experts' counts; with `triton` it does not, and
     the products are those of `grouped_triton`.
     """
-    arguments = (base_TO, h_TD, core_ERD, B_EOR, routing.gates_TK, routing.expert_ids_TK, scaling)
+    arguments = (base_TO, h_TD, down_ERD, B_EOR, routing.gates_TK, routing.expert_ids_TK, scaling)
     # The kernels round weights tile by tile.
     result: Tensor = _TritonExperts.apply(*arguments) if triton else _GroupedExperts.apply(*arguments, copies)
     return result
@@ -58,7 +58,7 @@ class _GroupedExperts(torch.autograd.Function):
         ctx: Any,
         base_TO: Tensor | None,
         h_TD: Tensor,
-        core_ERD: Tensor | None,
+        down_ERD: Tensor | None,
         B_EOR: Tensor,
         gates_TK: Tensor,
         expert_ids_TK: Tensor,
@@ -67,9 +67,9 @@ class _GroupedExperts(torch.autograd.Function):
     ) -> Tensor:
         order = _Order.of(expert_ids_TK, len(B_EOR))
         rows_ND = h_TD[order.token_N]
-        core, B_ERO = _expert_weights(core_ERD, B_EOR, h_TD.dtype, copies)
-        z_NR = rows_ND if core is None else _products(rows_ND, core.transpose(1, 2), order.sizes)
-        ctx.save_for_backward(h_TD, core_ERD, B_EOR, gates_TK, z_NR, order.token_N, order.slot_N)
+        down, B_ERO = _expert_weights(down_ERD, B_EOR, h_TD.dtype, copies)
+        z_NR = rows_ND if down is None else _products(rows_ND, down.transpose(1, 2), order.sizes)
+        ctx.save_for_backward(h_TD, down_ERD, B_EOR, gates_TK, z_NR, order.token_N, order.slot_N)
         ctx.sizes, ctx.scaling, ctx.copies = order.sizes, scaling, copies
         gates_N1 = gates_TK.reshape(-1)[order.slot_N, None].to(h_TD.dtype)
         delta_TO = _home(_products(z_NR * gates_N1, B_ERO, order.sizes), order.slot_N, gates_TK.shape)
@@ -81,23 +81,23 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h_TD, core_ERD, B_EOR, gates_TK, z_NR, token_N, slot_N = ctx.saved_tensors
-        need_base, need_h, need_core, need_B, need_gates, *_ = ctx.needs_input_grad
+        h_TD, down_ERD, B_EOR, gates_TK, z_NR, token_N, slot_N = ctx.saved_tensors
+        need_base, need_h, need_down, need_B, need_gates, *_ = ctx.needs_input_grad
         gates_N1 = gates_TK.reshape(-1)[slot_N, None].to(z_NR.dtype)
         grad_NO = grads[0][token_N].mul_(ctx.scaling)
-        core, B_ERO = _expert_weights(core_ERD, B_EOR, z_NR.dtype, ctx.copies)
+        down, B_ERO = _expert_weights(down_ERD, B_EOR, z_NR.dtype, ctx.copies)
         grad_zg_NR = _products(grad_NO, B_ERO.transpose(1, 2), ctx.sizes)
         grad_z_NR = grad_zg_NR * gates_N1
         grad_B = _outer(grad_NO, z_NR * gates_N1, B_EOR, ctx.sizes) if need_B else None
-        grad_core = _outer(grad_z_NR, h_TD[token_N], core_ERD, ctx.sizes) if need_core else None
+        grad_down = _outer(grad_z_NR, h_TD[token_N], down_ERD, ctx.sizes) if need_down else None
         grad_h = grad_gates = None
         if need_gates:
             sums_N = (grad_zg_NR * z_NR).sum(dim=1, dtype=gates_TK.dtype)
             grad_gates = torch.empty_like(sums_N).scatter_(0, slot_N, sums_N).view_as(gates_TK)
         if need_h:
-            rows_ND = grad_z_NR if core is None else _products(grad_z_NR, core, ctx.sizes)
+            rows_ND = grad_z_NR if down is None else _products(grad_z_NR, down, ctx.sizes)
             grad_h = _home(rows_ND, slot_N, gates_TK.shape)
-        return grads[0] if need_base else None, grad_h, grad_core, grad_B, grad_gates, None, None, None
+        return grads[0] if need_base else None, grad_h, grad_down, grad_B, grad_gates, None, None, None
 
 
 class _TritonExperts(torch.autograd.Function):
@@ -108,7 +108,7 @@ class _TritonExperts(torch.autograd.Function):
         ctx: Any,
         base_TO: Tensor | None,
         h_TD: Tensor,
-        core_ERD: Tensor | None,
+        down_ERD: Tensor | None,
         B_EOR: Tensor,
         gates_TK: Tensor,
         expert_ids_TK: Tensor,
@@ -119,25 +119,25 @@ class _TritonExperts(torch.autograd.Function):
         else:
             ctx.mark_dirty(base_TO)
             y_TO = base_TO
-        z_TKR = grouped_forward(y_TO, h_TD, core_ERD, B_EOR, gates_TK, expert_ids_TK, scaling)
-        ctx.save_for_backward(h_TD, core_ERD, B_EOR, gates_TK, expert_ids_TK, z_TKR)
+        z_TKR = grouped_forward(y_TO, h_TD, down_ERD, B_EOR, gates_TK, expert_ids_TK, scaling)
+        ctx.save_for_backward(h_TD, down_ERD, B_EOR, gates_TK, expert_ids_TK, z_TKR)
         ctx.scaling = scaling
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h_TD, core_ERD, B_EOR, gates_TK, expert_ids_TK, z_TKR = ctx.saved_tensors
-        gradients = grouped_backward(grads[0], h_TD, core_ERD, B_EOR, gates_TK, expert_ids_TK, z_TKR, ctx.scaling)
+        h_TD, down_ERD, B_EOR, gates_TK, expert_ids_TK, z_TKR = ctx.saved_tensors
+        gradients = grouped_backward(grads[0], h_TD, down_ERD, B_EOR, gates_TK, expert_ids_TK, z_TKR, ctx.scaling)
         return grads[0] if ctx.needs_input_grad[0] else None, *gradients, None, None
 
 
 def _expert_weights(
-    core_ERD: Tensor | None, B_EOR: Tensor, dtype: torch.dtype, copies: WeightCopies | None
+    down_ERD: Tensor | None, B_EOR: Tensor, dtype: torch.dtype, copies: WeightCopies | None
 ) -> tuple[Tensor | None, Tensor]:
-    """Return the core (E, R, D) if there is one, and B (E, R, O), in the dtype of the products."""
+    """Return the down (E, R, D) if there is one, and B (E, R, O), in the dtype of the products."""
     E, O, R = B_EOR.shape  # noqa: E741
-    core = None if core_ERD is None else expert_rows(core_ERD, dtype, copies, "core").view(E, R, -1)
-    return core, expert_rows(B_EOR, dtype, copies, "B", transpose=True).view(E, R, O)
+    down = None if down_ERD is None else expert_rows(down_ERD, dtype, copies, "down").view(E, R, -1)
+    return down, expert_rows(B_EOR, dtype, copies, "B", transpose=True).view(E, R, O)
 
 
 def _products(rows_ND: Tensor, weights_EDF: Tensor, sizes: Sequence[int]) -> Tensor:

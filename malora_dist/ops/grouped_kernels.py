@@ -1,7 +1,7 @@
 """Triton kernels over rows sorted by expert. Imported only when used: triton is an optional dependency.
 
 Three kernels serve both directions. A *wide* row (T, W) is an input or output of the adapter's factors, a *narrow* one
-(T, K, R) lives in the experts' ranks; `weight` (E, W, R) is B or the core, its axes given by their strides.
+(T, K, R) lives in the experts' ranks; `weight` (E, W, R) is B or the down, its axes given by their strides.
 
     contract_rows   narrow_tk  = weight_e^T wide_t          z = C h;  dz = B^T dy, and from it the gates' gradients
     expand_rows     wide_t    += weight_e narrow_tk         y += B z; dh = C^T dz

@@ -50,7 +50,7 @@ def row_blocks(expert_ids_TK: Tensor, num_experts: int) -> RowBlocks:
 def grouped_forward(
     y_TO: Tensor,
     h_TD: Tensor,
-    core_ERD: Tensor | None,
+    down_ERD: Tensor | None,
     B_EOR: Tensor,
     gates_TK: Tensor,
     expert_ids_TK: Tensor,
@@ -58,14 +58,14 @@ def grouped_forward(
 ) -> Tensor:
     """Adds scaling * sum_k g_tk B_{e_tk} C_{e_tk} h_t to y_t in place, and returns z (T, K, R), the C h.
 
-    Without a core z is a view of h (D = R).
+    Without a down z is a view of h (D = R).
     """
     with torch.cuda.device_of(h_TD):
         rows = _Rows(h_TD, len(B_EOR), gates_TK, expert_ids_TK, scaling)
-        if core_ERD is None:
+        if down_ERD is None:
             z_TKR = h_TD.contiguous()[:, None].expand(-1, gates_TK.shape[1], -1)
         else:
-            z_TKR = rows.contract(h_TD, core_ERD.transpose(1, 2))
+            z_TKR = rows.contract(h_TD, down_ERD.transpose(1, 2))
         rows.expand(y_TO, B_EOR, z_TKR, gated=True, add=True)
     return z_TKR
 
@@ -73,14 +73,14 @@ def grouped_forward(
 def grouped_backward(
     grad_y_TO: Tensor,
     h_TD: Tensor,
-    core_ERD: Tensor | None,
+    down_ERD: Tensor | None,
     B_EOR: Tensor,
     gates_TK: Tensor,
     expert_ids_TK: Tensor,
     z_TKR: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of h, core (None without one), B and gates (fp32), from that of y and the z of `grouped_forward`."""
+    """Gradients of h, down (None without one), B and gates (fp32), from that of y and the z of `grouped_forward`."""
     with torch.cuda.device_of(h_TD):
         rows = _Rows(h_TD, len(B_EOR), gates_TK, expert_ids_TK, scaling)
         grad_gates_TK = torch.empty_like(rows.gates_TK, dtype=torch.float32)
@@ -88,16 +88,16 @@ def grouped_backward(
         grad_B_EOR = torch.empty_like(B_EOR)
         weighted_z_TKR = (z_TKR * (rows.gates_TK * scaling)[:, :, None]).to(h_TD.dtype)
         rows.sum(grad_B_EOR, grad_y_TO, weighted_z_TKR)
-        if core_ERD is None:
+        if down_ERD is None:
             return grad_z_TKR.sum(dim=1), None, grad_B_EOR, grad_gates_TK
-        grad_h_TD, grad_core_ERD = torch.empty_like(h_TD), torch.empty_like(core_ERD)
-        rows.expand(grad_h_TD, core_ERD.transpose(1, 2), grad_z_TKR, gated=False, add=False)
+        grad_h_TD, grad_core_ERD = torch.empty_like(h_TD), torch.empty_like(down_ERD)
+        rows.expand(grad_h_TD, down_ERD.transpose(1, 2), grad_z_TKR, gated=False, add=False)
         rows.sum(grad_core_ERD.transpose(1, 2), h_TD, grad_z_TKR)
     return grad_h_TD, grad_core_ERD, grad_B_EOR, grad_gates_TK
 
 
 class _Rows:
-    """Launches the kernels over the rows of one layer. A weight (E, W, R) is B, or the core, its last axes swapped."""
+    """Launches the kernels over the rows of one layer. A weight (E, W, R) is B, or the down, its last axes swapped."""
 
     def __init__(self, h_TD: Tensor, num_experts: int, gates_TK: Tensor, expert_ids_TK: Tensor, scaling: float) -> None:
         from malora_dist.ops import grouped_kernels

@@ -12,7 +12,7 @@ from malora_dist.ops.dropout import add_dropped_, drop
 from malora_dist.ops.products import WeightCopies, scaled_product
 
 
-def enter(
+def project(
     x_TI: Tensor,
     downs: Sequence[Tensor],
     gates: Sequence[Tensor],
@@ -29,7 +29,7 @@ def enter(
     the mask is made again in backward, and neither it nor the dropped x is kept.
     """
     keys_T = keys_T if downs else None
-    result: tuple[Tensor, Tensor, Tensor] = _Enter.apply(x_TI, keys_T, salt, p, copies, len(downs), *downs, *gates)
+    result: tuple[Tensor, Tensor, Tensor] = _Project.apply(x_TI, keys_T, salt, p, copies, len(downs), *downs, *gates)
     return result
 
 
@@ -48,7 +48,7 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-class _Enter(torch.autograd.Function):
+class _Project(torch.autograd.Function):
     """Keeps x and the keys. Weights are read again in backward, by when ZeRO-3 has gathered them again."""
 
     @staticmethod

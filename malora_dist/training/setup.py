@@ -65,7 +65,7 @@ def add_adapters(
         adapter.target_modules,
         lora_dropout=adapter.lora_dropout,
         computation=adapter.computation,
-        fuse_siblings=adapter.fuse_siblings,
+        fuse_projections=adapter.fuse_projections,
         seed=config.train.seed,
         init_weights=init_weights,
         place=place,

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from malora_dist.adapters.dora import Magnitude
+from malora_dist.adapters.dora import DoRALayer
 from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import mixture_spec
@@ -86,7 +86,7 @@ def _share_masks(ours: nn.Module, peft_model: Any, dropout: float) -> None:
     class Masked(nn.Module):
         def __init__(self, layer: MixtureLinear) -> None:
             super().__init__()
-            mask = dropout_mask(layer.token_keys, layer.entrance.input_salt, layer.in_features, dropout).bool()
+            mask = dropout_mask(layer.token_keys, layer.input_projection.input_salt, layer.in_features, dropout).bool()
             self.scale_TI = mask.double() / (1 - dropout)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def test_norm_is_that_of_the_unpacked_weight() -> None:
     """With a 4-bit base the magnitude starts as the norm of what the base computes with, not of what was quantised."""
     linear = nn.Linear(64, 8)
     base = NF4Linear(quantize_nf4(linear.weight), linear.bias.detach(), 64, 8, False)
-    magnitude = Magnitude(8)
+    magnitude = DoRALayer(8)
     magnitude.measure(base)
     torch.testing.assert_close(magnitude.base_squares.sqrt(), base.dequantize(torch.float32).norm(dim=1))
     assert not torch.allclose(magnitude.base_squares.sqrt(), linear.weight.norm(dim=1), rtol=1e-4)

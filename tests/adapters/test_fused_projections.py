@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.fused_projections import SiblingEntrance
+from malora_dist.adapters.fused_projections import FusedProjection
 from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers, remove_adapters
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.adapters.shared_input import SharedInput
@@ -21,7 +21,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def _model(method: str, fuse: bool, dtype: torch.dtype = torch.float64, **switches: Any) -> Any:
     model = tiny_llama(dtype).train()
     spec = mixture_spec(method, num_experts=4, r=3, normalize_gates=switches.pop("normalize_gates", False))
-    inject_adapters(model, spec, TARGETS, fuse_siblings=fuse, **switches)
+    inject_adapters(model, spec, TARGETS, fuse_projections=fuse, **switches)
     for _, parameter in adapter_parameters(model):
         parameter.data = parameter.data.to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -59,10 +59,10 @@ def test_equal_to_each_by_itself(method: str, switches: dict[str, Any], recomput
 def test_names_do_not_change_and_removal_leaves_the_base() -> None:
     alone, together = _model("malora", False), _model("malora", True)
     assert [name for name, _ in together.named_parameters()] == [name for name, _ in alone.named_parameters()]
-    joined = [module for module in together.modules() if isinstance(module, SiblingEntrance)]
+    joined = [module for module in together.modules() if isinstance(module, FusedProjection)]
     assert [module.num_linears for module in joined] == [3, 2] * 2
     remove_adapters(together)
-    assert not any(isinstance(module, SiblingEntrance) for module in together.modules())
+    assert not any(isinstance(module, FusedProjection) for module in together.modules())
     assert all(not hasattr(module, "siblings") for module in together.modules())
 
 
@@ -113,7 +113,7 @@ def test_what_was_made_without_a_graph_is_not_taken_into_one() -> None:
     with torch.no_grad():
         attention.q_proj(x)
     attention.k_proj(x).sum().backward()
-    assert attention.k_proj.entrance.shared_A.grad is not None
+    assert attention.k_proj.input_projection.shared_A.grad is not None
 
 
 def test_deciding_reaches_layers_that_enter_together() -> None:
@@ -125,4 +125,4 @@ def test_deciding_reaches_layers_that_enter_together() -> None:
         with constant_gates(model, gates):
             logits.append(model(input_ids=ids, use_cache=False).logits)
     torch.testing.assert_close(logits[1], logits[0])
-    assert any(isinstance(module, SiblingEntrance) for module in together.modules())
+    assert any(isinstance(module, FusedProjection) for module in together.modules())

@@ -27,7 +27,7 @@ METHODS_AND_FORMS = [("malora", "dense"), ("malora", "grouped"), ("molora", "den
 def _spec(case: AdapterCase, method: str, beta: float = 1.0, normalize_gates: bool = False) -> MixtureSpec:
     """The method with the sizes of the case, its output scaled by SCALING."""
     numbers = {"num_experts": case.E, "top_k": case.K, "r": case.r, "lora_alpha": SCALING * case.r}
-    shared_r = case.D if METHODS[method].core else None
+    shared_r = case.D if METHODS[method].expert_down else None
     return mixture_spec(method, **numbers, shared_r=shared_r, beta=beta, normalize_gates=normalize_gates)
 
 
@@ -48,7 +48,7 @@ def _filled(
     state = {name: tensor.detach() for name, tensor in tensors.items() if name not in ("x", "base", "mask")}
     for name, parameter in base.named_parameters():
         state[f"base_layer.{name}"] = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    names = {"gate": "entrance.gate", "shared_A": "entrance.shared_A", "magnitude": "dora.magnitude"}
+    names = {"gate": "input_projection.gate", "shared_A": "input_projection.shared_A", "magnitude": "dora.magnitude"}
     layer.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()}, assign=True)
     if layer.dora is not None:
         layer.dora.measure(base)
@@ -68,7 +68,7 @@ def test_layer_equals_the_twin(case: AdapterCase, method: str, computation: str,
     y = layer(x[None])
     assert y.shape == (1, case.T, case.O)
 
-    named = {re.sub(r"^(entrance|dora)\.", "", name): parameter for name, parameter in layer.named_parameters()}
+    named = {re.sub(r"^(input_projection|dora)\.", "", name): parameter for name, parameter in layer.named_parameters()}
     twin = {name: parameter for name, parameter in named.items() if not name.startswith("base_layer")}
     twin |= {"x": x, "base": F.linear(x, named["base_layer.weight"], named["base_layer.bias"])}
     twin["mask"] = dropout_mask(layer.token_keys, SALT, case.I, DROPOUT_P).bool().double()
@@ -112,13 +112,12 @@ def test_initial_values(beta: float) -> None:
     case = AdapterCase(T=1, I=n, O=3, E=8, K=2, r=12, D=32)
     generator = torch.Generator().manual_seed(0)
     layer = _layer(nn.Linear(n, 3), case, _spec(case, "malora", beta), "auto", generator=generator)
-    for t, product in enumerate(layer.P.detach() @ layer.entrance.shared_A.detach()):
+    for t, product in enumerate(layer.P.detach() @ layer.input_projection.shared_A.detach()):
         assert product.var().item() == pytest.approx(1 / (3 * n), rel=0.04), f"expert {t}"
-    torch.testing.assert_close(
-        layer.entrance.shared_A @ layer.entrance.shared_A.T, beta**2 * torch.eye(32), rtol=1e-5, atol=1e-4
-    )
+    S_A = layer.input_projection.shared_A
+    torch.testing.assert_close(S_A @ S_A.T, beta**2 * torch.eye(32), rtol=1e-5, atol=1e-4)
     molora = _layer(nn.Linear(n, 3), case, _spec(case, "molora"), "auto", generator=generator.manual_seed(0))
-    for kaiming in (layer.entrance.gate.detach(), molora.entrance.gate.detach(), *molora.A.detach()):
+    for kaiming in (layer.input_projection.gate.detach(), molora.input_projection.gate.detach(), *molora.A.detach()):
         assert kaiming.abs().max().item() == pytest.approx(1 / n**0.5, rel=0.01)
         assert kaiming.var().item() == pytest.approx(1 / (3 * n), rel=0.05)
     assert not layer.B.any() and not molora.B.any()
@@ -152,7 +151,7 @@ def test_routing_is_kept_and_reads_x_before_dropout() -> None:
     layer = _filled(case, "malora", "auto", tensors)
     layer.token_keys = token_keys(1, 2, torch.zeros(case.T), torch.arange(case.T))
     layer(tensors["x"])
-    expected = route(tensors["x"], layer.entrance.gate, case.K)
+    expected = route(tensors["x"], layer.input_projection.gate, case.K)
     assert all(torch.equal(got, want) for got, want in zip(layer.routing, expected, strict=True))
     assert layer.routing.probs_TE.requires_grad
     lora = _filled(case, "lora", "auto", make_inputs(case, "lora"))

@@ -90,7 +90,7 @@ def _layer(case: ExchangeCase, tensors: Values, rank: int) -> MixtureLinear:
             computation=case.computation,
             input_salt=SALT,
         )
-    places = {"gate": "entrance.gate", "shared_A": "entrance.shared_A", "weight": "base_layer.weight"}
+    places = {"gate": "input_projection.gate", "shared_A": "input_projection.shared_A", "weight": "base_layer.weight"}
     places["base"] = "base_layer.output"
     dtypes = {"weight": dtype, "base": dtype}
     state = {places.get(name, name): t.to(dtypes.get(name, wide)) for name, t in tensors.items() if name != "x"}
@@ -122,7 +122,7 @@ def run(
     leaves = {"x": x}
     for number, layer in enumerate(layers.values()):
         leaves[f"{number}.base"] = layer.base_layer.output
-        leaves |= {f"{number}.{name.removeprefix('entrance.')}": p for name, p in layer.factors()}
+        leaves |= {f"{number}.{name.removeprefix('input_projection.')}": p for name, p in layer.factors()}
     with recorded_messages() as messages:
         outputs = checkpoint(forward, x, use_reentrant=False) if recompute else forward(x)
         directions = [_direction(y) for y in outputs]

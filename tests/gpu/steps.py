@@ -41,7 +41,7 @@ class Case:
 DROPOUT = {"lora_dropout": 0.1}
 CASES = [
     *(Case(method, DROPOUT) for method in METHODS),
-    *(Case("malora", {**DROPOUT, "fuse_siblings": fused}) for fused in (True, False)),
+    *(Case("malora", {**DROPOUT, "fuse_projections": fused}) for fused in (True, False)),
     *(Case("malora", {**DROPOUT, "computation": name}) for name in ("dense", "grouped")),
     Case("malora"),
 ]

@@ -35,9 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3-hydralora": {"zero_stage": 3, "method": "hydralora"},
     "zero0-siblings": {"zero_stage": 0, "gradient_checkpointing": True},
     "zero3-siblings": {"zero_stage": 3, "load_in_4bit": True, "gradient_checkpointing": True},
-    "zero3-apart": {"zero_stage": 3, "fuse_siblings": False, "gradient_checkpointing": True},
+    "zero3-apart": {"zero_stage": 3, "fuse_projections": False, "gradient_checkpointing": True},
     "zero0-bf16-base": {"zero_stage": 0, "dtype": "bfloat16"},
-    "zero1-bf16-base": {"zero_stage": 1, "dtype": "bfloat16", "fuse_siblings": False},
+    "zero1-bf16-base": {"zero_stage": 1, "dtype": "bfloat16", "fuse_projections": False},
     "zero2-bf16-base": {"zero_stage": 2, "dtype": "bfloat16", "method": "molora", "computation": "grouped"},
     "zero3-bf16-base": {"zero_stage": 3, "dtype": "bfloat16", "load_in_4bit": True, "gradient_checkpointing": True},
 }

@@ -95,8 +95,8 @@ def build_model(
     def place_adapters(layer: MixtureLinear) -> None:
         if case.get("tied_router"):
             # Equal probabilities: every token goes to experts 0 and 1, so to one rank, and nobody visits the others.
-            layer.entrance.gate.data.zero_()
-            layer.entrance.gate.requires_grad_(False)
+            layer.input_projection.gate.data.zero_()
+            layer.input_projection.gate.requires_grad_(False)
         if groups is not None:
             keep_local_experts(layer, groups)
         if partition is not None and not case.get("whole_adapters"):
@@ -108,7 +108,7 @@ def build_model(
         spec,
         lora_dropout=case.get("dropout", 0.1),
         computation=computation,
-        fuse_siblings=world is not None and case.get("fuse_siblings", True),
+        fuse_projections=world is not None and case.get("fuse_projections", True),
         seed=SEED,
         place=place_adapters,
         whole=gathered,

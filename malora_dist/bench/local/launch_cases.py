@@ -28,7 +28,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "hydralora": Contestant(maker="ours", method="hydralora", numbers=MOLORA),
     "malora": Contestant(maker="ours", method="malora", numbers=MALORA),
     "malora_grouped": Contestant(maker="ours", method="malora", numbers=MALORA, computation="grouped"),
-    "malora_siblings": Contestant(maker="ours", method="malora", numbers=MALORA, fuse_siblings=True),
+    "malora_siblings": Contestant(maker="ours", method="malora", numbers=MALORA, fuse_projections=True),
 }
 
 
