@@ -7,34 +7,34 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.adapters.dora import DoRALayer
-from malora_dist.adapters.input_projection import InputProjection
+from malora_dist.adapters.input_projection import InputProjection, ProjectedInput
 from malora_dist.adapters.methods import MixtureSpec
-from malora_dist.adapters.protocols import AddExperts, Dispatcher, ProjectedInput, EntersTogether
 from malora_dist.adapters.recompute import is_recomputing, refuse_reentrant
+from malora_dist.adapters.shared_input import Dispatcher, Prepared, SharedInput
 from malora_dist.errors import ConfigError
 from malora_dist.ops.choices import prefer_grouped
 from malora_dist.ops.dense import dense_experts
 from malora_dist.ops.devices import missing_for_triton, triton_ready
-from malora_dist.ops.dropout import keyed_dropout
 from malora_dist.ops.grouped import grouped_experts
 from malora_dist.ops.init import kaiming_uniform, shared_subspace_init
-from malora_dist.ops.input_projection import autocast, project
 from malora_dist.ops.products import WeightCopies
 from malora_dist.ops.routing import Routing, largest
 
 
 class MixtureLinear(nn.Module):
-    """y = base(x) + s * sum_{t in top-k} g_t B_t C_t h, the layer of all methods (eqs. 1, 5, 7).
+    """y = base(x) + s * sum_{t in top-k} g_t B_t C_t h, the layer of all methods (MALoRA eqs. 1, 5, 7).
 
     `spec` says which. MALoRA: h = S_A drop(x), C_t = P_t. HydraLoRA: h = S_A drop(x), no C_t, all experts. MoLoRA:
     h = drop(x), C_t = A_t. LoRA: one expert, no router; DoRA: LoRA, rescaled.
+
     The experts' stacked factors belong to this module, router and S_A to its `input_projection`, DoRA's norms to
     `dora`. All are fp32; products run in the dtype of x. `routing` keeps the last forward's decision; `balanced` says
     whether it belongs in the balance loss.
 
     The base's output is added to in place, and so is the gradient of its input: hooks on the base must copy what they
-    keep. Without a `dispatcher` all experts are here. With one (`distributed.expert_parallel`), this module holds
-    `num_local_experts` of them and the dispatcher brings the tokens.
+    keep. With a `shared_input`, linears that read one tensor project it together, and its dispatcher, if there is one
+    (`distributed.expert_parallel`), sends tokens to the ranks of their experts, of which this module then holds
+    `num_local_experts`.
 
     DoRA's base must be whole and in memory here. Without `init_weights` the caller must fill the factors' memory.
 
@@ -63,7 +63,7 @@ class MixtureLinear(nn.Module):
         self.num_experts, self.top_k, self.r, self.shared_r = spec.num_experts, spec.top_k, spec.r, spec.shared_r
         structure = spec.structure
         self.routed, self.scaling = structure.routed, spec.scaling
-        self.balanced = structure.routed and not structure.dense
+        self.balanced = structure.sparse
         self.input_projection = InputProjection(in_features, spec, dropout=dropout, input_salt=input_salt)
         self.dora = DoRALayer(out_features) if structure.magnitude else None
         self.down_name = "A" if spec.shared_r is None else "P" if structure.expert_down else None
@@ -74,10 +74,8 @@ class MixtureLinear(nn.Module):
             down = nn.Parameter(torch.empty(spec.num_experts, spec.r, width, dtype=torch.float32))
         self.set_experts(down, B)
         self.adapter_enabled = True
-        self.dispatcher: Dispatcher | None = None
-        self.siblings: EntersTogether | None = None
+        self.shared_input: SharedInput | None = None
         self.routing = None
-        self.token_keys: Tensor | None = None
         if not self.B.is_meta and self.dora is not None:
             self.dora.measure(base_layer)
         if not self.B.is_meta and init_weights:
@@ -87,34 +85,48 @@ class MixtureLinear(nn.Module):
 
     @property
     def expert_down(self) -> nn.Parameter | None:
-        """What leads into the experts' ranks: P (E, r, D), A (E, r, I) without S_A, or nothing."""
+        """Return the experts' down-projections: P (E, R, D), A (E, R, I) without S_A, or nothing."""
         return None if self.down_name is None else self.get_parameter(self.down_name)
 
     @property
+    def dispatcher(self) -> Dispatcher | None:
+        """Return what sends tokens to the ranks of their experts; None where all experts are here."""
+        return None if self.shared_input is None else self.shared_input.dispatcher
+
+    @property
+    def token_keys(self) -> Tensor | None:
+        """Which tokens the next forward sees (`InputProjection`)."""
+        return self.input_projection.token_keys
+
+    @token_keys.setter
+    def token_keys(self, keys_T: Tensor | None) -> None:
+        self.input_projection.token_keys = keys_T
+
+    @property
     def weight(self) -> Any:
-        """The base's weight, for code that looks at it; the experts are not in it."""
+        """Return the base's weight, for code that looks at it; the experts are not in it."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> Any:
-        """The base's bias, or None."""
+        """Return the base's bias, or None."""
         return self.base_layer.bias
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has, or a pickle: everything but what belongs to the last forward."""
-        return self.__dict__ | {"routing": None, "token_keys": None, "weight_copies": None}
+        """Return what a copy has, or a pickle: everything but what belongs to one forward."""
+        return self.__dict__ | {"routing": None, "weight_copies": None}
 
-    def set_experts(self, expert_down: nn.Parameter | None, B: nn.Parameter) -> None:
+    def set_experts(self, down: nn.Parameter | None, B: nn.Parameter) -> None:
         """Hold these experts, all or a slice of them."""
         if self.down_name is not None:
-            setattr(self, self.down_name, expert_down)
+            setattr(self, self.down_name, down)
         self.B = B
         self.num_local_experts = len(B)
-        self.expert_width = self.r if expert_down is None else expert_down.shape[2]
+        self.expert_width = self.r if down is None else down.shape[2]
 
     @property
     def form(self) -> str:
-        """Say how the experts here are summed: `dense`, `grouped` or `grouped_triton`."""
+        """Return how the experts here are summed: `dense`, `grouped` or `grouped_triton`."""
         device = self.B.device
         if not self.routed or self.computation != "auto":
             return self.computation if self.routed else "dense"
@@ -130,62 +142,65 @@ class MixtureLinear(nn.Module):
         return self.form != "dense"
 
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter of every adapter tensor: gate, shared_A, P or A, B, magnitude; those the method has."""
+        """Yield name and parameter of each adapter tensor that the method has: gate, shared_A, P or A, B, magnitude."""
         for module in (self.input_projection, self, self.dora):
             if module is not None:
                 yield from module.named_parameters(recurse=False)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """B = 0, so the adapted layer starts as its base; the rest Kaiming-uniform, for MALoRA through eqs. 8-10.
+        """Set B = 0, so the adapted layer starts as its base; the rest Kaiming-uniform, for MALoRA through eqs. 8-10.
 
         DoRA's magnitude is the norm of the base's rows.
         """
-        n, E, shared_A = self.in_features, self.num_experts, self.input_projection.shared_A
-        if self.input_projection.gate is not None:
-            self.input_projection.gate.copy_(kaiming_uniform((E, n), fan_in=n, generator=generator))
+        n, E, projection = self.in_features, self.num_experts, self.input_projection
+        shared_A = projection.shared_A
+        if projection.gate is not None:
+            projection.gate.copy_(kaiming_uniform((E, n), fan_in=n, generator=generator))
         if shared_A is None or self.expert_down is None:
             down = self.expert_down if shared_A is None else shared_A
             assert down is not None
             down.copy_(kaiming_uniform(tuple(down.shape), fan_in=n, generator=generator))
         else:
             K_EDI = kaiming_uniform((E, len(shared_A), n), fan_in=n, generator=generator)
-            for factor, value in zip(
-                (shared_A, self.expert_down), shared_subspace_init(K_EDI, self.r, self.spec.beta), strict=True
-            ):
+            values = shared_subspace_init(K_EDI, self.r, self.spec.beta)
+            for factor, value in zip((shared_A, self.expert_down), values, strict=True):
                 factor.copy_(value)
         self.B.zero_()
         if self.dora is not None:
             self.dora.magnitude.copy_(self.dora.base_squares.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the adapted layer: project and route x, dispatch, experts, base layer, combine."""
         if not self.adapter_enabled:
             base: Tensor = self.base_layer(x)
             return base
-        x_TI, add_experts = self._start(x) if self.dispatcher is None else self.dispatcher.start(self, x)
-        base_TO = self.base_layer(x_TI)
+        inputs, tokens = self._project_and_dispatch(x)
+        self._keep(inputs.routing)
+        if tokens is None:
+            # All experts are on this rank, and add to the base's output in place.
+            y_TO = self._add_experts(self._base(inputs.x_TI), inputs)
+        else:
+            # The sums are sent back to the ranks of the tokens while the base layer computes.
+            combine = tokens.start_combine(self._sum_experts(tokens.rows, tokens.gates))
+            y_TO = combine.finish(self._base(inputs.x_TI))
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def _project_and_dispatch(self, x: Tensor) -> Prepared:
+        """Project x (..., I), for all linears that read it, and send its tokens to experts on other ranks, if any."""
+        if self.shared_input is not None:
+            return self.shared_input.take(self.input_projection, x)
+        through_A = self.down_name == "A" and not self.grouped and self.dora is None
+        A = self.expert_down if through_A else None
+        return self.input_projection.project(x, A, self.weight_copies), None
+
+    def _base(self, x_TI: Tensor) -> Tensor:
+        """Compute the base layer; the result may be added to in place."""
+        base_TO: Tensor = self.base_layer(x_TI)
         if self.base_layer._backward_hooks or self.base_layer._backward_pre_hooks:
             # Such hooks hand out a view, which must not be added to in place.
-            base_TO = base_TO.clone()
-        return add_experts(base_TO).view(*x.shape[:-1], self.out_features)
-
-    def project(self, x: Tensor, after_A: bool = False) -> ProjectedInput:
-        """What the layer makes of its input (..., I) before the experts; `routing` keeps the routing."""
-        if self.siblings is not None:
-            inputs = self.siblings.project(self, x)
-            self._keep(inputs.routing)
-            return inputs
-        x_TI = autocast(x).reshape(-1, self.in_features)
-        keys_T = self.input_projection.dropout_keys(x_TI, self.token_keys)
-        base_TI, h, routing = self.input_projection(x_TI, keys_T)
-        self._keep(routing)
-        salt, p = self.input_projection.input_salt, self.input_projection.dropout
-        if h is not None:
-            return ProjectedInput(base_TI, h, routing)
-        if after_A:
-            base_TI, h, _ = project(x_TI, [self.get_parameter("A")], [], keys_T, salt, p, self.weight_copies)
-            return ProjectedInput(base_TI, h, routing, after_A)
-        return ProjectedInput(base_TI, x_TI if keys_T is None else keyed_dropout(x_TI, keys_T, salt, p), routing)
+            return base_TO.clone()
+        return base_TO
 
     def _keep(self, routing: Routing | None) -> None:
         # Recomputation in backward must not: its routing would keep a block's graph alive until the next forward.
@@ -196,39 +211,35 @@ class MixtureLinear(nn.Module):
                 refuse_reentrant(self.training)
             self.routing = routing
 
-    def _start(self, x: Tensor) -> tuple[Tensor, AddExperts]:
-        inputs = self.project(x, after_A=self.down_name == "A" and not self.grouped and self.dora is None)
-        return inputs.x_TI, lambda base_TO: self._add_experts(base_TO, inputs)
-
     def _add_experts(self, base_TO: Tensor, inputs: ProjectedInput) -> Tensor:
-        """The base output with the weighted experts of this module added, in place but for DoRA."""
-        _, h, routing, after_A = inputs
+        """Add the weighted experts of this module to the base's output, in place but for DoRA."""
+        h, routing, down = inputs.h, inputs.routing, self.expert_down
         if self.dora is not None:
-            assert self.expert_down is not None
+            assert down is not None
             same = self.input_projection.dropout == 0 or not self.training
-            A, B = self.expert_down.to(h.dtype), self.B.to(h.dtype)
+            A, B = down.to(h.dtype), self.B.to(h.dtype)
             return self.dora(self.base_layer, base_TO, h, A, B, self.scaling, same)  # type: ignore[no-any-return]
         if self.grouped:
             assert routing is not None
             return self._grouped(base_TO, h, routing)
         gates_TE = None if routing is None else routing.gates_TE
-        expert_down = None if after_A else self.expert_down
-        return dense_experts(base_TO, h, expert_down, self.B, gates_TE, self.scaling, self.weight_copies)
+        down = None if inputs.after_A else down
+        return dense_experts(base_TO, h, down, self.B, gates_TE, self.scaling, self.weight_copies)
 
-    def _grouped(self, base_TO: Tensor | None, h: Tensor, routing: Routing) -> Tensor:
-        factors = self.expert_down, self.B, routing, self.scaling, self.weight_copies
-        # The kernels have no fp64.
-        triton = self.form == "grouped_triton" and h.dtype != torch.float64
-        return grouped_experts(base_TO, h, *factors, triton=triton)
-
-    def sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
-        """(N, O): the sum over this module's experts for rows that come with one gate per local expert."""
+    def _sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
+        """Sum this module's experts, (N, O), for rows that come with one gate per local expert."""
         if not self.grouped:
             return dense_experts(None, h_ND, self.expert_down, self.B, gates_NE, self.scaling, self.weight_copies)
         top_k = min(self.top_k, self.num_local_experts)
         # A row may have fewer experts here than top_k: its further ones have gate 0 and add nothing.
         ids_NK = largest(gates_NE.detach(), top_k)
         return self._grouped(None, h_ND, Routing(gates_NE, ids_NK, gates_NE))
+
+    def _grouped(self, base_TO: Tensor | None, h: Tensor, routing: Routing) -> Tensor:
+        factors = self.expert_down, self.B, routing, self.scaling, self.weight_copies
+        # The kernels have no fp64.
+        triton = self.form == "grouped_triton" and h.dtype != torch.float64
+        return grouped_experts(base_TO, h, *factors, triton=triton)
 
     def extra_repr(self) -> str:
         return (
@@ -245,7 +256,7 @@ def require_triton(device: torch.device) -> None:
 
 
 def _measure_again(layer: MixtureLinear, _: object) -> None:
-    """DoRA's norms are those of the base, which a state dict may have replaced."""
+    """Measure DoRA's norms anew: they are those of the base, which a state dict may have replaced."""
     assert layer.dora is not None
     if not layer.B.is_meta and all(parameter.numel() for parameter in layer.base_layer.parameters()):
         layer.dora.measure(layer.base_layer)

@@ -149,7 +149,7 @@ def _down(spec: MixtureSpec, sizes: Sizes, columns: int, form: Form) -> Iterator
 
 
 def _chosen_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
-    """K rows a token, sorted by expert: out by a gather, home by a gather and a sum over K."""
+    """K rows a token: permuted by a gather, unpermuted by a gather and a sum over K."""
     T, O, rows = sizes.T, sizes.O, sizes.T * spec.top_k  # noqa: E741
     width = sizes.I if spec.shared_r is None else spec.shared_r
     if spec.shared_r is not None:

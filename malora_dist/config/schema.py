@@ -92,7 +92,9 @@ class ParallelConfig(Section):
         description="DeepSpeed ZeRO: 0 copies all, 1 and 2 split optimizer and gradients, 3 the weights too.",
     )
     ep_size: int = Field(
-        1, ge=1, description="Processes that share one set of experts, each owning a part. Above 1, tokens travel."
+        1,
+        ge=1,
+        description="Processes that share one set of experts, each with a part. Above 1, tokens are dispatched.",
     )
     timeout_seconds: int = Field(
         1800,

@@ -1,4 +1,4 @@
-"""Who owns which experts: the expert-parallel groups of DeepSpeed, checked against `topology`."""
+"""Which ranks hold which experts: the expert-parallel groups of DeepSpeed, checked against `config.topology`."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,10 @@ from malora_dist.errors import TopologyError
 class ExpertGroups:
     """This process's two groups.
 
-    expert_parallel: neighbours that together own every expert once, and exchange tokens.
-    expert_data_parallel: the processes that own the same experts, and average their gradients.
-    name: DeepSpeed's name of both, `ep_size_<n>`.
+    Attributes:
+        expert_parallel: neighbours that together hold every expert once, and exchange tokens.
+        expert_data_parallel: the processes that hold the same experts, and average their gradients.
+        name: DeepSpeed's name of both, `ep_size_<n>`.
     """
 
     ep_size: int
@@ -29,10 +30,10 @@ class ExpertGroups:
 
 
 def create_expert_groups(ep_size: int, timeout_seconds: float) -> ExpertGroups | None:
-    """The groups for experts spread over `ep_size` processes; None for 1. Every process must call it.
+    """Create the groups for experts spread over `ep_size` processes; None for 1. Every process must call it.
 
-    Raises TopologyError if ep_size does not divide the processes, or if DeepSpeed groups other ranks than `topology`
-    says.
+    Raises:
+        TopologyError: ep_size does not divide the processes, or DeepSpeed groups other ranks than `config.topology`.
     """
     if ep_size == 1:
         return None

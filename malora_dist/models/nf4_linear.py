@@ -55,7 +55,7 @@ class NF4Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (O, I)."""
+        """Unpack the weight (O, I)."""
         if self.transposed:
             shape = self.in_features, self.out_features
             return dequantize_nf4(self.packed_weight.data, shape, dtype, self.double_quant).T
@@ -63,7 +63,7 @@ class NF4Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight (O, I), made anew for code that looks at it; what is written into it is lost."""
+        """Unpack the weight (O, I) for code that looks at it; what is written into it is lost."""
         return self.dequantize(self.weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,10 +19,18 @@ def dense_experts(
     scaling: float,
     copies: WeightCopies | None = None,
 ) -> Tensor:
-    """(T, O): base + s * sum_e g_e B_e C_e h, added to `base_TO` in place if there is one.
+    """Compute base + s * sum_e g_e B_e C_e h, (T, O), by products over all experts.
 
-    No sort, static shapes, no host synchronisation. `gates_TE` is 0 where an expert was not chosen; without it all
-    weigh 1. Without a down, h (T, E*R) holds every expert's own C_e h already, or h (T, R) is the same for all.
+    No sort, static shapes, no host synchronisation.
+
+    Args:
+        base_TO: what the sum is added to, in place; None: nothing.
+        h_TD: (T, D). Without `down_ERD`, (T, E*R) that holds every expert's own C_e h, or (T, R), the same for all.
+        down_ERD: C, the experts' P or A.
+        B_EOR: the experts' up-projections.
+        gates_TE: 0 where an expert was not chosen; None: all weigh 1.
+        scaling: s.
+        copies: where copies of weights in the dtype of h are kept.
     """
     result: Tensor = _DenseExperts.apply(base_TO, h_TD, down_ERD, B_EOR, gates_TE, scaling, copies)
     return result

@@ -25,7 +25,7 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def token_keys(seed: int, step: int, sample_ids_T: Tensor, positions_T: Tensor) -> Tensor:
-    """(T,) int32: one key per token from its sample's global id and its position in that sample."""
+    """Compute one key per token, (T,) int32, from its sample's global id and its position in that sample."""
     keys = sample_ids_T.to(torch.int32) * 0x01000193 + seed
     keys = _mix(keys).add_(positions_T.to(torch.int32)).mul_(0x01000193)
     return _mix(keys.add_(step))
@@ -110,6 +110,6 @@ class _KeyedDropout(torch.autograd.Function):
 
 
 def keyed_dropout(x_TI: Tensor, keys_T: Tensor, salt: int, p: float) -> Tensor:
-    """x with each number dropped with probability p, the rest divided by 1 - p."""
+    """Drop each number of x with probability p, and divide the rest by 1 - p."""
     dropped: Tensor = _KeyedDropout.apply(x_TI, keys_T, salt, p)
     return dropped

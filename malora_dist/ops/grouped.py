@@ -22,12 +22,21 @@ def grouped_experts(
     *,
     triton: bool = False,
 ) -> Tensor:
-    """(T, O): base + s * sum_k g_k B_{e_k} C_{e_k} h, added to `base_TO` in place if there is one.
+    """Compute base + s * sum_k g_k B_{e_k} C_{e_k} h, (T, O), by products over the rows that chose each expert.
 
-    Without a down h has the experts' rank. Every expert takes part in the products, with no row if need be, so that
-    each rank's backward touches every parameter. Rows return home by a permutation and a sum over K in order:
-    deterministic, unlike index_add on CUDA. The host waits for the experts' counts; with `triton` it does not, and
-    the products are those of `grouped_triton`.
+    Every expert takes part in the products, with no row if need be, so that each rank's backward touches every
+    parameter. Rows are unpermuted and summed over K in order: deterministic, unlike index_add on CUDA. The host waits
+    for the experts' counts.
+
+    Args:
+        base_TO: what the sum is added to, in place; None: nothing.
+        h_TD: what the experts read; without `down_ERD` of their rank, (T, R).
+        down_ERD: C, the experts' P or A.
+        B_EOR: the experts' up-projections.
+        routing: chosen experts and gates.
+        scaling: s.
+        copies: where copies of weights in the dtype of h are kept.
+        triton: compute by the kernels of `grouped_triton`, for which the host does not wait.
     """
     arguments = (base_TO, h_TD, down_ERD, B_EOR, routing.gates_TK, routing.expert_ids_TK, scaling)
     # The kernels round weights tile by tile.
@@ -35,7 +44,7 @@ def grouped_experts(
     return result
 
 
-class _Order(NamedTuple):
+class _Permutation(NamedTuple):
     """Slots (token, k) sorted by expert: the token of each sorted slot, its place before sorting, rows per expert."""
 
     token_N: Tensor
@@ -43,7 +52,8 @@ class _Order(NamedTuple):
     sizes: list[int]
 
     @classmethod
-    def of(cls, expert_ids_TK: Tensor, num_experts: int) -> "_Order":
+    def of(cls, expert_ids_TK: Tensor, num_experts: int) -> "_Permutation":
+        """Sort the slots by expert. The host waits for the sizes."""
         slots = expert_ids_TK.reshape(-1)
         slot_N = slots.argsort(stable=True)
         sizes = torch.bincount(slots, minlength=num_experts).tolist()
@@ -65,14 +75,14 @@ class _GroupedExperts(torch.autograd.Function):
         scaling: float,
         copies: WeightCopies | None,
     ) -> Tensor:
-        order = _Order.of(expert_ids_TK, len(B_EOR))
+        order = _Permutation.of(expert_ids_TK, len(B_EOR))
         rows_ND = h_TD[order.token_N]
         down, B_ERO = _expert_weights(down_ERD, B_EOR, h_TD.dtype, copies)
         z_NR = rows_ND if down is None else _products(rows_ND, down.transpose(1, 2), order.sizes)
         ctx.save_for_backward(h_TD, down_ERD, B_EOR, gates_TK, z_NR, order.token_N, order.slot_N)
         ctx.sizes, ctx.scaling, ctx.copies = order.sizes, scaling, copies
         gates_N1 = gates_TK.reshape(-1)[order.slot_N, None].to(h_TD.dtype)
-        delta_TO = _home(_products(z_NR * gates_N1, B_ERO, order.sizes), order.slot_N, gates_TK.shape)
+        delta_TO = _unpermute(_products(z_NR * gates_N1, B_ERO, order.sizes), order.slot_N, gates_TK.shape)
         if base_TO is None:
             return delta_TO.mul_(scaling)
         ctx.mark_dirty(base_TO)
@@ -96,7 +106,7 @@ class _GroupedExperts(torch.autograd.Function):
             grad_gates = torch.empty_like(sums_N).scatter_(0, slot_N, sums_N).view_as(gates_TK)
         if need_h:
             rows_ND = grad_z_NR if down is None else _products(grad_z_NR, down, ctx.sizes)
-            grad_h = _home(rows_ND, slot_N, gates_TK.shape)
+            grad_h = _unpermute(rows_ND, slot_N, gates_TK.shape)
         return grads[0] if need_base else None, grad_h, grad_down, grad_B, grad_gates, None, None, None
 
 
@@ -134,26 +144,26 @@ class _TritonExperts(torch.autograd.Function):
 def _expert_weights(
     down_ERD: Tensor | None, B_EOR: Tensor, dtype: torch.dtype, copies: WeightCopies | None
 ) -> tuple[Tensor | None, Tensor]:
-    """Return the down (E, R, D) if there is one, and B (E, R, O), in the dtype of the products."""
+    """Return C (E, R, D) if there is one, and B (E, R, O), in the dtype of the products."""
     E, O, R = B_EOR.shape  # noqa: E741
     down = None if down_ERD is None else expert_rows(down_ERD, dtype, copies, "down").view(E, R, -1)
     return down, expert_rows(B_EOR, dtype, copies, "B", transpose=True).view(E, R, O)
 
 
 def _products(rows_ND: Tensor, weights_EDF: Tensor, sizes: Sequence[int]) -> Tensor:
-    """(N, F): each expert's rows times its weight."""
+    """Multiply each expert's rows by its weight, (N, F)."""
     parts = zip(rows_ND.split(list(sizes)), weights_EDF, strict=True)
     return torch.cat([rows_eD @ weight_DF for rows_eD, weight_DF in parts])
 
 
 def _outer(left_NF: Tensor, right_ND: Tensor, weight_EFD: Tensor, sizes: Sequence[int]) -> Tensor:
-    """(E, F, D): the gradient of each expert's weight, in its dtype; 0 for an expert without rows."""
+    """Compute the gradient of each expert's weight, (E, F, D), in its dtype; 0 for an expert without rows."""
     parts = zip(left_NF.split(list(sizes)), right_ND.split(list(sizes)), strict=True)
     return torch.stack([left_eF.T @ right_eD for left_eF, right_eD in parts]).to(weight_EFD.dtype)
 
 
-def _home(rows_NF: Tensor, slot_N: Tensor, shape_TK: torch.Size) -> Tensor:
-    """(T, F): rows back in the order of their tokens, the K of a token added up."""
-    home_NF = torch.empty_like(rows_NF)
-    home_NF[slot_N] = rows_NF
-    return home_NF.view(*shape_TK, rows_NF.shape[1]).sum(dim=1)
+def _unpermute(rows_NF: Tensor, slot_N: Tensor, shape_TK: torch.Size) -> Tensor:
+    """Return rows to the order of their tokens, and add up the K of a token, (T, F)."""
+    slots_NF = torch.empty_like(rows_NF)
+    slots_NF[slot_N] = rows_NF
+    return slots_NF.view(*shape_TK, rows_NF.shape[1]).sum(dim=1)

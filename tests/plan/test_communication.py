@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from malora_dist.plan.communication import exchange_bytes, rows_per_token
-from tests.reference import exchange_bytes_reference, owners_reference
+from tests.reference import exchange_bytes_reference, expert_ranks_reference
 
 SIZES = [(E, K, W) for E in (4, 6, 8) for K in range(1, E + 1) for W in (1, 2, 4, 8) if E % W == 0]
 PHASES = ("counts", "rows", "returns", "grad_returns", "grad_rows")
@@ -14,7 +14,7 @@ PHASES = ("counts", "rows", "returns", "grad_returns", "grad_rows")
 @pytest.mark.parametrize(("num_experts", "top_k", "ep_size"), SIZES)
 def test_rows_per_token_is_the_mean_over_every_set_of_experts(num_experts: int, top_k: int, ep_size: int) -> None:
     sets = list(combinations(range(num_experts), top_k))
-    rows = sum(map(len, owners_reference(sets, num_experts, ep_size)))
+    rows = sum(map(len, expert_ranks_reference(sets, num_experts, ep_size)))
     assert rows_per_token(num_experts, top_k, ep_size) == pytest.approx(rows / len(sets), rel=1e-12)
 
 
@@ -31,7 +31,7 @@ def test_every_leg_equals_a_count_of_messages(
     wanted = exchange_bytes_reference(tokens, num_experts, **sizes, **passes)
     rows = [[0] * ep_size for _ in range(ep_size)]
     for home in range(ep_size):
-        for owner in sum(owners_reference(tokens[home], num_experts, ep_size), []):
+        for owner in sum(expert_ranks_reference(tokens[home], num_experts, ep_size), []):
             rows[home][owner] += 1
     for rank in range(ep_size):
         others = [other for other in range(ep_size) if other != rank]

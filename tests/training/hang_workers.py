@@ -14,7 +14,7 @@ from typing import Any
 
 import malora_dist.train
 import malora_dist.training.setup
-from malora_dist.adapters.fused_projections import FusedProjection
+from malora_dist.adapters.input_projection import FusedProjection
 from malora_dist.data.loader import MicroBatch, TrainLoader
 from malora_dist.training import process
 from malora_dist.training.watchdog import Position
