@@ -176,7 +176,7 @@ class MixtureLinear(nn.Module):
             base: Tensor = self.base_layer(x)
             return base
         inputs, tokens = self._project_and_dispatch(x)
-        self._keep(inputs.routing)
+        inputs = inputs._replace(routing=self._keep(inputs.routing))
         if tokens is None:
             # All experts are on this rank, and add to the base's output in place.
             y_TO = self._add_experts(self._base(inputs.x_TI), inputs)
@@ -202,14 +202,15 @@ class MixtureLinear(nn.Module):
             return base_TO.clone()
         return base_TO
 
-    def _keep(self, routing: Routing | None) -> None:
-        # Recomputation in backward must not: its routing would keep a block's graph alive until the next forward.
-        if torch.compiler.is_compiling():
-            self.routing = routing
-        elif not is_recomputing():
-            if self.balanced:
-                refuse_reentrant(self.training)
-            self.routing = routing
+    def _keep(self, routing: Routing | None) -> Routing | None:
+        """Keep the routing of a forward for the balance loss, and return it."""
+        if not torch.compiler.is_compiling() and is_recomputing():
+            # Not kept: it would keep a block's graph alive until the next forward.
+            return routing
+        if not torch.compiler.is_compiling() and self.balanced:
+            refuse_reentrant(self.training)
+        self.routing = routing
+        return routing
 
     def _add_experts(self, base_TO: Tensor, inputs: ProjectedInput) -> Tensor:
         """Add the weighted experts of this module to the base's output, in place but for DoRA."""

@@ -31,7 +31,7 @@ NOTES = (
     "little.",
     "held up: share of a step in which a process stands still in the exchange of tokens, waiting for a slower process "
     "included. On a GPU it is the host that stands still, for the counts and all kernels before them: it says little.",
-    "MiB sent: by one process in a step, in the exchange alone. uniform: what traffic.exchange_bytes gives for the "
+    "MiB sent: by one process in a step, in the exchange alone. uniform: what plan.communication gives for the "
     "same tokens if every set of experts were equally likely.",
     "MiB kept: parameters that one process holds between steps. loss diff.: largest difference of a step's loss from "
     "the first variant's, warm-up included.",

@@ -281,7 +281,7 @@ def test_what_code_reads_off_a_linear_it_reads_off_an_adapted_one() -> None:
 def test_a_copy_after_a_step_is_a_model_of_its_own(method: str, duplicate: Callable[[Any], Any]) -> None:
     model = tiny_llama().train()
     inject_adapters(model, mixture_spec(method, num_experts=4, r=3), fuse_projections=True, lora_dropout=0.1)
-    # Half of a set of siblings has been asked: its memory of the input is not the copy's.
+    # Some linears of one input have run: what is kept of the input is not the copy's.
     model.model.layers[0].self_attn.q_proj(torch.ones(3, 48, requires_grad=True))
     model(IDS).logits.square().mean().backward()
     twin = duplicate(model)

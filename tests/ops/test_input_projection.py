@@ -1,4 +1,4 @@
-"""What enters the experts and the router, against the same in plain operations."""
+"""Projections of the input for experts and router, against the same in plain operations."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ SHAPES = {
     "malora": ([(5, 13)], [(4, 13)]),
     "lora": ([(1, 3, 13)], []),
     "router alone": ([], [(4, 13)]),
-    "molora siblings": ([(4, 3, 13), (4, 3, 13)], [(4, 13), (4, 13)]),
-    "malora siblings": ([(5, 13)] * 3, [(4, 13)] * 3),
+    "molora fused": ([(4, 3, 13), (4, 3, 13)], [(4, 13), (4, 13)]),
+    "malora fused": ([(5, 13)] * 3, [(4, 13)] * 3),
 }
 
 
@@ -70,7 +70,7 @@ def test_frozen_weights_and_frozen_inputs_get_no_gradient() -> None:
 
 
 def test_only_the_input_and_the_weights_are_kept() -> None:
-    x_TI, downs, gates, keys_T = _tensors("malora siblings", 9)
+    x_TI, downs, gates, keys_T = _tensors("malora fused", 9)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         project(x_TI, downs, gates, keys_T, SALT, P)

@@ -30,9 +30,9 @@ def test_every_leg_equals_a_count_of_messages(
     passes = {"forwards": 2 if backward and recompute else 1, "backwards": int(backward)}
     wanted = exchange_bytes_reference(tokens, num_experts, **sizes, **passes)
     rows = [[0] * ep_size for _ in range(ep_size)]
-    for home in range(ep_size):
-        for owner in sum(expert_ranks_reference(tokens[home], num_experts, ep_size), []):
-            rows[home][owner] += 1
+    for source in range(ep_size):
+        for rank in sum(expert_ranks_reference(tokens[source], num_experts, ep_size), []):
+            rows[source][rank] += 1
     for rank in range(ep_size):
         others = [other for other in range(ep_size) if other != rank]
         found = exchange_bytes(
