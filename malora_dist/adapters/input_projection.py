@@ -68,7 +68,7 @@ class InputProjection(nn.Module):
             A_ERI: the experts' own A, where all of them are summed here and the method has no S_A: h is then A drop(x).
             A_copies: where the copy of A for products is kept.
         """
-        x_TI, keys_T = self.rows(x)
+        x_TI, keys_T = self.rows_and_keys(x)
         base_TI, h, routing = self(x_TI, keys_T)
         if h is None and A_ERI is not None:
             base_TI, h, _ = project(x_TI, [A_ERI], [], keys_T, self.input_salt, self.dropout, A_copies)
@@ -77,7 +77,7 @@ class InputProjection(nn.Module):
             h = x_TI if keys_T is None else keyed_dropout(x_TI, keys_T, self.input_salt, self.dropout)
         return ProjectedInput(base_TI, h, routing)
 
-    def rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def rows_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return x as rows (T, I) in the dtype of products, and the keys (T,) of their dropout, None for none."""
         x_TI = autocast(x).reshape(-1, self.in_features)
         if self.dropout == 0 or not self.training:

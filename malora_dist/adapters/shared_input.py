@@ -9,14 +9,14 @@ from torch import Tensor
 from malora_dist.adapters.input_projection import FusedProjection, InputProjection, ProjectedInput
 
 
-class PendingCombine(Protocol):
+class Combine(Protocol):
     """Sums of experts on their way back to the ranks of their tokens."""
 
     def finish(self, base_TO: Tensor) -> Tensor:
         """Wait for the sums, and return them added to the base's output (T, O)."""
 
 
-class DispatchedTokens(Protocol):
+class ExpertTokens(Protocol):
     """Tokens on the rank of their experts: rows (N', D) with one gate per local expert, (N', E_local)."""
 
     @property
@@ -25,18 +25,18 @@ class DispatchedTokens(Protocol):
     @property
     def gates(self) -> Tensor: ...
 
-    def start_combine(self, sums_NO: Tensor) -> PendingCombine:
+    def start_combine(self, sums_NO: Tensor) -> Combine:
         """Start to send the experts' sums (N', O) back."""
 
 
 class Dispatcher(Protocol):
     """Sends tokens to the ranks of their experts."""
 
-    def dispatch(self, inputs: Sequence[ProjectedInput]) -> Sequence[DispatchedTokens]:
+    def dispatch(self, inputs: Sequence[ProjectedInput]) -> Sequence[ExpertTokens]:
         """Send the tokens of linears that read one tensor, and return those received here, for each linear."""
 
 
-Prepared = tuple[ProjectedInput, DispatchedTokens | None]
+Prepared = tuple[ProjectedInput, ExpertTokens | None]
 
 
 class SharedInput:
@@ -76,7 +76,7 @@ class SharedInput:
     def _project(self, x: Tensor) -> list[ProjectedInput]:
         if self.fused is None:
             return [projection.project(x) for projection in self.projections]
-        base_TI, hs, routings = self.fused(*self.projections[0].rows(x))
+        base_TI, hs, routings = self.fused(*self.projections[0].rows_and_keys(x))
         return [ProjectedInput(base_TI, h_TD, routing) for h_TD, routing in zip(hs, routings, strict=True)]
 
 
