@@ -249,11 +249,16 @@ class MixtureLinear(nn.Module):
         )
 
 
-def require_triton(device: torch.device) -> None:
-    """Raise ConfigError where the Triton kernels cannot run on `device`, with what is missing."""
+def require_triton(device: torch.device, name: str = "computation") -> None:
+    """Raise ConfigError where the Triton kernels cannot run on `device`, with what is missing.
+
+    Args:
+        device: where the layer computes.
+        name: what people who asked for the kernels call the argument or setting.
+    """
     missing = missing_for_triton(device)
     if missing is not None:
-        raise ConfigError(f"adapter.computation=grouped_triton needs {missing}; choose adapter.computation=auto")
+        raise ConfigError(f"{name}=grouped_triton needs {missing}; choose {name}=auto")
 
 
 def _measure_again(layer: MixtureLinear, _: object) -> None:
