@@ -67,7 +67,7 @@ def _adapter_tensors(run: Run, linear: Linear) -> Iterator[Stored]:
 def weight_copy_bytes(run: Run) -> int:
     """Count bytes of the trained weights rounded to the base's dtype, which are whole on every rank during a step.
 
-    They are kept where the base has another dtype than fp32 (`ops.weight_copies`). DoRA rounds its weights
+    They are kept where the base has another dtype than fp32 (`ops.products`). DoRA rounds its weights
     inside of the graph, and the kernels of grouped_triton, which `auto` takes beyond the break-even, tile by tile.
     """
     if run.itemsize == FP32 or run.spec.structure.magnitude:

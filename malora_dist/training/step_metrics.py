@@ -9,7 +9,7 @@ from torch import Tensor
 from malora_dist.adapters.inject import mixture_layers
 from malora_dist.console.log import peak_memory_gib
 from malora_dist.distributed.process_groups import max_over_processes, sum_over_processes
-from malora_dist.ops.transfer import to_device
+from malora_dist.ops.devices import to_device
 from malora_dist.training.train_step import Stepper, StepResult
 
 Record = dict[str, Any]
@@ -48,7 +48,7 @@ class Window:
             "step_seconds": seconds / n,
             "peak_memory_gib": peak,
         }
-        if self.stepper.wire is not None:
+        if self.stepper.all_to_all is not None:
             record["exchange_bytes"] = sum(sent) / n
         for task, name in enumerate(self.stepper.task_names):
             count = sum(result.task_token_counts[task] for result in results)
