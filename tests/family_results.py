@@ -3,6 +3,7 @@
 `python -m tests.family_results --write` writes the page anew.
 """
 
+import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, 
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.adapters.targets import ALL_LINEAR, all_linear
+from malora_dist.adapters.training_mode import train_adapters
 from malora_dist.convert.job import convert
 from malora_dist.convert.kinds import Options
 from malora_dist.errors import MaloraError
@@ -39,7 +41,8 @@ class Found:
     """Of one family: its class, its linears, the attention of `auto`, and how far logits are from transformers'.
 
     Differences are relative to the largest logit. again: of the model that our loader's model saved. merged: of the
-    base with a LoRA on all its linears merged into it, None where that is refused.
+    base with a LoRA on all its linears merged into it, None where that is refused. training: of our model in training
+    mode, with everything that its configuration lets it draw at random.
     """
 
     class_name: str
@@ -50,6 +53,7 @@ class Found:
     in_4bit: float
     again: float
     merged: float | None
+    training: float
 
 
 @cache
@@ -58,6 +62,7 @@ def look(name: str) -> Found:
     with tempfile.TemporaryDirectory() as temporary, without_compiler():
         folder, copy = Path(temporary, "model"), Path(temporary, "copy")
         family_model(name).save_pretrained(folder)
+        _draw(folder / "config.json")
         theirs = _theirs(folder)
         attention, on_gpu = (
             choose_attention("auto", theirs.config, *where, False) for where in ((4, None), (2, (8, 0)))
@@ -65,6 +70,7 @@ def look(name: str) -> Found:
         ours = load_base_model(folder, dtype=torch.float32, load_in_4bit=False, attn_implementation=attention)
         wanted = logits(theirs)
         plain = _apart(logits(ours), wanted)
+        training = _apart(_logits_in_training(ours), wanted)
         ours.save_pretrained(copy)
         again = _apart(logits(_theirs(copy)), wanted)
         merged = _merged(ours, folder, Path(temporary))
@@ -79,7 +85,31 @@ def look(name: str) -> Found:
             in_4bit=_apart(logits(ours), logits(theirs)),
             again=again,
             merged=merged,
+            training=training,
         )
+
+
+def _draw(path: Path) -> None:
+    """Raise every rate of dropout and every size of noise in a config.json, those of parts too."""
+
+    def raised(content: dict[str, Any]) -> dict[str, Any]:
+        return {key: raised(value) if isinstance(value, dict) else _half(key, value) for key, value in content.items()}
+
+    path.write_text(json.dumps(raised(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+
+
+def _half(key: str, value: Any) -> Any:
+    is_rate = any(word in key for word in ("drop", "jitter", "noise")) and "classifier" not in key
+    return 0.5 if is_rate and (value is None or type(value) is float) else value
+
+
+def _logits_in_training(model: Any) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        train_adapters(model)
+        found = logits(model)
+    model.eval()
+    return found
 
 
 def _merged(model: Any, folder: Path, target: Path) -> float | None:

@@ -36,10 +36,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> "PreT
     config.use_cache = False
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # RWKV would halve weights in place, and 4-bit ones cannot be
-    for name, value in vars(config).items():
-        # The base is frozen, and its masks would depend on how samples are dealt to processes.
-        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-            setattr(config, name, 0.0)
+    _remove_dropout(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # says how files are stored, not how this model computes
     return config
@@ -69,16 +66,19 @@ def own_code(folder: Path) -> list[str]:
     return found
 
 
-def _config_json(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is not a model folder: it holds no config.json")
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{folder / 'config.json'} is not a JSON object")
-    return content
+def _remove_dropout(config: "PreTrainedConfig") -> None:
+    """Set every rate of dropout, of values, layers and paths, to 0, in the configurations of parts too.
+
+    The base is frozen, and its masks would depend on how samples are dealt to processes. Noise that a router adds in
+    training stays in the configuration: Phi-MoE needs its size in evaluation too (`adapters.training_mode`).
+    """
+    from transformers import PreTrainedConfig
+
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            _remove_dropout(value)
+        elif type(value) in (int, float) and "drop" in name:
+            setattr(config, name, type(value)())
 
 
 def _check_family(folder: Path, content: dict[str, Any]) -> None:
