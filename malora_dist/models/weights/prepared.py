@@ -16,19 +16,20 @@ from torch import Tensor
 
 from malora_dist.errors import ConfigError
 from malora_dist.files.cache import build_once, default_cache_dir
+from malora_dist.files.json_text import parse_json
 from malora_dist.files.tensor_file import write_tensors
 from malora_dist.models.weights.base_tensor import BaseTensor, Weights
 from malora_dist.models.weights.fingerprint import file_identity
 from malora_dist.models.weights.reader import INDEX, TensorReader, readable, weight_files
 from malora_dist.models.weights.stored_names import StoredAs
-from malora_dist.models.weights.ties import tied_names
 from malora_dist.ops.nf4 import BLOCK, QUANTIZER, SCALE_BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+UNTIED = "untied"
 FILE_BYTES = 4 * 2**30
 
 
@@ -76,12 +77,14 @@ def write_prepared(
     tensors: Iterable[BaseTensor],
     weights: Weights,
     *,
+    untied: Sequence[str] = (),
     file_bytes: int = FILE_BYTES,
     advance: Callable[[], None] = lambda: None,
 ) -> bool:
     """Write the base's tensors, one in memory at a time, unless the folder is there; whether it was written.
 
-    `advance` is called after each tensor. Raises ConfigError if a weight is missing or the cache cannot be written.
+    `untied` are the tied parameters that have a tensor of their own. `advance` is called after each tensor.
+    Raises ConfigError if a weight is missing or the cache cannot be written.
     """
 
     def build(partial: Path) -> None:
@@ -92,7 +95,7 @@ def write_prepared(
             write_tensors(partial / file, shapes, _values(group, weights, advance))
             file_of.update(dict.fromkeys(shapes, file))
         (partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": file_of}, indent=1))
-        (partial / MANIFEST).write_text(json.dumps(identity, indent=1))
+        (partial / MANIFEST).write_text(json.dumps(identity | {UNTIED: list(untied)}, indent=1))
 
     try:
         return build_once(folder, build)
@@ -133,8 +136,9 @@ class PreparedWeights:
         return {}
 
     def untied_names(self, model: "PreTrainedModel") -> list[str]:
-        pairs = tied_names(model).items()
-        return [name for name, source in pairs if self.reader.holds(name) and self.reader.holds(source)]
+        with readable(self.folder / MANIFEST):
+            untied: list[str] = parse_json((self.folder / MANIFEST).read_bytes())[UNTIED]
+        return untied
 
     def read(self, tensor: BaseTensor) -> Tensor:
         return self.read_part(tensor, 0, tensor.numel).view(tensor.shape)
