@@ -14,12 +14,11 @@ from malora_dist.evaluation.packing import check_rows
 from malora_dist.models.attention import choose_attention
 from malora_dist.models.buffers import rebuild_buffers
 from malora_dist.models.config import own_code, read_model_config
-from malora_dist.models.load import build_empty_model, load_tokenizer
+from malora_dist.models.load import build_empty_model, load_tokenizer, names_of_parameters
 from malora_dist.models.resolve import local_model
 from malora_dist.models.vocabulary import check_vocabulary, embedding_rows
 from malora_dist.models.weights.checkpoint import CheckpointWeights
 from malora_dist.models.weights.prequantized import check_stored_format
-from malora_dist.models.weights.reader import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,11 +44,11 @@ def check_support(
 ) -> BaseFacts:
     """Check a base against what is supported, its files and its tokenizer. Reads no weight.
 
-    Raises ConfigError for a family that is not supported, weights that are not there or stored in a format that is not
-    read, and tokens beyond the embedding.
+    Raises ConfigError for a family that is not supported, weights that are not there, cut short, of another size or
+    stored in a format that is not read, and tokens beyond the embedding.
     """
     model, unwritten = _empty_base(config, folder, dtype, trains)
-    _check_names(model, folder, unwritten)
+    _check_weights(model, folder, unwritten)
     spare = check_vocabulary(tokenizer, embedding_rows(model))
     return BaseFacts(tuple(_notes(config, folder, spare)), spare)
 
@@ -64,7 +63,7 @@ def check_local_support(config: RunConfig) -> tuple[str, ...]:
         note = f"{settings.name_or_path} is not prepared yet: it was not compared with adapter.target_modules"
         return (note,) if waits else ()
     read_model_config(folder, trust_remote_code=trusted)
-    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+    if not any(folder.glob("*.safetensors*")):
         _empty_base(config, folder, torch.bfloat16, trains=True)
         return ()
     return check_support(config, folder, load_tokenizer(folder, trust_remote_code=trusted)).notes
@@ -92,19 +91,23 @@ def _empty_base(
     return model, rebuild_buffers(model)
 
 
-def _check_names(model: "PreTrainedModel", folder: Path, unwritten: set[str]) -> None:
-    """Raise ConfigError if a tensor of the model is under no name in the folder's files."""
-    stored = CheckpointWeights(folder).stored_names(model)
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    missing = [own[0] for own in names.values() if not any(name in stored for name in own)]
+def _check_weights(model: "PreTrainedModel", folder: Path, unwritten: set[str]) -> None:
+    """Raise ConfigError for tensors of the model that the folder's files do not hold, or not of the size it has.
+
+    Reads the files' headers alone.
+    """
+    weights = CheckpointWeights(folder)
+    stored = weights.stored_names(model)
+    missing = [own[0] for own in names_of_parameters(model).values() if not any(name in stored for name in own)]
     missing += sorted(name for name in unwritten if name not in stored)
     if missing:
         raise ConfigError(
             f"{folder} holds no weight for {len(missing)} of the model's tensors: {', '.join(missing[:SHOWN])}"
             f"{', ...' if len(missing) > SHOWN else ''}: do config and weights belong together?"
         )
+    if mistakes := weights.mistakes(model):
+        more = f"\n  and {len(mistakes) - SHOWN} more like these" if len(mistakes) > SHOWN else ""
+        raise ConfigError("\n  ".join(mistakes[:SHOWN]) + more)
 
 
 def _notes(config: RunConfig, folder: Path, spare: dict[int, str]) -> list[str]:

@@ -52,6 +52,32 @@ def test_weights_that_are_not_there_are_named_all_at_once(folder: Path) -> None:
         check_local_support(_config(folder))
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_files_that_are_missing_or_cut_are_named(folder: Path, damage: str) -> None:
+    """A download that was interrupted; every such file at once, before a row is tokenised."""
+    (folder / "model.safetensors").unlink()
+    save_tiny_llama(folder, vocab_size=259, max_shard_size="60KB")
+    shards = sorted(folder.glob("model-*.safetensors"))[1:3]
+    for shard in shards:
+        content = shard.read_bytes()
+        shard.unlink()
+        if damage == "cut":
+            shard.write_bytes(content[: len(content) // 2])
+    for check in (check_local_support, lambda config: check_support(config, folder, load_tokenizer(folder))):
+        with pytest.raises(ConfigError) as caught:
+            check(_config(folder))
+        assert all(f"{shard} is missing or damaged" in str(caught.value) for shard in shards)
+
+
+def test_weights_of_another_size_are_named_all_at_once(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"intermediate_size": 96}))
+    with pytest.raises(ConfigError) as caught:
+        check_local_support(_config(folder))
+    for layer in range(2):
+        assert f"layers.{layer}.mlp.gate_proj.weight has shape (80, 48), the config says (96, 48)" in str(caught.value)
+
+
 def test_tokens_without_a_row_are_refused(folder: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<think>"])
@@ -66,6 +92,15 @@ def test_padding_without_a_row_is_a_note(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     facts = check_support(_config(folder), folder, load_tokenizer(folder))
     assert facts.spare_tokens == {259: "[PAD]"} and "no row for [PAD]" in facts.notes[0]
+
+
+def test_an_end_without_a_row_is_refused_though_it_pads_too(folder: Path) -> None:
+    """It ends every row."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>", "pad_token": "<end>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"1 token for which the model has no row \(<end> 259\)"):
+        check_local_support(_config(folder))
 
 
 def test_a_configuration_alone_is_looked_at(tmp_path: Path) -> None:
