@@ -5,9 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.adapters.near_names import near_names
 from malora_dist.adapters.text_linears import reached_linears
@@ -59,7 +57,7 @@ def _look(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> tuple[
 def _refuse(model: nn.Module, wrong: Sequence[str]) -> None:
     if wrong:
         fused = next(iter(fused_experts(model)), None)
-        kept = "" if fused is None else f"; experts kept as one 3-D parameter ({fused}) are none"
+        kept = "" if fused is None else f"; experts kept as one parameter ({fused}) are none"
         raise ConfigError(f"{KEY}: {'; '.join(wrong)}. The model's linears are {described(linears_of(model))}{kept}")
 
 
@@ -89,13 +87,13 @@ def linears_of(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Names of the 3-D parameters in which a model keeps many experts' matrices, which no linear is."""
+    """Names of the parameters in each of which a model without adapters keeps many experts' matrices: no linears."""
     return [
         f"{name}.{leaf}" if name else leaf
         for name, module in model.named_modules()
-        if not isinstance(module, (_ConvNd, MixtureLinear))
+        if "expert" in f"{name}.{type(module).__name__}".lower() and linear_sizes(module) is None
         for leaf, parameter in module.named_parameters(recurse=False)
-        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3
+        if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and "bias" not in leaf
     ]
 
 
