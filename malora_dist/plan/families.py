@@ -28,6 +28,11 @@ class FamilyShape(ModelShape):
     expert_products: int
 
     @property
+    def is_known_by_block(self) -> bool:
+        """What a block keeps beside its linears is counted as a Llama's."""
+        return False
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """The kinds of linears of the whole model, without the head."""
         return self.kinds

@@ -50,6 +50,11 @@ class ModelShape:
     qk_norm: bool = False
 
     @property
+    def is_known_by_block(self) -> bool:
+        """Whether all that a block computes and keeps is known, and not only its linears."""
+        return True
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """The linears of one block, in the order they run."""
         h, f, q, kv = (
