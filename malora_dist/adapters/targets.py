@@ -128,11 +128,11 @@ def described(linears: Mapping[str, tuple[int, int]]) -> str:
     """
     sizes: dict[str, dict[str, None]] = {}
     for name, (inputs, outputs) in linears.items():
-        sizes.setdefault(_leaf(name), {})[f"{inputs} -> {outputs}"] = None
+        sizes.setdefault(leaf_of(name), {})[f"{inputs} -> {outputs}"] = None
     return ", ".join(f"{leaf} ({', '.join(kinds)})" for leaf, kinds in sorted(sizes.items())) or "none"
 
 
-def _leaf(name: str) -> str:
+def leaf_of(name: str) -> str:
     """The last part of a name, with the one before it where that is a number."""
     rest, _, leaf = name.rpartition(".")
     return f"{rest.rpartition('.')[2]}.{leaf}" if leaf.isdigit() else leaf
@@ -151,7 +151,7 @@ def _matches(model: nn.Module, target: str, linears: Mapping[str, object]) -> li
 
 def _mistakes(model: nn.Module, target: str, names: Sequence[str], linears: Mapping[str, object]) -> Iterable[str]:
     if not names:
-        near = [] if is_pattern(target) or target == ALL_LINEAR else near_names(target, map(_leaf, linears))
+        near = [] if is_pattern(target) or target == ALL_LINEAR else near_names(target, map(leaf_of, linears))
         hint = f", did you mean {' or '.join(near)}?" if near else ""
         yield f"{target!r} matches no {'linear' if is_pattern(target) else 'module'} of the model{hint}"
     wrong = [name for name in names if name not in linears]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from malora_dist.adapters.targets import check_targets
+from malora_dist.adapters.text_linears import reached_linears
 from malora_dist.config import RunConfig
 from malora_dist.config.summary import adapter_spec
 from malora_dist.errors import ConfigError
@@ -50,7 +51,8 @@ def check_support(
     model, unwritten = _empty_base(config, folder, dtype, trains)
     _check_weights(model, folder, unwritten)
     spare = check_vocabulary(tokenizer, embedding_rows(model))
-    return BaseFacts(tuple(_notes(config, folder, spare)), spare)
+    notes = [*_notes(config, folder, spare), *(_target_notes(model) if trains else ())]
+    return BaseFacts(tuple(notes), spare)
 
 
 def check_local_support(config: RunConfig) -> tuple[str, ...]:
@@ -79,6 +81,7 @@ def _empty_base(
     settings = config.model
     model = build_empty_model(folder, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     if trains:
+        _check_trainable(model)
         check_targets(model, config.adapter.target_modules, adapter_spec(config))
         check_rows(model.config, config.train.per_device_train_batch_size, config.data.max_seq_length)
         if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
@@ -89,6 +92,16 @@ def _empty_base(
     if settings.attn_implementation == "sdpa":
         choose_attention("sdpa", model.config, dtype.itemsize, None, flash_attn=False)
     return model, rebuild_buffers(model)
+
+
+def _check_trainable(model: "PreTrainedModel") -> None:
+    """Raise ConfigError for layers that are reversed in backward, which draw at random in training and must."""
+    reversible = next((type(module).__name__ for module in model.modules() if hasattr(module, "backward_pass")), None)
+    if reversible is not None:
+        raise ConfigError(
+            f"model.name_or_path: {type(model).__name__} cannot be trained on: its {reversible} draws at random in "
+            "training, so that no loss could be had again"
+        )
 
 
 def _check_weights(model: "PreTrainedModel", folder: Path, unwritten: set[str]) -> None:
@@ -118,3 +131,12 @@ def _notes(config: RunConfig, folder: Path, spare: dict[int, str]) -> list[str]:
         shown = ", ".join(list(spare.values())[:SHOWN])
         notes.append(f"the model has no row for {shown}; task rows that spell one of them out are refused")
     return notes
+
+
+def _target_notes(model: "PreTrainedModel") -> list[str]:
+    if reached_linears(model) is not None:
+        return []
+    return [
+        f"which linears of {type(model).__name__} a text reads cannot be told before it runs: with a target among the "
+        "others, the first step fails"
+    ]

@@ -134,6 +134,24 @@ def test_checkpointing_that_a_base_has_not_is_refused(tmp_path: Path) -> None:
             check_local_support(config)
 
 
+def test_a_base_that_draws_at_random_is_refused(tmp_path: Path) -> None:
+    family_model("reformer").config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="ReformerModelWithLMHead cannot be trained on: its ReformerLayer draws"):
+        check_local_support(_config(tmp_path))
+
+
+def test_linears_of_which_nothing_is_known_are_said(tmp_path: Path) -> None:
+    """ProphetNet's attention to an encoder is never called."""
+    family_model("prophetnet", vocab_size=259).save_pretrained(tmp_path)
+    settings = recipe(
+        model={"name_or_path": str(tmp_path)},
+        adapter={"target_modules": ["all-linear"], "r": 2, "shared_r": 2},
+        train={"per_device_train_batch_size": 1},
+    )
+    (note,) = check_support(config_from_dict(settings), tmp_path, byte_tokenizer()).notes
+    assert note.startswith("which linears of ProphetNetForCausalLM a text reads cannot be told before it runs")
+
+
 def test_a_format_that_is_not_read_is_refused(folder: Path) -> None:
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "gptq"}}))

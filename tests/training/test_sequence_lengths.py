@@ -14,6 +14,7 @@ from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.store import SampleStore, TrainStore
 from malora_dist.errors import ConfigError
 from malora_dist.training.sequence_lengths import LIMITS, position_notes
+from tests.evaluation.test_packing import REFUSED
 from tests.families import families, family_model
 from tests.tiny_models import tiny_config
 
@@ -63,8 +64,8 @@ def test_a_base_with_a_table_of_positions_refuses_them(config: PreTrainedConfig,
 
 # Limits that are reached in a moment, where the sizes of tests set none.
 SMALL = {"mpt": {"max_seq_len": 32}, "whisper": {"max_target_positions": 32}}
-# Position tables by the axis, and a kernel that is compiled where it is used.
-OTHERS = ("reformer", "rwkv")
+# Position tables by the axis, a kernel that is compiled where it is used, and bases that are refused otherwise.
+OTHERS = {"reformer", "rwkv", *REFUSED}
 
 
 @pytest.mark.parametrize("family", [family for family in families() if family not in OTHERS])
