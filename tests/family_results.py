@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
 from malora_dist.adapters.methods import mixture_spec
-from malora_dist.adapters.targets import ALL_LINEAR, all_linear
+from malora_dist.adapters.targets import ALL_LINEAR, all_linear, leaf_of
 from malora_dist.adapters.training_mode import train_adapters
 from malora_dist.convert.job import convert
 from malora_dist.convert.kinds import Options
@@ -78,7 +78,7 @@ def look(name: str) -> Found:
         _round(theirs, ours)
         return Found(
             class_name=type(theirs).__name__,
-            linears=tuple(dict.fromkeys(name.rpartition(".")[2] for name in all_linear(theirs))),
+            linears=tuple(dict.fromkeys(map(leaf_of, all_linear(theirs)))),
             attention=WORDS.get(attention, attention),
             attention_on_gpu=WORDS.get(on_gpu, on_gpu),
             plain=plain,
@@ -116,10 +116,8 @@ def _merged(model: Any, folder: Path, target: Path) -> float | None:
     """Put a LoRA on the model, and merge it into the folder it was loaded from."""
     spec = mixture_spec("lora", r=2)
     targets = inject_adapters(model, spec, [ALL_LINEAR]).target_modules
-    for number, (name, parameter) in enumerate(adapter_parameters(model)):
-        # One router's weight is read, and its layer never called.
-        if not name.endswith("classifier.B"):
-            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+    for number, (_, parameter) in enumerate(adapter_parameters(model)):
+        nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
     info = AdapterInfo(spec=spec, target_modules=targets, base_model=str(folder), lora_dropout=0.0)
     save_adapter(target / "adapter", info, adapter_state_dict(model), "card")
     try:
@@ -160,8 +158,8 @@ def _round(theirs: Any, ours: Any) -> None:
 
 
 def _in_a_row(name: str) -> str:
-    """What tests/evaluation/test_packing.py finds."""
-    if name in REFUSED:
+    """What tests/evaluation/test_packing.py finds; and Reformer cannot be trained on."""
+    if name in REFUSED or name == "reformer":
         return "refused"
     return "one" if name in ALONE else "several" if name in SEQUENCES else "several that branch"
 
@@ -173,21 +171,25 @@ def page() -> str:
     lines = [
         "# Models",
         "",
-        "Every causal language model of transformers is loaded as transformers loads it, from safetensors: names and "
-        "layouts of tensors, ties, and buffers that no file holds. What cannot be loaded is refused, by `malora "
-        "validate`, `prepare` and `train` alike, before anything is read or quantised. A folder's own Python code is "
-        "never run, unless the recipe says `model.trust_remote_code: true`.",
+        f"Of the {len(families()) + len(NOT_TINY)} families of causal language models in transformers "
+        f"{transformers.__version__}, the {len(families())} below are loaded as transformers loads them, from "
+        "safetensors: names and layouts of tensors, ties, and buffers that no file holds. Others are loaded by the "
+        "same code and were not run. What cannot be loaded is refused, by `malora validate`, `prepare` and `train` "
+        "alike, before a row is tokenised or a weight quantised. A folder's own Python code is never run, unless the "
+        "recipe says `model.trust_remote_code: true`.",
         "",
-        f"A test makes this page, of tiny models of the families of transformers {transformers.__version__}: each is "
-        "saved by transformers and loaded by this package, as it is and in 4 bits, gives the logits that transformers "
-        "gives, and is saved and loaded again, also with an adapter merged into it.",
+        "A test makes this page, of tiny models: each is saved by transformers and loaded by this package, as it is "
+        "and in 4 bits, gives the logits that transformers gives, in training mode too, and is saved and loaded again, "
+        "also with an adapter merged into it.",
         "",
-        "`linears` are what `adapter.target_modules: all-linear` means, and what targets can name; experts that "
-        "transformers keeps as one parameter are loaded and not adapted, as the log says. `attention` is what "
+        "`linears` are what `adapter.target_modules: all-linear` means, and what targets can name (numbered ones of "
+        "Zamba 2 by a pattern, as some are never called); experts that transformers keeps as one parameter are loaded "
+        "and not adapted, as the log says. `attention` is what "
         "`model.attn_implementation: auto` becomes on a CPU or in float32, and on a GPU in 16 bits. `in a row`: "
         "several samples, several that branch (the choices of a question share their prompt), or one, so that "
         "`train.per_device_train_batch_size` must be 1. Refused are those that look at what follows a token, or count "
-        "positions from another number; encoders decode where their configuration says `is_decoder: true`.",
+        "positions from another number, and Reformer, which draws at random; encoders decode where their configuration "
+        "says `is_decoder: true`.",
         "",
         "| `model_type` | class | linears | attention | in a row |",
         "|---|---|---|---|---|",
