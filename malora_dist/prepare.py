@@ -77,10 +77,11 @@ def prepare_base(config: RunConfig, folder: Path, dtype: torch.dtype) -> tuple[P
     """
     double_quant, trusted = config.model.bnb_4bit_use_double_quant, config.model.trust_remote_code
     model, weights = build_empty_model(folder, dtype=dtype, trust_remote_code=trusted), CheckpointWeights(folder)
-    untie(model, weights.untied_names(model))
+    untied = weights.untied_names(model)
+    untie(model, untied)
     named = base_tensors(model, weights.stored_names(model), load_in_4bit=True, double_quant=double_quant)
     tensors = dict.fromkeys(named.values())
     prepared, identity = prepared_folder(folder, dtype=dtype, double_quant=double_quant)
     with Bar("quantising the base", len(tensors)) as bar:
-        written = write_prepared(prepared, identity, tensors, weights, advance=bar.advance)
+        written = write_prepared(prepared, identity, tensors, weights, untied=untied, advance=bar.advance)
     return prepared, written

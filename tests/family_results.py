@@ -3,6 +3,7 @@
 `python -m tests.family_results --write` writes the page anew.
 """
 
+import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
 from malora_dist.adapters.methods import mixture_spec
-from malora_dist.adapters.targets import ALL_LINEAR, all_linear
+from malora_dist.adapters.targets import ALL_LINEAR, all_linear, leaf_of
+from malora_dist.adapters.training_mode import train_adapters
 from malora_dist.convert.job import convert
 from malora_dist.convert.kinds import Options
 from malora_dist.errors import MaloraError
@@ -39,7 +41,8 @@ class Found:
     """Of one family: its class, its linears, the attention of `auto`, and how far logits are from transformers'.
 
     Differences are relative to the largest logit. again: of the model that our loader's model saved. merged: of the
-    base with a LoRA on all its linears merged into it, None where that is refused.
+    base with a LoRA on all its linears merged into it, None where that is refused. training: of our model in training
+    mode, with everything that its configuration lets it draw at random.
     """
 
     class_name: str
@@ -50,6 +53,7 @@ class Found:
     in_4bit: float
     again: float
     merged: float | None
+    training: float
 
 
 @cache
@@ -58,6 +62,7 @@ def look(name: str) -> Found:
     with tempfile.TemporaryDirectory() as temporary, without_compiler():
         folder, copy = Path(temporary, "model"), Path(temporary, "copy")
         family_model(name).save_pretrained(folder)
+        _draw(folder / "config.json")
         theirs = _theirs(folder)
         attention, on_gpu = (
             choose_attention("auto", theirs.config, *where, False) for where in ((4, None), (2, (8, 0)))
@@ -65,6 +70,7 @@ def look(name: str) -> Found:
         ours = load_base_model(folder, dtype=torch.float32, load_in_4bit=False, attn_implementation=attention)
         wanted = logits(theirs)
         plain = _apart(logits(ours), wanted)
+        training = _apart(_logits_in_training(ours), wanted)
         ours.save_pretrained(copy)
         again = _apart(logits(_theirs(copy)), wanted)
         merged = _merged(ours, folder, Path(temporary))
@@ -72,14 +78,38 @@ def look(name: str) -> Found:
         _round(theirs, ours)
         return Found(
             class_name=type(theirs).__name__,
-            linears=tuple(dict.fromkeys(name.rpartition(".")[2] for name in all_linear(theirs))),
+            linears=tuple(dict.fromkeys(map(leaf_of, all_linear(theirs)))),
             attention=WORDS.get(attention, attention),
             attention_on_gpu=WORDS.get(on_gpu, on_gpu),
             plain=plain,
             in_4bit=_apart(logits(ours), logits(theirs)),
             again=again,
             merged=merged,
+            training=training,
         )
+
+
+def _draw(path: Path) -> None:
+    """Raise every rate of dropout and every size of noise in a config.json, those of parts too."""
+
+    def raised(content: dict[str, Any]) -> dict[str, Any]:
+        return {key: raised(value) if isinstance(value, dict) else _half(key, value) for key, value in content.items()}
+
+    path.write_text(json.dumps(raised(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+
+
+def _half(key: str, value: Any) -> Any:
+    is_rate = any(word in key for word in ("drop", "jitter", "noise")) and "classifier" not in key
+    return 0.5 if is_rate and (value is None or type(value) is float) else value
+
+
+def _logits_in_training(model: Any) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        train_adapters(model)
+        found = logits(model)
+    model.eval()
+    return found
 
 
 def _merged(model: Any, folder: Path, target: Path) -> float | None:
@@ -130,8 +160,8 @@ def _round(theirs: Any, ours: Any) -> None:
 
 
 def _in_a_row(name: str) -> str:
-    """What tests/evaluation/test_packing.py finds."""
-    if name in REFUSED:
+    """What tests/evaluation/test_packing.py finds; and Reformer cannot be trained on."""
+    if name in REFUSED or name == "reformer":
         return "refused"
     return "one" if name in ALONE else "several" if name in SEQUENCES else "several that branch"
 
@@ -144,19 +174,21 @@ def page() -> str:
     lines = [
         "# Models",
         "",
-        "The causal language models of transformers below are loaded as transformers loads them, from safetensors: "
-        "names and layouts of tensors, ties, and buffers that no file holds. What cannot be loaded is refused, by "
-        "`malora validate`, `prepare` and `train` alike, before anything is read or quantised.",
+        f"Of the {len(families()) + len(NOT_TINY)} families of causal language models in transformers "
+        f"{transformers.__version__}, the {len(families())} below are loaded as transformers loads them, from "
+        "safetensors: names and layouts of tensors, ties, and buffers that no file holds. Others are loaded by the "
+        "same code and were not run. What cannot be loaded is refused, by `malora validate`, `prepare` and `train` "
+        "alike, before a row is tokenised or a weight quantised.",
         "",
         "A folder's own Python code is never run, unless you say `model.trust_remote_code: true`: in the recipe that "
         "you name, or on the command line. That a run, a checkpoint or an adapter says so is not enough: of a run of "
         "yours, `malora evaluate RUN --model.trust_remote_code true` and `malora convert RUN ... --recipe "
         "RUN/config.yaml` do.",
         "",
-        f"A test makes this page, of tiny models of the families of transformers {transformers.__version__}: each is "
-        "saved by transformers and loaded by this package, as it is and in 4 bits, gives the logits that transformers "
-        "gives, and is saved and loaded again; so it is with an adapter merged into it, but for those whose layers "
-        f"share weights or lie in one tensor, which is refused: {', '.join(not_merged)}.",
+        "A test makes this page, of tiny models: each is saved by transformers and loaded by this package, as it is "
+        "and in 4 bits, gives the logits that transformers gives, in training mode too, and is saved and loaded again; "
+        "so it is with an adapter merged into it, but for those whose layers share weights or lie in one tensor, which "
+        f"is refused: {', '.join(not_merged)}.",
         "",
         "`linears` are the last parts of the names that `adapter.target_modules: all-linear` means: of linears that "
         "training runs on every token and gives a gradient, as a test sees on all families but the refused ones, "
@@ -166,7 +198,8 @@ def page() -> str:
         "`model.attn_implementation: auto` becomes on a CPU or in float32, and on a GPU in 16 bits. `in a row`: "
         "several samples, several that branch (the choices of a question share their prompt), or one, so that "
         "`train.per_device_train_batch_size` must be 1. Refused are those that look at what follows a token, or count "
-        "positions from another number; encoders decode where their configuration says `is_decoder: true`.",
+        "positions from another number, and Reformer, which draws at random; encoders decode where their configuration "
+        "says `is_decoder: true`.",
         "",
         "| `model_type` | class | linears | attention | in a row |",
         "|---|---|---|---|---|",

@@ -16,7 +16,7 @@ NOT_MERGED = {"hrm_text", "zamba", "zamba2"}
 @pytest.mark.parametrize("name", families())
 def test_logits_are_those_of_transformers(name: str) -> None:
     found = look(name)
-    assert found.plain <= CLOSE and found.in_4bit <= CLOSE and found.again <= CLOSE, found
+    assert max(found.plain, found.in_4bit, found.again, found.training) <= CLOSE, found
     assert (found.merged is None) == (name in NOT_MERGED) and (found.merged or 0) <= MERGED, found
 
 
@@ -24,6 +24,6 @@ def test_the_page_says_what_is_found() -> None:
     import transformers
 
     text = PAGE.read_text(encoding="utf-8")
-    if f"transformers {transformers.__version__}:" not in text:
+    if f"transformers {transformers.__version__}, the" not in text:
         pytest.skip("docs/models.md is about another version of transformers")
     assert text == page(), "python -m tests.family_results --write"

@@ -74,7 +74,7 @@ def inject_adapters(
 
     Raises ConfigError if `computation` is grouped_triton where Triton cannot run, if the model has adapters already, or
     if a target matches nothing or matches a module that is not a linear. After an error, whatever it was, the model is
-    as it was before. Experts that a model keeps as one 3-D parameter are no linears; the report names them.
+    as it was before. Experts that a model keeps as one parameter are no linears; the report names them.
     """
     _refuse_second(model)
     if computation == "grouped_triton" and spec.structure.routed:
@@ -85,6 +85,7 @@ def inject_adapters(
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     model.requires_grad_(False)
     base_parameters = count_base_parameters(model)
+    experts = tuple(fused_experts(model))
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
     save_adapters_of(model, Injected(spec, names, lora_dropout, trained))
     places = _places(model)
@@ -111,7 +112,7 @@ def inject_adapters(
         adapted_parameters=sum(row.modules * row.in_features * row.out_features for row in rows),
         quantized_parameters=quantized,
         target_modules=names,
-        fused_experts=tuple(fused_experts(model)),
+        fused_experts=experts,
     )
 
 

@@ -4,9 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.adapters.near_names import near_names
 from malora_dist.adapters.text_linears import idle_linears
@@ -26,20 +24,26 @@ def find_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) ->
     Raises ConfigError with all that is wrong at once, and with the linears that the model has.
     """
     needed = ALL_LINEAR in targets or _has_other_parts(model)
-    found, wrong = _look(model, targets, spec, idle_linears(model) if needed else frozenset())
+    found, wrong = _look(model, targets, spec, (idle_linears(model) if needed else None) or ())
     _refuse(model, wrong)
     return found
 
 
-def check_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> None:
-    """Raise ConfigError as `find_targets` does, and for what a training run cannot adapt.
+def check_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> list[str]:
+    """Raise ConfigError as `find_targets` does, and for what a training run cannot adapt; return what is not known.
 
-    That are linears that text never trains, and the output head: a run computes logits of learned tokens alone, so the
-    head sees other tokens than the routers of all other layers.
+    It cannot adapt linears that text never trains, and the output head: a run computes logits of learned tokens alone,
+    so the head sees other tokens than the routers of all other layers.
     """
     idle = idle_linears(model)
-    found, wrong = _look(model, targets, spec, idle)
-    _refuse(model, [*wrong, *_untrainable(model, found, idle)])
+    found, wrong = _look(model, targets, spec, idle or ())
+    _refuse(model, [*wrong, *_untrainable(model, found, idle or ())])
+    if idle is not None:
+        return []
+    return [
+        f"which linears of {type(model).__name__} a text reads cannot be told before it runs: with a target among the "
+        "others, the first step fails"
+    ]
 
 
 def _look(
@@ -60,7 +64,7 @@ def _look(
 def _refuse(model: nn.Module, wrong: Sequence[str]) -> None:
     if wrong:
         fused = next(iter(fused_experts(model)), None)
-        kept = "" if fused is None else f"; experts kept as one 3-D parameter ({fused}) are none"
+        kept = "" if fused is None else f"; experts kept as one parameter ({fused}) are none"
         raise ConfigError(f"{KEY}: {'; '.join(wrong)}. The model's linears are {described(linears_of(model))}{kept}")
 
 
@@ -89,19 +93,19 @@ def linears_of(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Names of the 3-D parameters in which a model keeps many experts' matrices, which no linear is."""
+    """Names of the parameters in each of which a model without adapters keeps many experts' matrices: no linears."""
     return [
         f"{name}.{leaf}" if name else leaf
         for name, module in model.named_modules()
-        if not isinstance(module, (_ConvNd, MixtureLinear))
+        if "expert" in f"{name}.{type(module).__name__}".lower() and linear_sizes(module) is None
         for leaf, parameter in module.named_parameters(recurse=False)
-        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3
+        if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and "bias" not in leaf
     ]
 
 
 def all_linear(model: nn.Module) -> list[str]:
     """Names of every linear but the output head, and but those that text never trains."""
-    return _all_linear(model, idle_linears(model))
+    return _all_linear(model, idle_linears(model) or ())
 
 
 def _all_linear(model: nn.Module, idle: Collection[str]) -> list[str]:
@@ -133,11 +137,11 @@ def described(linears: Mapping[str, tuple[int, int]]) -> str:
     """
     sizes: dict[str, dict[str, None]] = {}
     for name, (inputs, outputs) in linears.items():
-        sizes.setdefault(_leaf(name), {})[f"{inputs} -> {outputs}"] = None
+        sizes.setdefault(leaf_of(name), {})[f"{inputs} -> {outputs}"] = None
     return ", ".join(f"{leaf} ({', '.join(kinds)})" for leaf, kinds in sorted(sizes.items())) or "none"
 
 
-def _leaf(name: str) -> str:
+def leaf_of(name: str) -> str:
     """The last part of a name, with the one before it where that is a number."""
     rest, _, leaf = name.rpartition(".")
     return f"{rest.rpartition('.')[2]}.{leaf}" if leaf.isdigit() else leaf
@@ -156,7 +160,7 @@ def _matches(model: nn.Module, target: str, linears: Mapping[str, object], idle:
 
 def _mistakes(model: nn.Module, target: str, names: Sequence[str], linears: Mapping[str, object]) -> Iterable[str]:
     if not names:
-        near = [] if is_pattern(target) or target == ALL_LINEAR else near_names(target, map(_leaf, linears))
+        near = [] if is_pattern(target) or target == ALL_LINEAR else near_names(target, map(leaf_of, linears))
         hint = f", did you mean {' or '.join(near)}?" if near else ""
         yield f"{target!r} matches no {'linear' if is_pattern(target) else 'module'} of the model{hint}"
     wrong = [name for name in names if name not in linears]

@@ -17,16 +17,16 @@ from malora_dist.models.linears import linear_sizes, output_head
 TOKENS = 256
 
 
-def idle_linears(model: nn.Module) -> frozenset[str]:
+def idle_linears(model: nn.Module) -> frozenset[str] | None:
     """Names of the linears of a model's class that do not read each token, or whose output gets no gradient.
 
     Parts for pictures and attention to an encoder are never called. What only chooses, as the index of sparse
     attention does, has no gradient. Some read blocks of tokens, tokens of their own, or learned tokens alone, as what
     stands before the output head may. The head itself is not among them. Linears that were put on the model later are
-    not known here. Empty where this cannot be told without weights, or for a model that is not one of transformers.
+    not known here. None where this cannot be told without weights, or for a model that is not one of transformers.
     """
     if not hasattr(model, "config"):
-        return frozenset()
+        return None
     longest = getattr(model.config, "max_position_embeddings", None) or TOKENS
     tokens = min(TOKENS, longest) if longest > 0 else TOKENS
     # A mask is taken by most; without one, most look at numbers. In training some draw numbers, and look at them; so do
@@ -37,7 +37,7 @@ def idle_linears(model: nn.Module) -> frozenset[str]:
             warnings.simplefilter("ignore")
             twin = _twin(model, replace_experts).train(training)
             return _idle(twin, torch.zeros(1, tokens, dtype=torch.long, device="meta"), mask)
-    return frozenset()
+    return None
 
 
 def _twin(model: Any, replace_experts: bool) -> nn.Module:

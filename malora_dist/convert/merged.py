@@ -17,11 +17,12 @@ from malora_dist.convert.verify import logits_of, text_rows
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.files.atomic import share_file
 from malora_dist.files.durable import write_text
+from malora_dist.files.json_text import parse_json
 from malora_dist.files.tensor_file import read_header, write_tensors
 from malora_dist.models.linears import is_conv1d
 from malora_dist.models.load import build_empty_model
 from malora_dist.models.weights.checkpoint import CheckpointWeights
-from malora_dist.models.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
+from malora_dist.models.weights.reader import TensorReader, readable, weight_files
 from malora_dist.models.weights.stored_names import stored_names
 from malora_dist.models.weights.ties import untie
 
@@ -50,12 +51,12 @@ def to_merged(job: Job) -> None:
     # Before all the work: it may find that the tokenizer and the base do not belong together.
     rows = text_rows(job, adapter.info) if job.options.verify else None
     merge = _Merge(adapter, reader, layers, transposed)
-    file_of = weight_files(base)
-    for file in [SINGLE] if file_of is None else dict.fromkeys(file_of.values()):
+    files = weight_files(base)
+    for file in files.names:
         if Path(file).name != file:
-            raise ConfigError(f"{base / INDEX} names {file!r}, which is no file of its folder")
+            raise ConfigError(f"{base / str(files.index)} names {file!r}, which is no file of its folder")
         merge.write_file(base / file, job.folder / file)
-    _copy_others(base, job.folder, code=job.trusted)
+    _copy_others(base, job.folder, files.index, code=job.trusted)
     write_text(job.folder / "README.md", _card(adapter, job))
     write_text(job.folder / "merged.json", json.dumps(_origin(adapter), indent=2) + "\n")
     job.say(merge.summary())
@@ -106,7 +107,7 @@ def _check_base(
 ) -> None:
     """Raises CheckpointError unless the folder is the adapter's base, ConfigError if its weights cannot be added to."""
     with readable(base / "config.json"):
-        config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = parse_json((base / "config.json").read_bytes(), lenient=True)
     if config.get("quantization_config"):
         raise ConfigError(f"{base} holds quantised weights; give the unquantised model with --base")
     check_base(adapter.checkpoint, base)
@@ -179,12 +180,13 @@ class _Merge:
         return f"merged {len(self.layers)} weights in {names}; rounding to it is {lost:.1e} of what the adapter changes"
 
 
-def _copy_others(base: Path, folder: Path, *, code: bool) -> None:
-    """Copy what stands beside the weights; Python files only if the recipe lets them run."""
-    if (base / INDEX).is_file():
-        shutil.copyfile(base / INDEX, folder / INDEX)
+def _copy_others(base: Path, folder: Path, index: str | None, *, code: bool) -> None:
+    """Copy what stands beside the weights; Python files only if the recipe lets them run, of indices the one in use."""
+    if index is not None:
+        shutil.copyfile(base / index, folder / index)
     for path in sorted(base.iterdir()):
-        wanted = COPIED.fullmatch(path.name) or (code and path.suffix == ".py")
+        is_index = path.name.endswith(".index.json")
+        wanted = (COPIED.fullmatch(path.name) and not is_index) or (code and path.suffix == ".py")
         if path.is_file() and wanted and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
             share_file(folder / path.name)

@@ -9,14 +9,16 @@ from typing import Any
 DEEPEST = 100
 
 
-def parse_json(text: str | bytes, *, non_finite: bool = False) -> Any:
+def parse_json(text: str | bytes, *, non_finite: bool = False, lenient: bool = False) -> Any:
     """The value of a JSON text. `non_finite` takes NaN and infinities, which our own measurements may hold.
 
+    `lenient` takes them and the last of keys given twice, as the libraries do for which others' files were written.
     Raises ValueError if it is none, gives a key twice, or is nested beyond all use.
     """
-    constant, number = (float, float) if non_finite else (_refuse_constant, _finite)
+    constant, number = (float, float) if non_finite or lenient else (_refuse_constant, _finite)
+    pairs = None if lenient else _unique
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant, parse_float=number)
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} deep") from None
     _check_depth(value)

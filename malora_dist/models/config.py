@@ -3,12 +3,12 @@
 A folder may name Python files of its own (`auto_map`). transformers would ask on the terminal whether to run them.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, short
+from malora_dist.files.json_text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -29,17 +29,14 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> "PreT
 
     content = _config_json(folder)
     if not trust_remote_code:
-        _check_family(folder, content)
+        check_family(content, str(folder / "config.json"), own_code(folder))
     config = _read(
         folder, "config.json", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     )
-    config.use_cache = False
+    config.use_cache, config.return_dict = False, True
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # RWKV would halve weights in place, and 4-bit ones cannot be
-    for name, value in vars(config).items():
-        # The base is frozen, and its masks would depend on how samples are dealt to processes.
-        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-            setattr(config, name, 0.0)
+    _remove_dropout(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # says how files are stored, not how this model computes
     return config
@@ -59,7 +56,7 @@ def own_code(folder: Path) -> list[str]:
     found: list[str] = []
     for name in ("config.json", "tokenizer_config.json"):
         try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = parse_json((folder / name).read_bytes(), lenient=True)
         except (OSError, ValueError):
             continue
         auto_map = content.get("auto_map") if isinstance(content, dict) else None
@@ -69,35 +66,52 @@ def own_code(folder: Path) -> list[str]:
     return found
 
 
-def _config_json(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is not a model folder: it holds no config.json")
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{folder / 'config.json'} is not a JSON object")
-    return content
+def _remove_dropout(config: "PreTrainedConfig") -> None:
+    """Set every rate of dropout, of values, layers and paths, to 0, in the configurations of parts too.
+
+    The base is frozen, and its masks would depend on how samples are dealt to processes. Noise that a router adds in
+    training stays in the configuration: Phi-MoE needs its size in evaluation too (`adapters.training_mode`).
+    """
+    from transformers import PreTrainedConfig
+
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            _remove_dropout(value)
+        elif type(value) in (int, float) and "drop" in name:
+            setattr(config, name, type(value)())
 
 
-def _check_family(folder: Path, content: dict[str, Any]) -> None:
-    """Raise ConfigError unless transformers itself has a causal language model of this type."""
+def check_family(content: Mapping[str, Any], source: str, code: Sequence[str] = ()) -> None:
+    """Raise ConfigError unless transformers itself has a causal language model of a config.json's type.
+
+    source: what the content is from. code: classes of its own that it names (`own_code`).
+    """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = content.get("model_type")
-    said = f"{folder / 'config.json'}: model_type={kind!r}"
+    said = f"{source}: model_type={short(kind)}"
     known = isinstance(kind, str)
     if known and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
-    code = own_code(folder)
     if code:
         raise ConfigError(f"{said} is code of its own ({', '.join(code)}); {NOT_RUN}")
     if known and kind in CONFIG_MAPPING:
         raise ConfigError(f"{said} is no causal language model; {SUPPORTED}")
     raise ConfigError(f"{said} is no model type of transformers {transformers.__version__}; {SUPPORTED}")
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a model folder: it holds no config.json")
+    try:
+        content = parse_json((folder / "config.json").read_bytes(), lenient=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{folder / 'config.json'} is not a JSON object")
+    return content
 
 
 def _read(folder: Path, what: str, read: Callable[[], Any]) -> Any:

@@ -154,9 +154,7 @@ def base_tensors(
 
     stored: where a checkpoint holds them, if not under their own names.
     """
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    names = names_of_parameters(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears = [module for module in model.modules() if linear_sizes(module) is not None and module is not head]
     quantized = {id(linear.weight) for linear in linears} if load_in_4bit else set()
@@ -177,6 +175,14 @@ def base_tensors(
         )
         tensors.update(dict.fromkeys(own, tensor))
     return tensors
+
+
+def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, by its id, in the order of the model."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 class _ParameterMaker:

@@ -1,6 +1,7 @@
 """Where a base model comes from: a hub id, a local folder, or a GGUF file; the result is a folder."""
 
 import hashlib
+import json
 import os
 import sys
 from functools import partial
@@ -16,6 +17,7 @@ from malora_dist.console.terminal import is_terminal
 from malora_dist.errors import ConfigError, short
 from malora_dist.files.cache import build_once, default_cache_dir
 from malora_dist.files.folder import local_path
+from malora_dist.models.weights.fingerprint import file_identity
 
 # Weights, tokenizers in all their forms, chat templates.
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe"]
@@ -113,16 +115,15 @@ def _download(repository: str, revision: str | None, code: bool) -> Path:
 
 
 def _convert_gguf(path: Path, cache_dir: Path) -> Path:
-    """Cached safetensors folder of a GGUF file, named by the file's content."""
+    """Cached safetensors folder of a GGUF file, named by what tells the file from others."""
     target = _converted_folder(path, cache_dir)
     build_once(target, partial(_write_converted, path.resolve()))
     return target
 
 
 def _converted_folder(path: Path, cache_dir: Path) -> Path:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return cache_dir / "gguf" / f"{path.stem}-{digest}"
+    digest = hashlib.sha256(json.dumps(file_identity(path)).encode()).hexdigest()
+    return cache_dir / "gguf" / f"{path.stem}-{digest[:16]}"
 
 
 def _write_converted(path: Path, target: Path) -> None:

@@ -31,7 +31,10 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", rows: int) -> dict[in
     Raises ConfigError for others beyond it.
     """
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
-    spare = {str(token) for name, token in tokenizer.special_tokens_map.items() if name not in OF_TEXTS}
+    named = tokenizer.special_tokens_map.items()
+    # Padding is often the token that ends texts.
+    spare = {str(token) for name, token in named if name not in OF_TEXTS}
+    spare -= {str(token) for name, token in named if name in OF_TEXTS}
     lost = {number: token for number, token in sorted(beyond.items()) if token not in spare}
     if lost:
         shown = ", ".join(f"{token} {number}" for number, token in list(lost.items())[:SHOWN])

@@ -5,8 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, short
+from malora_dist.models.config import check_family
 from malora_dist.plan.shapes import LAYOUTS, Linear, ModelShape
+
+# By these names configurations count a layer's experts, and those that a token goes through.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +26,11 @@ class FamilyShape(ModelShape):
     embedding: int
     parameters: int
     expert_products: int
+
+    @property
+    def is_known_by_block(self) -> bool:
+        """What a block keeps beside its linears is counted as a Llama's."""
+        return False
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -81,19 +91,17 @@ def family_shape(config: Mapping[str, Any], source: str) -> FamilyShape:
 
 
 def _empty_model(config: Mapping[str, Any], source: str) -> Any:
-    model_type = config.get("model_type")
     try:
         import torch
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     except ImportError as error:
         raise ConfigError(
-            f"{source}: the shapes of model_type={model_type!r} are read off the model that transformers builds, but "
-            f"{error}. Without torch and transformers the plan knows {', '.join(LAYOUTS)}"
+            f"{source}: the shapes of model_type={short(config.get('model_type'))} are read off the model that "
+            f"transformers builds, but {error}. Without torch and transformers the plan knows {', '.join(LAYOUTS)}"
         ) from error
-    if model_type not in CONFIG_MAPPING:
-        raise ConfigError(f"{source}: model_type={model_type!r} is none of transformers'")
+    check_family(config, source)
     try:
-        settings = CONFIG_MAPPING[model_type].from_dict(dict(config))
+        settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     except Exception as error:  # code of some 200 families, for numbers that nobody has tried together
@@ -105,18 +113,17 @@ def _kinds(model: Any) -> tuple[tuple[Linear, ...], set[int]]:
     from malora_dist.adapters.text_linears import idle_linears
     from malora_dist.models.linears import linear_sizes, output_head
 
-    head, weights, idle = output_head(model), set[int](), idle_linears(model)
+    head, weights, idle = output_head(model), set[int](), idle_linears(model) or ()
     names: dict[tuple[str, int, int, bool, bool], list[str]] = {}
+    first_of = Counter[tuple[str, int, int, bool, bool]]()
     for name, module in model.named_modules():
         sizes = linear_sizes(module)
         if sizes is not None and module is not head:
             kind = (name.rpartition(".")[2], *sizes, module.bias is not None, name not in idle)
             names.setdefault(kind, []).append(name)
+            first_of[kind] += id(module.weight) not in weights
             weights.add(id(module.weight))
-    linears = [
-        Linear(leaf, inputs, outputs, bias, tuple(found), trained)
-        for (leaf, inputs, outputs, bias, trained), found in names.items()
-    ]
+    linears = [Linear(*kind[:4], tuple(found), kind[4], first_of[kind]) for kind, found in names.items()]
     return tuple(linears), weights
 
 
@@ -127,12 +134,16 @@ def _head_weight(model: Any) -> Any:
 
 
 def _expert_products(model: Any, text: Any) -> int:
-    """Each token goes through `num_experts_per_tok` of a layer's experts."""
+    """Multiplications of a token in experts kept as one parameter: the chosen ones' part of each layer's."""
     from malora_dist.adapters.targets import fused_experts
 
-    shapes = [model.get_parameter(name).shape for name in fused_experts(model)]
-    chosen = [min(_number(text, "num_experts_per_tok", shape[0]), shape[0]) for shape in shapes]
-    return sum(top_k * shape[1] * shape[2] for shape, top_k in zip(shapes, chosen, strict=True))
+    settings = getattr(text, "ffn_config", text)
+    chosen = max(_number(settings, name, 0) for name in CHOSEN)
+    products = 0
+    for shape in (model.get_parameter(name).shape for name in fused_experts(model)):
+        experts = shape[0] if len(shape) == 3 else max(_number(settings, name, 1) for name in EXPERTS)
+        products += shape.numel() // experts * min(chosen or experts, experts)
+    return products
 
 
 def _number(config: Any, name: str, default: int) -> int:

@@ -1,13 +1,13 @@
 """The shape of a base model, read from its config.json or the metadata of a GGUF file."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, short
 from malora_dist.files.folder import local_path
+from malora_dist.files.json_text import parse_json
 from malora_dist.plan.shapes import LAYOUTS, ModelShape
 
 ASK_FOR_CONFIG = "give its config.json: --model path/to/config.json (or the model's folder)"
@@ -46,7 +46,7 @@ def local_config(name_or_path: str, revision: str | None = None) -> Path | None:
 def read_config(path: Path) -> ModelShape:
     """The shape in a config.json. Raises ConfigError for a file that cannot be read, or a layout not known here."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes(), lenient=True)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error}): {ASK_FOR_CONFIG}") from error
     except ValueError as error:
@@ -59,7 +59,7 @@ def read_config(path: Path) -> ModelShape:
 def shape_of(config: Mapping[str, Any], source: str) -> ModelShape:
     """The shape in the keys of a config.json; `source` names it in errors. Types beyond LAYOUTS need transformers."""
     model_type = config.get("model_type")
-    if model_type not in LAYOUTS:
+    if not isinstance(model_type, str) or model_type not in LAYOUTS:
         # It needs torch.
         from malora_dist.plan.families import family_shape
 
@@ -98,14 +98,25 @@ def read_gguf(path: Path) -> ModelShape:
     if not path.is_file():
         raise ConfigError(f"model.name_or_path={str(path)!r}: there is no such GGUF file; {ASK_FOR_CONFIG}")
     try:
-        from gguf import GGUFReader
-
-        reader = GGUFReader(path)
-    except (ImportError, OSError, ValueError) as error:
+        config = _gguf_config(path)
+    except Exception as error:  # the reader checks nothing of what a file says of itself
         raise ConfigError(f"{path} cannot be read as GGUF ({error}): {ASK_FOR_CONFIG}") from error
+    model_type = config["model_type"]
+    if not isinstance(model_type, str) or model_type not in LAYOUTS:
+        raise ConfigError(
+            f"{path}: {short(model_type)} is a kind of GGUF file that plan does not know; {ASK_FOR_CONFIG}"
+        )
+    return shape_of(config, str(path))
+
+
+def _gguf_config(path: Path) -> dict[str, Any]:
+    """A GGUF file's metadata by the keys of a config.json. Raises what the reader raises."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
     fields = {name.split(".", 1)[-1]: field for name, field in reader.fields.items()}
-    tensors = {tensor.name for tensor in reader.tensors}
     keys = {
+        "model_type": "architecture",
         "hidden_size": "embedding_length",
         "intermediate_size": "feed_forward_length",
         "num_hidden_layers": "block_count",
@@ -114,16 +125,12 @@ def read_gguf(path: Path) -> ModelShape:
         "head_dim": "attention.key_length",
         "vocab_size": "vocab_size",
     }
-    config = {key: fields[name].contents() for key, name in keys.items() if name in fields}
-    config["model_type"] = fields["architecture"].contents() if "architecture" in fields else None
-    if config["model_type"] not in LAYOUTS:
-        raise ConfigError(
-            f"{path}: {config['model_type']!r} is a kind of GGUF file that plan does not know; {ASK_FOR_CONFIG}"
-        )
-    config["tie_word_embeddings"] = "output.weight" not in tensors
+    config: dict[str, Any] = {"model_type": None}
+    config |= {key: fields[name].contents() for key, name in keys.items() if name in fields}
+    config["tie_word_embeddings"] = all(tensor.name != "output.weight" for tensor in reader.tensors)
     if "vocab_size" not in config and "ggml.tokens" in fields:
         config["vocab_size"] = len(fields["ggml.tokens"].data)
-    return shape_of(config, str(path))
+    return config
 
 
 def _cached_config(repository: str, revision: str | None) -> Path | None:

@@ -46,7 +46,7 @@ def stored_tensors(run: Run) -> list[Stored]:
     heads = 1 if shape.tied_head else 2
     tensors.append(Stored("base_other", shape.embedding_numel, s, W, heads, is_embedding=True))
     for linear in shape.linears:
-        copies = shape.copies(linear)
+        copies = shape.stored(linear)
         if run.load_in_4bit:
             tensors.append(Stored("base_4bit", nf4_blob_bytes(linear.weights, run.double_quant), 1, W, copies))
         else:

@@ -6,7 +6,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Linear:
-    """A kind of linear: O = out_features, I = in_features. `names`: those of the model; without any, one a block."""
+    """A kind of linear: O = out_features, I = in_features. `names`: those of the model; without any, one a block.
+
+    num_weights: how many weights they have, fewer where several share one; None if each has its own.
+    """
 
     name: str
     in_features: int
@@ -14,6 +17,7 @@ class Linear:
     bias: bool = False
     names: tuple[str, ...] = ()
     is_trained_by_text: bool = True
+    num_weights: int | None = None
 
     @property
     def weights(self) -> int:
@@ -37,6 +41,11 @@ class ModelShape:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+
+    @property
+    def is_known_by_block(self) -> bool:
+        """Whether all that a block computes and keeps is known, and not only its linears."""
+        return True
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -76,6 +85,10 @@ class ModelShape:
     def copies(self, linear: Linear) -> int:
         """How many linears of the whole model are of a kind."""
         return len(linear.names) or self.num_layers
+
+    def stored(self, linear: Linear) -> int:
+        """How many weights the linears of a kind have in memory."""
+        return self.copies(linear) if linear.num_weights is None else linear.num_weights
 
     def names_of(self, linear: Linear) -> tuple[str, ...]:
         """The whole names of the linears of a kind."""

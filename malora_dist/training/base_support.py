@@ -14,12 +14,11 @@ from malora_dist.evaluation.packing import check_rows
 from malora_dist.models.attention import choose_attention
 from malora_dist.models.buffers import rebuild_buffers
 from malora_dist.models.config import own_code, read_model_config
-from malora_dist.models.load import build_empty_model, load_tokenizer
+from malora_dist.models.load import build_empty_model, load_tokenizer, names_of_parameters
 from malora_dist.models.resolve import local_model
 from malora_dist.models.vocabulary import check_vocabulary, embedding_rows
 from malora_dist.models.weights.checkpoint import CheckpointWeights
 from malora_dist.models.weights.prequantized import check_stored_format
-from malora_dist.models.weights.reader import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,13 +44,13 @@ def check_support(
 ) -> BaseFacts:
     """Check a base against what is supported, its files and its tokenizer. Reads no weight.
 
-    Raises ConfigError for a family that is not supported, weights that are not there or stored in a format that is not
-    read, and tokens beyond the embedding.
+    Raises ConfigError for a family that is not supported, weights that are not there, cut short, of another size or
+    stored in a format that is not read, and tokens beyond the embedding.
     """
-    model, unwritten = _empty_base(config, folder, dtype, trains)
-    _check_names(model, folder, unwritten)
+    model, unwritten, unknown = _empty_base(config, folder, dtype, trains)
+    _check_weights(model, folder, unwritten)
     spare = check_vocabulary(tokenizer, embedding_rows(model))
-    return BaseFacts(tuple(_notes(config, folder, spare)), spare)
+    return BaseFacts((*_notes(config, folder, spare), *unknown), spare)
 
 
 def check_local_support(config: RunConfig) -> tuple[str, ...]:
@@ -64,7 +63,7 @@ def check_local_support(config: RunConfig) -> tuple[str, ...]:
         note = f"{settings.name_or_path} is not prepared yet: it was not compared with adapter.target_modules"
         return (note,) if waits else ()
     read_model_config(folder, trust_remote_code=trusted)
-    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+    if not any(folder.glob("*.safetensors*")):
         _empty_base(config, folder, torch.bfloat16, trains=True)
         return ()
     return check_support(config, folder, load_tokenizer(folder, trust_remote_code=trusted)).notes
@@ -72,15 +71,17 @@ def check_local_support(config: RunConfig) -> tuple[str, ...]:
 
 def _empty_base(
     config: RunConfig, folder: Path, dtype: torch.dtype, trains: bool
-) -> tuple["PreTrainedModel", set[str]]:
-    """The base without weights, and the buffers that a checkpoint must hold.
+) -> tuple["PreTrainedModel", set[str], list[str]]:
+    """The base without weights, the buffers that a checkpoint must hold, and what is not known of its targets.
 
     Raises ConfigError for what is not supported, and for targets of adapters that it does not have.
     """
     settings = config.model
     model = build_empty_model(folder, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    unknown: list[str] = []
     if trains:
-        check_targets(model, config.adapter.target_modules, adapter_spec(config))
+        _check_trainable(model)
+        unknown = check_targets(model, config.adapter.target_modules, adapter_spec(config))
         check_rows(model.config, config.train.per_device_train_batch_size, config.data.max_seq_length)
         if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
             raise ConfigError(
@@ -89,22 +90,36 @@ def _empty_base(
     check_stored_format(folder, load_in_4bit=settings.load_in_4bit, double_quant=settings.bnb_4bit_use_double_quant)
     if settings.attn_implementation == "sdpa":
         choose_attention("sdpa", model.config, dtype.itemsize, None, flash_attn=False)
-    return model, rebuild_buffers(model)
+    return model, rebuild_buffers(model), unknown
 
 
-def _check_names(model: "PreTrainedModel", folder: Path, unwritten: set[str]) -> None:
-    """Raise ConfigError if a tensor of the model is under no name in the folder's files."""
-    stored = CheckpointWeights(folder).stored_names(model)
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    missing = [own[0] for own in names.values() if not any(name in stored for name in own)]
+def _check_trainable(model: "PreTrainedModel") -> None:
+    """Raise ConfigError for layers that are reversed in backward, which draw at random in training and must."""
+    reversible = next((type(module).__name__ for module in model.modules() if hasattr(module, "backward_pass")), None)
+    if reversible is not None:
+        raise ConfigError(
+            f"model.name_or_path: {type(model).__name__} cannot be trained on: its {reversible} draws at random in "
+            "training, so that no loss could be had again"
+        )
+
+
+def _check_weights(model: "PreTrainedModel", folder: Path, unwritten: set[str]) -> None:
+    """Raise ConfigError for tensors of the model that the folder's files do not hold, or not of the size it has.
+
+    Reads the files' headers alone.
+    """
+    weights = CheckpointWeights(folder)
+    stored = weights.stored_names(model)
+    missing = [own[0] for own in names_of_parameters(model).values() if not any(name in stored for name in own)]
     missing += sorted(name for name in unwritten if name not in stored)
     if missing:
         raise ConfigError(
             f"{folder} holds no weight for {len(missing)} of the model's tensors: {', '.join(missing[:SHOWN])}"
             f"{', ...' if len(missing) > SHOWN else ''}: do config and weights belong together?"
         )
+    if mistakes := weights.mistakes(model):
+        more = f"\n  and {len(mistakes) - SHOWN} more like these" if len(mistakes) > SHOWN else ""
+        raise ConfigError("\n  ".join(mistakes[:SHOWN]) + more)
 
 
 def _notes(config: RunConfig, folder: Path, spare: dict[int, str]) -> list[str]:

@@ -106,7 +106,8 @@ def memory_notes(
     """Return a note if less is free on the GPU than the plan needs. Raises ConfigError if the plan
     exceeds the whole GPU by more than `PLAN_ERROR`.
 
-    Nothing is said of a model whose shapes the plan cannot know.
+    Nothing is said of a model whose shapes the plan cannot know. Activations that the plan counts as another family's
+    are no reason to refuse a run.
     """
     config = _as_it_runs(config, dtype, trains=lengths is not None)
     spec, hardware = adapter_spec(config), Hardware(nodes=1, gpus_per_node=world_size, hbm=gpu.total)
@@ -118,7 +119,8 @@ def memory_notes(
     memory, _ = bytes_per_rank(run)
     needed = memory["total"] if lengths is not None else sum(memory[kind] for kind in HELD)
     sentence = f"by `malora plan` a process needs {show_bytes(needed)} of GPU memory, and {gpu.name} has"
-    if needed > (1 + PLAN_ERROR) * gpu.total:
+    guessed = memory["activations"] if lengths is not None and not shape.is_known_by_block else 0
+    if needed - guessed > (1 + PLAN_ERROR) * gpu.total:
         advice = "Take more GPUs and parallel.zero_stage=3, or model.load_in_4bit=true."
         if lengths is not None:
             advice = " ".join(Report(config, spec, shape, hardware, lengths).advice[:2])

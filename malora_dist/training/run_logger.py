@@ -93,7 +93,7 @@ class RunOutputs:
         )
         if report.fused_experts:
             self.log.info(
-                "not adapted, because they are no linears: experts kept as one 3-D parameter, %s and %d more",
+                "not adapted, because they are no linears: experts kept as one parameter, %s and %d more",
                 report.fused_experts[0],
                 len(report.fused_experts) - 1,
             )

@@ -15,8 +15,13 @@ from malora_dist.models.rotations import check_rotations
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# By these names configurations count the positions of text.
+LIMITS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 # OPT and its relatives leave the first two rows of their table unused.
 ROWS_MORE = (0, 2)
+TABLES = ("pos", "wpe")
+# These have distances up to their limit alone, and no table.
+FIXED_DISTANCES = ("mpt",)
 
 
 def position_notes(data: PreparedData, folder: Path, *, trust_remote_code: bool = False) -> list[str]:
@@ -27,9 +32,11 @@ def position_notes(data: PreparedData, folder: Path, *, trust_remote_code: bool 
     """
     config: Any = read_model_config(folder, trust_remote_code=trust_remote_code)
     check_rotations(config, data.longest)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int):
+    text = config.get_text_config()
+    key = next((name for name in LIMITS if isinstance(getattr(text, name, None), int)), None)
+    if key is None:
         return []
+    limit = getattr(text, key)
     notes = []
     for task in data.task_names:
         lengths = data.lengths(task)
@@ -37,7 +44,7 @@ def position_notes(data: PreparedData, folder: Path, *, trust_remote_code: bool 
         if longer:
             notes.append(
                 f"task {task}: {longer} of {len(lengths)} samples are longer than the {limit} tokens that the base was "
-                f"made for (its max_position_embeddings), the longest {lengths.max()}; data.max_seq_length cuts them"
+                f"made for (its {key}), the longest {lengths.max()}; data.max_seq_length cuts them"
             )
     if notes and _has_table(build_empty_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code), limit):
         raise ConfigError("\n  ".join([*notes, f"This base has no other positions: set data.max_seq_length={limit}"]))
@@ -45,10 +52,20 @@ def position_notes(data: PreparedData, folder: Path, *, trust_remote_code: bool 
 
 
 def _has_table(model: "PreTrainedModel", limit: int) -> bool:
-    words = model.get_input_embeddings()
-    rows = [limit + more for more in ROWS_MORE]
-    learned = (
-        m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words and m.num_embeddings in rows
-    )
-    fixed = (b for name, b in model.named_buffers() if "pos" in name.lower() and b.dim() > 1 and b.shape[0] in rows)
-    return any(True for _ in learned) or any(True for _ in fixed)
+    if model.config.model_type in FIXED_DISTANCES:
+        return True
+    words, rows = model.get_input_embeddings(), [limit + more for more in ROWS_MORE]
+    for name, module in model.named_modules():
+        # XGLM and its relatives compute more rows where they need them.
+        if module is words or hasattr(module, "make_weights"):
+            continue
+        tables = {f"{name}.{leaf}": buffer for leaf, buffer in module.named_buffers(recurse=False) if buffer.dim() > 1}
+        if isinstance(module, nn.Embedding):
+            tables[name] = module.weight
+        if any(table.shape[0] in rows and _is_of_positions(each) for each, table in tables.items()):
+            return True
+    return False
+
+
+def _is_of_positions(name: str) -> bool:
+    return any(word in name.lower() for word in TABLES)

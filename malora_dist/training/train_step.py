@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from malora_dist.adapters.inject import adapter_parameters
+from malora_dist.adapters.training_mode import train_adapters
 from malora_dist.data.loader import MicroBatch
 from malora_dist.distributed.all_to_all import AllToAll
 from malora_dist.distributed.process_groups import World, max_over_control, sum_over_processes
@@ -89,6 +90,7 @@ class Stepper:
         self.position.enter("counting tokens", number)
         _need_equal(number, len(batches), self.world)
         self.engine.train()
+        train_adapters(self.engine.module)
         self.guard.clear()
         sent_before = self._sent_bytes()
         step_counts = self._step_counts(batches)

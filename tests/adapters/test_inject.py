@@ -24,12 +24,13 @@ from malora_dist.adapters.inject import (
 )
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import METHODS, count_parameters, mixture_spec
+from malora_dist.adapters.targets import fused_experts
 from malora_dist.errors import ConfigError
 from malora_dist.models.nf4_linear import NF4Linear
 from malora_dist.ops.balance import expert_statistics, load_balancing_loss
 from malora_dist.ops.dropout import token_keys
 from malora_dist.ops.nf4 import quantize_nf4
-from tests.families import family_model
+from tests.families import family_model, without_compiler
 from tests.tiny_models import tiny_llama
 
 MALORA = mixture_spec("malora", num_experts=4, r=3, shared_r=6)
@@ -189,15 +190,30 @@ def test_a_wrong_target_is_named_and_nothing_is_changed(target: str, named: list
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_fused_experts_are_named_and_the_linears_beside_them_adapted(family: str) -> None:
-    """transformers keeps the experts of a layer as one 3-D parameter, which no linear is."""
+    """transformers keeps the experts of a layer as one parameter, which no linear is."""
     model = family_model(family)
     report = inject_adapters(model, MALORA, ["q_proj"])
     assert report.fused_experts[0] == "model.layers.0.mlp.experts.gate_up_proj" and len(report.fused_experts) == 4
     assert [row.modules for row in report.rows] == [2]
     with pytest.raises(
-        ConfigError, match=r"gate_up_proj.*matches no.*as one 3-D parameter \(model\.layers\.0\.mlp\.experts"
+        ConfigError, match=r"gate_up_proj.*matches no.*as one parameter \(model\.layers\.0\.mlp\.experts"
     ):
         inject_adapters(family_model(family), MALORA, ["gate_up_proj"])
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("jetmoe", ["model.layers.0.mlp.input_linear.weight", "model.layers.0.mlp.output_linear.weight"]),
+        ("dbrx", [f"transformer.blocks.0.ffn.experts.mlp.{name}" for name in ("w1", "v1", "w2")]),
+        ("gpt_oss", ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]),
+        *((family, []) for family in ("rwkv", "zamba", "recurrent_gemma", "gemma3", "xlnet", "reformer")),
+    ],
+)
+def test_nothing_but_experts_is_called_so(family: str, expected: list[str]) -> None:
+    """Others have 3-D parameters for states, positions or pictures."""
+    with without_compiler():
+        assert fused_experts(family_model(family))[: len(expected) or None] == expected
 
 
 def test_a_shared_rank_above_the_inputs_is_named() -> None:

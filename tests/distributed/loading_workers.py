@@ -91,11 +91,12 @@ def prepare(model: Path, **case: Any) -> Path:
     if options.pop("load_in_4bit", True):
         folder, identity = prepared_folder(model, cache_dir=model.parent, **options)
         empty, weights = build_empty_model(model, dtype=options["dtype"]), CheckpointWeights(model)
-        untie(empty, weights.untied_names(empty))
+        untied = weights.untied_names(empty)
+        untie(empty, untied)
         named = base_tensors(
             empty, weights.stored_names(empty), load_in_4bit=True, double_quant=options["double_quant"]
         )
-        write_prepared(folder, identity, dict.fromkeys(named.values()), weights, file_bytes=2**24)
+        write_prepared(folder, identity, dict.fromkeys(named.values()), weights, untied=untied, file_bytes=2**24)
         return folder
     return model
 

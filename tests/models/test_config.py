@@ -113,6 +113,7 @@ def test_code_that_transformers_has_too_is_not_needed(tmp_path: Path) -> None:
     [
         ("{", "config.json cannot be read"),
         ("[]", "config.json is not a JSON object"),
+        ("[" * 100_000, "config.json cannot be read: it is nested more than"),
         ("{}", "model_type=None is no model type of transformers"),
         ('{"model_type": "nothing"}', "model_type='nothing' is no model type of transformers"),
         ('{"model_type": ["llama"]}', r"model_type=\['llama'\] is no model type of transformers"),
@@ -127,6 +128,15 @@ def test_what_transformers_cannot_read_is_said(tmp_path: Path, content: str, wor
     with pytest.raises(ConfigError, match=words) as caught:
         build_empty_model(tmp_path, dtype=torch.float32)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_what_models_of_others_write_is_read(tmp_path: Path) -> None:
+    """Infinities, keys given twice, and outputs that are no objects."""
+    save_tiny_llama(tmp_path)
+    text = (tmp_path / "config.json").read_text().rstrip().removesuffix("}")
+    (tmp_path / "config.json").write_text(f'{text}, "a": Infinity, "b": 1, "b": 2, "return_dict": false}}')
+    model = load_base_model(tmp_path, dtype=torch.float32, load_in_4bit=False)
+    assert model(torch.arange(9)[None]).logits.shape == (1, 9, 61)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

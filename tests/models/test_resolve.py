@@ -124,6 +124,19 @@ def test_a_model_that_is_here(tmp_path: Path) -> None:
     assert local_model("a/b/c") is None
 
 
+def test_a_gguf_file_is_known_again_without_reading_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 GB take a minute to read; a file that was changed, in its name or in place, is another one."""
+    file, other = tmp_path / "m.gguf", tmp_path / "o.gguf"
+    file.write_bytes(b"GGUF" + bytes(2**16))
+    monkeypatch.setattr("malora_dist.models.resolve._write_converted", lambda path, target: None)
+    folder = resolve_model(str(file), cache_dir=tmp_path)
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read all of it"))
+    assert local_model(str(file), cache_dir=tmp_path) == folder
+    other.write_bytes(b"GGUF" + bytes(2**16 + 1))
+    other.replace(file)
+    assert local_model(str(file), cache_dir=tmp_path) is None
+
+
 def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALORA_CACHE", str(tmp_path))
     assert default_cache_dir() == tmp_path

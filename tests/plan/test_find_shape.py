@@ -36,7 +36,9 @@ def test_a_gguf_file_is_read_without_conversion() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "nobodys"}, "model_type='nobodys' is none of transformers'"),
+        ({"model_type": "nobodys"}, "model_type='nobodys' is no model type of transformers"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\] is no model type of transformers"),
+        ({"model_type": "vit"}, "model_type='vit' is no causal language model"),
         ({"model_type": "phi", "hidden_size": "48"}, "transformers cannot build this model: "),
         ({"hidden_size": None}, "hidden_size=None must be a whole number above 0"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers='3' must be a whole number"),
@@ -51,12 +53,15 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
 def test_where_it_is_looked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GOOD))
     assert find_shape(str(tmp_path)) == find_shape(str(tmp_path / "config.json"))
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not valid JSON"):
-        find_shape(str(tmp_path / "broken.json"))
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(ConfigError, match="is not valid JSON"):
+            find_shape(str(tmp_path / "broken.json"))
     for missing in (str(tmp_path / "none.json"), str(tmp_path / "none.gguf"), "nobody/has-this-model"):
         with pytest.raises(ConfigError, match="--model path/to/config.json"):
             find_shape(missing)
-    (tmp_path / "no.gguf").write_bytes(b"GGUX")
-    with pytest.raises(ConfigError, match="cannot be read as GGUF"):
-        find_shape(str(tmp_path / "no.gguf"))
+    head = b"GGUF\x03\0\0\0"
+    for content in (b"", b"GGUX", b"GGUF", head + b"\xff" * 16, head + (b"\1" + b"\0" * 7) * 2):
+        (tmp_path / "no.gguf").write_bytes(content)
+        with pytest.raises(ConfigError, match="cannot be read as GGUF"):
+            find_shape(str(tmp_path / "no.gguf"))

@@ -23,7 +23,7 @@ from malora_dist.plan.parameters import nf4_blob_bytes, stored_tensors, trainabl
 from malora_dist.plan.run import Lengths, run_of
 from malora_dist.plan.steps import step_bytes
 from tests.config.recipes import recipe
-from tests.families import family_config
+from tests.families import families, family_config, without_compiler
 
 LLAMA = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "vocab_size": 61}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -55,6 +55,28 @@ def test_equal_to_the_built_model(tmp_path: Path, model: str, method: str) -> No
     assert found == wanted
     assert run.shape.num_parameters == base
     assert trainable_parameters(run) == report.trainable_parameters
+
+
+@pytest.mark.parametrize("family", families())
+def test_the_base_of_every_family_is_counted(family: str) -> None:
+    """Each stored tensor once: blocks that places share, and heads that are embeddings."""
+    config = config_from_dict(recipe(model={"load_in_4bit": False}, adapter={"r": 2, "target_modules": ["all-linear"]}))
+    from transformers import AutoModelForCausalLM
+
+    content = family_config(family).to_dict()
+    with without_compiler(), torch.device("meta"):
+        shape = family_shape(content, "here")
+        built = AutoModelForCausalLM.from_config(family_config(family))
+    run = run_of(config, adapter_spec(config), shape, 1, lengths=Lengths())
+    found = sorted(t.numel for t in stored_tensors(run) if not t.trained for _ in range(t.copies))
+    assert found == sorted(parameter.numel() for parameter in built.parameters())
+    assert run.shape.num_parameters == sum(found)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "aria_text", "dbrx"])
+def test_a_token_goes_through_the_experts_that_are_chosen(family: str) -> None:
+    """Two of each of two layers, with three matrices; configurations name their number in many ways."""
+    assert family_shape(family_config(family).to_dict(), "here").expert_multiplications == 2 * 2 * 3 * 32 * 48
 
 
 @pytest.mark.parametrize("targets", [["all-linear"], [r".*\.1\..*"]])

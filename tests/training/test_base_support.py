@@ -52,6 +52,32 @@ def test_weights_that_are_not_there_are_named_all_at_once(folder: Path) -> None:
         check_local_support(_config(folder))
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_files_that_are_missing_or_cut_are_named(folder: Path, damage: str) -> None:
+    """A download that was interrupted; every such file at once, before a row is tokenised."""
+    (folder / "model.safetensors").unlink()
+    save_tiny_llama(folder, vocab_size=259, max_shard_size="60KB")
+    shards = sorted(folder.glob("model-*.safetensors"))[1:3]
+    for shard in shards:
+        content = shard.read_bytes()
+        shard.unlink()
+        if damage == "cut":
+            shard.write_bytes(content[: len(content) // 2])
+    for check in (check_local_support, lambda config: check_support(config, folder, load_tokenizer(folder))):
+        with pytest.raises(ConfigError) as caught:
+            check(_config(folder))
+        assert all(f"{shard} is missing or damaged" in str(caught.value) for shard in shards)
+
+
+def test_weights_of_another_size_are_named_all_at_once(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"intermediate_size": 96}))
+    with pytest.raises(ConfigError) as caught:
+        check_local_support(_config(folder))
+    for layer in range(2):
+        assert f"layers.{layer}.mlp.gate_proj.weight has shape (80, 48), the config says (96, 48)" in str(caught.value)
+
+
 def test_tokens_without_a_row_are_refused(folder: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<think>"])
@@ -66,6 +92,15 @@ def test_padding_without_a_row_is_a_note(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     facts = check_support(_config(folder), folder, load_tokenizer(folder))
     assert facts.spare_tokens == {259: "[PAD]"} and "no row for [PAD]" in facts.notes[0]
+
+
+def test_an_end_without_a_row_is_refused_though_it_pads_too(folder: Path) -> None:
+    """It ends every row."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>", "pad_token": "<end>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"1 token for which the model has no row \(<end> 259\)"):
+        check_local_support(_config(folder))
 
 
 def test_a_configuration_alone_is_looked_at(tmp_path: Path) -> None:
@@ -97,6 +132,24 @@ def test_checkpointing_that_a_base_has_not_is_refused(tmp_path: Path) -> None:
         config = config_from_dict(recipe(train={"gradient_checkpointing": checkpointing}, **changes))
         with pytest.raises(ConfigError, match=words) if checkpointing else nullcontext():
             check_local_support(config)
+
+
+def test_a_base_that_draws_at_random_is_refused(tmp_path: Path) -> None:
+    family_model("reformer").config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="ReformerModelWithLMHead cannot be trained on: its ReformerLayer draws"):
+        check_local_support(_config(tmp_path))
+
+
+def test_linears_of_which_nothing_is_known_are_said(tmp_path: Path) -> None:
+    """ProphetNet's attention to an encoder is never called."""
+    family_model("prophetnet", vocab_size=259).save_pretrained(tmp_path)
+    settings = recipe(
+        model={"name_or_path": str(tmp_path)},
+        adapter={"target_modules": ["all-linear"], "r": 2, "shared_r": 2},
+        train={"per_device_train_batch_size": 1},
+    )
+    (note,) = check_support(config_from_dict(settings), tmp_path, byte_tokenizer()).notes
+    assert note.startswith("which linears of ProphetNetForCausalLM a text reads cannot be told before it runs")
 
 
 def test_a_format_that_is_not_read_is_refused(folder: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,10 +7,13 @@ import pytest
 import torch
 
 from malora_dist.config import RunConfig, load_config
+from malora_dist.config.summary import adapter_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
 from malora_dist.errors import ConfigError, TopologyError
-from malora_dist.plan import Lengths
+from malora_dist.plan import Lengths, find_shape
+from malora_dist.plan.memory import bytes_per_rank
+from malora_dist.plan.run import run_of
 from malora_dist.training.device_check import first_lengths, gpu_problems, memory_notes, uses_triton
 from tests.multiprocess import run_distributed
 from tests.training.device_workers import GPUS, MODEL, RECIPE
@@ -92,6 +96,22 @@ def test_nothing_is_said_of_a_model_that_the_plan_does_not_know(config: RunConfi
     adapter = config.adapter.model_copy(update={"target_modules": ("c_attn",)})
     with pytest.raises(ConfigError, match="a process needs"):
         memory_notes(config.model_copy(update={"adapter": adapter}), tmp_path, 4, BF16, replace(H100, total=1), SHORT)
+
+
+def test_activations_that_are_a_guess_are_no_reason_to_refuse(config: RunConfig, tmp_path: Path) -> None:
+    """Those of a Llama are known; for another family with the same numbers a note is all."""
+    long, sizes = Lengths(65536, 1), {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
+    for kind in ("llama", "phi"):
+        content = {"model_type": kind, "vocab_size": 512, "intermediate_size": 512, "num_key_value_heads": 8, **sizes}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        changes = {"target_modules": ("q_proj",)}
+        recipe = config.model_copy(update={"adapter": config.adapter.model_copy(update=changes)})
+        rest = bytes_per_rank(run_of(recipe, adapter_spec(recipe), find_shape(str(tmp_path)), 4, lengths=long))[0]
+        gpu = replace(H100, total=rest["total"] - rest["activations"])
+        assert rest["activations"] > gpu.total / 4
+        with pytest.raises(ConfigError, match="does not fit") if kind == "llama" else nullcontext():
+            (note,) = memory_notes(recipe, tmp_path, 4, BF16, gpu, long)
+            assert note.endswith("the run may not fit")
 
 
 def test_lengths_are_those_of_the_first_batch() -> None:

@@ -1,17 +1,21 @@
 """Samples beyond the positions of a base: a note where the model can go on, a refusal where it cannot."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import GPT2Config, GPTJConfig, OPTConfig, PreTrainedConfig
 
 from malora_dist.data.build import PreparedData
 from malora_dist.data.encode import ChoiceItem
 from malora_dist.data.store import SampleStore, TrainStore
 from malora_dist.errors import ConfigError
-from malora_dist.training.sequence_lengths import position_notes
+from malora_dist.training.sequence_lengths import LIMITS, position_notes
+from tests.evaluation.test_packing import REFUSED
+from tests.families import families, family_model
 from tests.tiny_models import tiny_config
 
 SIZES = {"vocab_size": 61, "n_embd": 16, "n_layer": 1, "n_head": 2}
@@ -64,3 +68,28 @@ def test_a_base_whose_rotations_change_beyond_its_positions_refuses_them(tmp_pat
     assert position_notes(data_of([4, 16], 16), tmp_path) == []
     with pytest.raises(ConfigError, match="^samples of 17 tokens are too long for this llama"):
         position_notes(data_of([4], 17), tmp_path)
+
+
+# Limits that are reached in a moment, where the sizes of tests set none.
+SMALL = {"mpt": {"max_seq_len": 32}, "whisper": {"max_target_positions": 32}}
+# Position tables by the axis, a kernel that is compiled where it is used, and bases that are refused otherwise.
+OTHERS = {"reformer", "rwkv", *REFUSED}
+
+
+@pytest.mark.parametrize("family", [family for family in families() if family not in OTHERS])
+def test_samples_are_refused_where_the_model_cannot_compute_them(tmp_path: Path, family: str) -> None:
+    """One token beyond what a configuration counts, for every family."""
+    model = family_model(family, **SMALL.get(family, {}))
+    text = model.config.get_text_config()
+    limit = next((size for name in LIMITS if isinstance(size := getattr(text, name, None), int)), 64)
+    model.config.save_pretrained(tmp_path)
+    ids = torch.arange(limit + 1)[None] % 40 + 3
+    with torch.no_grad():
+        model(input_ids=ids[:, :limit], use_cache=False)
+        try:
+            model(input_ids=ids, use_cache=False)
+            fails = False
+        except (IndexError, RuntimeError):
+            fails = True
+    with pytest.raises(ConfigError, match="no other positions") if fails else nullcontext():
+        position_notes(data_of([limit + 1], 3), tmp_path)

@@ -13,7 +13,7 @@ from malora_dist.cli.inspect.adapters import Facts, adapter_facts, routing_share
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.files.json_text import parse_json
 from malora_dist.files.tensor_file import TensorPlace, read_header
-from malora_dist.models.weights.reader import INDEX, SINGLE, weight_files
+from malora_dist.models.weights.reader import weight_files
 
 METRICS = "metrics.jsonl"
 OF_DEEPSPEED = re.compile(
@@ -120,22 +120,22 @@ def _json_or_none(path: Path) -> Any:
 def _headers(folder: Path, damaged: list[str]) -> Mapping[str, TensorPlace]:
     """The tensors of all files; what is missing or damaged is named."""
     try:
-        file_of = weight_files(folder)
+        files = weight_files(folder)
     except ConfigError as error:
         damaged.append(str(error))
         return {}
     places: dict[str, TensorPlace] = {}
     others: dict[str, str] = {}
-    for file in [SINGLE] if file_of is None else dict.fromkeys(file_of.values()):
+    for file in files.names:
         try:
             places |= read_header(folder / file, others)
         except (OSError, ValueError) as error:
             damaged.append(f"{folder / file} is missing or damaged: {error}")
     lacking = [
-        name for name, file in (file_of or {}).items() if name not in places | others and (folder / file).is_file()
+        name for name, file in files.file_of.items() if name not in places | others and (folder / file).is_file()
     ]
     if lacking and not damaged:
-        damaged.append(f"{folder / INDEX} names {lacking[0]}, which no file holds")
+        damaged.append(f"{folder / str(files.index)} names {lacking[0]}, which no file holds")
     return places
 
 

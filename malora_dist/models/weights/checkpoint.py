@@ -10,7 +10,7 @@ from torch import Tensor
 
 from malora_dist.errors import ConfigError
 from malora_dist.models.weights.base_tensor import BaseTensor
-from malora_dist.models.weights.prequantized import is_stored_in_4bit, stored_blob
+from malora_dist.models.weights.prequantized import STATE, is_stored_in_4bit, stored_blob
 from malora_dist.models.weights.reader import TensorReader
 from malora_dist.models.weights.stored_names import StoredAs, stored_names
 from malora_dist.models.weights.ties import differing_ties
@@ -36,6 +36,24 @@ class CheckpointWeights:
 
     def stored_names(self, model: "PreTrainedModel") -> dict[str, StoredAs]:
         return stored_names(model, self.reader.names())
+
+    def mistakes(self, model: "PreTrainedModel") -> list[str]:
+        """What is wrong with the tensors of an empty model that the files hold, each file and size once.
+
+        Reads headers alone: they show files that are missing or cut short, and sizes that the config does not say.
+        """
+        found: dict[str, None] = {}
+        state = model.state_dict()
+        for name, source in self.stored_names(model).items():
+            try:
+                places = [self.reader.place([part]) for part in source.names]
+            except ConfigError as error:
+                found[str(error)] = None
+                continue
+            is_4bit = any(self.reader.holds(f"{part}.{STATE}") for part in source.names)
+            if source.conversion is None and not is_4bit and places[0].shape != state[name].shape:
+                found[_other_shape(source.names[0], places[0].shape, state[name].shape)] = None
+        return list(found)
 
     def untied_names(self, model: "PreTrainedModel") -> list[str]:
         return differing_ties(model, self.stored_names(model), self.reader)
@@ -75,7 +93,11 @@ class CheckpointWeights:
 
 def _check_shape(tensor: BaseTensor, found: tuple[int, ...]) -> None:
     if found != tensor.weight_shape:
-        raise ConfigError(f"weight {tensor.sources[0]} has shape {found}, the config says {tuple(tensor.weight_shape)}")
+        raise ConfigError(_other_shape(tensor.sources[0], found, tensor.weight_shape))
+
+
+def _other_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return f"weight {name} has shape {tuple(found)}, the config says {tuple(wanted)}"
 
 
 def _return_freed_memory() -> None:

@@ -1,9 +1,11 @@
 """Telling base models apart by what is in their files, wherever they lie."""
 
 import hashlib
+import re
 from pathlib import Path
+from typing import Any
 
-from malora_dist.models.weights.reader import INDEX, SINGLE, readable, weight_files
+from malora_dist.models.weights.reader import readable, weight_files
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
@@ -15,11 +17,23 @@ def base_fingerprint(model: Path) -> str:
     """
     with readable(model / "config.json"):
         digest = hashlib.sha256((model / "config.json").read_bytes())
-    file_of = weight_files(model)
-    for name in [SINGLE] if file_of is None else [INDEX, *sorted(set(file_of.values()))]:
+    for name in weight_files(model).listed:
         with readable(model / name):
             digest.update(f"{name}:{(model / name).stat().st_size}:{content_samples(model / name)}".encode())
     return digest.hexdigest()[:32]
+
+
+def file_identity(path: Path) -> list[Any]:
+    """What tells a file from others without reading it whole. Raises OSError.
+
+    A file of the hub's cache is named by the hash of its content; of any other it is its size, time of change, and
+    samples of its content (a time alone says nothing where archives or images set all to the same).
+    """
+    real = path.resolve()
+    size = real.stat().st_size
+    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
+        return [size, real.name]
+    return [size, real.stat().st_mtime_ns, content_samples(real)]
 
 
 def content_samples(path: Path) -> str:

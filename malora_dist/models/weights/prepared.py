@@ -1,14 +1,12 @@
 """The prepared base: all base tensors as a run keeps them, quantised once, in a folder that no run changes.
 
-Its name holds a hash of all that its bytes depend on. Weight files are told apart without reading them whole: a file
-of the hub's cache is named by the hash of its content; any other by its size, time of change, header, and samples of
-its content (a time alone says nothing where archives or images set all to the same).
+Its name holds a hash of all that its bytes depend on. Weight files are told apart without reading them whole
+(`fingerprint.file_identity`).
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +16,20 @@ from torch import Tensor
 
 from malora_dist.errors import ConfigError
 from malora_dist.files.cache import build_once, default_cache_dir
+from malora_dist.files.json_text import parse_json
 from malora_dist.files.tensor_file import write_tensors
 from malora_dist.models.weights.base_tensor import BaseTensor, Weights
-from malora_dist.models.weights.fingerprint import content_samples
-from malora_dist.models.weights.reader import INDEX, SINGLE, TensorReader, readable, weight_files
+from malora_dist.models.weights.fingerprint import file_identity
+from malora_dist.models.weights.reader import INDEX, TensorReader, readable, weight_files
 from malora_dist.models.weights.stored_names import StoredAs
-from malora_dist.models.weights.ties import tied_names
 from malora_dist.ops.nf4 import BLOCK, QUANTIZER, SCALE_BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+UNTIED = "untied"
 FILE_BYTES = 4 * 2**30
 
 
@@ -41,7 +40,7 @@ def prepared_folder(
 
     Raises ConfigError if the model folder's files cannot be read.
     """
-    weights = {name: _file_identity(model / name) for name in _weight_file_names(model)}
+    weights = {name: _identity_of(model / name) for name in weight_files(model).listed}
     with readable(model / "config.json"):
         config = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
     identity = {
@@ -61,21 +60,9 @@ def prepared_folder(
     return folder, identity
 
 
-def _weight_file_names(model: Path) -> list[str]:
-    file_of = weight_files(model)
-    return [SINGLE] if file_of is None else [INDEX, *sorted(set(file_of.values()))]
-
-
-def _file_identity(path: Path) -> list[Any]:
+def _identity_of(path: Path) -> list[Any]:
     with readable(path):
-        return _content_identity(path.resolve())
-
-
-def _content_identity(real: Path) -> list[Any]:
-    size = real.stat().st_size
-    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
-        return [size, real.name]
-    return [size, real.stat().st_mtime_ns, content_samples(real)]
+        return file_identity(path)
 
 
 def _readable_name(model: Path) -> str:
@@ -90,12 +77,14 @@ def write_prepared(
     tensors: Iterable[BaseTensor],
     weights: Weights,
     *,
+    untied: Sequence[str] = (),
     file_bytes: int = FILE_BYTES,
     advance: Callable[[], None] = lambda: None,
 ) -> bool:
     """Write the base's tensors, one in memory at a time, unless the folder is there; whether it was written.
 
-    `advance` is called after each tensor. Raises ConfigError if a weight is missing or the cache cannot be written.
+    `untied` are the tied parameters that have a tensor of their own. `advance` is called after each tensor.
+    Raises ConfigError if a weight is missing or the cache cannot be written.
     """
 
     def build(partial: Path) -> None:
@@ -106,7 +95,7 @@ def write_prepared(
             write_tensors(partial / file, shapes, _values(group, weights, advance))
             file_of.update(dict.fromkeys(shapes, file))
         (partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": file_of}, indent=1))
-        (partial / MANIFEST).write_text(json.dumps(identity, indent=1))
+        (partial / MANIFEST).write_text(json.dumps(identity | {UNTIED: list(untied)}, indent=1))
 
     try:
         return build_once(folder, build)
@@ -147,8 +136,9 @@ class PreparedWeights:
         return {}
 
     def untied_names(self, model: "PreTrainedModel") -> list[str]:
-        pairs = tied_names(model).items()
-        return [name for name, source in pairs if self.reader.holds(name) and self.reader.holds(source)]
+        with readable(self.folder / MANIFEST):
+            untied: list[str] = parse_json((self.folder / MANIFEST).read_bytes())[UNTIED]
+        return untied
 
     def read(self, tensor: BaseTensor) -> Tensor:
         return self.read_part(tensor, 0, tensor.numel).view(tensor.shape)

@@ -1,6 +1,5 @@
 """Checkpoints that hold 4-bit weights already, in the layout of bitsandbytes: taken over bit by bit, or refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,9 @@ import torch
 from torch import Tensor
 
 from malora_dist.errors import ConfigError
+from malora_dist.files.json_text import parse_json
 from malora_dist.models.weights.base_tensor import BaseTensor
-from malora_dist.models.weights.reader import TensorReader
+from malora_dist.models.weights.reader import TensorReader, readable
 from malora_dist.ops.nf4 import BLOCK, SCALE_BLOCK, pack_nf4, tables
 
 STATE = "quant_state.bitsandbytes__nf4"
@@ -19,7 +19,8 @@ READ = "only bitsandbytes' nf4 in blocks of 64 is read, and weights that are not
 
 def check_stored_format(folder: Path, *, load_in_4bit: bool, double_quant: bool) -> None:
     """Raise ConfigError if config.json tells of a quantisation that is not read, or not the one wanted."""
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    with readable(folder / "config.json"):
+        stored = parse_json((folder / "config.json").read_bytes(), lenient=True).get("quantization_config")
     if stored is None:
         return
     method = stored.get("quant_method", "bitsandbytes" if "load_in_4bit" in stored else None)

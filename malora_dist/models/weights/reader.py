@@ -1,32 +1,71 @@
 """Single tensors, and parts of them, from the safetensors files of a folder."""
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, short
+from malora_dist.files.json_text import parse_json
 from malora_dist.files.tensor_file import DTYPES, TensorPlace, read_elements, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+KINDS = (".safetensors", ".safetensors.index.json")
+# The key of config.json by which transformers reads a file of another name.
+NAMED = "transformers_weights"
 
 
-def weight_files(folder: Path) -> dict[str, str] | None:
-    """File of each tensor by the folder's index, None if one file holds all.
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold a folder's tensors, and the index that says which holds what, where there is one."""
 
-    Raises ConfigError if the folder has no safetensors.
+    names: tuple[str, ...]
+    index: str | None = None
+    file_of: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def listed(self) -> list[str]:
+        """The index and the files, sorted: all that a folder's weights are told apart by."""
+        return [*([] if self.index is None else [self.index]), *sorted(self.names)]
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """Return the files that transformers reads: what config.json names, else one file, else those of the index.
+
+    One file goes before an index: a merged model may have been copied into the folder of a sharded one.
+    Raises ConfigError if the folder has no safetensors, or an index that is none.
     """
-    if (folder / INDEX).is_file():
-        with readable(folder / INDEX):
-            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return weight_map
-    if (folder / SINGLE).is_file():
+    named = _named_in_config(folder)
+    for name in (SINGLE, INDEX) if named is None else (named,):
+        if (folder / name).is_file():
+            return _indexed(folder, name) if name.endswith(".json") else WeightFiles((name,))
+    wanted = f"neither {SINGLE} nor {INDEX}" if named is None else f"no {named}, which {NAMED} of its config.json is"
+    raise ConfigError(f"{folder} holds {wanted}; other weight formats are not read")
+
+
+def _named_in_config(folder: Path) -> str | None:
+    try:
+        content = parse_json((folder / "config.json").read_bytes(), lenient=True)
+    except (OSError, ValueError):
+        return None  # said where the configuration is read
+    named = content.get(NAMED) if isinstance(content, dict) else None
+    if named is None:
         return None
-    raise ConfigError(f"{folder} holds neither {SINGLE} nor {INDEX}; other weight formats are not read")
+    if not isinstance(named, str) or Path(named).name != named or not named.endswith(KINDS):
+        raise ConfigError(f"{folder / 'config.json'}: {NAMED}={short(named)} must be a safetensors file of its folder")
+    return named
+
+
+def _indexed(folder: Path, index: str) -> WeightFiles:
+    with readable(folder / index):
+        file_of = parse_json((folder / index).read_bytes())["weight_map"]
+        if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+            raise ValueError("weight_map must give a file's name for each tensor's")
+        return WeightFiles(tuple(dict.fromkeys(file_of.values())), index, file_of)
 
 
 class TensorReader:
@@ -40,7 +79,8 @@ class TensorReader:
         self.bytes_read = 0
         self._headers: dict[str, dict[str, TensorPlace]] = {}
         self._other_dtypes: dict[str, str] = {}
-        self._file_of = weight_files(folder) or dict.fromkeys([*self._header(SINGLE), *self._other_dtypes], SINGLE)
+        files = weight_files(folder)
+        self._file_of = files.file_of if files.index is not None else self._of_one_file(files.names[0])
 
     def holds(self, name: str) -> bool:
         return name in self._file_of
@@ -83,6 +123,9 @@ class TensorReader:
         raise ConfigError(
             f"{self.folder} holds no weight named {' or '.join(names)}: do config and weights belong together?"
         )
+
+    def _of_one_file(self, file: str) -> dict[str, str]:
+        return dict.fromkeys([*self._header(file), *self._other_dtypes], file)
 
     def _header(self, file: str) -> dict[str, TensorPlace]:
         if file not in self._headers:

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from malora_dist.errors import ConfigError
-from malora_dist.models.load import load_base_model
+from malora_dist.models.load import build_empty_model, load_base_model
 from malora_dist.models.nf4_linear import NF4Linear
+from malora_dist.models.weights.checkpoint import CheckpointWeights
 from malora_dist.ops.nf4 import nf4_bytes, pack_nf4
 from tests.tiny_models import save_tiny_llama, tiny_config
 
@@ -40,6 +41,7 @@ def test_a_stored_nf4_model_is_taken_over_bit_by_bit(
 ) -> None:
     settings = {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_quant_storage": storage}
     stored = _quantise(tmp_path, **settings)
+    assert CheckpointWeights(stored).mistakes(build_empty_model(stored, dtype=torch.bfloat16)) == []
     ours = load_base_model(stored, double_quant=double_quant)
     monkeypatch.setattr("malora_dist.models.weights.checkpoint.quantize_nf4", _as_bitsandbytes)
     from_plain = load_base_model(tmp_path / "plain", double_quant=double_quant)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from malora_dist.errors import ConfigError
-from malora_dist.models.weights.reader import TensorReader
+from malora_dist.models.weights.reader import INDEX, TensorReader, weight_files
 from tests.tiny_models import save_tiny_llama, tiny_llama
 
 
@@ -94,6 +95,48 @@ def test_a_dtype_that_is_not_read_matters_where_it_is_asked_for(tmp_path: Path) 
     assert reader.read(["mask"]).tolist() == [False, True] and reader.read(["a"]).tolist() == [3]
     with pytest.raises(ConfigError, match="model.safetensors: scale has dtype F8_E8M0; those read are F64"):
         reader.read(["scale"])
+
+
+def _two_models(folder: Path) -> None:
+    """A sharded model, and another one in one file beside it."""
+    model = tiny_llama()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("named", [None, "model.safetensors.index.json", "model.safetensors", "other.safetensors"])
+def test_of_several_models_in_a_folder_that_of_transformers_is_read(tmp_path: Path, named: str | None) -> None:
+    """One file goes before an index, and what config.json names before both."""
+    from transformers import AutoModelForCausalLM
+
+    _two_models(tmp_path)
+    if named == "other.safetensors":
+        (tmp_path / "model.safetensors").rename(tmp_path / named)
+    if named is not None:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    theirs, reader = AutoModelForCausalLM.from_pretrained(tmp_path), TensorReader(tmp_path)
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(reader.read([name]), parameter), name
+
+
+@pytest.mark.parametrize("named", ["gone.safetensors", "../model.safetensors", "model.bin", 5])
+def test_a_file_that_config_json_names_and_that_is_none_is_refused(tmp_path: Path, named: object) -> None:
+    _two_models(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": named}))
+    with pytest.raises(ConfigError, match="transformers_weights"):
+        TensorReader(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", ["[]", '"x"', '{"a": 5}', '{"a": null}', "null", "[" * 100_000])
+def test_an_index_that_is_none_is_named(tmp_path: Path, weight_map: str) -> None:
+    (tmp_path / INDEX).write_text(f'{{"weight_map": {weight_map}}}')
+    for read in (TensorReader, weight_files):
+        with pytest.raises(ConfigError, match="index.json is missing or damaged"):
+            read(tmp_path)
 
 
 def test_a_shard_that_is_missing_or_holds_something_else_is_named(tmp_path: Path) -> None:

@@ -49,19 +49,44 @@ def test_a_head_of_its_own_is_used(tmp_path: Path, family: str, head: str, diffe
         assert torch.equal(_logits(ours), _logits(theirs))
 
 
+def _prepare(folder: Path, cache: Path) -> PreparedWeights:
+    prepared, identity = prepared_folder(folder, dtype=torch.bfloat16, double_quant=False, cache_dir=cache)
+    model, weights = build_empty_model(folder, dtype=torch.bfloat16), CheckpointWeights(folder)
+    untied = weights.untied_names(model)
+    untie(model, untied)
+    tensors = base_tensors(model, weights.stored_names(model), load_in_4bit=True, double_quant=False)
+    write_prepared(prepared, identity, dict.fromkeys(tensors.values()), weights, untied=untied)
+    return PreparedWeights(prepared)
+
+
 @pytest.mark.parametrize("differs", [True, False])
 def test_a_prepared_base_says_so_itself(tmp_path: Path, differs: bool) -> None:
     folder = tmp_path / "model"
     _save(folder, "llama", "lm_head.weight", differs=differs)
-    prepared, identity = prepared_folder(folder, dtype=torch.bfloat16, double_quant=False, cache_dir=tmp_path)
-    model, weights = build_empty_model(folder, dtype=torch.bfloat16), CheckpointWeights(folder)
-    untie(model, weights.untied_names(model))
-    tensors = base_tensors(model, weights.stored_names(model), load_in_4bit=True, double_quant=False)
-    write_prepared(prepared, identity, dict.fromkeys(tensors.values()), weights)
-    ours = load_base_model(folder, weights=PreparedWeights(prepared))
+    ours = load_base_model(folder, weights=_prepare(folder, tmp_path))
     wanted = load_base_model(folder)
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) != differs
     assert torch.equal(ours.lm_head.weight, wanted.lm_head.weight)
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_linears_of_a_prepared_base_differ_as_those_of_its_model(tmp_path: Path, differs: bool) -> None:
+    """The blocks that Zamba shares are tied, and they are quantised: their names are others."""
+    folder = tmp_path / "model"
+    family_model("zamba").save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    first = next(name for name in tensors if name.endswith("shared_transf.feed_forward.down_proj.weight"))
+    second = first.replace("layers.1", "layers.3")
+    assert second not in tensors and second != first
+    tensors[second] = tensors[first] * (1.5 if differs else 1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ours, wanted = load_base_model(folder, weights=_prepare(folder, tmp_path)), load_base_model(folder)
+    blobs = [
+        model.get_submodule(name.removesuffix(".weight")).blob for model in (ours, wanted) for name in (first, second)
+    ]
+    assert torch.equal(blobs[0], blobs[2]) and torch.equal(blobs[1], blobs[3])
+    assert torch.equal(blobs[0], blobs[1]) != differs
+    assert torch.equal(_logits(ours), _logits(wanted))
 
 
 def test_no_more_is_read_than_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
