@@ -14,7 +14,7 @@ bench = typer.Typer(help="Measure variants of a recipe, layers and steps side by
 
 Only = Annotated[str | None, typer.Option(help=f"Who takes part, of {','.join(CONTESTANTS)}.")]
 Against = Annotated[str | None, typer.Option(help="Whom ratios are to; takes part. Default: peft_lora, or the first.")]
-Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: the base, and what products run in.")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}, or short: of the base and of products.")]
 BaseKind = Annotated[str, typer.Option("--base", help="full or nf4.")]
 Dropout = Annotated[float, typer.Option(min=0, max=0.99, help="On the adapters' input.")]
 Model = Annotated[str, typer.Option(help="smollm2 (the demo's), random-1b (a Llama), a folder, GGUF file or hub id.")]

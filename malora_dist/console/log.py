@@ -6,12 +6,15 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
 from malora_dist.console.terminal import is_terminal
+
+if TYPE_CHECKING:
+    import torch
 
 LOGGER = "malora_dist"
 
@@ -54,9 +57,11 @@ def console() -> Console:
     return Console() if is_terminal(sys.stdout) else Console(width=120)
 
 
-def peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: "torch.device") -> float:
     """Most memory this process has held: device memory on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():

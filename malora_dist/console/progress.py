@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from malora_dist.console.log import LOGGER
 from malora_dist.console.terminal import is_terminal
 
 PATIENCE, BETWEEN_LINES = 2.0, 30.0
@@ -90,7 +91,7 @@ class Bar(AbstractContextManager["Bar"]):
 
 def tell(line: str) -> None:
     """Say a line in the log, or on stderr where no log has been started."""
-    logger = logging.getLogger(__name__.partition(".")[0])
+    logger = logging.getLogger(LOGGER)
     if logger.handlers:
         logger.info("%s", line)
     else:

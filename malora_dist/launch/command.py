@@ -13,6 +13,8 @@ from malora_dist.launch.environment import allocator_variables
 # The deepspeed launcher replaces the list of visible devices by 0..N-1 unless it is told which ones.
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 DEFAULT_PORT = 29500
+# The launcher says at length what it starts. What goes wrong it says as an error.
+QUIET = ("--log_level", "error")
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -29,7 +31,7 @@ def deepspeed_command(
 
     Raises ConfigError if the visible devices are fewer, or named in a way the launcher cannot pass on.
     """
-    return [launcher, *_devices(num_gpus, environment), *options, "--module", module, *arguments]
+    return [launcher, *QUIET, *_devices(num_gpus, environment), *options, "--module", module, *arguments]
 
 
 def torchrun_command(

@@ -32,7 +32,7 @@ RECIPE = ["r.yaml", "--adapter.r", "16"]
     ],
 )
 def test_golden_argv(visible: str, devices: str) -> None:
-    golden = f"deepspeed {devices} --module malora_dist.train r.yaml --adapter.r 16"
+    golden = f"deepspeed --log_level error {devices} --module malora_dist.train r.yaml --adapter.r 16"
     environment = {"CUDA_VISIBLE_DEVICES": visible}
     assert deepspeed_command("malora_dist.train", RECIPE, num_gpus=2, environment=environment) == golden.split()
 
@@ -42,6 +42,7 @@ def test_deepspeed_reads_the_argv_as_meant() -> None:
     command = deepspeed_command("malora_dist.train", RECIPE, num_gpus=2, environment={})
     args = runner.parse_args(command[1:])
     assert (args.num_gpus, args.module, args.user_script, args.user_args) == (2, True, "malora_dist.train", RECIPE)
+    assert args.log_level == "error"
 
 
 def test_torchrun_on_one_machine_and_on_several() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from malora_dist.errors import ConfigError
+from malora_dist.launch.command import QUIET
 
 # Of a host without GPUs deepspeed hands on Python's alone.
 VARIABLES = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "XDG_CACHE_HOME", "CUDA_HOME")
@@ -47,7 +48,7 @@ def hosts_command(
     # One host of a file need not be this machine, which deepspeed would take for it. The check for ssh is made already.
     fixed = ["--force_multi", "--no_ssh_check", "--launcher", "pdsh"]
     words = ["--hostfile", str(hostfile), *selection, *place, *fixed, "--module", module]
-    return [launcher, *words, *(quoted(argument) for argument in arguments)]
+    return [launcher, *QUIET, *words, *(quoted(argument) for argument in arguments)]
 
 
 def quoted(argument: str) -> str:
