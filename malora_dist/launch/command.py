@@ -12,7 +12,6 @@ from malora_dist.launch.environment import allocator_variables
 
 # The deepspeed launcher replaces the list of visible devices by 0..N-1 unless it is told which ones.
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-DEFAULT_PORT = 29500
 # The launcher says at length what it starts. What goes wrong it says as an error.
 QUIET = ("--log_level", "error")
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -32,33 +31,6 @@ def deepspeed_command(
     Raises ConfigError if the visible devices are fewer, or named in a way the launcher cannot pass on.
     """
     return [launcher, *QUIET, *_devices(num_gpus, environment), *options, "--module", module, *arguments]
-
-
-def torchrun_command(
-    module: str,
-    arguments: Sequence[str],
-    *,
-    processes: int,
-    nodes: int = 1,
-    node_rank: int | None = None,
-    master_addr: str | None = None,
-    master_port: int | None = None,
-    launcher: str = "torchrun",
-) -> list[str]:
-    """argv that runs `python -m module arguments` once for each of `processes` of this machine, one of `nodes`.
-
-    Machines that are called one by one must be told one port, by default torch's; on a single one torchrun takes a free
-    port. Raises ConfigError if the others could not be found.
-    """
-    place = ["--standalone"] if master_port is None else ["--master_port", str(master_port)]
-    if nodes > 1:
-        if node_rank is None or node_rank >= nodes:
-            raise ConfigError(f"--node_rank={node_rank}: give this machine's number, from 0 to --nnodes {nodes} less 1")
-        if master_addr is None:
-            raise ConfigError(f"--nnodes={nodes}: give --master_addr, the name of the machine with --node_rank 0")
-        place = ["--nnodes", str(nodes), "--node_rank", str(node_rank)]
-        place += ["--master_addr", master_addr, "--master_port", str(master_port or DEFAULT_PORT)]
-    return [launcher, *place, "--nproc_per_node", str(processes), "-m", module, *arguments]
 
 
 def refuses_gpus(environment: Mapping[str, str]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from malora_dist.errors import TopologyError
+from malora_dist.launch.schedulers import num_nodes
 
 GLOO = "GLOO_SOCKET_IFNAME"
 ANY_PORT = 9
@@ -36,15 +37,7 @@ def interface_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _several_nodes(environment: Mapping[str, str]) -> bool:
-    """By what the launcher says of its processes; Slurm also counts nodes of an allocation that are not used."""
-    if environment.get("WORLD_SIZE") == "1":
-        return False
-    if "CROSS_SIZE" in environment:
-        return environment["CROSS_SIZE"] != "1"
-    if "LOCAL_WORLD_SIZE" in environment and "WORLD_SIZE" in environment:
-        return environment["WORLD_SIZE"] != environment["LOCAL_WORLD_SIZE"]
-    counts = (environment.get(name) for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"))
-    return next((count for count in counts if count), "1") != "1"
+    return environment.get("WORLD_SIZE") != "1" and num_nodes(environment) > 1
 
 
 def _addresses(host: str) -> list[Address]:

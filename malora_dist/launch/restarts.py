@@ -1,6 +1,5 @@
 """Whether a job starts its run again: it counts the starts that brought no newer checkpoint."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -65,9 +64,9 @@ def begin(run: Path, job: str) -> Restarts:
 def end(run: Path, job: str, max_restarts: int, *, stop_after_steps: int | None, exit_code: int | None) -> Verdict:
     """What the job does after a start whose processes are gone, by exit.json and the checkpoints.
 
-    `exit_code` is what they have left, if one has met a mistake before the run had a folder. A start that Slurm ends
-    together with the job's script, for a lost node or another job, does not come here and does not count as in vain;
-    nor does one that SIGTERM ended. One that its time limit ended does: the next has no more time.
+    `exit_code` is what they have left, if one has met a mistake before the run had a folder. A start that the scheduler
+    ends together with the job's script, for a lost node or another job, does not come here and is not counted; nor is
+    one that SIGTERM ended. One that its time limit ended is: the next has no more time.
 
     Raises CheckpointError if exit.json or restarts.json is damaged, OSError if that cannot be written.
     """
@@ -118,13 +117,6 @@ def newest_step(run: Path) -> int:
     """The step of the newest finished checkpoint, 0 without one."""
     names = [path.parent.name for path in (run / "checkpoints").glob("step-*/manifest.json")]
     return max((int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit()), default=0)
-
-
-def job_name(environment: Mapping[str, str]) -> str:
-    """What names this job over all its starts. Raises ConfigError outside of one."""
-    if "SLURM_JOB_ID" not in environment:
-        raise ConfigError("SLURM_JOB_ID is not set: this is for job scripts; use malora train")
-    return environment["SLURM_JOB_ID"]
 
 
 def _count(run: Path, job: str, step: int, *, for_others: bool) -> int:

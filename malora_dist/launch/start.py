@@ -20,7 +20,8 @@ from malora_dist.launch.command import (
     run_command,
     visible_gpus,
 )
-from malora_dist.launch.ranks import check_processes, meeting_port, under_launcher
+from malora_dist.launch.ports import meeting_port
+from malora_dist.launch.ranks import check_processes, under_launcher
 
 
 def recipe_first(recipe: str, overrides: Sequence[str]) -> tuple[str, list[str]]:

@@ -5,7 +5,8 @@ import pytest
 
 from malora_dist.cli.app import main
 from malora_dist.errors import MaloraError
-from malora_dist.launch.ranks import LAUNCHED, free_port
+from malora_dist.launch.ports import free_port
+from malora_dist.launch.ranks import LAUNCHED
 from tests.commands import malora, malora_without_torch
 
 RANK = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "n0", "MASTER_PORT": "7"}

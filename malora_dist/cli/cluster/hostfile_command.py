@@ -22,14 +22,14 @@ from malora_dist.launch.command import (
     launcher_environment,
     launcher_path,
     run_command,
-    torchrun_command,
     visible_gpus,
 )
-from malora_dist.launch.ranks import meeting_port
+from malora_dist.launch.ports import meeting_port
 from malora_dist.launch.ssh.check import check_reachable, is_this_machine
 from malora_dist.launch.ssh.hostfile import Slots, choose_hosts, read_hostfile, slots_per_host
 from malora_dist.launch.ssh.pdsh import env_file_text, handed_on, hosts_command, runner_environment
 from malora_dist.launch.start import recipe_first
+from malora_dist.launch.torchrun import torchrun_command
 
 TRAIN = "malora_dist.train"
 LAUNCHER = "pdsh"

@@ -12,12 +12,17 @@ SECONDS = 60
 OF_A_JOB = ("NPROC_PER_NODE", "PROCESSES", "CUDA_VISIBLE_DEVICES", "LOGS", "MALORA_EXIT_CODE", "OMP_NUM_THREADS")
 
 
+def sbatch_command(flags: Sequence[str]) -> list[str]:
+    """Return the words that submit a script from standard input."""
+    return ["sbatch", "--parsable", *flags]
+
+
 def sbatch(script: str, flags: Sequence[str], environment: Mapping[str, str], folder: Path | None = None) -> str:
     """Submit a script to run in `folder` (here, by default); the job's number.
 
     Raises ConfigError with Slurm's own words if it refuses, or does not answer.
     """
-    command = ["sbatch", "--parsable", *flags]
+    command = sbatch_command(flags)
     # Numbers of a surrounding job would be taken for wishes of the new one.
     outside = {
         key: value

@@ -3,9 +3,9 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from malora_dist.errors import ConfigError
+from malora_dist.launch.scheduler import JobOptions
 from malora_dist.launch.slurm import blocks
 
 OWN_ENVIRONMENT = """\
@@ -14,42 +14,19 @@ OWN_ENVIRONMENT = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobOptions:
-    """What a job asks Slurm for, and how its processes start.
+class ScriptOptions(JobOptions):
+    """Options of a job, and where its output goes: sbatch's pattern for a file, and bash for the processes' folder."""
 
-    `save_before` is how many seconds before the time limit a run is told to save; Slurm may be a minute late.
-    `gpus_per_node` 0 asks for none; then, or to have fewer, `processes` is the number of processes on each node.
-    `start` "launcher" is one torchrun on each node, "tasks" one task of srun for each process. `logs` is bash.
-    `arguments` None takes those the script is called with.
-    """
-
-    name: str = "malora"
-    nodes: int = 2
-    gpus_per_node: int = 8
-    gpu_type: str | None = None
-    processes: int | None = None
-    cpus_per_task: int | None = 64
-    time: str = "24:00:00"
-    save_before: int = 300
     output: str = "%x_%j.out"
     logs: str = '"${SLURM_JOB_NAME}_$SLURM_JOB_ID"'
-    start: Literal["launcher", "tasks"] = "launcher"
-    setup: tuple[str, ...] = ()
-    sbatch: tuple[str, ...] = ()
-    srun: tuple[str, ...] = ()
-    arguments: tuple[str, ...] | None = None
-
-    @property
-    def processes_per_node(self) -> int:
-        return self.processes or self.gpus_per_node or 1
 
 
 def shipped_scripts() -> dict[str, str]:
     """Path and text of the scripts for hand use: those of slurm/."""
-    one = JobOptions(nodes=1, time="2:00:00")
+    one = ScriptOptions(nodes=1, time="2:00:00")
     return {
-        "slurm/train.sbatch": train_script(JobOptions()),
-        "slurm/array.sbatch": array_script(JobOptions(name="malora-array", nodes=1)),
+        "slurm/train.sbatch": train_script(ScriptOptions()),
+        "slurm/array.sbatch": array_script(ScriptOptions(name="malora-array", nodes=1)),
         "slurm/eval.sbatch": evaluate_script(replace(one, name="malora-eval")),
         "slurm/convert.sbatch": convert_script(replace(one, name="malora-convert", gpus_per_node=0, cpus_per_task=8)),
     }
@@ -64,7 +41,7 @@ def train_script(job: JobOptions) -> str:
     return _script(job, about, _goes_on(job), ["RECIPE.yaml"], [*_processes(job), _train(job)])
 
 
-def array_script(job: JobOptions, *, tasks: str = "1-5", output_dir: str | None = None) -> str:
+def array_script(job: ScriptOptions, *, tasks: str = "1-5", output_dir: str | None = None) -> str:
     """A run for each task of an array; with one recipe, below `output_dir`. Raises ConfigError as `train_script`."""
     about = [
         "A training run for each seed, or for each of several recipes; every one goes on as train.sbatch does:",
@@ -90,7 +67,7 @@ def convert_script(job: JobOptions) -> str:
 
 
 def _script(
-    job: JobOptions, about: Sequence[str], more: dict[str, str | None], usage: Sequence[str], body: list[str]
+    job: ScriptOptions, about: Sequence[str], more: dict[str, str | None], usage: Sequence[str], body: list[str]
 ) -> str:
     if job.arguments is None:
         own = f'(($# >= {len(usage)})) || {{ echo "usage: {about[1].strip()}" >&2; exit 2; }}'
@@ -104,7 +81,7 @@ def _goes_on(job: JobOptions) -> dict[str, str | None]:
     return {"requeue": None, "signal": f"B:USR1@{job.save_before}"}
 
 
-def _directives(job: JobOptions, more: dict[str, str | None]) -> list[str]:
+def _directives(job: ScriptOptions, more: dict[str, str | None]) -> list[str]:
     options: dict[str, str | None] = {
         "job-name": job.name,
         "nodes": str(job.nodes),
@@ -151,7 +128,7 @@ def _train(job: JobOptions) -> str:
     return blocks.TRAIN.format(srun=_srun(job, "malora_dist.train"))
 
 
-def _srun(job: JobOptions, module: str) -> str:
+def _srun(job: ScriptOptions, module: str) -> str:
     tasks = (
         '--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
         if job.start == "launcher"

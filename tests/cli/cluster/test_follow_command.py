@@ -15,7 +15,6 @@ import pytest
 from malora_dist.cli.cluster import follow_command
 from malora_dist.cli.cluster.follow_command import Tail
 from malora_dist.files.exit_status import FAILED, FINISHED, PREEMPTED, clear_outcome, write_outcome
-from malora_dist.launch.jobs import SLURM_FOLDER
 from malora_dist.launch.restarts import begin
 from tests.cli.cluster.submitted import job, launch, submitted
 from tests.launch.run_folders import begun, steps
@@ -176,7 +175,7 @@ def test_a_task_of_an_array(clients: Clients, capsys: pytest.CaptureFixture[str]
     array = job("7", Path("a"), array="1-2", log=str(Path("a/slurm/train_7_%a.out").resolve()))
     run = submitted(Path("a"), array)
     begun(run / "seed-2")
-    (run / SLURM_FOLDER / "train_7_2.out").write_text("its log\n")
+    (run / "slurm" / "train_7_2.out").write_text("its log\n")
     clients.say("squeue", "7_2|COMPLETED|None\n")
     assert launch("follow", "a/seed-2") == 0
     assert "its log\n" in capsys.readouterr().out
