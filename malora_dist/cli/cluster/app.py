@@ -7,9 +7,8 @@ from malora_dist.cli.cluster.hostfile_command import deepspeed_verb, torchrun_ve
 from malora_dist.cli.cluster.job_commands import begin_command, end_command
 from malora_dist.cli.cluster.status_command import status
 from malora_dist.cli.cluster.submit_command import WithFlags, submit_command
+from malora_dist.cli.options import OVERRIDES
 from malora_dist.launch.schedulers import queues
-
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 launch = typer.Typer(help="Start runs on a cluster, and see how they fare.", no_args_is_help=True)
 launch.command("status")(status)

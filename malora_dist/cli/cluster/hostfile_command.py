@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from malora_dist.cli.options import recipe_first
 from malora_dist.config import load_config
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.summary import adapter_spec
@@ -28,7 +29,6 @@ from malora_dist.launch.ports import meeting_port
 from malora_dist.launch.ssh.check import check_reachable, is_this_machine
 from malora_dist.launch.ssh.hostfile import Slots, choose_hosts, read_hostfile, slots_per_host
 from malora_dist.launch.ssh.pdsh import env_file_text, handed_on, hosts_command, runner_environment
-from malora_dist.launch.start import recipe_first
 from malora_dist.launch.torchrun import torchrun_command
 
 TRAIN = "malora_dist.train"

@@ -39,7 +39,7 @@ class StatusRow:
 
     @property
     def state(self) -> str:
-        """The scheduler's word where there is one, else the run's. One that runs, by its files, and has no job was killed."""
+        """The scheduler's word where there is one, else the run's. One without a job that seems to run was killed."""
         if self.job_state is None:
             return self.look.state
         if self.job_state.state != UNKNOWN or not self.is_training:

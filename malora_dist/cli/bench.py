@@ -1,4 +1,4 @@
-"""The commands `malora bench ...` of one process. Nothing here needs torch before a command runs."""
+"""`malora bench ...`: measurements. Nothing here needs torch before a command runs."""
 
 from importlib import import_module
 from pathlib import Path
@@ -6,9 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
+from malora_dist.bench.ep_options import EpOptions
 from malora_dist.bench.local.options import DTYPES
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.bench.variants import TOPICS, recipe_variant
+from malora_dist.cli.options import OVERRIDES, MasterPort, NumGpus, Recipe, recipe_first
+from malora_dist.cli.start import start
+from malora_dist.config import load_config
 
 bench = typer.Typer(help="Measure variants of a recipe, layers and steps side by side.", no_args_is_help=True)
 
@@ -146,6 +151,59 @@ def roofline(
     given |= {"attention": attention, "flops": flops, "bandwidth": bandwidth}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     run(RooflineOptions(**chosen), Output(as_json, markdown))
+
+
+@bench.command(context_settings=OVERRIDES)
+def ep(
+    context: typer.Context,
+    recipe: Recipe,
+    num_gpus: NumGpus = None,
+    master_port: MasterPort = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps measured of each variant.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 2,
+    variants: Annotated[
+        str | None, typer.Option(help=f"What to compare, of {','.join(TOPICS)}. Default: all that fits.")
+    ] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write every step of every variant here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
+) -> None:
+    """Step time, bytes and loss with experts spread or not, overlap, 4-bit base, ZeRO stages; variants take turns."""
+    path, overrides = recipe_first(recipe, context.args)
+    config = load_config(path, overrides)
+    options = EpOptions(
+        recipe=path,
+        overrides=tuple(overrides),
+        topics=tuple(topic for topic in (variants or "").split(",") if topic),
+        steps=steps,
+        warmup=warmup,
+        json=as_json,
+        markdown=markdown,
+    )
+    options.check_files()
+    start(
+        lambda: import_module("malora_dist.bench.run").measure(options),
+        "malora_dist.bench.run",
+        options.words(),
+        num_gpus,
+        recipe_variant(config).of(config),
+        master_port,
+    )
+
+
+@bench.command(context_settings=OVERRIDES)
+def data(
+    context: typer.Context,
+    recipe: Recipe,
+    repeats: Repeats = 5,
+    warmup: Warmup = 2,
+    as_json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Tokens a second of a recipe's data: tokenised, drawn and packed, against those of its training on one process."""
+    path, overrides = recipe_first(recipe, context.args)
+    loaded = import_module("malora_dist.bench.local.data_rate")
+    options = loaded.DataOptions(recipe=path, overrides=tuple(overrides), repeats=repeats, warmup=warmup)
+    raise typer.Exit(loaded.main(options, Output(as_json, markdown)))
 
 
 def _run(module: str, options: str, given: dict[str, Any], output: Output) -> None:
