@@ -32,7 +32,7 @@ def shipped_scripts() -> dict[str, str]:
     }
 
 
-def train_script(job: JobOptions) -> str:
+def train_script(job: ScriptOptions) -> str:
     """A run that saves, requeues itself and goes on. Raises ConfigError for what sbatch cannot be told in a script."""
     about = [
         "Trains. Near its time limit, preempted, or after a crash, it goes on in the same run folder:",
@@ -53,13 +53,13 @@ def array_script(job: ScriptOptions, *, tasks: str = "1-5", output_dir: str | No
     return _script(job, about, {"array": tasks, **_goes_on(job)}, ["RECIPE.yaml"], body)
 
 
-def evaluate_script(job: JobOptions) -> str:
+def evaluate_script(job: ScriptOptions) -> str:
     """The accuracies of a run, on all processes. Raises ConfigError as `train_script`."""
     about = ["Measures a run's accuracies again:", "  sbatch slurm/eval.sbatch RUN_DIR [--section.key value ...]"]
     return _script(job, about, {}, ["RUN_DIR"], [*_processes(job), _srun(job, "malora_dist.evaluate")])
 
 
-def convert_script(job: JobOptions) -> str:
+def convert_script(job: ScriptOptions) -> str:
     """`malora convert`, one process on one node. Raises ConfigError as `train_script`."""
     about = ["Writes a run's adapter in another form:", "  sbatch slurm/convert.sbatch SRC DST --to KIND [--verify]"]
     body = [_setup(job), blocks.CONVERT.format(flags=_flags(job.srun))]
@@ -77,7 +77,7 @@ def _script(
     return "\n\n".join(["\n".join(head), *body]) + "\n"
 
 
-def _goes_on(job: JobOptions) -> dict[str, str | None]:
+def _goes_on(job: ScriptOptions) -> dict[str, str | None]:
     return {"requeue": None, "signal": f"B:USR1@{job.save_before}"}
 
 
@@ -112,7 +112,7 @@ def _quoted(name: str, value: str) -> str:
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=+:@%./,[]")
 
 
-def _processes(job: JobOptions) -> list[str]:
+def _processes(job: ScriptOptions) -> list[str]:
     """Where the processes meet, what they write, and how a node starts its own."""
     number = [] if job.processes is None else [f"export NPROC_PER_NODE={job.processes}"]
     start = blocks.LAUNCHER if job.start == "launcher" else blocks.TASKS
@@ -120,11 +120,11 @@ def _processes(job: JobOptions) -> list[str]:
     return [blocks.PLACE, _setup(job), blocks.LOGS.replace("{logs}", job.logs), "\n".join([*number, start])]
 
 
-def _setup(job: JobOptions) -> str:
+def _setup(job: ScriptOptions) -> str:
     return blocks.SETUP.format(lines="\n".join(job.setup)) if job.setup else OWN_ENVIRONMENT
 
 
-def _train(job: JobOptions) -> str:
+def _train(job: ScriptOptions) -> str:
     return blocks.TRAIN.format(srun=_srun(job, "malora_dist.train"))
 
 
