@@ -36,6 +36,8 @@ DEVICE = "device"
 BASE_DTYPE = "base_dtype"
 TRAINABLE_PARAMETERS = "trainable_parameters"
 BASE_PARAMETERS = "base_parameters"
+# Bytes of the frozen base and of the adapter that the main process keeps.
+RESIDENT_BYTES = "resident_bytes"
 
 # A "train" record. Losses are nats per supervised token, grad_norm is before clipping.
 STEP = "step"
@@ -77,6 +79,11 @@ def eval_accuracy(task: str) -> str:
 def eval_loss(task: str) -> str:
     """Name of a task's validation loss in an "eval" record."""
     return f"eval/{task}/loss"
+
+
+def eval_score(metric: str) -> str:
+    """Name of the number in an "eval" record that tells the best checkpoint, for a value of train.best_metric."""
+    return f"eval/{metric}"
 
 
 class MetricsWriter:
