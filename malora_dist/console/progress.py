@@ -67,7 +67,7 @@ class Bar(AbstractContextManager["Bar"]):
             self.progress.update(self.task, completed=done, total=self.total)
         elif self.active and now >= self.next_line:
             self.next_line = now + BETWEEN_LINES
-            tell(f"{self.title}: {done:,}" + (f" of {self.total:,}" if self.total else ""))
+            log_line(f"{self.title}: {done:,}" + (f" of {self.total:,}" if self.total else ""))
 
     def _begin(self, title: str, total: int | None) -> None:
         self.title, self.total = title, total or None
@@ -89,8 +89,8 @@ class Bar(AbstractContextManager["Bar"]):
         self.progress.start()
 
 
-def tell(line: str) -> None:
-    """Say a line in the log, or on stderr where no log has been started."""
+def log_line(line: str) -> None:
+    """Write a line to the log, or to stderr where no log has been started."""
     logger = logging.getLogger(LOGGER)
     if logger.handlers:
         logger.info("%s", line)

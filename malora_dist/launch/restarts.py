@@ -1,7 +1,9 @@
 """Whether a job starts its run again: it counts the starts that brought no newer checkpoint."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.files.atomic import write_json
@@ -13,12 +15,14 @@ from malora_dist.files.exit_status import (
     FINISHED,
     PREEMPTED,
     RUN_FILES,
-    clear_outcome,
-    read_outcome,
+    clear_exit_status,
+    read_exit_status,
 )
 from malora_dist.files.json_text import parse_json
 
 RESTARTS_FILE = "restarts.json"
+# The key of the starts without progress there.
+IN_FILE = "in_vain"
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,13 @@ class Restarts:
     ended by themselves without a newer one."""
 
     starts: int = 0
-    in_vain: int = 0
+    without_progress: int = 0
     step: int = 0
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What follows from the end of a start: the job's exit code, 75 for once more, and why."""
+class RestartDecision:
+    """What a job does after a start: its exit code, 75 to be started again, and why."""
 
     code: int
     why: str
@@ -47,12 +51,12 @@ def begin(run: Path, job: str) -> Restarts:
     """
     jobs = read_restarts(run)
     before, step = jobs.get(job, Restarts()), newest_step(run)
-    now = Restarts(before.starts + 1, before.in_vain if step == before.step else 0, step)
-    outcome = read_outcome(run)
+    now = Restarts(before.starts + 1, before.without_progress if step == before.step else 0, step)
+    outcome = read_exit_status(run)
     try:
         if outcome is not None and outcome["outcome"] != FINISHED:
             # Left there, it would speak for a start that ends before it has read the recipe.
-            clear_outcome(run)
+            clear_exit_status(run)
         run.mkdir(parents=True, exist_ok=True)
         check_folder(run)
         _write(run, {**jobs, job: now})
@@ -61,7 +65,9 @@ def begin(run: Path, job: str) -> Restarts:
     return now
 
 
-def end(run: Path, job: str, max_restarts: int, *, stop_after_steps: int | None, exit_code: int | None) -> Verdict:
+def end(
+    run: Path, job: str, max_restarts: int, *, stop_after_steps: int | None, exit_code: int | None
+) -> RestartDecision:
     """What the job does after a start whose processes are gone, by exit.json and the checkpoints.
 
     `exit_code` is what they have left, if one has met a mistake before the run had a folder. A start that the scheduler
@@ -70,25 +76,25 @@ def end(run: Path, job: str, max_restarts: int, *, stop_after_steps: int | None,
 
     Raises CheckpointError if exit.json or restarts.json is damaged, OSError if that cannot be written.
     """
-    outcome = read_outcome(run) or {"outcome": "killed", "reason": "killed, without a word"}
+    outcome = read_exit_status(run) or {"outcome": "killed", "reason": "killed, without a word"}
     why, step = str(outcome.get("reason")), newest_step(run)
     if outcome["outcome"] == FINISHED:
-        return Verdict(EXIT_OK, f"{run} is finished")
+        return RestartDecision(EXIT_OK, f"{run} is finished")
     if EXIT_MISTAKE in (exit_code, outcome.get("exit_code")):
-        return Verdict(EXIT_MISTAKE, "a mistake, which another start would not mend")
-    said = f"{run} has failed, with a checkpoint of step {step} ({why})"
+        return RestartDecision(EXIT_MISTAKE, "a mistake, which another start would not mend")
+    summary = f"{run} has failed, with a checkpoint of step {step} ({why})"
     if outcome["outcome"] == PREEMPTED:
-        said = f"{run} is saved at step {step} ({why})"
+        summary = f"{run} is saved at step {step} ({why})"
         if stop_after_steps is not None and "stop_after_steps" in why:
-            return Verdict(EXIT_OK, f"{said}: as far as train.stop_after_steps={stop_after_steps} goes")
-    vain = _count(run, job, step, for_others=outcome["outcome"] == PREEMPTED and why == "SIGTERM")
-    if vain > max_restarts:
-        return Verdict(
+            return RestartDecision(EXIT_OK, f"{summary}: as far as train.stop_after_steps={stop_after_steps} goes")
+    count = _count(run, job, step, for_others=outcome["outcome"] == PREEMPTED and why == "SIGTERM")
+    if count > max_restarts:
+        return RestartDecision(
             EXIT_FAILED,
-            f"{said}. It has ended {vain} times in a row without a newer checkpoint than step {step}, and "
+            f"{summary}. It has ended {count} times in a row without a newer checkpoint than step {step}, and "
             f"launch.max_restarts={max_restarts}: it is not started again",
         )
-    return Verdict(EXIT_PREEMPTED, f"{said}: once more, from there")
+    return RestartDecision(EXIT_PREEMPTED, f"{summary}: once more, from there")
 
 
 def read_restarts(run: Path) -> dict[str, Restarts]:
@@ -98,7 +104,7 @@ def read_restarts(run: Path) -> dict[str, Restarts]:
         return {}
     try:
         jobs = parse_json(path.read_bytes())
-        return {job: Restarts(**{key: int(value) for key, value in own.items()}) for job, own in jobs.items()}
+        return {job: _restarts(own) for job, own in jobs.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; remove it to start counting again") from error
 
@@ -120,13 +126,22 @@ def newest_step(run: Path) -> int:
 
 
 def _count(run: Path, job: str, step: int, *, for_others: bool) -> int:
-    """Starts in a row that have ended in vain, this one included; noted."""
+    """Starts in a row that have ended without progress, this one included; noted."""
     jobs = read_restarts(run)
     before = jobs.get(job, Restarts(starts=1))
-    vain = 0 if step > before.step else before.in_vain + (0 if for_others else 1)
-    _write(run, {**jobs, job: replace(before, in_vain=vain)})
-    return vain
+    count = 0 if step > before.step else before.without_progress + (0 if for_others else 1)
+    _write(run, {**jobs, job: replace(before, without_progress=count)})
+    return count
 
 
 def _write(run: Path, jobs: dict[str, Restarts]) -> None:
-    write_json(run / RESTARTS_FILE, {job: asdict(own) for job, own in jobs.items()})
+    write_json(run / RESTARTS_FILE, {job: _record(own) for job, own in jobs.items()})
+
+
+def _record(own: Restarts) -> dict[str, int]:
+    return {"starts": own.starts, IN_FILE: own.without_progress, "step": own.step}
+
+
+def _restarts(record: Mapping[str, Any]) -> Restarts:
+    numbers = {key: int(value) for key, value in record.items()}
+    return Restarts(without_progress=numbers.pop(IN_FILE, 0), **numbers)

@@ -7,7 +7,7 @@ from malora_dist.config import RunConfig
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.summary import adapter_spec
 from malora_dist.errors import ConfigError
-from malora_dist.files.exit_status import FINISHED, read_outcome
+from malora_dist.files.exit_status import FINISHED, read_exit_status
 from malora_dist.launch.jobs import TRAIN, array_tasks, read_jobs
 from malora_dist.launch.restarts import check_folder
 from malora_dist.launch.scheduler import UNKNOWN
@@ -25,7 +25,7 @@ def checked_recipe(recipe: str, overrides: list[str], world_size: int, *, trains
     check_plan(config, world_size)
     run = Path(config.output_dir)
     check_folder(run)
-    outcome = read_outcome(run) if trains else None
+    outcome = read_exit_status(run) if trains else None
     if outcome is not None and outcome["outcome"] == FINISHED:
         raise ConfigError(f"output_dir={run}: the run there is finished; give another --output_dir")
     return config

@@ -12,7 +12,7 @@ from malora_dist.cli.cluster.status_command import duration, progress
 from malora_dist.errors import ConfigError
 from malora_dist.files.exit_status import FAILED, FINISHED
 from malora_dist.launch.jobs import TRAIN, SubmittedJob, job_states, jobs_of, runs_of
-from malora_dist.launch.run_status import RUNNING, TRAIN_LOG, WAITING, RunLook, look
+from malora_dist.launch.run_status import RUNNING, TRAIN_LOG, WAITING, RunStatus, read_run_status
 from malora_dist.launch.scheduler import COMPLETED, UNKNOWN, JobState
 from malora_dist.launch.schedulers import queues
 
@@ -92,7 +92,7 @@ class _Following:
         """Prints; the exit code."""
         code: int | None = None
         while True:
-            self._print_states(state := self._job_state(), seen := look(self.run))
+            self._print_states(state := self._job_state(), seen := read_run_status(self.run))
             before, code = code, _code(state, seen)
             # Twice, for a job that is requeued has ended for a moment.
             if code is not None and (before is not None or state is None):
@@ -124,7 +124,7 @@ class _Following:
     def _job_state(self) -> JobState | None:
         return None if self.job is None else job_states([self.job])[self.job.job]
 
-    def _print_states(self, state: JobState | None, seen: RunLook) -> None:
+    def _print_states(self, state: JobState | None, seen: RunStatus) -> None:
         now = (str(state or ""), seen.state)
         if now != self.said:
             self.said = now
@@ -135,7 +135,7 @@ class _Following:
             self.within_line = False
 
 
-def _code(state: JobState | None, seen: RunLook) -> int | None:
+def _code(state: JobState | None, seen: RunStatus) -> int | None:
     """The exit code, None while it goes on."""
     if state is None:
         return None if seen.state in (WAITING, RUNNING) else int(seen.state != FINISHED)

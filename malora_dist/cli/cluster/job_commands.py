@@ -30,15 +30,15 @@ def begin_command(context: typer.Context, recipe: Recipe) -> None:
 def end_command(context: typer.Context, recipe: Recipe) -> None:
     """In a job script, once the processes are gone: exit code 75 if the job is to start again, else its own."""
     config = job_config(recipe, context.args)
-    verdict = end(
+    decision = end(
         Path(config.output_dir),
         job_of(os.environ).id,
         config.launch.max_restarts,
         stop_after_steps=config.train.stop_after_steps,
         exit_code=_left_code(os.environ),
     )
-    print(verdict.why)
-    raise typer.Exit(verdict.code)
+    print(decision.why)
+    raise typer.Exit(decision.code)
 
 
 def job_config(recipe: str, overrides: list[str]) -> RunConfig:

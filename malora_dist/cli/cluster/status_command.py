@@ -16,7 +16,7 @@ from rich.text import Text
 from malora_dist.errors import ConfigError
 from malora_dist.launch.jobs import TRAIN, SubmittedJob, has_jobs, job_states, jobs_of, runs_of
 from malora_dist.launch.log_errors import last_error, last_line
-from malora_dist.launch.run_status import RUNNING, WAITING, RunLook, look
+from malora_dist.launch.run_status import RUNNING, WAITING, RunStatus, read_run_status
 from malora_dist.launch.scheduler import COMPLETED, FAILED, UNKNOWN, JobState
 
 # Below the working folder; runs/sweep/name is at 3.
@@ -31,7 +31,7 @@ class StatusRow:
     run: Path
     job: SubmittedJob | None
     job_state: JobState | None
-    look: RunLook
+    status: RunStatus
 
     @property
     def is_training(self) -> bool:
@@ -41,17 +41,17 @@ class StatusRow:
     def state(self) -> str:
         """The scheduler's word where there is one, else the run's. One without a job that seems to run was killed."""
         if self.job_state is None:
-            return self.look.state
+            return self.status.state
         if self.job_state.state != UNKNOWN or not self.is_training:
             return str(self.job_state)
         if self.job_state.forgotten:
-            return {RUNNING: "killed", WAITING: "ended before it began"}.get(self.look.state, self.look.state)
-        return f"{self.job_state}; the run: {self.look.state}"
+            return {RUNNING: "killed", WAITING: "ended before it began"}.get(self.status.state, self.status.state)
+        return f"{self.job_state}; the run: {self.status.state}"
 
     @property
     def error(self) -> str | None:
         """Of a job that failed and says nothing that looks like an error, its last word."""
-        error = self.look.error if self.is_training else None
+        error = self.status.error if self.is_training else None
         if self.job is not None and self.job_state is not None and self.job_state.state != COMPLETED:
             log = Path(self.job.log)
             error = error or last_error(log) or (last_line(log) if self.job_state.state == FAILED else None)
@@ -59,7 +59,7 @@ class StatusRow:
 
     def as_dict(self) -> dict[str, Any]:
         """For --json. Times are seconds."""
-        run = asdict(self.look) | {"restarts": self.look.restarts, "error": self.error}
+        run = asdict(self.status) | {"restarts": self.status.restarts, "error": self.error}
         named = {"run": str(self.run), "stage": self.job.stage if self.job else None}
         if self.job is None or self.job_state is None:
             return {**named, "job": None, "slurm": None, **run}
@@ -88,7 +88,7 @@ def status(
         console.print("no run with jobs below this folder; name one: malora launch status RUN_DIR")
         return
     console.print(table(rows))
-    for line in dict.fromkeys(f"damaged: {text}" for row in rows for text in row.look.damaged):
+    for line in dict.fromkeys(f"damaged: {text}" for row in rows for text in row.status.damaged):
         console.print(Text(line, style="yellow"), soft_wrap=True)
 
 
@@ -113,7 +113,7 @@ def status_rows(runs: Sequence[Path]) -> list[StatusRow]:
     rows = []
     for run, found in jobs.items():
         training = next((Path(job.log) for job in found if job.stage == TRAIN), None)
-        seen = look(run, training)
+        seen = read_run_status(run, training)
         rows += [StatusRow(run, job, states[job.job], seen) for job in found] or [StatusRow(run, None, None, seen)]
     return rows
 
@@ -124,18 +124,18 @@ def table(rows: Iterable[StatusRow]) -> Table:
     for column in made.columns:
         column.overflow = "fold"
     for row in rows:
-        own = _progress(row.look) if row.is_training else ("", "", "")
+        own = _progress(row.status) if row.is_training else ("", "", "")
         stage, job = ("", "") if row.job is None else (row.job.stage, row.job.job)
         made.add_row(*(Text(cell) for cell in (str(row.run), stage, job, row.state, *own, row.error or "")))
     return made
 
 
-def _progress(seen: RunLook) -> tuple[str, str, str]:
+def _progress(seen: RunStatus) -> tuple[str, str, str]:
     left = "" if seen.eta_seconds is None else duration(seen.eta_seconds)
     return str(seen.restarts), progress(seen), left
 
 
-def progress(seen: RunLook) -> str:
+def progress(seen: RunStatus) -> str:
     """`40/100`, or `40` while the number of steps is not known."""
     return f"{seen.step}" if seen.total is None else f"{seen.step}/{seen.total}"
 

@@ -14,7 +14,7 @@ from malora_dist.launch.ssh.hostfile import addresses
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 30
 
 
-def check_reachable(hosts: Sequence[str], folder: Path) -> None:
+def check_ssh(hosts: Sequence[str], folder: Path) -> None:
     """All hosts let us in without a password, and have `folder` and this Python at the same paths; asked at once.
 
     Raises ConfigError with every host that does not, and what ssh says.

@@ -14,7 +14,7 @@ import pytest
 
 from malora_dist.cli.cluster import follow_command
 from malora_dist.cli.cluster.follow_command import Tail
-from malora_dist.files.exit_status import FAILED, FINISHED, PREEMPTED, clear_outcome, write_outcome
+from malora_dist.files.exit_status import FAILED, FINISHED, PREEMPTED, clear_exit_status, write_exit_status
 from malora_dist.launch.restarts import begin
 from tests.cli.cluster.submitted import job, launch, submitted
 from tests.launch.run_folders import begun, steps
@@ -87,17 +87,17 @@ def test_a_job_from_its_queue_over_a_requeue_to_its_end(clients: Clients, capsys
         begin(run, "1")
         clients.say("squeue", "1|RUNNING|None\n")
         written.wait("-- job 1: running; run running, step 10/100, 0:03:00 left\n")
-        write_outcome(run, PREEMPTED, 75, reason="SIGUSR1", step=12, checkpoint=None)
+        write_exit_status(run, PREEMPTED, 75, reason="SIGUSR1", step=12, checkpoint=None)
         clients.say("squeue", "1|COMPLETING|None\n")
         written.wait("-- job 1: completing; run preempted, step 12/100\n")
         clients.say("squeue", "1|PENDING|BeginTime\n")
         written.wait("-- job 1: pending (starts after a pause); run preempted")
-        clear_outcome(run)
+        clear_exit_status(run)
         clients.say("squeue", "1|RUNNING|None\n")
         add(log, "second start\n")
         written.wait("second start\n")
         add(log, "the last ")
-        write_outcome(run, FINISHED, 0, reason="", step=100, checkpoint=None)
+        write_exit_status(run, FINISHED, 0, reason="", step=100, checkpoint=None)
         clients.say("squeue", "1|COMPLETED|None\n")
         add(log, "word\n")
 
@@ -143,7 +143,7 @@ def test_a_slurm_that_does_not_answer_is_asked_again(
         asked = len(clients.calls)
         while len(clients.calls) < asked + 4:
             time.sleep(0.02)
-        write_outcome(run, outcome, code, reason="", step=1, checkpoint=None)
+        write_exit_status(run, outcome, code, reason="", step=1, checkpoint=None)
 
     assert followed(run, capsys, events)[0] == code
 
@@ -152,7 +152,7 @@ def test_a_slurm_that_does_not_answer_is_asked_again(
 def test_a_job_that_slurm_has_forgotten(clients: Clients, outcome: str | None, code: int) -> None:
     run = submitted(begun(Path("a")), job("1", Path("a")))
     if outcome:
-        write_outcome(run, outcome, 0, reason="", step=1, checkpoint=None)
+        write_exit_status(run, outcome, 0, reason="", step=1, checkpoint=None)
     assert launch("follow", "a") == code
 
 
@@ -164,7 +164,7 @@ def test_a_run_without_jobs_by_its_own_log(clients: Clients, capsys: pytest.Capt
         written.wait("line 30\n")
         add(run / "train.log", "more\n")
         written.wait("more\n")
-        write_outcome(run, FAILED, 1, reason="loss is nan", step=4, checkpoint=None)
+        write_exit_status(run, FAILED, 1, reason="loss is nan", step=4, checkpoint=None)
 
     code, text = followed(run, capsys, events)
     assert code == 1 and clients.calls == []

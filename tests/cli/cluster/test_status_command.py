@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from malora_dist.files.exit_status import FAILED, FINISHED, write_outcome
+from malora_dist.files.exit_status import FAILED, FINISHED, write_exit_status
 from malora_dist.launch.jobs import JOBS_FILE
 from malora_dist.launch.restarts import begin
 from tests.cli.cluster.submitted import job, launch, submitted
@@ -95,7 +95,7 @@ def test_the_newest_job_of_a_stage(clients: Clients, capsys: pytest.CaptureFixtu
 
 def test_a_run_without_jobs_says_its_own_state(clients: Clients, capsys: pytest.CaptureFixture[str]) -> None:
     run = begun(Path("by-hand"), *steps(1, 4))
-    write_outcome(run, FAILED, 1, reason="loss is nan", step=4, checkpoint=None)
+    write_exit_status(run, FAILED, 1, reason="loss is nan", step=4, checkpoint=None)
     assert " failed " in said(capsys, "by-hand") and "loss is nan" in said(capsys, "by-hand")
     assert clients.calls == []
     assert "no run with jobs" in said(capsys)
@@ -112,7 +112,7 @@ def test_what_slurm_has_forgotten(
     if begins:
         begun(run, *steps(1, 4))
     if outcome is not None:
-        write_outcome(run, outcome, 0, reason="", step=4, checkpoint=None)
+        write_exit_status(run, outcome, 0, reason="", step=4, checkpoint=None)
     assert f" {state} " in said(capsys)
 
 
