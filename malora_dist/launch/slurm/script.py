@@ -1,12 +1,12 @@
-"""Job scripts for sbatch as text, each complete in itself. Those in slurm/ are rendered here."""
+"""Job scripts for sbatch as text, each complete in itself, made of the bash in scripts/; slurm/ holds some."""
 
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 
 from malora_dist.errors import ConfigError
 from malora_dist.launch.scheduler import JobOptions
-from malora_dist.launch.slurm import blocks
 
 OWN_ENVIRONMENT = """\
 # Lines for your site go here, such as module load or source .venv/bin/activate, between set +u and set -u. Without any,
@@ -49,7 +49,7 @@ def array_script(job: ScriptOptions, *, tasks: str = "1-5", output_dir: str | No
         "  sbatch --array=1-3 slurm/array.sbatch A.yaml B.yaml C.yaml [--section.key value ...]",
     ]
     folder = [] if output_dir is None else [f"MALORA_RUNS={shlex.quote(output_dir)}"]
-    body = [*folder, blocks.ARRAY, *_processes(job), _train(job)]
+    body = [*folder, block("array"), *_processes(job), _train(job)]
     return _script(job, about, {"array": tasks, **_goes_on(job)}, ["RECIPE.yaml"], body)
 
 
@@ -62,7 +62,7 @@ def evaluate_script(job: ScriptOptions) -> str:
 def convert_script(job: ScriptOptions) -> str:
     """`malora convert`, one process on one node. Raises ConfigError as `train_script`."""
     about = ["Writes a run's adapter in another form:", "  sbatch slurm/convert.sbatch SRC DST --to KIND [--verify]"]
-    body = [_setup(job), blocks.CONVERT.format(flags=_flags(job.srun))]
+    body = [_setup(job), block("convert", FLAGS=_flags(job.srun))]
     return _script(job, about, {}, ["SRC", "DST", "--to", "KIND"], body)
 
 
@@ -115,17 +115,17 @@ _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 def _processes(job: ScriptOptions) -> list[str]:
     """Where the processes meet, what they write, and how a node starts its own."""
     number = [] if job.processes is None else [f"export NPROC_PER_NODE={job.processes}"]
-    start = blocks.LAUNCHER if job.start == "launcher" else blocks.TASKS
+    start = block("launcher") if job.start == "launcher" else block("tasks")
     # The setup may choose another address or port.
-    return [blocks.PLACE, _setup(job), blocks.LOGS.replace("{logs}", job.logs), "\n".join([*number, start])]
+    return [block("place"), _setup(job), block("logs", LOGS=job.logs), "\n".join([*number, start])]
 
 
 def _setup(job: ScriptOptions) -> str:
-    return blocks.SETUP.format(lines="\n".join(job.setup)) if job.setup else OWN_ENVIRONMENT
+    return block("setup", LINES="\n".join(job.setup)) if job.setup else OWN_ENVIRONMENT
 
 
 def _train(job: ScriptOptions) -> str:
-    return blocks.TRAIN.format(srun=_srun(job, "malora_dist.train"))
+    return block("train", SRUN=_srun(job, "malora_dist.train"))
 
 
 def _srun(job: ScriptOptions, module: str) -> str:
@@ -134,8 +134,17 @@ def _srun(job: ScriptOptions, module: str) -> str:
         if job.start == "launcher"
         else '--ntasks-per-node="$SLURM_NTASKS_PER_NODE"'
     )
-    return blocks.SRUN.format(tasks=tasks, flags=_flags(job.srun), module=module)
+    return block("srun", TASKS=tasks, FLAGS=_flags(job.srun), MODULE=module)
 
 
 def _flags(flags: Sequence[str]) -> str:
     return "".join(f" {shlex.quote(flag)}" for flag in flags)
+
+
+def block(name: str, **values: str) -> str:
+    """Return a piece of bash (4.4 or newer) with the values in place of @NAME@, without its line for shellcheck."""
+    text = (files("malora_dist.launch.slurm") / "scripts" / f"{name}.sh").read_text(encoding="utf-8")
+    lines = text.partition("\n")[2].rstrip("\n")
+    for key, value in values.items():
+        lines = lines.replace(f"@{key}@", value)
+    return lines

@@ -1,6 +1,7 @@
 """Job scripts as text. tests/slurm hands them to a real Slurm."""
 
 import shlex
+import shutil
 import subprocess
 from dataclasses import replace
 
@@ -39,6 +40,14 @@ def test_every_script_is_bash_and_passes_its_words_on(render: object, start: str
     said = subprocess.run(["bash", "-c", f'{line}\nprintf "%s\\n" "$@"'], text=True, capture_output=True, timeout=20)
     assert tuple(said.stdout.splitlines()) == WORDS
     assert "module load cuda\nsource 'my venv/bin/activate'\n" in script
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing_in_the_bash() -> None:
+    scripts = sorted((ROOT / "malora_dist" / "launch" / "slurm" / "scripts").glob("*.sh"))
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60)
+    assert len(scripts) == 9 and done.returncode == 0, done.stdout
 
 
 def directives(script: str) -> dict[str, str]:
