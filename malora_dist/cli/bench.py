@@ -53,7 +53,7 @@ def layer(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Forward and backward of one adapted linear: ours, PEFT's, dispatched mixtures and the frozen base, in turns."""
+    """Measure forward and backward of one adapted linear, in turns: ours, PEFT's, dispatched mixtures, the base."""
     given = {"size": size, "tokens": tokens, "dtype": dtype, "base": base, "dropout": dropout, "only": only}
     given |= {"against": against, "repeats": repeats, "warmup": warmup, "threads": threads, "device": device}
     _run("layer", "LayerOptions", given, Output(as_json, markdown))
@@ -82,7 +82,7 @@ def step(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Whole training steps of a real model: forward, loss, backward and fused AdamW, in turns on one batch."""
+    """Measure whole training steps of a real model: forward, loss, backward and fused AdamW, in turns on one batch."""
     given = {"case": case, "model": model, "batch": batch, "length": length, "dtype": dtype, "base": base}
     given |= {"dropout": dropout, "labels": labels, "loss": loss, "only": only, "against": against}
     given |= {"repeats": repeats, "warmup": warmup, "threads": threads, "device": device}
@@ -108,7 +108,7 @@ def memory(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """The most bytes of tensors in a training step, counted exactly; what a 4-bit base saves, and its step time."""
+    """Count the most bytes of tensors in a training step exactly; measure what a 4-bit base saves, and its time."""
     given = {"model": model, "batch": batch, "length": length, "dtype": dtype, "base": base, "dropout": dropout}
     given |= {"checkpointing": checkpointing, "labels": labels, "loss": loss, "only": only, "repeats": repeats}
     given |= {"warmup": warmup, "threads": threads, "device": device}
@@ -144,7 +144,7 @@ def roofline(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Time that a step takes at least, by formula, from FLOPs and bytes of each kernel. Needs no torch and no GPU."""
+    """Compute the least time of a step, by formula, from FLOPs and bytes of each kernel. Needs no torch and no GPU."""
     from malora_dist.bench.roofline_tables import RooflineOptions, run
 
     given = {"model": model, "tokens": tokens, "length": length, "base": base, "dropout": dropout}
@@ -167,7 +167,7 @@ def ep(
     as_json: Annotated[Path | None, typer.Option("--json", help="Write every step of every variant here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
 ) -> None:
-    """Step time, bytes and loss with experts spread or not, overlap, 4-bit base, ZeRO stages; variants take turns."""
+    """Measure step time, bytes and loss: experts spread or not, overlap, 4-bit base, ZeRO stages, in turns."""
     path, overrides = recipe_first(recipe, context.args)
     config = load_config(path, overrides)
     options = EpOptions(
@@ -199,7 +199,7 @@ def data(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Tokens a second of a recipe's data: tokenised, drawn and packed, against those of its training on one process."""
+    """Measure tokens a second of a recipe's data, tokenised, drawn and packed, against its training on one process."""
     path, overrides = recipe_first(recipe, context.args)
     loaded = import_module("malora_dist.bench.local.data_rate")
     options = loaded.DataOptions(recipe=path, overrides=tuple(overrides), repeats=repeats, warmup=warmup)

@@ -32,9 +32,10 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
-    """Memory, traffic and time of a run before it starts, what fits, and what is fastest. Needs no GPU and no weights.
+    """Compute memory, traffic and time of a run before it starts, what fits, and what is fastest; needs no GPU.
 
-    Nor torch for models laid out as Llama, Mistral and Qwen 2 and 3 are; others are built empty by transformers.
+    It reads no weights. It needs no torch for models laid out as Llama, Mistral and Qwen 2 and 3 are; others are built
+    empty by transformers.
     """
     from malora_dist.plan import Lengths, Report, find_shape, hardware_of
 

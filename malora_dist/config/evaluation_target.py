@@ -14,7 +14,7 @@ TRUST = "model.trust_remote_code"
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """What to evaluate, and the folder that takes the result. run: whether the recipe is the run's, and not named."""
+    """What to evaluate, and the folder that takes the result. run: whether the recipe is a run's own."""
 
     adapter: Path
     recipe: str
@@ -23,7 +23,7 @@ class EvaluationTarget:
     run: bool = False
 
     def config(self) -> RunConfig:
-        """The recipe with its overrides.
+        """Return the recipe with its overrides.
 
         Raises ConfigError if it lets code of a model's folder run, and only the run says so: it may be somebody else's.
         """

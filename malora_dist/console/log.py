@@ -1,4 +1,4 @@
-"""What a run says while it goes: one line a log step, in a file and on the terminal."""
+"""The log of a run: one line a log step, in a file and on the terminal."""
 
 import logging
 import resource
@@ -53,12 +53,12 @@ def _stdout_handler() -> logging.Handler:
 
 
 def console() -> Console:
-    """The terminal; a file gets lines wide enough for a table of results."""
+    """Return the terminal; a file gets lines wide enough for a table of results."""
     return Console() if is_terminal(sys.stdout) else Console(width=120)
 
 
 def peak_memory_gib(device: "torch.device") -> float:
-    """Most memory this process has held: device memory on a GPU, resident memory on a CPU."""
+    """Return the most memory this process has held, in GiB: of the GPU, or resident memory on a CPU."""
     if device.type == "cuda":
         import torch
 
@@ -71,6 +71,6 @@ def peak_memory_gib(device: "torch.device") -> float:
 
 
 def time_left(started: float, done: int, total: int) -> str:
-    """Estimated time to the end as h:mm:ss."""
+    """Return the estimated time to the end as h:mm:ss."""
     seconds = int((time.monotonic() - started) / max(1, done) * (total - done))
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

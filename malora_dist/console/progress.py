@@ -1,4 +1,4 @@
-"""How far a work is that takes longer than a moment: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of work that takes longer than a moment: a bar on a terminal, a line now and then elsewhere."""
 
 import logging
 import sys
@@ -52,11 +52,11 @@ class Bar(AbstractContextManager["Bar"]):
             self.progress.stop()
 
     def advance(self, *_: object) -> None:
-        """One more is done."""
+        """Count one more as done."""
         self.update(self.done + 1)
 
     def update(self, done: int, total: int | None = None, title: str | None = None) -> None:
-        """So many are done, of a total that may be known only now; with another title it is another work."""
+        """Set how many are done, of a total that may be known only now; another title begins another bar."""
         if title is not None and title != self.title:
             self._begin(title, total)
         self.done, self.total = done, total or self.total
@@ -95,7 +95,7 @@ def log_line(line: str) -> None:
     if logger.handlers:
         logger.info("%s", line)
     else:
-        # A reader that is gone ends no work.
+        # Work goes on without a reader.
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
 

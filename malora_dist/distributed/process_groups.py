@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from malora_dist.errors import MaloraError, TopologyError
 from malora_dist.launch.command import VISIBLE_DEVICES, refuses_gpus
 from malora_dist.launch.environment import allocator_variables
-from malora_dist.launch.interface import interface_variables
+from malora_dist.launch.network_interface import interface_variables
 from malora_dist.launch.ports import free_port
 from malora_dist.launch.ranks import rank_variables
 from malora_dist.launch.schedulers import hides_other_devices

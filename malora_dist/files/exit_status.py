@@ -11,7 +11,7 @@ from malora_dist.files.json_text import parse_json
 EXIT_FILE = "exit.json"
 # The recipe, base and rows that eval.json and baseline.json are of, until a checkpoint says so.
 MEASURED_ON = "measured_on.json"
-# What makes a folder that of a run.
+# A folder that holds one of these is the folder of a run.
 RUN_FILES = {
     "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", EXIT_FILE, MEASURED_ON,
     "metrics.jsonl", "report", "train.log",
@@ -41,7 +41,7 @@ def write_exit_status(folder: Path, outcome: str, code: int, *, reason: str, ste
 
 
 def read_exit_status(folder: Path) -> dict[str, Any] | None:
-    """The content of exit.json; None without one: the run is still going on, or was killed.
+    """Return the content of exit.json; None without one: the run is still going on, or was killed.
 
     Raises CheckpointError if it is damaged.
     """

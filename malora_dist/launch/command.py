@@ -1,4 +1,4 @@
-"""The command that starts a run's processes on this machine: argv as data, and running it."""
+"""The command that starts a run's processes on this machine, and running it."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from malora_dist.launch.environment import allocator_variables
 
 # The deepspeed launcher replaces the list of visible devices by 0..N-1 unless it is told which ones.
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-# The launcher says at length what it starts. What goes wrong it says as an error.
+# Without its INFO lines, which name each process that it starts; failures are logged as errors.
 QUIET = ("--log_level", "error")
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -26,7 +26,7 @@ def deepspeed_command(
     launcher: str = "deepspeed",
     options: Sequence[str] = (),
 ) -> list[str]:
-    """argv that runs `python -m module arguments` once for each of `num_gpus` devices of this machine.
+    """Return the command that runs `python -m module arguments` once for each of `num_gpus` devices of this machine.
 
     Raises ConfigError if the visible devices are fewer, or named in a way the launcher cannot pass on.
     """
@@ -53,7 +53,7 @@ def visible_gpus() -> int:
 
 
 def launcher_path(name: str = "deepspeed") -> str:
-    """That script of this Python's environment, so that it works without an activated one."""
+    """Return the path of a script of this Python's environment, so that it works without an activated one."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else name
 

@@ -11,9 +11,9 @@ from contextlib import suppress
 from malora_dist.errors import ConfigError, TopologyError
 from malora_dist.launch.schedulers import local_sizes, task_of
 
-# What torch needs to know; launchers set all of it.
+# What torch needs; launchers set all of them.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Of mpirun and its like, which tell torch nothing.
+# Set by mpirun and the like, which do not set what torch needs.
 OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 

@@ -1,4 +1,4 @@
-"""Whether a job starts its run again: it counts the starts that brought no newer checkpoint."""
+"""Whether a job starts its run again: starts in a row without a newer checkpoint are counted and limited."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from malora_dist.files.exit_status import (
 from malora_dist.files.json_text import parse_json
 
 RESTARTS_FILE = "restarts.json"
-# The key of the starts without progress there.
+# Key of the number of starts without progress in that file.
 IN_FILE = "in_vain"
 
 
@@ -55,7 +55,7 @@ def begin(run: Path, job: str) -> Restarts:
     outcome = read_exit_status(run)
     try:
         if outcome is not None and outcome["outcome"] != FINISHED:
-            # Left there, it would speak for a start that ends before it has read the recipe.
+            # Otherwise it would be taken for the exit status of this start, if that ends before it reads the recipe.
             clear_exit_status(run)
         run.mkdir(parents=True, exist_ok=True)
         check_folder(run)
@@ -68,7 +68,7 @@ def begin(run: Path, job: str) -> Restarts:
 def end(
     run: Path, job: str, max_restarts: int, *, stop_after_steps: int | None, exit_code: int | None
 ) -> RestartDecision:
-    """What the job does after a start whose processes are gone, by exit.json and the checkpoints.
+    """Return what the job does after a start whose processes are gone, by exit.json and the checkpoints.
 
     `exit_code` is what they have left, if one has met a mistake before the run had a folder. A start that the scheduler
     ends together with the job's script, for a lost node or another job, does not come here and is not counted; nor is
@@ -98,7 +98,7 @@ def end(
 
 
 def read_restarts(run: Path) -> dict[str, Restarts]:
-    """restarts.json by job, by their first starts; empty without one. Raises CheckpointError if it is damaged."""
+    """Return restarts.json by job, in order of first starts; {} without one. Raises CheckpointError for damage."""
     path = run / RESTARTS_FILE
     if not path.exists():
         return {}
@@ -120,7 +120,7 @@ def check_folder(run: Path) -> None:
 
 
 def newest_step(run: Path) -> int:
-    """The step of the newest finished checkpoint, 0 without one."""
+    """Return the step of the newest finished checkpoint, 0 without one."""
     names = [path.parent.name for path in (run / "checkpoints").glob("step-*/manifest.json")]
     return max((int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit()), default=0)
 

@@ -1,4 +1,4 @@
-"""How a run fares, from the files of its folder alone."""
+"""The status of a run, read from the files of its folder alone."""
 
 import math
 import statistics
@@ -27,7 +27,7 @@ from malora_dist.tracking.metrics import (
 
 WAITING, RUNNING = "waiting to start", "running"
 METRICS, TRAIN_LOG = "metrics.jsonl", "train.log"
-# Records whose median time gives the time left.
+# The time left is estimated from the median of this many records.
 RECENT = 20
 T = TypeVar("T")
 
@@ -54,6 +54,7 @@ class RunStatus:
 
     @property
     def restarts(self) -> int:
+        """How often it was started again."""
         return max(0, self.starts - 1)
 
 

@@ -89,6 +89,7 @@ class JobOptions:
 
     @property
     def processes_per_node(self) -> int:
+        """The number of processes of each node."""
         return self.processes or self.gpus_per_node or 1
 
 

@@ -20,6 +20,7 @@ class Torchrun(Scheduler):
         return int(all_of_them) // here if here and all_of_them.isdecimal() else None
 
     def local_size(self, environment: Mapping[str, str]) -> int | None:
+        """Return what --nproc_per_node was."""
         size = environment.get("LOCAL_WORLD_SIZE", "")
         return int(size) if size.isdecimal() else None
 
@@ -35,7 +36,7 @@ def torchrun_command(
     master_port: int | None = None,
     launcher: str = "torchrun",
 ) -> list[str]:
-    """argv that runs `python -m module arguments` once for each of `processes` of this machine, one of `nodes`.
+    """Return the command that runs `python -m module arguments` in `processes` processes here, on one of `nodes`.
 
     Machines that are called one by one must be told one port, by default torch's; on a single one torchrun takes a free
     port. Raises ConfigError if the others could not be found.

@@ -1,4 +1,4 @@
-"""What is looked at before a job is submitted: the recipe, the run's folder, the plan and its memory."""
+"""Checks before a job is submitted: the recipe, the run's folder, the plan and its memory."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from malora_dist.plan import Lengths, Report, find_shape, hardware_of
 
 
 def checked_recipe(recipe: str, overrides: list[str], world_size: int, *, trains: bool) -> RunConfig:
-    """A recipe that can run on so many processes; if it `trains`, in a folder whose run is not finished.
+    """Return a recipe that can run on so many processes; if it `trains`, in a folder whose run is not finished.
 
     Raises ConfigError or TopologyError with all that is wrong.
     """
@@ -43,7 +43,7 @@ def check_no_job(run: Path) -> None:
 
 
 def memory_note(config: RunConfig, nodes: int, gpus_per_node: int, hbm: str, model: str | None) -> str:
-    """That the plan fits into the GPUs' memory, in words, or why that is not known.
+    """Return a sentence: the plan fits into the GPUs' memory, or why that is not known.
 
     Raises ConfigError, with what to change, if it does not fit.
     """

@@ -18,7 +18,7 @@ from malora_dist.launch.schedulers import queues
 
 LAST_LINES = 20
 LOG_SECONDS = 0.5
-# A controller is asked by thousands of users.
+# A cluster's controller serves thousands of users.
 STATE_SECONDS, OWN_STATE_SECONDS = 10, 2
 INTERRUPTED = 130
 
@@ -53,7 +53,7 @@ class Tail:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def read(self) -> str:
-        """The text that was added since the last call."""
+        """Return the text that was added since the last call."""
         try:
             with self.path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -89,19 +89,19 @@ class _Following:
         self.tail = Tail(Path(self.job.log) if self.job else self.run / TRAIN_LOG)
 
     def until_the_end(self) -> int:
-        """Prints; the exit code."""
+        """Print log and states; return the exit code."""
         code: int | None = None
         while True:
             self._print_states(state := self._job_state(), seen := read_run_status(self.run))
             before, code = code, _code(state, seen)
-            # Twice, for a job that is requeued has ended for a moment.
+            # Polled twice: a job that is requeued looks ended for a moment.
             if code is not None and (before is not None or state is None):
                 self._print_log()
                 return code
             self._watch(OWN_STATE_SECONDS if code is not None or self.job is None else STATE_SECONDS)
 
     def farewell(self) -> str:
-        """What goes on without us."""
+        """Return what the user is told after Ctrl-C."""
         if self.job is None:
             return f"not followed any more; {self.run} goes on by itself"
         end = queues()[self.job.scheduler].cancel_command(self.job.job)

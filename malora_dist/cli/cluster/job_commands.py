@@ -18,7 +18,7 @@ Recipe = Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False
 
 
 def begin_command(context: typer.Context, recipe: Recipe) -> None:
-    """In a job script: check the recipe and the job, and count its starts. Exit code 2 if it must not start."""
+    """Check the recipe and the job, in a job script, and count its starts. Exit code 2 if it must not start."""
     config = job_config(recipe, context.args)
     job = job_of(os.environ)
     world_size = _processes(job, os.environ)
@@ -28,7 +28,7 @@ def begin_command(context: typer.Context, recipe: Recipe) -> None:
 
 
 def end_command(context: typer.Context, recipe: Recipe) -> None:
-    """In a job script, once the processes are gone: exit code 75 if the job is to start again, else its own."""
+    """Decide what follows, in a job script whose processes are gone: exit code 75 if the job is to start again."""
     config = job_config(recipe, context.args)
     decision = end(
         Path(config.output_dir),
@@ -42,7 +42,7 @@ def end_command(context: typer.Context, recipe: Recipe) -> None:
 
 
 def job_config(recipe: str, overrides: list[str]) -> RunConfig:
-    """The recipe of a job that may start several times. Raises ConfigError for a mistake in it."""
+    """Return the recipe of a job that may start several times. Raises ConfigError for a mistake in it."""
     if recipe.startswith("-"):
         raise ConfigError(f"the recipe comes before its settings: RECIPE.yaml {recipe} ...")
     if "--new-run" in overrides:

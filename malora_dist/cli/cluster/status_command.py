@@ -1,4 +1,4 @@
-"""`malora launch status`: the runs here, their jobs, and how they fare."""
+"""`malora launch status`: the runs here, their jobs, and the status of both."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from malora_dist.launch.log_errors import last_error, last_line
 from malora_dist.launch.run_status import RUNNING, WAITING, RunStatus, read_run_status
 from malora_dist.launch.scheduler import COMPLETED, FAILED, UNKNOWN, JobState
 
-# Below the working folder; runs/sweep/name is at 3.
+# Levels of folders searched for runs; runs/sweep/name is at 3.
 DEPTH = 4
 COLUMNS = ("run", "stage", "job", "state", "restarts", "step", "left", "last error")
 
@@ -35,6 +35,7 @@ class StatusRow:
 
     @property
     def is_training(self) -> bool:
+        """Whether it stands for the run's training."""
         return self.job is None or self.job.stage == TRAIN
 
     @property
@@ -50,7 +51,7 @@ class StatusRow:
 
     @property
     def error(self) -> str | None:
-        """Of a job that failed and says nothing that looks like an error, its last word."""
+        """What went wrong; for a job that failed without a line that looks like an error, its last line."""
         error = self.status.error if self.is_training else None
         if self.job is not None and self.job_state is not None and self.job_state.state != COMPLETED:
             log = Path(self.job.log)
@@ -58,7 +59,7 @@ class StatusRow:
         return error
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json. Times are seconds."""
+        """Return the row for --json. Times are seconds."""
         run = asdict(self.status) | {"restarts": self.status.restarts, "error": self.error}
         named = {"run": str(self.run), "stage": self.job.stage if self.job else None}
         if self.job is None or self.job_state is None:
@@ -93,7 +94,7 @@ def status(
 
 
 def found_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """The folders at or below one that have submitted jobs, in the order of their names; none within another."""
+    """Yield the folders at or below one that have submitted jobs, in the order of their names; none within another."""
     if has_jobs(folder):
         yield folder
     elif depth > 0:
@@ -107,7 +108,7 @@ def found_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 
 def status_rows(runs: Sequence[Path]) -> list[StatusRow]:
-    """A row for the newest job of each stage of each run; each scheduler is asked once for all."""
+    """Return a row for the newest job of each stage of each run; each scheduler is asked once for all."""
     jobs = {run: list({job.stage: job for job in jobs_of(run)}.values()) for run in runs}
     states = job_states(job for found in jobs.values() for job in found)
     rows = []
@@ -119,7 +120,7 @@ def status_rows(runs: Sequence[Path]) -> list[StatusRow]:
 
 
 def table(rows: Iterable[StatusRow]) -> Table:
-    """What of a run is the same for all its stages stands once, at its training."""
+    """Return the rows as a table. What is the same for all stages of a run stands in the row of its training."""
     made = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
     for column in made.columns:
         column.overflow = "fold"
@@ -136,12 +137,12 @@ def _progress(seen: RunStatus) -> tuple[str, str, str]:
 
 
 def progress(seen: RunStatus) -> str:
-    """`40/100`, or `40` while the number of steps is not known."""
+    """Return `40/100`, or `40` while the number of steps is not known."""
     return f"{seen.step}" if seen.total is None else f"{seen.step}/{seen.total}"
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss."""
+    """Return h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 

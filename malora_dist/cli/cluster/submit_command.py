@@ -23,7 +23,7 @@ from malora_dist.launch.scheduler import JobOptions
 from malora_dist.launch.schedulers import queues
 
 TASKS = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
-# Of a process, by default: loading and checkpoints use them, and one alone would be shared by a node.
+# CPUs of a process, by default: loading and checkpoints use several.
 CPUS = 4
 ARRAY_HELP = "seeds=1-5: a run for each seed. recipes=B.yaml,C.yaml: runs of these too."
 

@@ -15,7 +15,7 @@ GGUF_MAGIC = b"GGUF"
 
 
 def inspect(path: str | os.PathLike[str]) -> Facts:
-    """Facts for `malora inspect`: plain JSON with `path`, `kind` and `damaged`, the files that cannot be used.
+    """Return the facts for `malora inspect`: plain JSON with `path`, `kind` and `damaged`, what cannot be used.
 
     Raises CheckpointError if there is nothing at the path, or nothing that is known.
     """

@@ -14,7 +14,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A run, checkpoint, adapter (PEFT's too), model or DeepSpeed folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
-    """Say what a folder is: method, numbers, counts, norms of experts, and damage. Exit code 1 if there is damage."""
+    """Describe a folder: method, numbers, counts, norms of experts, and damage. Exit code 1 if there is damage."""
     facts = import_module("malora_dist.cli.inspect.detect").inspect(path)
     if as_json:
         print(json.dumps(facts, indent=1))

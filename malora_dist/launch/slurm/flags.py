@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from malora_dist.errors import ConfigError
 
-# Flags of sbatch that malora launch slurm has an option for, or gives itself; a letter is a short flag.
+# Flags of sbatch, long and short, and the option of malora launch slurm that stands for each.
 LOGS, FIXED = "nothing: logs are in the run's folder", "nothing: the job script expects its own"
 OWN_FLAGS = {
     "nodes": "--nodes", "N": "--nodes", "gpus-per-node": "--gpus-per-node and --gpu-type", "gpus": "--gpus-per-node",

@@ -1,4 +1,4 @@
-"""What Slurm says of jobs, in words."""
+"""States of jobs, from squeue and sacct, and their reasons in words."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ WORDS = {
     "TimeLimit": "its time limit",
     "OutOfMemory": "no memory left",
 }
-# Left from before it started or ended; says nothing any more.
+# Reasons of an earlier state, which squeue still prints for a job that runs or has ended.
 STALE = {"Resources", "Priority", "Dependency", "BeginTime", "None", ""}
 
 

@@ -22,7 +22,7 @@ class ScriptOptions(JobOptions):
 
 
 def shipped_scripts() -> dict[str, str]:
-    """Path and text of the scripts for hand use: those of slurm/."""
+    """Return path and text of the scripts for hand use: those of slurm/."""
     one = ScriptOptions(nodes=1, time="2:00:00")
     return {
         "slurm/train.sbatch": train_script(ScriptOptions()),
@@ -33,7 +33,7 @@ def shipped_scripts() -> dict[str, str]:
 
 
 def train_script(job: ScriptOptions) -> str:
-    """A run that saves, requeues itself and goes on. Raises ConfigError for what sbatch cannot be told in a script."""
+    """Render a run that saves, requeues itself and goes on. Raises ConfigError for what no script can tell sbatch."""
     about = [
         "Trains. Near its time limit, preempted, or after a crash, it goes on in the same run folder:",
         "  sbatch slurm/train.sbatch RECIPE.yaml [--section.key value ...]",
@@ -42,7 +42,7 @@ def train_script(job: ScriptOptions) -> str:
 
 
 def array_script(job: ScriptOptions, *, tasks: str = "1-5", output_dir: str | None = None) -> str:
-    """A run for each task of an array; with one recipe, below `output_dir`. Raises ConfigError as `train_script`."""
+    """Render a run for each task of an array; one recipe's are below `output_dir`. Raises as `train_script`."""
     about = [
         "A training run for each seed, or for each of several recipes; every one goes on as train.sbatch does:",
         "  sbatch --array=1-5 slurm/array.sbatch RECIPE.yaml [--section.key value ...]",
@@ -54,13 +54,13 @@ def array_script(job: ScriptOptions, *, tasks: str = "1-5", output_dir: str | No
 
 
 def evaluate_script(job: ScriptOptions) -> str:
-    """The accuracies of a run, on all processes. Raises ConfigError as `train_script`."""
+    """Render `malora evaluate` on all processes. Raises ConfigError as `train_script`."""
     about = ["Measures a run's accuracies again:", "  sbatch slurm/eval.sbatch RUN_DIR [--section.key value ...]"]
     return _script(job, about, {}, ["RUN_DIR"], [*_processes(job), _srun(job, "malora_dist.evaluate")])
 
 
 def convert_script(job: ScriptOptions) -> str:
-    """`malora convert`, one process on one node. Raises ConfigError as `train_script`."""
+    """Render `malora convert`, one process on one node. Raises ConfigError as `train_script`."""
     about = ["Writes a run's adapter in another form:", "  sbatch slurm/convert.sbatch SRC DST --to KIND [--verify]"]
     body = [_setup(job), block("convert", FLAGS=_flags(job.srun))]
     return _script(job, about, {}, ["SRC", "DST", "--to", "KIND"], body)

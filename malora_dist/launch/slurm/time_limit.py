@@ -8,7 +8,7 @@ FORMS = re.compile(r"((?P<days>\d+)-)?(?P<clock>\d+(:\d+){0,2})")
 
 
 def limit_seconds(text: str) -> int | None:
-    """Seconds of MINUTES, M:S, H:M:S, DAYS-H, DAYS-H:M or DAYS-H:M:S; None for no limit.
+    """Return the seconds of MINUTES, M:S, H:M:S, DAYS-H, DAYS-H:M or DAYS-H:M:S; None for no limit.
 
     Raises ConfigError for anything else.
 

@@ -12,9 +12,11 @@ class DeepSpeed(Scheduler):
     name: ClassVar[str] = "deepspeed"
 
     def num_nodes(self, environment: Mapping[str, str]) -> int | None:
+        """Return the number of hosts."""
         return _number(environment, "CROSS_SIZE")
 
     def local_size(self, environment: Mapping[str, str]) -> int | None:
+        """Return the number of slots of this host."""
         return _number(environment, "LOCAL_SIZE")
 
 
