@@ -28,7 +28,15 @@ def deepspeed_command(
 ) -> list[str]:
     """Return the command that runs `python -m module arguments` once for each of `num_gpus` devices of this machine.
 
-    Raises ConfigError if the visible devices are fewer, or named in a way the launcher cannot pass on.
+    Args:
+        module, arguments: Of each process.
+        num_gpus: The number of devices, and of processes.
+        environment: Says which devices are visible (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES).
+        launcher: The path of deepspeed.
+        options: More options of deepspeed.
+
+    Raises:
+        ConfigError: If the visible devices are fewer, or named in a way the launcher cannot pass on.
     """
     return [launcher, *QUIET, *_devices(num_gpus, environment), *options, "--module", module, *arguments]
 

@@ -70,11 +70,19 @@ def end(
 ) -> RestartDecision:
     """Return what the job does after a start whose processes are gone, by exit.json and the checkpoints.
 
-    `exit_code` is what they have left, if one has met a mistake before the run had a folder. A start that the scheduler
-    ends together with the job's script, for a lost node or another job, does not come here and is not counted; nor is
-    one that SIGTERM ended. One that its time limit ended is: the next has no more time.
+    A start that the scheduler ends together with the job's script, for a lost node or another job, does not come here
+    and is not counted; nor is one that SIGTERM ended. One that its time limit ended is: the next has no more time.
 
-    Raises CheckpointError if exit.json or restarts.json is damaged, OSError if that cannot be written.
+    Args:
+        run: The run's folder.
+        job: The job's id.
+        max_restarts: How many starts in a row may end without a newer checkpoint.
+        stop_after_steps: The recipe's train.stop_after_steps.
+        exit_code: What the processes have left, if one has met a mistake before the run had a folder.
+
+    Raises:
+        CheckpointError: If exit.json or restarts.json is damaged.
+        OSError: If restarts.json cannot be written.
     """
     outcome = read_exit_status(run) or {"outcome": "killed", "reason": "killed, without a word"}
     why, step = str(outcome.get("reason")), newest_step(run)

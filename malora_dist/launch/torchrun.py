@@ -38,8 +38,17 @@ def torchrun_command(
 ) -> list[str]:
     """Return the command that runs `python -m module arguments` in `processes` processes here, on one of `nodes`.
 
-    Machines that are called one by one must be told one port, by default torch's; on a single one torchrun takes a free
-    port. Raises ConfigError if the others could not be found.
+    Args:
+        module, arguments: Of each process.
+        processes: The number of processes of this machine.
+        nodes: The number of machines, on each of which the command is called.
+        node_rank: This machine's number, from 0; needed for several machines.
+        master_addr: The machine with node_rank 0; needed for several machines.
+        master_port: Where the processes meet. Default: a free port on one machine, torch's own on several.
+        launcher: The path of torchrun.
+
+    Raises:
+        ConfigError: If one of several machines could not find the others.
     """
     place = ["--standalone"] if master_port is None else ["--master_port", str(master_port)]
     if nodes > 1:
