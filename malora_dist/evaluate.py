@@ -9,11 +9,9 @@ lost: a result that says something else than the file, because settings, rows or
 """
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 from malora_dist.adapters.io.folder import AdapterTensors, open_adapter, put_adapter
 from malora_dist.config import RunConfig, config_text
@@ -27,7 +25,7 @@ from malora_dist.distributed.zero3 import gathered
 from malora_dist.evaluation.packing import check_packing
 from malora_dist.evaluation.tasks import evaluate_tasks
 from malora_dist.files.atomic import write_json
-from malora_dist.launch.ranks import place_of
+from malora_dist.launch.entry_point import run_malora
 from malora_dist.models.attention import attention_for
 from malora_dist.models.config import read_model_config
 from malora_dist.models.load import load_tokenizer
@@ -45,11 +43,9 @@ from malora_dist.training.setup import engine_config
 from malora_dist.training.watchdog import Position, watched
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `malora evaluate` with the arguments, as one of several processes or alone; it exits with its code."""
-    alone = [] if place_of(os.environ)[1] > 1 else ["--num_gpus", "1"]
-    words = sys.argv[1:] if arguments is None else arguments
-    import_module("malora_dist.cli.app").main(["evaluate", *alone, *words])
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `malora evaluate` in this process; return its exit code: 0, 1 for a failure, 2 for a mistake."""
+    return run_malora(["evaluate"], arguments)
 
 
 def evaluate(target: EvaluationTarget) -> int:
@@ -136,4 +132,4 @@ def _with_fitting_batch(config: RunConfig, world_size: int) -> RunConfig:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,6 @@ All variants live in the same processes and take turns on every batch, so that a
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,7 +23,7 @@ from malora_dist.data.build import build_data
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.process_groups import World, gather_lists
 from malora_dist.files.atomic import write_json, write_text
-from malora_dist.launch.ranks import place_of
+from malora_dist.launch.entry_point import run_malora
 from malora_dist.models.load import load_tokenizer
 from malora_dist.models.resolve import resolve_model
 from malora_dist.training.device_check import check_device, check_memory, first_lengths
@@ -34,11 +33,9 @@ from malora_dist.training.setup import train_loader
 from malora_dist.training.watchdog import Position, watched
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `malora bench ep` with the arguments, as one of several processes or alone; it exits with its code."""
-    alone = [] if place_of(os.environ)[1] > 1 else ["--num_gpus", "1"]
-    words = sys.argv[1:] if arguments is None else arguments
-    import_module("malora_dist.cli.app").main(["bench", "ep", *alone, *words])
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `malora bench ep` in this process; return its exit code: 0, 1 for a failure, 2 for a mistake."""
+    return run_malora(["bench", "ep"], arguments)
 
 
 def measure(options: EpOptions) -> int:
@@ -138,4 +135,4 @@ def _log(world: World, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
