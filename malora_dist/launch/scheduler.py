@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-# States of jobs, named as Slurm does. Other words for a state that has ended are FAILED to its readers.
+# States of jobs, in Slurm's words. A scheduler with other words translates them.
 UNKNOWN, PENDING, RUNNING, COMPLETED, FAILED = "UNKNOWN", "PENDING", "RUNNING", "COMPLETED", "FAILED"
 ENDED = {
     COMPLETED, FAILED, "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
