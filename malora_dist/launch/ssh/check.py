@@ -14,7 +14,7 @@ from malora_dist.launch.ssh.hostfile import addresses
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 30
 
 
-def check_ssh(hosts: Sequence[str], folder: Path) -> None:
+def check_hosts(hosts: Sequence[str], folder: Path) -> None:
     """Check that ssh enters all hosts without a password, and finds `folder` and this Python at the same paths there.
 
     All are asked at the same time. Raises ConfigError with every host that fails, and what ssh says.

@@ -102,6 +102,19 @@ def test_pdsh_is_missed_before_anything_starts(
 
 
 @pytest.mark.e2e
+def test_hosts_are_asked_before_anything_starts(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scripts stand in for pdsh, which must not be called, and for an ssh that no host answers."""
+    script(tmp_path, monkeypatch, "pdsh", "exit 9")
+    script(tmp_path, monkeypatch, "ssh", "echo 'No route to host' >&2; exit 255")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert launch("deepspeed", recipe, "--hostfile", "hosts", "--exclude", "10.0.0.3") == 2
+    error = capsys.readouterr().err
+    assert "10.0.0.1: No route to host" in error and "10.0.0.2: No route to host" in error
+
+
+@pytest.mark.e2e
 def test_the_launcher_runs_and_its_exit_code_is_ours(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
