@@ -11,12 +11,6 @@ from malora_dist.cli.options import OVERRIDES
 from malora_dist.launch.schedulers import queues
 
 launch = typer.Typer(help="Start runs on a cluster, and see how they fare.", no_args_is_help=True)
-launch.command("status")(status)
-launch.command("follow")(follow)
-launch.command("deepspeed", context_settings=OVERRIDES)(deepspeed_verb)
-launch.command("torchrun", context_settings=OVERRIDES)(torchrun_verb)
-launch.command("begin", context_settings=OVERRIDES)(begin_command)
-launch.command("end", context_settings=OVERRIDES)(end_command)
 
 
 def add_scheduler(name: str) -> None:
@@ -26,3 +20,9 @@ def add_scheduler(name: str) -> None:
 
 for scheduler in queues():
     add_scheduler(scheduler)
+launch.command("status")(status)
+launch.command("follow")(follow)
+launch.command("deepspeed", context_settings=OVERRIDES)(deepspeed_verb)
+launch.command("torchrun", context_settings=OVERRIDES)(torchrun_verb)
+launch.command("begin", context_settings=OVERRIDES)(begin_command)
+launch.command("end", context_settings=OVERRIDES)(end_command)
