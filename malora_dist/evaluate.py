@@ -12,23 +12,22 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from malora_dist.adapters.io.folder import AdapterTensors, open_adapter, put_adapter
-from malora_dist.config import RunConfig, config_text, load_config
+from malora_dist.config import RunConfig, config_text
 from malora_dist.config.compatibility import suggest_world_sizes
+from malora_dist.config.evaluation_target import EvaluationTarget
 from malora_dist.console.log import LOGGER, console, start_logging
 from malora_dist.data.build import build_data
 from malora_dist.distributed.consistency import check_consistency, start_facts
 from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.zero3 import gathered
-from malora_dist.errors import ConfigError
 from malora_dist.evaluation.packing import check_packing
 from malora_dist.evaluation.tasks import evaluate_tasks
 from malora_dist.files.atomic import write_json
+from malora_dist.launch.entry_point import run_malora
 from malora_dist.models.attention import attention_for
-from malora_dist.models.config import KEY, read_model_config
+from malora_dist.models.config import read_model_config
 from malora_dist.models.load import load_tokenizer
 from malora_dist.models.resolve import resolve_model
 from malora_dist.models.vocabulary import check_tokens
@@ -45,14 +44,18 @@ from malora_dist.training.watchdog import Position, watched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate. Returns the exit code: 0, 1 for a failure, 2 for a mistake in the arguments."""
-    return run_as_process(lambda: _start(list(sys.argv[1:] if arguments is None else arguments)))
+    """Run `malora evaluate` in this process; return its exit code: 0, 1 for a failure, 2 for a mistake."""
+    return run_malora(["evaluate"], arguments)
 
 
-def _start(arguments: list[str]) -> None:
+def evaluate(target: EvaluationTarget) -> int:
+    """Evaluate; return the exit code: 0, 1 for a failure, 2 for a mistake in the recipe or the data."""
+    return run_as_process(lambda: _evaluate(target))
+
+
+def _evaluate(target: EvaluationTarget) -> None:
     from malora_dist.distributed.process_groups import start_processes
 
-    target = _parse(arguments)
     config = target.config()
     adapter = open_adapter(target.adapter)
     world = start_processes(config.parallel.timeout_seconds)
@@ -70,63 +73,6 @@ def _start(arguments: list[str]) -> None:
         write_json(path, result)
         log.info("wrote %s", path)
         console().print(print_results(result))
-
-
-@dataclass(frozen=True)
-class Target:
-    """What to evaluate, and the folder that takes the result. run: whether the recipe is the run's, and not named."""
-
-    adapter: Path
-    recipe: str
-    overrides: list[str]
-    folder: Path
-    run: bool = False
-
-    def config(self) -> RunConfig:
-        """The recipe with its overrides.
-
-        Raises ConfigError if it lets code of a model's folder run, and only the run says so: it may be somebody else's.
-        """
-        config = load_config(self.recipe, self.overrides)
-        if self.run and config.model.trust_remote_code:
-            unless_told = load_config(self.recipe, [f"--{KEY}=false", *self.overrides])
-            if not unless_told.model.trust_remote_code:
-                raise ConfigError(
-                    f"{self.recipe} says {KEY}: true, so that code of {config.model.name_or_path} would run with all "
-                    "rights that you have. A run's own word is not enough; if you trust that code, say it here: "
-                    f"malora evaluate {shlex.join([str(self.folder), *self.overrides])} --{KEY} true"
-                )
-        return config
-
-
-def _parse(arguments: list[str]) -> Target:
-    """Read RUN or --adapter DIR --recipe RECIPE, then overrides. Raises ConfigError if they name no such thing."""
-    rest = [argument for argument in arguments if not argument.startswith("--local_rank=")]
-    adapter, recipe = _take(rest, "--adapter"), _take(rest, "--recipe")
-    if adapter is not None and recipe is not None:
-        return Target(Path(adapter), recipe, rest, Path(adapter))
-    if adapter is not None or recipe is not None:
-        raise ConfigError("--adapter DIR and --recipe RECIPE belong together")
-    if not rest or rest[0].startswith("-"):
-        raise ConfigError("give RUN, the folder of a run, or --adapter DIR with --recipe RECIPE; settings follow")
-    run = Path(rest[0])
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"RUN={run} is not the folder of a run: it has no config.yaml")
-    return Target(run, str(run / "config.yaml"), rest[1:], run, run=True)
-
-
-def _take(arguments: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from the arguments and give the value."""
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name != option:
-            continue
-        if not equals and index + 1 == len(arguments):
-            raise ConfigError(f"{option} needs a value")
-        taken = arguments[index : index + (1 if equals else 2)]
-        del arguments[index : index + len(taken)]
-        return value if equals else taken[1]
-    return None
 
 
 def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, position: Position) -> dict[str, object]:

@@ -32,32 +32,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config(recipe, overrides)
     console = Console()
 
-    def say(line: str, style: str = "") -> None:
+    def log(line: str, style: str = "") -> None:
         console.print(Text(line, style=style), soft_wrap=True, highlight=False)
 
     trusted = config.model.trust_remote_code
     folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
-    say(f"model: {folder}")
+    log(f"model: {folder}")
     read_model_config(folder, trust_remote_code=trusted)
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     base = check_support(config, folder, tokenizer, prepared_dtype(config))
     for note in base.notes:
-        say(f"note: {note}", style="yellow")
+        log(f"note: {note}", style="yellow")
     data = build_data(config.data, tokenizer)
     check_tokens(data, base.spare_tokens)
     sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
-    say(f"training samples, tokenised: {sizes}")
+    log(f"training samples, tokenised: {sizes}")
     for warning in [*data.warnings(), *position_notes(data, folder, trust_remote_code=trusted)]:
-        say(f"note: {warning}", style="yellow")
+        log(f"note: {warning}", style="yellow")
     if not config.model.load_in_4bit:
-        say("base: model.load_in_4bit=false, so runs read it as it is")
+        log("base: model.load_in_4bit=false, so runs read it as it is")
         return 0
     dtype = prepared_dtype(config)
     prepared, written = prepare_base(config, folder, dtype)
     size = sum(file.stat().st_size for file in prepared.iterdir()) / 2**30
-    say(f"base: {prepared} ({size:.2f} GiB, {'written' if written else 'was there'})")
+    log(f"base: {prepared} ({size:.2f} GiB, {'written' if written else 'was there'})")
     if config.model.dtype == "auto":
-        say(
+        log(
             "note: model.dtype=auto was taken as bfloat16; where runs say that they compute in float32, prepare with "
             "--model.dtype float32",
             style="yellow",

@@ -94,11 +94,11 @@ def test_an_adapter_on_its_own_with_a_recipe(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ([], "give RUN"),
-        (["runs/none"], "RUN=runs/none is not the folder of a run: it has no config.yaml"),
+        ([], "give either RUN_DIR"),
+        (["runs/none"], "RUN_DIR=runs/none is not the folder of a run: it has no config.yaml"),
         (["--adapter", "a"], "belong together"),
-        (["--adapter"], "--adapter needs a value"),
-        (["--local_rank=0", "runs/none"], "RUN=runs/none"),
+        (["--adapter"], "'--adapter' requires an argument"),
+        (["--local_rank=0", "runs/none"], "RUN_DIR=runs/none"),
         (["--adapter", "none", "--recipe", "recipe.yaml"], "none is no adapter folder"),
     ],
 )

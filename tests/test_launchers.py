@@ -1,6 +1,7 @@
 """Whole runs under the launchers people use: what they write and say, and how one rank that fails or hangs ends all."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(folder: Path) -> tuple[Finished, dict[str, bytes]]:
-    """Two processes under `deepspeed`, and what the run folder held then."""
-    done = launch(deepspeed(2, "malora_dist.train", "recipe.yaml"), folder)
+    """`malora train` on two processes, which starts `deepspeed`, and what the run folder held then."""
+    done = launch([sys.executable, "-m", "malora_dist.cli", "train", "recipe.yaml", "--num_gpus", "2"], folder)
     assert done.code == 0, done.output
     return done, contents(folder / "runs" / "tiny")
 
@@ -40,10 +41,10 @@ def test_the_terminal_shows_the_run_and_no_noise(first: tuple[Finished, dict[str
     for said in ("run folder runs/tiny, 2 processes on cpu", "note: 4-bit weights are unpacked to float32",
                  "on average over 2 tasks", "runs/tiny/report/index.html", "malora evaluate runs/tiny"):  # fmt: skip
         assert output.count(said) >= 1, f"{said!r} is not in\n{output}"
-    launcher = re.compile(r"\[(runner|launch|real_accelerator)\.py:\d+:")
-    noise = [line for line in output.splitlines() if re.search(r"\[(INFO|WARNING)\]|Warning", line)]
-    assert not [line for line in noise if not launcher.search(line)]
-    assert len([line for line in noise if "real_accelerator" in line]) <= 2, "the launcher's own two, none of ours"
+    noise = re.compile(r"\[(INFO|WARNING)\]|Warning|Failed to load")
+    # That there is no GPU is a warning of the launcher's two processes. The run itself says it in its own words.
+    left = [line for line in output.splitlines() if noise.search(line) and "Setting accelerator to CPU" not in line]
+    assert left == [] and output.count("Setting accelerator to CPU") <= 2
 
 
 def test_torchrun_gives_the_same_run_beside_the_first(

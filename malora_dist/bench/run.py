@@ -3,18 +3,16 @@
 All variants live in the same processes and take turns on every batch, so that a busy machine slows all of them alike.
 """
 
-import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 
+from malora_dist.bench.ep_options import EpOptions
 from malora_dist.bench.measure import Subject
 from malora_dist.bench.results import Record, Result
 from malora_dist.bench.table import NOTES, markdown, sheets, step_line
@@ -24,8 +22,8 @@ from malora_dist.console.log import console, start_logging
 from malora_dist.data.build import build_data
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.process_groups import World, gather_lists
-from malora_dist.errors import ConfigError
 from malora_dist.files.atomic import write_json, write_text
+from malora_dist.launch.entry_point import run_malora
 from malora_dist.models.load import load_tokenizer
 from malora_dist.models.resolve import resolve_model
 from malora_dist.training.device_check import check_device, check_memory, first_lengths
@@ -35,72 +33,30 @@ from malora_dist.training.setup import train_loader
 from malora_dist.training.watchdog import Position, watched
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The command line. `command` says it again, without the files it writes."""
-
-    recipe: str
-    overrides: tuple[str, ...]
-    topics: tuple[str, ...]
-    steps: int
-    warmup: int
-    json: Path | None
-    markdown: Path | None
-
-    def command(self, world_size: int) -> str:
-        topics = ["--variants", ",".join(self.topics)] if self.topics else []
-        numbers = ["--num_gpus", world_size, "--steps", self.steps, "--warmup", self.warmup]
-        return shlex.join(map(str, ["malora", "bench", "ep", self.recipe, *numbers, *topics, *self.overrides]))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure. Returns the exit code: 0, 1 for a failure, 2 for a mistake in the arguments."""
-    return run_as_process(lambda: _start(list(sys.argv[1:] if arguments is None else arguments)))
+    """Run `malora bench ep` in this process; return its exit code: 0, 1 for a failure, 2 for a mistake."""
+    return run_malora(["bench", "ep"], arguments)
 
 
-def _start(arguments: list[str]) -> None:
+def measure(options: EpOptions) -> int:
+    """Measure; return the exit code: 0, 1 for a failure, 2 for a mistake in the recipe or the data."""
+    return run_as_process(lambda: _start(options))
+
+
+def _start(options: EpOptions) -> None:
     from malora_dist.distributed.process_groups import start_processes
 
-    options = parse(arguments)
     config = load_config(options.recipe, options.overrides)
     world = start_processes(config.parallel.timeout_seconds)
     bench(options, config, world)
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """Options and the recipe's settings, in any order after the recipe. Raises ConfigError for what cannot be done."""
-    parser = argparse.ArgumentParser(prog="malora bench ep", allow_abbrev=False)
-    parser.add_argument("recipe")
-    parser.add_argument("--local_rank")
-    parser.add_argument("--variants", default="")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    given, overrides = parser.parse_known_args(arguments)
-    if given.steps < 1 or given.warmup < 0:
-        raise ConfigError(f"--steps {given.steps} must be at least 1, and --warmup {given.warmup} at least 0")
-    for option, path in (("--json", given.json), ("--markdown", given.markdown)):
-        if path is not None and (path.exists() or not path.parent.is_dir()):
-            wrong = "exists, and is not overwritten" if path.exists() else "is in a folder that does not exist"
-            raise ConfigError(f"{option} {path} {wrong}")
-    return Options(
-        recipe=given.recipe,
-        overrides=tuple(overrides),
-        topics=tuple(topic for topic in given.variants.split(",") if topic),
-        steps=given.steps,
-        warmup=given.warmup,
-        json=given.json,
-        markdown=given.markdown,
-    )
-
-
-def bench(options: Options, config: RunConfig, world: World) -> None:
+def bench(options: EpOptions, config: RunConfig, world: World) -> None:
     """Build every variant, let them take turns, and print and write what came out."""
     start_logging(None)
     selection = select(config, world.size, options.topics)
     for note in check_device(config, world):
-        _say(world, f"note: {note}")
+        _log(world, f"note: {note}")
     position = Position(world.rank)
     with watched(position, config.parallel.timeout_seconds):
         result = _measure(options, config, world, selection, position)
@@ -108,16 +64,16 @@ def bench(options: Options, config: RunConfig, world: World) -> None:
         return
     for sheet in sheets(result):
         console().print(sheet.for_terminal())
-    _say(world, "\n".join(NOTES))
+    _log(world, "\n".join(NOTES))
     if options.json is not None:
         write_json(options.json, result.as_dict())
     if options.markdown is not None:
         write_text(options.markdown, markdown(result, options.command(world.size)))
 
 
-def _measure(options: Options, config: RunConfig, world: World, selection: Selection, position: Position) -> Result:
+def _measure(options: EpOptions, config: RunConfig, world: World, selection: Selection, position: Position) -> Result:
     for sentence in selection.left_out:
-        _say(world, f"left out: {sentence}")
+        _log(world, f"left out: {sentence}")
     load = os.getloadavg()[0]
     trusted = config.model.trust_remote_code
     folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
@@ -125,13 +81,13 @@ def _measure(options: Options, config: RunConfig, world: World, selection: Selec
     loader = train_loader(config, data, world)
     notes = check_memory(selection.variants[0].of(config), folder, world, first_lengths(loader, data.train))
     for note in [*position_notes(data, folder, trust_remote_code=trusted), *notes]:
-        _say(world, f"note: {note}")
+        _log(world, f"note: {note}")
     steps = options.warmup + options.steps
     # The recipe's own length, so that the learning rate is that of its first steps.
     length = max(steps, config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0))
     subjects = []
     for variant in selection.variants:
-        _say(world, f"building {variant.name}")
+        _log(world, f"building {variant.name}")
         subjects.append(Subject.build(variant, config, folder, data, world, steps=length, position=position))
     records = _take_turns(subjects, loader, steps, world)
     facts = {
@@ -158,7 +114,7 @@ def _take_turns(
             records[subject.variant].append(subject.step(number, batches))
         first = records[subjects[0].variant][-1]
         for variant, done in records.items():
-            _say(world, step_line(number, steps, variant.name, done[-1], first, world.size))
+            _log(world, step_line(number, steps, variant.name, done[-1], first, world.size))
     return records
 
 
@@ -173,7 +129,7 @@ def _facts(config: RunConfig, world: World) -> dict[str, Any]:
     }
 
 
-def _say(world: World, text: str) -> None:
+def _log(world: World, text: str) -> None:
     if world.is_main:
         console().print(text, markup=False, highlight=False, soft_wrap=True)
 

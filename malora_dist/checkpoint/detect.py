@@ -24,7 +24,7 @@ FOLDERS: tuple[tuple[Callable[[Names], bool], str], ...] = (
 )
 
 
-def what_is(path: Path) -> str:
+def detect_kind(path: Path) -> str:
     """Half a sentence on what lies at `path`, for a message that says what was expected."""
     if path.is_file():
         pickle = path.name.endswith(PICKLES)

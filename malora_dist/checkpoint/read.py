@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from malora_dist.checkpoint.detect import what_is
+from malora_dist.checkpoint.detect import detect_kind
 from malora_dist.checkpoint.layout import MANIFEST, MOMENTS, Manifest, step_of
 from malora_dist.checkpoint.shards import file_record, require_finite
 from malora_dist.errors import CheckpointError
@@ -42,7 +42,7 @@ class Checkpoint:
         folder = Path(folder)
         with reading(folder):
             if not (folder / MANIFEST).is_file():
-                raise CheckpointError(f"{folder} is not a checkpoint, it has no {MANIFEST}: {what_is(folder)}")
+                raise CheckpointError(f"{folder} is not a checkpoint, it has no {MANIFEST}: {detect_kind(folder)}")
         manifest = Manifest.read(folder)
         if step_of(folder.name) not in (None, manifest.step):
             raise CheckpointError(f"{folder / MANIFEST}: step={manifest.step} must be that of the folder's name")

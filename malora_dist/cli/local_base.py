@@ -1,4 +1,4 @@
-"""What commands say of a base model that is on this machine, if torch is too; a login node may have neither."""
+"""Notes on a base model, where it and torch are on this machine; a login node may have neither."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ from malora_dist.plan.find_shape import local_config
 
 
 def family_targets(model: str) -> tuple[str, ...] | None:
-    """The linears of a model for a new recipe, None if that cannot be known here."""
+    """Return the linears of a model for a new recipe, None if that cannot be known here."""
     if local_config(model) is None or find_spec("torch") is None:
         return None
     targets: tuple[str, ...] | None = import_module("malora_dist.training.target_families").family_targets(model)
@@ -16,7 +16,7 @@ def family_targets(model: str) -> tuple[str, ...] | None:
 
 
 def base_notes(config: RunConfig) -> tuple[str, ...]:
-    """What is to be said of the recipe's model. Raises ConfigError if it cannot be trained on."""
+    """Return notes on the recipe's model. Raises ConfigError if it cannot be trained on."""
     name = config.model.name_or_path
     if local_config(name, config.model.revision) is None:
         return (f"{name} is not on this machine: it was not compared with adapter.target_modules",)

@@ -9,18 +9,21 @@ from pydantic_core import PydanticCustomError
 
 from malora_dist.adapters.methods import METHODS, Structure, unknown_method
 from malora_dist.config.base import MOST, Rule, Section, usable_path
+from malora_dist.config.dtypes import dtype_rule, long_name
 from malora_dist.errors import short
 from malora_dist.ops.choices import VARLEN
 from malora_dist.ops.target_names import compiled
 
-DTYPE_NAMES = {"bf16": "bfloat16", "torch.bfloat16": "bfloat16", "fp32": "float32", "torch.float32": "float32"}
-
+BASE_DTYPES = ("auto", "bfloat16", "float32")
 # A comma after which no bracket is closed that was not opened.
 OUTER_COMMA = re.compile(r",(?![^(\[{]*[)\]}])")
 
 
 def _dtype_name(value: Any) -> Any:
-    return DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+    name = long_name(value)
+    if name not in BASE_DTYPES:
+        raise PydanticCustomError("dtype", dtype_rule(BASE_DTYPES))
+    return name
 
 
 def _split_targets(value: Any) -> Any:

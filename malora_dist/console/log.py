@@ -1,4 +1,4 @@
-"""What a run says while it goes: one line a log step, in a file and on the terminal."""
+"""The log of a run: one line a log step, in a file and on the terminal."""
 
 import logging
 import resource
@@ -6,12 +6,15 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
 from malora_dist.console.terminal import is_terminal
+
+if TYPE_CHECKING:
+    import torch
 
 LOGGER = "malora_dist"
 
@@ -50,13 +53,15 @@ def _stdout_handler() -> logging.Handler:
 
 
 def console() -> Console:
-    """The terminal; a file gets lines wide enough for a table of results."""
+    """Return the terminal; a file gets lines wide enough for a table of results."""
     return Console() if is_terminal(sys.stdout) else Console(width=120)
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has held: device memory on a GPU, resident memory on a CPU."""
+def peak_memory_gib(device: "torch.device") -> float:
+    """Return the most memory this process has held, in GiB: of the GPU, or resident memory on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():
@@ -66,6 +71,6 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def time_left(started: float, done: int, total: int) -> str:
-    """Estimated time to the end as h:mm:ss."""
+    """Return the estimated time to the end as h:mm:ss."""
     seconds = int((time.monotonic() - started) / max(1, done) * (total - done))
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -1,4 +1,4 @@
-"""How far a work is that takes longer than a moment: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of work that takes longer than a moment: a bar on a terminal, a line now and then elsewhere."""
 
 import logging
 import sys
@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from malora_dist.console.log import LOGGER
 from malora_dist.console.terminal import is_terminal
 
 PATIENCE, BETWEEN_LINES = 2.0, 30.0
@@ -51,11 +52,11 @@ class Bar(AbstractContextManager["Bar"]):
             self.progress.stop()
 
     def advance(self, *_: object) -> None:
-        """One more is done."""
+        """Count one more as done."""
         self.update(self.done + 1)
 
     def update(self, done: int, total: int | None = None, title: str | None = None) -> None:
-        """So many are done, of a total that may be known only now; with another title it is another work."""
+        """Set how many are done, of a total that may be known only now; another title begins another bar."""
         if title is not None and title != self.title:
             self._begin(title, total)
         self.done, self.total = done, total or self.total
@@ -66,7 +67,7 @@ class Bar(AbstractContextManager["Bar"]):
             self.progress.update(self.task, completed=done, total=self.total)
         elif self.active and now >= self.next_line:
             self.next_line = now + BETWEEN_LINES
-            tell(f"{self.title}: {done:,}" + (f" of {self.total:,}" if self.total else ""))
+            log_line(f"{self.title}: {done:,}" + (f" of {self.total:,}" if self.total else ""))
 
     def _begin(self, title: str, total: int | None) -> None:
         self.title, self.total = title, total or None
@@ -88,13 +89,13 @@ class Bar(AbstractContextManager["Bar"]):
         self.progress.start()
 
 
-def tell(line: str) -> None:
-    """Say a line in the log, or on stderr where no log has been started."""
-    logger = logging.getLogger(__name__.partition(".")[0])
+def log_line(line: str) -> None:
+    """Write a line to the log, or to stderr where no log has been started."""
+    logger = logging.getLogger(LOGGER)
     if logger.handlers:
         logger.info("%s", line)
     else:
-        # A reader that is gone ends no work.
+        # Work goes on without a reader.
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
 

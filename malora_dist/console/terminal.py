@@ -37,7 +37,7 @@ def forgive_output() -> None:
         if stream is None or stream.closed:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper) and stream.errors != SPELL:
-            # A stream that another program has put there, such as a notebook's, keeps its own place for the text.
+            # A stream that another program has set, such as a notebook's, still writes where it wrote before.
             setattr(sys, name, _forgiving(stream) if stream is own else stream)
             getattr(sys, name).reconfigure(errors=SPELL)
 
@@ -56,7 +56,7 @@ class _Forgiving(io.FileIO):
             while len(rest):
                 written: int | None = super().write(rest)
                 if written is None:
-                    # A full pipe that does not block, as node and ssh make them: wait, as writers to others do.
+                    # A full non-blocking pipe, as node and ssh make them: wait until there is room.
                     select.select([], [self], [])
                 rest = rest[written or 0 :]
         except OSError:

@@ -19,7 +19,7 @@ from malora_dist.adapters.io.folder import CONFIG, AdapterInfo, fill_adapter_fol
 from malora_dist.adapters.io.info import PREFIX
 from malora_dist.adapters.io.peft import peft_info
 from malora_dist.adapters.methods import factor_shapes, mixture_spec
-from malora_dist.checkpoint.detect import what_is
+from malora_dist.checkpoint.detect import detect_kind
 from malora_dist.convert.job import Job
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.files.folder import file_in
@@ -89,7 +89,7 @@ def _tag_folder(path: Path) -> Path:
     if others:
         raise CheckpointError(f"{path / others[0]} is of a model split by tensor or pipeline parallelism: not read")
     if MODEL not in names and not _is_stage_3(path):
-        raise CheckpointError(f"{path} is no checkpoint of DeepSpeed: {what_is(path)}")
+        raise CheckpointError(f"{path} is no checkpoint of DeepSpeed: {detect_kind(path)}")
     return path
 
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from malora_dist.errors import MaloraError, TopologyError
 from malora_dist.launch.command import VISIBLE_DEVICES, refuses_gpus
 from malora_dist.launch.environment import allocator_variables
-from malora_dist.launch.interface import interface_variables
-from malora_dist.launch.ranks import free_port, rank_variables
+from malora_dist.launch.network_interface import interface_variables
+from malora_dist.launch.ports import free_port
+from malora_dist.launch.ranks import rank_variables
+from malora_dist.launch.schedulers import hides_other_devices
 
 STOP_KEY = "malora_dist/stop"
 
@@ -59,8 +61,7 @@ def start_processes(timeout_seconds: float) -> World:
     os.environ.update(interface_variables(os.environ))
     local_rank = int(os.environ["LOCAL_RANK"])
     if _takes_a_gpu():
-        if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
-            # srun --gpus-per-task=1 shows each task its own device alone, as number 0.
+        if torch.cuda.device_count() == 1 and hides_other_devices(os.environ):
             local_rank = 0
             os.environ["LOCAL_RANK"] = "0"
         elif local_rank >= torch.cuda.device_count():

@@ -11,7 +11,7 @@ from malora_dist.files.json_text import parse_json
 EXIT_FILE = "exit.json"
 # The recipe, base and rows that eval.json and baseline.json are of, until a checkpoint says so.
 MEASURED_ON = "measured_on.json"
-# What makes a folder that of a run.
+# A folder that holds one of these is the folder of a run.
 RUN_FILES = {
     "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", EXIT_FILE, MEASURED_ON,
     "metrics.jsonl", "report", "train.log",
@@ -21,7 +21,7 @@ FINISHED, PREEMPTED, FAILED = "finished", "preempted", "failed"
 EXIT_OK, EXIT_FAILED, EXIT_MISTAKE, EXIT_PREEMPTED = 0, 1, 2, 75
 
 
-def write_outcome(folder: Path, outcome: str, code: int, *, reason: str, step: int, checkpoint: str | None) -> None:
+def write_exit_status(folder: Path, outcome: str, code: int, *, reason: str, step: int, checkpoint: str | None) -> None:
     """Write exit.json: outcome, the processes' exit code, why, the last step, the checkpoint to go on from.
 
     Raises CheckpointError if it cannot be written.
@@ -40,8 +40,8 @@ def write_outcome(folder: Path, outcome: str, code: int, *, reason: str, step: i
         raise CheckpointError(f"{folder / EXIT_FILE} cannot be written: {error.strerror}") from error
 
 
-def read_outcome(folder: Path) -> dict[str, Any] | None:
-    """The content of exit.json; None without one: the run is still going on, or was killed.
+def read_exit_status(folder: Path) -> dict[str, Any] | None:
+    """Return the content of exit.json; None without one: the run is still going on, or was killed.
 
     Raises CheckpointError if it is damaged.
     """
@@ -57,6 +57,6 @@ def read_outcome(folder: Path) -> dict[str, Any] | None:
     return result
 
 
-def clear_outcome(folder: Path) -> None:
+def clear_exit_status(folder: Path) -> None:
     """Remove exit.json of the session before this one."""
     (folder / EXIT_FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The command that starts a run's processes on this machine: argv as data, and running it."""
+"""The command that starts a run's processes on this machine, and running it."""
 
 import os
 import signal
@@ -12,7 +12,8 @@ from malora_dist.launch.environment import allocator_variables
 
 # The deepspeed launcher replaces the list of visible devices by 0..N-1 unless it is told which ones.
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-DEFAULT_PORT = 29500
+# Without its INFO lines, which name each process that it starts; failures are logged as errors.
+QUIET = ("--log_level", "error")
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -25,38 +26,19 @@ def deepspeed_command(
     launcher: str = "deepspeed",
     options: Sequence[str] = (),
 ) -> list[str]:
-    """argv that runs `python -m module arguments` once for each of `num_gpus` devices of this machine.
+    """Return the command that runs `python -m module arguments` once for each of `num_gpus` devices of this machine.
 
-    Raises ConfigError if the visible devices are fewer, or named in a way the launcher cannot pass on.
+    Args:
+        module, arguments: Of each process.
+        num_gpus: The number of devices, and of processes.
+        environment: Says which devices are visible (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES).
+        launcher: The path of deepspeed.
+        options: More options of deepspeed.
+
+    Raises:
+        ConfigError: If the visible devices are fewer, or named in a way the launcher cannot pass on.
     """
-    return [launcher, *_devices(num_gpus, environment), *options, "--module", module, *arguments]
-
-
-def torchrun_command(
-    module: str,
-    arguments: Sequence[str],
-    *,
-    processes: int,
-    nodes: int = 1,
-    node_rank: int | None = None,
-    master_addr: str | None = None,
-    master_port: int | None = None,
-    launcher: str = "torchrun",
-) -> list[str]:
-    """argv that runs `python -m module arguments` once for each of `processes` of this machine, one of `nodes`.
-
-    Machines that are called one by one must be told one port, by default torch's; on a single one torchrun takes a free
-    port. Raises ConfigError if the others could not be found.
-    """
-    place = ["--standalone"] if master_port is None else ["--master_port", str(master_port)]
-    if nodes > 1:
-        if node_rank is None or node_rank >= nodes:
-            raise ConfigError(f"--node_rank={node_rank}: give this machine's number, from 0 to --nnodes {nodes} less 1")
-        if master_addr is None:
-            raise ConfigError(f"--nnodes={nodes}: give --master_addr, the name of the machine with --node_rank 0")
-        place = ["--nnodes", str(nodes), "--node_rank", str(node_rank)]
-        place += ["--master_addr", master_addr, "--master_port", str(master_port or DEFAULT_PORT)]
-    return [launcher, *place, "--nproc_per_node", str(processes), "-m", module, *arguments]
+    return [launcher, *QUIET, *_devices(num_gpus, environment), *options, "--module", module, *arguments]
 
 
 def refuses_gpus(environment: Mapping[str, str]) -> bool:
@@ -79,7 +61,7 @@ def visible_gpus() -> int:
 
 
 def launcher_path(name: str = "deepspeed") -> str:
-    """That script of this Python's environment, so that it works without an activated one."""
+    """Return the path of a script of this Python's environment, so that it works without an activated one."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else name
 

@@ -10,7 +10,7 @@ from malora_dist.launch.slurm.script import shipped_scripts
 
 
 def cluster_files() -> dict[str, str]:
-    """Relative path and text of each file of ds_configs/, launchers/ and slurm/."""
+    """Return the relative path and the text of each file of ds_configs/, launchers/ and slurm/."""
     return dict(_walk(files("malora_dist") / "cluster_files", "")) | shipped_scripts()
 
 

@@ -4,16 +4,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# Of the log's end. What thousands of ranks say of one failure fits in.
+# Read from the end of a log: room for the messages of thousands of ranks about one failure.
 TAIL_BYTES = 2**20
 LONGEST = 300
-# Whose line it is: srun --label, torchrun's --tee, torch's own.
+# Prefixes that name the process of a line: of srun --label, torchrun's --tee, and torch.
 SPEAKER = re.compile(r"^(?:\d+: )?(?:\[(?!rank)[a-z_]+\d+\]:)?(?:\[rank\d+\]: ?)?")
-# train.log, and the rank of a message; the moment of a line on a terminal's log.
+# Time and level of a line of train.log; the rank of a message.
 LEVEL = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) ")
 RANK = re.compile(r"^\[rank \d+\] ")
 TRACEBACK = "Traceback (most recent call last):"
-# `malora launch begin`, at each start of a job.
+# Printed by `malora launch begin` at each start of a job.
 START = re.compile(r"^job \S+, start \d+: ")
 TOLD = re.compile(
     r"slurmstepd\S*: error: |srun: error: |out of memory|CUDA error|NCCL error|Watchdog caught|Segmentation fault|"
@@ -21,7 +21,7 @@ TOLD = re.compile(
     re.IGNORECASE,
 )
 NO_ERROR = re.compile(r"DUE TO JOB REQUEUE")
-# What others say of a failure whose cause stands elsewhere.
+# Messages of other processes, which follow from a failure and are not its cause.
 CONSEQUENCE = re.compile(
     r"gave up waiting for another process|Exited with exit code|tasks? [\d,-]+: Terminated|ChildFailedError|"
     r"\*\*\* STEP \S+ ON \S+ CANCELLED AT \S+ \*\*\*|SignalException|Watchdog caught|DistNetworkError"
@@ -29,7 +29,7 @@ CONSEQUENCE = re.compile(
 
 
 def last_error(log: Path) -> str | None:
-    """The last line of a log that says what went wrong, of the latest start that says so; None without one.
+    """Return the line of a log that says what went wrong, of the latest start that has one; None without one.
 
     A cause goes before what other processes say of it, of which the first is nearest to it. Also None if the log
     cannot be read.
@@ -43,7 +43,7 @@ def last_error(log: Path) -> str | None:
 
 
 def last_line(log: Path) -> str | None:
-    """The last line that is not empty."""
+    """Return the last line that is not empty; None without one."""
     lines = [line.strip() for line in _tail(log) if line.strip()]
     return lines[-1][:LONGEST] if lines else None
 

@@ -1,65 +1,48 @@
 """Which of a run's processes this one is, by what torchrun, deepspeed or srun have put into its environment.
 
-Variables of other jobs lie around: a pod exports WORLD_SIZE for its nodes, and a batch script inherits SLURM_NTASKS.
-Only what a launcher sets as a whole, or a step of srun with several tasks, makes a process one of several.
+Variables of other jobs are left over in many environments: a pod exports WORLD_SIZE for its nodes, and a batch script
+inherits the number of tasks of its whole job. Only the variables that a launcher sets as a whole, or a scheduler that
+names this process as one of several tasks, make it one of several.
 """
 
-import socket
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from random import Random
 
 from malora_dist.errors import ConfigError, TopologyError
+from malora_dist.launch.schedulers import local_sizes, task_of
 
-FIRST_PORT, PORTS = 20000, 12000
-# What torch needs to know; launchers set all of it.
+# What torch needs; launchers set all of them.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Of mpirun and its like, which tell torch nothing.
+# Set by mpirun and the like, which do not set what torch needs.
 OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a process that was started beside others.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a process that was started beside others.
 
     Empty for a process of its own. Raises TopologyError if the environment says that there are others, and not who is
     who.
     """
     if _is_complete(environment):
         return {name: environment[name] for name in LAUNCHED}
-    if not _in_step(environment):
+    found = task_of(environment)
+    if found is None:
         _refuse_half_a_launcher(environment)
         return {}
+    scheduler, task = found
+    address, port = scheduler.meeting_place(environment)
     return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_node(_of_step(environment, "SLURM_STEP_NODELIST")),
-        "MASTER_PORT": environment.get("MASTER_PORT") or _port_of_step(environment),
+        "RANK": str(task.rank),
+        "WORLD_SIZE": str(task.size),
+        "LOCAL_RANK": str(task.local_rank),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
     }
 
 
-def _port_of_step(environment: Mapping[str, str]) -> str:
-    """Two steps on one node must not meet. Raises TopologyError if Slurm has not told the job's number."""
-    job = _of_step(environment, "SLURM_JOB_ID")
-    if not job.isdecimal():
-        raise TopologyError(f"SLURM_JOB_ID={job} must be a number; set MASTER_PORT, the same for all tasks")
-    return str(FIRST_PORT + (7 * int(job) + int(environment["SLURM_STEP_ID"])) % PORTS)
-
-
-def _of_step(environment: Mapping[str, str], name: str) -> str:
-    """What srun tells each task. Raises TopologyError if it is missing."""
-    if not environment.get(name):
-        raise TopologyError(
-            f"{name} is not set, though SLURM_STEP_ID={environment['SLURM_STEP_ID']} says that srun has started this "
-            "task: start with srun, which sets both, or set MASTER_ADDR and MASTER_PORT"
-        )
-    return environment[name]
-
-
 def under_launcher(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one that a launcher has started. Raises TopologyError as `rank_variables`."""
-    if _is_complete(environment) or _in_step(environment):
+    """Return whether a launcher has started this process. Raises TopologyError as `rank_variables`."""
+    if _is_complete(environment) or task_of(environment) is not None:
         return True
     _refuse_half_a_launcher(environment)
     return False
@@ -74,9 +57,8 @@ def check_processes(environment: Mapping[str, str], num_gpus: int | None, master
             f"its processes meet at MASTER_PORT={environment.get('MASTER_PORT', '')}. Leave --master_port out here, "
             "and tell the launcher"
         )
-    # torchrun's and deepspeed's number of processes on this machine.
-    here = [environment.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if _is_complete(environment)]
-    if num_gpus is not None and str(num_gpus) not in (str(size), *here):
+    here = local_sizes(environment) if _is_complete(environment) else []
+    if num_gpus is not None and num_gpus not in (size, *here):
         raise ConfigError(
             f"--num_gpus {num_gpus}: a launcher has started this process, as number {rank} of {size} from 0 "
             f"({_told_by(environment)}). Leave --num_gpus out here; or call malora without the launcher and its "
@@ -85,56 +67,14 @@ def check_processes(environment: Mapping[str, str], num_gpus: int | None, master
 
 
 def place_of(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Rank and number of processes, (0, 1) for a process of its own and where `rank_variables` would raise."""
+    """Return rank and number of processes; (0, 1) for a process of its own and where `rank_variables` would raise."""
     with suppress(TopologyError):
         if _is_complete(environment):
             return int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        if _in_step(environment):
-            return int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
+        found = task_of(environment)
+        if found is not None:
+            return found[1].rank, found[1].size
     return 0, 1
-
-
-def meeting_port(wanted: int | None) -> int:
-    """The port of this machine at which a run's processes meet, by default a free one.
-
-    Raises ConfigError if the wanted one cannot be had.
-    """
-    if wanted is None:
-        return free_port()
-    refusal = _refusal(wanted)
-    if refusal is not None:
-        raise ConfigError(f"--master_port {wanted}: {refusal}; leave it out, and a free port is taken")
-    return wanted
-
-
-def free_port() -> int:
-    """A port of this machine that nobody has now, and that the system gives to no outgoing connection by itself."""
-    ports = Random().sample(range(FIRST_PORT, FIRST_PORT + PORTS), PORTS)
-    return next(port for port in ports if _refusal(port) is None)
-
-
-def _refusal(port: int) -> str | None:
-    """Why no process of this machine could listen at the port; None if one could."""
-    with socket.socket() as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind(("", port))
-        except OSError as error:
-            return error.strerror
-    return None
-
-
-def first_node(node_list: str) -> str:
-    """The first host of a Slurm list such as `node[1-4,7]`. Raises TopologyError if Slurm does not tell."""
-    command = ["scontrol", "show", "hostnames", node_list]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=True)
-        return done.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise TopologyError(
-            f"SLURM_STEP_NODELIST={node_list}: `scontrol show hostnames` does not name the nodes ({error}); "
-            "set MASTER_ADDR to the first one's address"
-        ) from error
 
 
 def _is_complete(environment: Mapping[str, str]) -> bool:
@@ -144,29 +84,30 @@ def _is_complete(environment: Mapping[str, str]) -> bool:
     rank, size = environment["RANK"], environment["WORLD_SIZE"]
     numbers = all(environment[name].isdecimal() for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
     if not numbers or not int(rank) < int(size):
-        listed = ", ".join(f"{name}={environment[name]}" for name in LAUNCHED)
-        raise TopologyError(f"{listed}: RANK must be a number from 0 to WORLD_SIZE less 1, the others numbers too")
-    if _in_step(environment) and int(size) < int(environment["SLURM_STEP_NUM_TASKS"]):
-        # A launcher in each task has at least as many processes in all as there are tasks.
         raise TopologyError(
-            f"RANK={rank} and WORLD_SIZE={size} are set, and srun has started this process as task "
-            f"{environment['SLURM_PROCID']} of SLURM_STEP_NUM_TASKS={environment['SLURM_STEP_NUM_TASKS']}: each would "
-            f"train alone. Where the former are left of something else, unset {', '.join(LAUNCHED)}; else start with "
-            "one of the two"
+            f"{_listed(environment, LAUNCHED)}: RANK must be a number from 0 to WORLD_SIZE less 1, the others numbers "
+            "too"
+        )
+    found = task_of(environment)
+    if found is not None and int(size) < found[1].size:
+        # A launcher in each task has at least as many processes in all as there are tasks.
+        scheduler, task = found
+        raise TopologyError(
+            f"RANK={rank} and WORLD_SIZE={size} are set, and {scheduler.name} has started this process as task "
+            f"{task.rank} of {task.size} ({_listed(task.told, task.told)}): each would train alone. Where the former "
+            f"are left of something else, unset {', '.join(LAUNCHED)}; else start with one of the two"
         )
     return True
 
 
-def _in_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun has started this process beside others; a batch script, or a single task, is no such step."""
-    if not all(environment.get(name, "").isdecimal() for name in ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID")):
-        return False
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    return tasks.isdecimal() and int(environment["SLURM_PROCID"]) < int(tasks) > 1
-
-
 def _told_by(environment: Mapping[str, str]) -> str:
-    names = LAUNCHED[:2] if _is_complete(environment) else ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    if _is_complete(environment):
+        return _listed(environment, LAUNCHED[:2])
+    found = task_of(environment)
+    return "" if found is None else _listed(found[1].told, found[1].told)
+
+
+def _listed(environment: Mapping[str, str], names: Iterable[str]) -> str:
     return ", ".join(f"{name}={environment[name]}" for name in names)
 
 

@@ -1,8 +1,9 @@
-"""Whether a job starts its run again: it counts the starts that brought no newer checkpoint."""
+"""Whether a job starts its run again: starts in a row without a newer checkpoint are counted and limited."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.files.atomic import write_json
@@ -14,12 +15,14 @@ from malora_dist.files.exit_status import (
     FINISHED,
     PREEMPTED,
     RUN_FILES,
-    clear_outcome,
-    read_outcome,
+    clear_exit_status,
+    read_exit_status,
 )
 from malora_dist.files.json_text import parse_json
 
 RESTARTS_FILE = "restarts.json"
+# Key of the number of starts without progress in that file.
+IN_FILE = "in_vain"
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,13 @@ class Restarts:
     ended by themselves without a newer one."""
 
     starts: int = 0
-    in_vain: int = 0
+    without_progress: int = 0
     step: int = 0
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What follows from the end of a start: the job's exit code, 75 for once more, and why."""
+class RestartDecision:
+    """What a job does after a start: its exit code, 75 to be started again, and why."""
 
     code: int
     why: str
@@ -48,12 +51,12 @@ def begin(run: Path, job: str) -> Restarts:
     """
     jobs = read_restarts(run)
     before, step = jobs.get(job, Restarts()), newest_step(run)
-    now = Restarts(before.starts + 1, before.in_vain if step == before.step else 0, step)
-    outcome = read_outcome(run)
+    now = Restarts(before.starts + 1, before.without_progress if step == before.step else 0, step)
+    outcome = read_exit_status(run)
     try:
         if outcome is not None and outcome["outcome"] != FINISHED:
-            # Left there, it would speak for a start that ends before it has read the recipe.
-            clear_outcome(run)
+            # Otherwise it would be taken for the exit status of this start, if that ends before it reads the recipe.
+            clear_exit_status(run)
         run.mkdir(parents=True, exist_ok=True)
         check_folder(run)
         _write(run, {**jobs, job: now})
@@ -62,44 +65,54 @@ def begin(run: Path, job: str) -> Restarts:
     return now
 
 
-def end(run: Path, job: str, max_restarts: int, *, stop_after_steps: int | None, exit_code: int | None) -> Verdict:
-    """What the job does after a start whose processes are gone, by exit.json and the checkpoints.
+def end(
+    run: Path, job: str, max_restarts: int, *, stop_after_steps: int | None, exit_code: int | None
+) -> RestartDecision:
+    """Return what the job does after a start whose processes are gone, by exit.json and the checkpoints.
 
-    `exit_code` is what they have left, if one has met a mistake before the run had a folder. A start that Slurm ends
-    together with the job's script, for a lost node or another job, does not come here and does not count as in vain;
-    nor does one that SIGTERM ended. One that its time limit ended does: the next has no more time.
+    A start that the scheduler ends together with the job's script, for a lost node or another job, does not come here
+    and is not counted; nor is one that SIGTERM ended. One that its time limit ended is: the next has no more time.
 
-    Raises CheckpointError if exit.json or restarts.json is damaged, OSError if that cannot be written.
+    Args:
+        run: The run's folder.
+        job: The job's id.
+        max_restarts: How many starts in a row may end without a newer checkpoint.
+        stop_after_steps: The recipe's train.stop_after_steps.
+        exit_code: What the processes have left, if one has met a mistake before the run had a folder.
+
+    Raises:
+        CheckpointError: If exit.json or restarts.json is damaged.
+        OSError: If restarts.json cannot be written.
     """
-    outcome = read_outcome(run) or {"outcome": "killed", "reason": "killed, without a word"}
+    outcome = read_exit_status(run) or {"outcome": "killed", "reason": "killed, without a word"}
     why, step = str(outcome.get("reason")), newest_step(run)
     if outcome["outcome"] == FINISHED:
-        return Verdict(EXIT_OK, f"{run} is finished")
+        return RestartDecision(EXIT_OK, f"{run} is finished")
     if EXIT_MISTAKE in (exit_code, outcome.get("exit_code")):
-        return Verdict(EXIT_MISTAKE, "a mistake, which another start would not mend")
-    said = f"{run} has failed, with a checkpoint of step {step} ({why})"
+        return RestartDecision(EXIT_MISTAKE, "a mistake, which another start would not mend")
+    summary = f"{run} has failed, with a checkpoint of step {step} ({why})"
     if outcome["outcome"] == PREEMPTED:
-        said = f"{run} is saved at step {step} ({why})"
+        summary = f"{run} is saved at step {step} ({why})"
         if stop_after_steps is not None and "stop_after_steps" in why:
-            return Verdict(EXIT_OK, f"{said}: as far as train.stop_after_steps={stop_after_steps} goes")
-    vain = _count(run, job, step, for_others=outcome["outcome"] == PREEMPTED and why == "SIGTERM")
-    if vain > max_restarts:
-        return Verdict(
+            return RestartDecision(EXIT_OK, f"{summary}: as far as train.stop_after_steps={stop_after_steps} goes")
+    count = _count(run, job, step, for_others=outcome["outcome"] == PREEMPTED and why == "SIGTERM")
+    if count > max_restarts:
+        return RestartDecision(
             EXIT_FAILED,
-            f"{said}. It has ended {vain} times in a row without a newer checkpoint than step {step}, and "
+            f"{summary}. It has ended {count} times in a row without a newer checkpoint than step {step}, and "
             f"launch.max_restarts={max_restarts}: it is not started again",
         )
-    return Verdict(EXIT_PREEMPTED, f"{said}: once more, from there")
+    return RestartDecision(EXIT_PREEMPTED, f"{summary}: once more, from there")
 
 
 def read_restarts(run: Path) -> dict[str, Restarts]:
-    """restarts.json by job, by their first starts; empty without one. Raises CheckpointError if it is damaged."""
+    """Return restarts.json by job, in order of first starts; {} without one. Raises CheckpointError for damage."""
     path = run / RESTARTS_FILE
     if not path.exists():
         return {}
     try:
         jobs = parse_json(path.read_bytes())
-        return {job: Restarts(**{key: int(value) for key, value in own.items()}) for job, own in jobs.items()}
+        return {job: _restarts(own) for job, own in jobs.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; remove it to start counting again") from error
 
@@ -115,26 +128,28 @@ def check_folder(run: Path) -> None:
 
 
 def newest_step(run: Path) -> int:
-    """The step of the newest finished checkpoint, 0 without one."""
+    """Return the step of the newest finished checkpoint, 0 without one."""
     names = [path.parent.name for path in (run / "checkpoints").glob("step-*/manifest.json")]
     return max((int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit()), default=0)
 
 
-def job_name(environment: Mapping[str, str]) -> str:
-    """What names this job over all its starts. Raises ConfigError outside of one."""
-    if "SLURM_JOB_ID" not in environment:
-        raise ConfigError("SLURM_JOB_ID is not set: this is for job scripts; use malora train")
-    return environment["SLURM_JOB_ID"]
-
-
 def _count(run: Path, job: str, step: int, *, for_others: bool) -> int:
-    """Starts in a row that have ended in vain, this one included; noted."""
+    """Starts in a row that have ended without progress, this one included; noted."""
     jobs = read_restarts(run)
     before = jobs.get(job, Restarts(starts=1))
-    vain = 0 if step > before.step else before.in_vain + (0 if for_others else 1)
-    _write(run, {**jobs, job: replace(before, in_vain=vain)})
-    return vain
+    count = 0 if step > before.step else before.without_progress + (0 if for_others else 1)
+    _write(run, {**jobs, job: replace(before, without_progress=count)})
+    return count
 
 
 def _write(run: Path, jobs: dict[str, Restarts]) -> None:
-    write_json(run / RESTARTS_FILE, {job: asdict(own) for job, own in jobs.items()})
+    write_json(run / RESTARTS_FILE, {job: _record(own) for job, own in jobs.items()})
+
+
+def _record(own: Restarts) -> dict[str, int]:
+    return {"starts": own.starts, IN_FILE: own.without_progress, "step": own.step}
+
+
+def _restarts(record: Mapping[str, Any]) -> Restarts:
+    numbers = {key: int(value) for key, value in record.items()}
+    return Restarts(without_progress=numbers.pop(IN_FILE, 0), **numbers)

@@ -1,4 +1,4 @@
-"""How a run fares, from the files of its folder alone."""
+"""The status of a run, read from the files of its folder alone."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from malora_dist.errors import MaloraError
-from malora_dist.files.exit_status import FAILED, FINISHED, read_outcome
+from malora_dist.files.exit_status import FAILED, FINISHED, read_exit_status
 from malora_dist.launch.log_errors import last_error
 from malora_dist.launch.restarts import newest_step, read_restarts
 from malora_dist.tracking.metrics import (
@@ -27,13 +27,13 @@ from malora_dist.tracking.metrics import (
 
 WAITING, RUNNING = "waiting to start", "running"
 METRICS, TRAIN_LOG = "metrics.jsonl", "train.log"
-# Records whose median time gives the time left.
+# The time left is estimated from the median of this many records.
 RECENT = 20
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunLook:
+class RunStatus:
     """`state`: waiting to start, running (or killed: the folder does not tell), finished, preempted or failed.
 
     starts counts all jobs' starts. step: completed and not lost. eta_seconds: of the steps left, at the pace of the
@@ -54,16 +54,19 @@ class RunLook:
 
     @property
     def restarts(self) -> int:
+        """How often it was started again."""
         return max(0, self.starts - 1)
 
 
-def look(folder: Path, log: Path | None = None) -> RunLook:
-    """Read the folder of a run, which may be missing, half written or damaged; nothing is raised.
+def read_run_status(folder: Path, log: Path | None = None) -> RunStatus:
+    """Return how a run fares. Its folder may be missing, half written or damaged; nothing is raised.
 
-    `log` is where its processes say what goes wrong: a job's log, else train.log.
+    Args:
+        folder: The run's.
+        log: Where its processes write what goes wrong: a job's log. Default: train.log.
     """
     damaged: list[str] = []
-    outcome = _try(lambda: read_outcome(folder), damaged)
+    outcome = _try(lambda: read_exit_status(folder), damaged)
     restarts = _try(lambda: read_restarts(folder), damaged)
     records, done = _records(folder / METRICS, damaged)
     newest = newest_step(folder)
@@ -73,7 +76,7 @@ def look(folder: Path, log: Path | None = None) -> RunLook:
     begun = (folder / "config.yaml").exists()
     state = str(outcome["outcome"]) if outcome else RUNNING if begun else WAITING
     resumed = sum(record[KIND] == RESUME for record in records)
-    return RunLook(
+    return RunStatus(
         state=state,
         starts=max(resumed + 1 if begun else 0, sum(own.starts for own in (restarts or {}).values())),
         step=step,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from malora_dist.console.progress import tell
+from malora_dist.console.progress import log_line
 from malora_dist.console.terminal import is_terminal
 from malora_dist.errors import ConfigError, short
 from malora_dist.files.cache import build_once, default_cache_dir
@@ -130,7 +130,7 @@ def _write_converted(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    tell(f"converting {path.name} to a model folder in the cache, once")
+    log_line(f"converting {path.name} to a model folder in the cache, once")
     if not is_terminal(sys.stderr):
         logging.disable_progress_bar()
     try:

@@ -13,10 +13,14 @@ import math
 from functools import cache
 from typing import NamedTuple
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from malora_dist.ops.bitsandbytes_import import without_kernel_warning
+
+with without_kernel_warning():
+    import bitsandbytes.functional as bnb
 
 # Names the definition of `quantize_nf4`: another definition, that gives other bytes, needs another name.
 QUANTIZER = "nf4-nearest-1"

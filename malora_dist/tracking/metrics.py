@@ -36,6 +36,8 @@ DEVICE = "device"
 BASE_DTYPE = "base_dtype"
 TRAINABLE_PARAMETERS = "trainable_parameters"
 BASE_PARAMETERS = "base_parameters"
+# Bytes of the frozen base and of the adapter that the main process keeps.
+RESIDENT_BYTES = "resident_bytes"
 
 # A "train" record. Losses are nats per supervised token, grad_norm is before clipping.
 STEP = "step"
@@ -51,7 +53,7 @@ PEAK_MEMORY_GIB = "peak_memory_gib"
 EXCHANGE_BYTES = "exchange_bytes"
 
 # A "checkpoint" record: bytes of all files, seconds until it is finished, and of these those in which training waited.
-# Both are missing where the process was killed before it could say them.
+# Both are missing where the process was killed before it wrote them.
 BYTES = "bytes"
 SECONDS = "seconds"
 STALL_SECONDS = "stall_seconds"
@@ -65,18 +67,23 @@ _NON_FINITE = ("nan", "inf", "-inf")
 
 
 def train_loss(task: str) -> str:
-    """Name of a task's training loss in a "train" record; absent where the task had no token."""
+    """Return the name of a task's training loss in a "train" record; absent where the task had no token."""
     return f"train/{task}/loss"
 
 
 def eval_accuracy(task: str) -> str:
-    """Name of a task's accuracy in an "eval" record, from 0 to 1."""
+    """Return the name of a task's accuracy in an "eval" record, from 0 to 1."""
     return f"eval/{task}/accuracy"
 
 
 def eval_loss(task: str) -> str:
-    """Name of a task's validation loss in an "eval" record."""
+    """Return the name of a task's validation loss in an "eval" record."""
     return f"eval/{task}/loss"
+
+
+def eval_score(metric: str) -> str:
+    """Return the name of the number in an "eval" record that train.best_metric compares."""
+    return f"eval/{metric}"
 
 
 class MetricsWriter:
@@ -107,6 +114,7 @@ class MetricsWriter:
         return any((record[KIND], record.get(STEP)) == (kind, step) for record in records)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -119,7 +127,7 @@ class MetricsWriter:
 
 
 def without_lost_steps(records: Iterable[Record]) -> list[Record]:
-    """The records as of a run that was never stopped: those of work that was lost and done again are left out."""
+    """Return the records as of a run that was never stopped, without those of work that was lost and done again."""
     listed = list(records)
     return [listed[number] for number in _kept(listed)]
 
@@ -158,7 +166,7 @@ def _read_leniently(line: bytes) -> Record:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All records of a file, in order; a resumed run's hold lost steps too, see `without_lost_steps`.
+    """Return all records of a file, in order; a resumed run's hold lost steps too, see `without_lost_steps`.
 
     A last line that was only half written is left out, with a warning in the log. Raises MaloraError naming the line
     for damage anywhere else, and if the file cannot be read.

@@ -14,9 +14,11 @@ from malora_dist.tracking.metrics import EVAL, KIND, RESUME, ROUTING, SHARE, STE
 class Tracker(Protocol):
     """Takes the records of metrics.jsonl as they are written."""
 
-    def log(self, record: Mapping[str, Any]) -> None: ...
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take a record of metrics.jsonl."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is left, and take nothing more."""
 
 
 class TensorBoardTracker:
@@ -90,7 +92,7 @@ def check_trackers(report_to: Sequence[str]) -> None:
 
 
 def open_trackers(report_to: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> list[Tracker]:
-    """One tracker for each name in `report_to`; `config` is stored with the run.
+    """Open a tracker for each name in `report_to`; `config` is stored with the run.
 
     Raises MaloraError for an unknown name, or if a tracker's package is not installed; nothing is left open then.
     """
@@ -109,7 +111,7 @@ def open_trackers(report_to: Sequence[str], run_dir: Path, config: Mapping[str, 
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record by name, `kind/` put before a plain one.
+    """Return the numbers of a record by name, `kind/` put before a plain one.
 
     Routing gives `routing/<task>/expert_<e>`, the mean over layers. A record of facts, without a step, gives nothing.
     """

@@ -37,6 +37,7 @@ from malora_dist.distributed.process_groups import (
 from malora_dist.distributed.snapshot import Whole, snapshot
 from malora_dist.errors import CheckpointError
 from malora_dist.files.durable import write_text
+from malora_dist.tracking.metrics import BYTES, CHECKPOINT, KIND, SECONDS, STALL_SECONDS, STEP
 
 # Up to this, one process writes all.
 SHARD_BYTES = 512 * 2**20
@@ -222,10 +223,10 @@ class Saver:
         )
         self.saved(
             {
-                "kind": "checkpoint",
-                "step": job.step,
-                "bytes": size,
-                "seconds": now - job.began,
-                "stall_seconds": stall,
+                KIND: CHECKPOINT,
+                STEP: job.step,
+                BYTES: size,
+                SECONDS: now - job.began,
+                STALL_SECONDS: stall,
             }
         )

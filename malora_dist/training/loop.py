@@ -13,10 +13,21 @@ from malora_dist.console.log import LOGGER, time_left
 from malora_dist.console.progress import Bar
 from malora_dist.data.loader import MicroBatch, TrainLoader
 from malora_dist.errors import TrainingError
+from malora_dist.tracking.metrics import (
+    AUX_LOSS,
+    EXCHANGE_BYTES,
+    GRAD_NORM,
+    LEARNING_RATE,
+    LOSS,
+    PEAK_MEMORY_GIB,
+    STEP,
+    TOKENS_PER_SECOND,
+    Record,
+)
 from malora_dist.training.best_checkpoint import Best
 from malora_dist.training.preemption import ENOUGH_STEPS, Agreement, Preempted
 from malora_dist.training.random_state import random_state
-from malora_dist.training.step_metrics import Record, Window
+from malora_dist.training.step_metrics import Window
 from malora_dist.training.train_step import Stepper
 from malora_dist.training.watchdog import Position
 
@@ -126,7 +137,7 @@ class _Loop:
             self.stepper.position.enter("logging")
             record = self.window.close(number, number / self.settings.steps_per_epoch)
             self.actions.log(record)
-            self._say(record)
+            self._log(record)
 
     def validate(self) -> bool:
         """The validation and the routing record of this step, if they are still to be done; whether it is the best."""
@@ -145,19 +156,19 @@ class _Loop:
         if best or self.is_last or _due(self.settings.save_steps, self.state.step):
             self.actions.save(self.state, best)
 
-    def _say(self, record: Record) -> None:
-        exchange = f"  exchanged {record['exchange_bytes'] / 2**20:.1f} MiB/step" if "exchange_bytes" in record else ""
-        done, total = record["step"] - self.first_step, self.settings.max_steps - self.first_step
+    def _log(self, record: Record) -> None:
+        exchange = f"  exchanged {record[EXCHANGE_BYTES] / 2**20:.1f} MiB/step" if EXCHANGE_BYTES in record else ""
+        done, total = record[STEP] - self.first_step, self.settings.max_steps - self.first_step
         logging.getLogger(LOGGER).info(
             "step %d/%d  loss %.3f  aux %.3f  grad norm %.2f  lr %.2e  %.0f tokens/s  %.2f GiB%s  left %s",
-            record["step"],
+            record[STEP],
             self.settings.max_steps,
-            record["loss"],
-            record["aux_loss"],
-            record["grad_norm"],
-            record["learning_rate"],
-            record["tokens_per_second"],
-            record["peak_memory_gib"],
+            record[LOSS],
+            record[AUX_LOSS],
+            record[GRAD_NORM],
+            record[LEARNING_RATE],
+            record[TOKENS_PER_SECOND],
+            record[PEAK_MEMORY_GIB],
             exchange,
             time_left(self.started, done, total),
         )

@@ -2,18 +2,18 @@
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from malora_dist.distributed.process_groups import World, broadcast_stop, max_over_control, stop_requested
+from malora_dist.launch.schedulers import end_time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_IS_UP, ENOUGH_STEPS = 1000, 1001
 LOOK_SECONDS = 0.3
-# How much of Slurm's remaining time is kept for the last step and save, at most and at least.
+# How much of a job's remaining time is kept for the last step and save, at most and at least.
 KEPT_SECONDS, KEPT_SHARE = 300.0, 0.1
 
 
@@ -111,43 +111,13 @@ class _Abandoned(Exception):
 
 
 def deadline_of(max_hours: float | None, started: float) -> float | None:
-    """When the run must begin to end: `max_hours` after its start, or before Slurm ends the job; None without either.
+    """Return when the run must begin to end, as a `time.time()`; None without a limit.
 
-    `started` is a `time.time()`. Of Slurm's time a tenth is kept for the last step and save, at most five minutes.
+    `max_hours` after `started`, a `time.time()`, or before the scheduler ends the job: a tenth of its time is kept
+    for the last step and save, at most five minutes.
     """
     limits = [] if max_hours is None else [started + 3600 * max_hours]
-    end = slurm_end_time()
+    end = end_time(os.environ)
     if end is not None:
         limits.append(end - min(KEPT_SECONDS, KEPT_SHARE * max(0.0, end - started)))
     return min(limits, default=None)
-
-
-def slurm_end_time() -> float | None:
-    """When Slurm ends this job, as a `time.time()`; None outside of a job, or if it has no limit."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return None
-    if os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
-        return float(os.environ["SLURM_JOB_END_TIME"])
-    command = ["squeue", "--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%L"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    left = seconds_of(done.stdout.strip().splitlines()[0] if done.stdout.strip() else "")
-    return None if left is None else time.time() + left
-
-
-def seconds_of(text: str) -> float | None:
-    """Slurm's [days-][[hours:]minutes:]seconds as seconds; None for UNLIMITED, INVALID and the like.
-
-    >>> seconds_of("1-02:03:04")
-    93784.0
-    """
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in [*parts, days or "0"]):
-        return None
-    seconds = 0
-    for part in parts:
-        seconds = 60 * seconds + int(part)
-    return float(seconds + 86400 * int(days or 0))

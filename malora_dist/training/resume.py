@@ -12,7 +12,7 @@ from malora_dist.config import RunConfig, config_from_dict, load_config, plain_c
 from malora_dist.config.resume_compatibility import Change, changes
 from malora_dist.distributed.process_groups import World, raise_on_all_ranks
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.files.exit_status import FINISHED, MEASURED_ON, read_outcome
+from malora_dist.files.exit_status import FINISHED, MEASURED_ON, read_exit_status
 from malora_dist.training.base_model import base_quantizer
 
 
@@ -65,7 +65,7 @@ def is_run(folder: Path) -> bool:
 
 def is_finished(run: Path) -> bool:
     """Whether the run there has said so. Raises CheckpointError if exit.json is damaged."""
-    outcome = read_outcome(run)
+    outcome = read_exit_status(run)
     return outcome is not None and outcome["outcome"] == FINISHED
 
 

@@ -12,6 +12,7 @@ from malora_dist.errors import CheckpointError, ConfigError, TrainingError
 from malora_dist.files.exit_status import RUN_FILES
 from malora_dist.files.json_text import parse_json
 from malora_dist.files.locks import lock_at, marker
+from malora_dist.launch.schedulers import is_requeued
 
 LOCK = ".lock"
 LOCK_SECONDS, LOCK_SHARE = 30, 0.8
@@ -63,11 +64,10 @@ def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> BaseFileLock
 def lock_seconds(environment: Mapping[str, str], timeout_seconds: float) -> float:
     """How long a start waits for the lock, while its other processes wait in a collective.
 
-    Of a job that Slurm has requeued, long enough for the main process of the start before: on a node that was lost it
+    Of a job that was requeued, long enough for the main process of the start before: on a node that was lost it
     waits for its peers for `timeout_seconds` in all.
     """
-    requeued = environment.get("SLURM_RESTART_COUNT", "0") != "0"
-    return LOCK_SHARE * timeout_seconds if requeued else min(LOCK_SECONDS, LOCK_SHARE * timeout_seconds)
+    return LOCK_SHARE * timeout_seconds if is_requeued(environment) else min(LOCK_SECONDS, LOCK_SHARE * timeout_seconds)
 
 
 def _lock(folder: Path, seconds: float) -> BaseFileLock | None:

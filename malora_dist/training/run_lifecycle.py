@@ -19,8 +19,8 @@ from malora_dist.files.exit_status import (
     FAILED,
     FINISHED,
     PREEMPTED,
-    clear_outcome,
-    write_outcome,
+    clear_exit_status,
+    write_exit_status,
 )
 from malora_dist.training.loop import LoopState
 from malora_dist.training.preemption import Preempted
@@ -56,7 +56,7 @@ class Session:
                 self._write(run, FAILED, code_of(error), str(error))
             self._release()
             raise
-        clear_outcome(run)
+        clear_exit_status(run)
         return start
 
     def open(self) -> RunOutputs:
@@ -121,7 +121,7 @@ class Session:
         steps = CheckpointStore(folder / CHECKPOINTS).steps()
         step = max([self.state.step, *steps])
         name = checkpoint_name(steps[-1]) if steps else None
-        write_outcome(folder, outcome, code, reason=reason, step=step, checkpoint=name)
+        write_exit_status(folder, outcome, code, reason=reason, step=step, checkpoint=name)
         return step
 
     def _release(self) -> None:

@@ -29,7 +29,27 @@ from malora_dist.files.exit_status import MEASURED_ON
 from malora_dist.files.json_text import parse_json
 from malora_dist.models.config import KEY
 from malora_dist.report import print_results, write_report
-from malora_dist.tracking.metrics import CHECKPOINT, EVAL, ROUTING, MetricsWriter
+from malora_dist.tracking.metrics import (
+    BASE_DTYPE,
+    BASE_PARAMETERS,
+    BYTES,
+    CHECKPOINT,
+    DEVICE,
+    EVAL,
+    KIND,
+    MAX_STEPS,
+    RESIDENT_BYTES,
+    RESUME,
+    ROUTING,
+    RUN,
+    STEP,
+    TRAINABLE_PARAMETERS,
+    WORLD_SIZE,
+    MetricsWriter,
+    eval_accuracy,
+    eval_loss,
+    eval_score,
+)
 from malora_dist.tracking.trackers import open_trackers
 from malora_dist.training.best_checkpoint import Tasks, score
 from malora_dist.training.run_folder import forget_evaluations, read_evaluations, read_measured_on
@@ -118,14 +138,14 @@ class RunOutputs:
         assert self.report is not None
         self.record(
             {
-                "kind": "run",
-                "world_size": self.world.size,
-                "max_steps": steps,
-                "device": self.world.device.type,
-                "base_dtype": dtype.removeprefix("torch."),
-                "trainable_parameters": self.report.trainable_parameters,
-                "base_parameters": self.report.base_parameters,
-                "resident_bytes": resident,
+                KIND: RUN,
+                WORLD_SIZE: self.world.size,
+                MAX_STEPS: steps,
+                DEVICE: self.world.device.type,
+                BASE_DTYPE: dtype.removeprefix("torch."),
+                TRAINABLE_PARAMETERS: self.report.trainable_parameters,
+                BASE_PARAMETERS: self.report.base_parameters,
+                RESIDENT_BYTES: resident,
             }
         )
 
@@ -153,13 +173,13 @@ class RunOutputs:
             self.log.info("going on after step %d, from %s", step, folder)
         if checkpoint is not None and own:
             self._record_checkpoint(checkpoint)
-        self.record({"kind": "resume", "step": step, "checkpoint": folder})
+        self.record({KIND: RESUME, STEP: step, CHECKPOINT: folder})
 
     def _record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add the record of a checkpoint of this run whose writer was killed before it could."""
         step, files = checkpoint.manifest.step, checkpoint.manifest.files.values()
         if not run_on_rank0(lambda: self.metrics.holds(CHECKPOINT, step), self.world):
-            self.record({"kind": CHECKPOINT, "step": step, "bytes": sum(record.bytes for record in files)})
+            self.record({KIND: CHECKPOINT, STEP: step, BYTES: sum(record.bytes for record in files)})
 
     def measured_on(self, what: Mapping[str, Any]) -> None:
         """Forget the evaluations of a start of this run that trained something else: another recipe, base or rows."""
@@ -183,13 +203,14 @@ class RunOutputs:
     def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:
         """An evaluation during training: a record of `eval/<task>/accuracy` and `/loss`; its score by `metric`."""
         value = score(metric, result["tasks"], baseline)
+        names = {"accuracy": eval_accuracy, "loss": eval_loss}
         values = {
-            f"eval/{task}/{name}": row[name]
+            name_of(task): row[name]
             for task, row in result["tasks"].items()
-            for name in ("accuracy", "loss")
+            for name, name_of in names.items()
             if name in row
         }
-        self.record({"kind": "eval", "step": step, **values, f"eval/{metric}": value})
+        self.record({KIND: EVAL, STEP: step, **values, eval_score(metric): value})
         self.log.info("step %d  validation: %s %.3f", step, metric.replace("_", " "), value)
         return value
 

@@ -10,9 +10,26 @@ from malora_dist.adapters.inject import mixture_layers
 from malora_dist.console.log import peak_memory_gib
 from malora_dist.distributed.process_groups import max_over_processes, sum_over_processes
 from malora_dist.ops.devices import to_device
+from malora_dist.tracking.metrics import (
+    AUX_LOSS,
+    EPOCH,
+    EXCHANGE_BYTES,
+    GRAD_NORM,
+    KIND,
+    LEARNING_RATE,
+    LOSS,
+    PEAK_MEMORY_GIB,
+    ROUTING,
+    SHARE,
+    STEP,
+    STEP_SECONDS,
+    TASKS,
+    TOKENS_PER_SECOND,
+    TRAIN,
+    Record,
+    train_loss,
+)
 from malora_dist.training.train_step import Stepper, StepResult
-
-Record = dict[str, Any]
 
 
 class Window:
@@ -37,23 +54,23 @@ class Window:
         n = len(results)
         peak, sent, norms = self._measured()
         record: Record = {
-            "kind": "train",
-            "step": step,
-            "epoch": epoch,
-            "loss": sum(result.loss for result in results) / n,
-            "aux_loss": sum(result.aux_loss for result in results) / n,
-            "grad_norm": sum(norms) / n,
-            "learning_rate": results[-1].learning_rate,
-            "tokens_per_second": sum(result.tokens for result in results) / seconds,
-            "step_seconds": seconds / n,
-            "peak_memory_gib": peak,
+            KIND: TRAIN,
+            STEP: step,
+            EPOCH: epoch,
+            LOSS: sum(result.loss for result in results) / n,
+            AUX_LOSS: sum(result.aux_loss for result in results) / n,
+            GRAD_NORM: sum(norms) / n,
+            LEARNING_RATE: results[-1].learning_rate,
+            TOKENS_PER_SECOND: sum(result.tokens for result in results) / seconds,
+            STEP_SECONDS: seconds / n,
+            PEAK_MEMORY_GIB: peak,
         }
         if self.stepper.all_to_all is not None:
-            record["exchange_bytes"] = sum(sent) / n
+            record[EXCHANGE_BYTES] = sum(sent) / n
         for task, name in enumerate(self.stepper.task_names):
             count = sum(result.task_token_counts[task] for result in results)
             if count > 0:
-                record[f"train/{name}/loss"] = sum(result.task_loss_sums[task] for result in results) / count
+                record[train_loss(name)] = sum(result.task_loss_sums[task] for result in results) / count
         self.results, self.seconds = [], 0.0
         return record
 
@@ -74,7 +91,7 @@ class Window:
         tasks = list(self.stepper.task_names)
         shares = share_GLE.tolist() if self.layers else [[] for _ in tasks]
         share = {task: dict(zip(self.layers, rows, strict=True)) for task, rows in zip(tasks, shares, strict=True)}
-        return {"kind": "routing", "step": step, "tasks": tasks, "share": share}
+        return {KIND: ROUTING, STEP: step, TASKS: tasks, SHARE: share}
 
     def _counts(self) -> Tensor:
         if not self.layers:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from malora_dist.bench.run import parse
-from malora_dist.errors import ConfigError
+from malora_dist.bench.ep_options import EpOptions
 from tests.e2e import RECIPE, make_folder, run_alone
 from tests.multiprocess import run_distributed
 
@@ -27,9 +26,14 @@ def measured(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for name in ("model", "data", "cache"):
         recipe = recipe.replace(f": {name}\n", f": {folder / name}\n").replace(f" {name}/", f" {folder / name}/")
     (folder / "absolute.yaml").write_text(recipe)
-    arguments = [folder / "absolute.yaml", "--steps", STEPS, "--warmup", WARMUP]
-    arguments += ["--json", folder / "two.json", "--markdown", folder / "two.md"]
-    seen = run_distributed("tests.bench.workers:recorded_bench", 2, arguments=[str(part) for part in arguments])
+    options = EpOptions(
+        recipe=str(folder / "absolute.yaml"),
+        steps=STEPS,
+        warmup=WARMUP,
+        json=folder / "two.json",
+        markdown=folder / "two.md",
+    )
+    seen = run_distributed("tests.bench.workers:recorded_bench", 2, options=options)
     return json.loads((folder / "two.json").read_text()), seen
 
 
@@ -89,19 +93,6 @@ def test_rows_follow_from_the_records(measured: tuple[dict[str, Any], list[dict[
     assert text.count("### ") == 6 and all(f"| {name} |" in text for name in result["variants"])
 
 
-def test_options_and_settings_in_any_order() -> None:
-    options = parse(
-        ["--local_rank=1", "r.yaml", "--adapter.r", "16", "--steps", "3", "x.y=-1", "--variants", "ep,zero"]
-    )
-    assert (options.recipe, options.overrides) == ("r.yaml", ("--adapter.r", "16", "x.y=-1"))
-    assert (options.steps, options.warmup, options.topics) == (3, 2, ("ep", "zero"))
-    assert options.command(2) == (
-        "malora bench ep r.yaml --num_gpus 2 --steps 3 --warmup 2 --variants ep,zero --adapter.r 16 x.y=-1"
-    )
-    with pytest.raises(ConfigError, match="--steps 0 must be at least 1"):
-        parse(["r.yaml", "--steps", "0"])
-
-
 @pytest.mark.e2e
 def test_one_process_and_nothing_is_overwritten(folder: Path) -> None:
     command = ["bench", "ep", "recipe.yaml", "--num_gpus", "1", "--variants", "ep", "--steps", "1"]
@@ -110,5 +101,5 @@ def test_one_process_and_nothing_is_overwritten(folder: Path) -> None:
     assert done.code == 0 and "step 1/1" in done.output, done.output
     result = json.loads((folder / "one.json").read_text())
     assert list(result["variants"]) == [REFERENCE] and result["world_size"] == 1
-    with pytest.raises(ConfigError, match="exists, and is not overwritten"):
-        parse(["recipe.yaml", "--json", str(folder / "one.json")])
+    done = run_alone("malora_dist.bench.run", ["recipe.yaml", *command[3:], "--json", "one.json"], folder)
+    assert done.code == 2 and "--json one.json exists, and is not overwritten" in done.output

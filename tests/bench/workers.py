@@ -5,9 +5,10 @@ from typing import Any
 from unittest.mock import patch
 
 from malora_dist.adapters.inject import mixture_layers
+from malora_dist.bench.ep_options import EpOptions
 from malora_dist.bench.measure import Subject
 from malora_dist.bench.results import Record
-from malora_dist.bench.run import bench, parse
+from malora_dist.bench.run import bench
 from malora_dist.config import load_config
 from malora_dist.data.loader import MicroBatch
 from malora_dist.distributed.process_groups import World
@@ -17,7 +18,7 @@ from tests.distributed.exchange_runs import recorded_messages
 STEP = Subject.step
 
 
-def recorded_bench(world: World, arguments: Sequence[str]) -> dict[str, Any]:
+def recorded_bench(world: World, options: EpOptions) -> dict[str, Any]:
     """Bytes of this process's messages in each variant's steps, and what was found in its engine."""
     found: dict[str, dict[str, Any]] = {}
     sent: dict[str, list[int]] = {}
@@ -38,7 +39,6 @@ def recorded_bench(world: World, arguments: Sequence[str]) -> dict[str, Any]:
         sent.setdefault(subject.variant.name, []).append(sum(messages))
         return record
 
-    options = parse(arguments)
     with patch.object(Subject, "step", step):
         bench(options, load_config(options.recipe, options.overrides), world)
     return {"found": found, "sent": sent}

@@ -5,7 +5,8 @@ import pytest
 
 from malora_dist.cli.app import main
 from malora_dist.errors import MaloraError
-from malora_dist.launch.ranks import LAUNCHED, free_port
+from malora_dist.launch.ports import free_port
+from malora_dist.launch.ranks import LAUNCHED
 from tests.commands import malora, malora_without_torch
 
 RANK = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "n0", "MASTER_PORT": "7"}
@@ -18,6 +19,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.delenv(name, raising=False)
     assert malora("init", "r.yaml", "--model", "my/model") == 0
     return "r.yaml"
+
+
+def make_run(folder: str) -> None:
+    """A folder that evaluate takes for that of a run."""
+    Path(folder).mkdir(parents=True)
+    Path(folder, "config.yaml").write_text("model: {}\n")
 
 
 def test_init_then_validate(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +74,7 @@ def test_errors_are_one_message_and_code_2(recipe: str, capsys: pytest.CaptureFi
         (["evaluate"], "give either RUN_DIR"),
         (["evaluate", "runs/x", "--adapter", "a"], "give either RUN_DIR"),
         (["evaluate", "--adapter", "a"], "belong together"),
+        (["evaluate", "runs/none"], "RUN_DIR=runs/none is not the folder of a run"),
         (["report", "runs/none"], "is not a folder"),
     ],
 )
@@ -85,7 +93,7 @@ def test_several_processes_go_through_deepspeed(
     launcher = tmp_path / "deepspeed"
     launcher.write_text('#!/bin/sh\necho "started: $*"\nexit 9\n')
     launcher.chmod(0o755)
-    monkeypatch.setattr("malora_dist.launch.start.launcher_path", lambda: str(launcher))
+    monkeypatch.setattr("malora_dist.cli.start.launcher_path", lambda: str(launcher))
     # What a pod or a batch script has set is no launcher.
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("SLURM_NTASKS", "2")
@@ -93,8 +101,9 @@ def test_several_processes_go_through_deepspeed(
     port = str(free_port())
     assert malora("train", recipe, "--num_gpus", "2", "--master_port", port, "--adapter.r", "6") == 9
     out, err = capfd.readouterr()
-    assert out == f"started: --num_gpus 2 --master_port {port} --module malora_dist.train r.yaml --adapter.r 6\n"
-    assert f"$ {launcher} --num_gpus 2 --master_port {port} --module malora_dist.train r.yaml --adapter.r 6" in err
+    words = f"--log_level error --num_gpus 2 --master_port {port} --module malora_dist.train r.yaml --adapter.r 6"
+    assert out == f"started: {words}\n" and f"$ {launcher} {words}" in err
+    make_run("runs/x")
     assert malora("evaluate", "runs/x", "--num_gpus", "2", "--evaluation.split", "validation") == 9
     assert "--module malora_dist.evaluate runs/x --evaluation.split validation\n" in capfd.readouterr().out
     assert malora("evaluate", "--adapter", "a", "--recipe", recipe, "--num_gpus", "2", "--train.seed", "1") == 9
@@ -126,6 +135,7 @@ def test_a_rank_of_a_launcher_starts_no_other_number(
     assert malora("train", recipe, "--num_gpus", "2") == 2
     assert "--num_gpus 2: a launcher has started this process" in " ".join(capsys.readouterr().err.split())
     monkeypatch.delenv("LOCAL_RANK")
+    make_run("runs/x")
     assert malora("evaluate", "runs/x") == 2
     assert "WORLD_SIZE=4 are set and LOCAL_RANK is not" in " ".join(capsys.readouterr().err.split())
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from malora_dist.adapters.io.folder import WEIGHTS, open_adapter
 from malora_dist.cli.app import app
+from malora_dist.cli.inspect.detect import inspect
 from malora_dist.cli.inspect.lines import lines
-from malora_dist.cli.inspect.look import inspect
 from malora_dist.errors import CheckpointError, MaloraError
 from malora_dist.tracking.metrics import MetricsWriter
 from tests.adapter_samples import edit_weights

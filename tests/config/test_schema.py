@@ -55,7 +55,7 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
 @pytest.mark.parametrize(
     ("section", "values", "fragments"),
     [
-        broken("model", {"dtype": "fp16"}, "model.dtype='fp16'", "'bfloat16' or 'float32'"),
+        broken("model", {"dtype": "fp16"}, "model.dtype='fp16'", "one of auto, bfloat16 (bf16), float32 (fp32)"),
         broken("model", {"attn_implementation": "flash_attention_2", "dtype": "fp32"}, "needs model.dtype=bfloat16"),
         broken(
             "model", {"load_in_4bit": False, "bnb_4bit_use_double_quant": True}, "no meaning for model.load_in_4bit"
@@ -162,6 +162,8 @@ def test_values_people_write() -> None:
         recipe(model={"dtype": "bf16"}, adapter={"target_modules": "q_proj, v_proj"}, train={"report_to": "none"})
     )
     assert config.model.dtype == "bfloat16"
+    for given in ("float32", "fp32", "torch.float32"):
+        assert config_from_dict(recipe(model={"dtype": given})).model.dtype == "float32"
     assert config.adapter.target_modules == ("q_proj", "v_proj")
     assert config.train.report_to == ()
 

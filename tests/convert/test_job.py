@@ -20,7 +20,7 @@ from malora_dist.adapters.io.folder import save_adapter
 from malora_dist.adapters.io.from_model import save_model_adapter
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.cli.app import main
-from malora_dist.cli.inspect.look import inspect
+from malora_dist.cli.inspect.detect import inspect
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.adapter_samples import edit_weights
 from tests.config.recipes import recipe

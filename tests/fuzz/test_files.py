@@ -18,8 +18,8 @@ from malora_dist.adapters.methods import mixture_spec
 from malora_dist.checkpoint.layout import MANIFEST, seal
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
+from malora_dist.cli.inspect.detect import inspect
 from malora_dist.cli.inspect.lines import lines
-from malora_dist.cli.inspect.look import inspect
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.files.tensor_file import LENGTH_BYTES, read_elements, read_header
 from tests.checkpoint.samples import save

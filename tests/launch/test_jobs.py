@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from malora_dist.launch.jobs import JOBS_FILE, SLURM_FOLDER, Job, append_job, array_tasks, jobs_of, read_jobs, runs_of
+from malora_dist.launch.jobs import JOBS_FILE, SubmittedJob, append_job, array_tasks, jobs_of, read_jobs, runs_of
 
-ONE = Job("12", "train", "2026-11-25T08:30:00+0000", "/runs/a/slurm/train_12.out", "/runs/a/slurm/train_12.sbatch")
+ONE = SubmittedJob(
+    "12", "train", "2026-11-25T08:30:00+0000", "/runs/a/slurm/train_12.out", "/runs/a/slurm/train_12.sbatch"
+)
 ARRAY = replace(ONE, job="20", array="1-3,8%2", log="/runs/a/slurm/train_20_%a.out")
 
 
-def written(run: Path, *jobs: Job) -> Path:
-    folder = run / SLURM_FOLDER
+def written(run: Path, *jobs: SubmittedJob) -> Path:
+    folder = run / "slurm"
     folder.mkdir(parents=True)
     for job in jobs:
         append_job(folder, job)

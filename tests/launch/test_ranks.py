@@ -1,7 +1,6 @@
 """Which process of a run this one is told to be. tests/slurm runs the real srun."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ import pytest
 from malora_dist.errors import ConfigError, TopologyError
 from malora_dist.launch.ranks import (
     check_processes,
-    free_port,
-    meeting_port,
     place_of,
     rank_variables,
     under_launcher,
@@ -109,9 +106,9 @@ def test_a_step_of_which_slurm_does_not_tell_all(name: str) -> None:
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: mpirun has started this process beside others"),
         (
             {**LAUNCHED, "RANK": "0", "WORLD_SIZE": "1", **STEP},
-            "RANK=0 and WORLD_SIZE=1 are set, and srun .* task 3 of SLURM_STEP_NUM_TASKS=4: .* unset RANK, WORLD_SIZE",
+            "RANK=0 and WORLD_SIZE=1 are set, and slurm .* task 3 of 4 .SLURM_PROCID=3, .* unset RANK, WORLD_SIZE",
         ),
-        ({**LAUNCHED, "WORLD_SIZE": "2", **STEP}, "WORLD_SIZE=2 are set, and srun .* each would train alone"),
+        ({**LAUNCHED, "WORLD_SIZE": "2", **STEP}, "WORLD_SIZE=2 are set, and slurm .* each would train alone"),
     ],
 )
 def test_processes_that_would_each_train_alone_are_refused(environment: dict[str, str], message: str) -> None:
@@ -139,15 +136,3 @@ def test_a_port_at_odds_with_the_launchers_is_refused() -> None:
         check_processes(LAUNCHED, None, 12345)
     with pytest.raises(ConfigError, match="--master_port 12345: "):
         check_processes(STEP, None, 12345)
-
-
-def test_runs_on_one_machine_meet_at_ports_of_their_own() -> None:
-    assert len({free_port() for _ in range(20)}) > 15
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        taken = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--master_port {taken}: Address already in use; leave it out"):
-            meeting_port(taken)
-    port = free_port()
-    assert meeting_port(port) == port and 20000 <= meeting_port(None) < 32000

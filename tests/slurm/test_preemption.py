@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow("jobs of a real Slurm, which c
 WAIT = {"rank": 1, "on": "check", "at": "backward", "step": 4, "wait": True}
 # What is started by Slurm's daemons is no child of srun.
 IDLE = 300
-LIMIT = "import malora_dist.training.preemption as p, time; print('left', p.slurm_end_time() - time.time())"
+LIMIT = "import malora_dist.launch.schedulers as s, os, time; print('left', s.end_time(os.environ) - time.time())"
 
 
 def test_a_run_told_to_end_by_scancel_goes_on_in_the_next_step(cluster: Cluster, tmp_path: Path) -> None:

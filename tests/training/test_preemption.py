@@ -2,9 +2,7 @@
 
 import os
 import signal
-import stat
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +14,6 @@ from malora_dist.training.preemption import (
     Agreement,
     Preempted,
     deadline_of,
-    seconds_of,
-    slurm_end_time,
 )
 from malora_dist.training.watchdog import Position, watched
 from tests.multiprocess import run_distributed
@@ -26,27 +22,9 @@ from tests.multiprocess import run_distributed
 WORK = 1200
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("42", 42),
-        ("1:30", 90),
-        ("02:03:04", 7384),
-        ("1-00:00:00", 86400),
-        ("3-02:03:04", 266584),
-        ("UNLIMITED", None),
-        ("INVALID", None),
-        ("NOT_SET", None),
-        ("", None),
-    ],
-)
-def test_slurms_words_for_a_duration(text: str, seconds: float | None) -> None:
-    assert seconds_of(text) == seconds
-
-
 def test_the_earlier_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert deadline_of(None, 1000.0) is None and slurm_end_time() is None
+    assert deadline_of(None, 1000.0) is None
     assert deadline_of(0.5, 1000.0) == 1000 + 1800
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     # A tenth of what is left is kept, at most five minutes.
@@ -54,24 +32,6 @@ def test_the_earlier_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deadline_of(None, 1000.0) == 1900 and deadline_of(0.2, 1000.0) == 1720
     monkeypatch.setenv("SLURM_JOB_END_TIME", "101000")
     assert deadline_of(None, 1000.0) == 100700 and deadline_of(100.0, 1000.0) == 100700
-
-
-@pytest.mark.e2e
-def test_slurm_is_asked_where_it_does_not_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A squeue of our own stands for the cluster's; tests/slurm runs the real one."""
-    squeue = tmp_path / "squeue"
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    for answer, left in (("1:00:00", 3600), ("UNLIMITED", None)):
-        squeue.write_text(f'#!/bin/sh\n[ "$3" = 17 ] && echo "{answer}"\n')
-        squeue.chmod(squeue.stat().st_mode | stat.S_IXUSR)
-        end = slurm_end_time()
-        assert (end is None) if left is None else (end == pytest.approx(time.time() + left, abs=30))
-    squeue.write_text("#!/bin/sh\nexit 1\n")
-    assert slurm_end_time() is None
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert slurm_end_time() is None
 
 
 def test_every_signal_is_heard_and_nothing_ends() -> None:

@@ -11,7 +11,14 @@ from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, config_text, plain_config
 from malora_dist.distributed.process_groups import World
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.files.exit_status import FAILED, FINISHED, PREEMPTED, clear_outcome, read_outcome, write_outcome
+from malora_dist.files.exit_status import (
+    FAILED,
+    FINISHED,
+    PREEMPTED,
+    clear_exit_status,
+    read_exit_status,
+    write_exit_status,
+)
 from malora_dist.ops.nf4 import QUANTIZER
 from malora_dist.training.base_model import base_quantizer
 from malora_dist.training.resume import Start, check_base, check_data, find_start, open_checkpoint
@@ -39,7 +46,7 @@ def begun(
         store.commit(step, manifest)
     if outcome is not None:
         step = steps[-1] if steps else 0
-        write_outcome(run, outcome, 75, reason="SIGUSR1", step=step, checkpoint=f"step-{step:06d}")
+        write_exit_status(run, outcome, 75, reason="SIGUSR1", step=step, checkpoint=f"step-{step:06d}")
     return its_config
 
 
@@ -153,17 +160,17 @@ def test_a_path_is_a_new_run_from_there(tmp_path: Path) -> None:
 
 
 def test_the_outcome_is_read_back_or_refused(tmp_path: Path) -> None:
-    assert read_outcome(tmp_path) is None
-    write_outcome(tmp_path, PREEMPTED, 75, reason="SIGTERM", step=7, checkpoint=None)
-    found = read_outcome(tmp_path)
+    assert read_exit_status(tmp_path) is None
+    write_exit_status(tmp_path, PREEMPTED, 75, reason="SIGTERM", step=7, checkpoint=None)
+    found = read_exit_status(tmp_path)
     assert found is not None and {**found, "time": ""} == {
         "outcome": "preempted", "exit_code": 75, "reason": "SIGTERM", "step": 7, "checkpoint": None, "time": "",
     }  # fmt: skip
     (tmp_path / "exit.json").write_text('{"outcome": "fin')
     with pytest.raises(CheckpointError, match="exit.json is damaged"):
-        read_outcome(tmp_path)
-    clear_outcome(tmp_path)
-    assert read_outcome(tmp_path) is None
+        read_exit_status(tmp_path)
+    clear_exit_status(tmp_path)
+    assert read_exit_status(tmp_path) is None
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from malora_dist.adapters.io.info import (
     read_adapter_info,
 )
 from malora_dist.adapters.io.weights import check_factors, check_names, check_seal, weights_header
-from malora_dist.checkpoint.detect import what_is
+from malora_dist.checkpoint.detect import detect_kind
 from malora_dist.checkpoint.layout import MANIFEST
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.shards import file_record
@@ -100,7 +100,7 @@ def _find(path: Path) -> Path:
             return latest
         if not (path / MANIFEST).exists():
             raise CheckpointError(
-                f"{path} is no adapter folder, having no {CONFIG}, no checkpoint and no run: {what_is(path)}"
+                f"{path} is no adapter folder, having no {CONFIG}, no checkpoint and no run: {detect_kind(path)}"
             )
     return path
 

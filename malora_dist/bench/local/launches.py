@@ -1,19 +1,20 @@
 """`malora bench launches`: what a GPU would launch and wait for, counted without one."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
 
 from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS, Stage, above
 from malora_dist.bench.local.machine import describe
-from malora_dist.bench.local.options import BASES, DTYPES, command_line, one_of
+from malora_dist.bench.local.options import BASES, command_line, one_of, short_dtype
 from malora_dist.bench.local.output import Output, say
 from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.device import StrictDevice
+from malora_dist.config.dtypes import long_name
 from malora_dist.errors import ConfigError
 
 BASE = "base"
@@ -41,7 +42,7 @@ class LaunchOptions:
 def run(options: LaunchOptions, output: Output) -> Report:
     """Count every case and put the report out. Raises ConfigError for options that cannot be."""
     output.check()
-    one_of("--dtype", options.dtype, DTYPES)
+    options = replace(options, dtype=short_dtype(options.dtype))
     one_of("--base", options.base, BASES)
     if options.hidden % 16:
         raise ConfigError(f"--hidden {options.hidden} must be a multiple of 16: the block has 4 heads, of even width")
@@ -90,7 +91,7 @@ def count(
     device: StrictDevice,
 ) -> Iterator[Record]:
     """Yield the records of one case, at each dropout."""
-    dtype = getattr(torch, DTYPES[options.dtype])
+    dtype = getattr(torch, long_name(options.dtype))
     stage = Stage.of(case, options.hidden, options.tokens, dtype, load_in_4bit=options.base == "nf4")
     base = stage.counts(contestants[BASE], 0.0, device)
     for dropout in dropouts:

@@ -1,7 +1,7 @@
 """`malora bench layer`: forward and backward of one adapted linear."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -12,10 +12,10 @@ from malora_dist.bench.local.equal_work import check_outputs
 from malora_dist.bench.local.machine import describe, ready_device
 from malora_dist.bench.local.options import (
     BASES,
-    DTYPES,
     command_line,
     names_on_one_linear,
     one_of,
+    short_dtype,
     sizes,
     whole_numbers,
 )
@@ -25,6 +25,7 @@ from malora_dist.bench.local.peers.build import Adapted, Base, build, flops_abov
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.local.timing import interleave, records_of, reference
+from malora_dist.config.dtypes import long_name
 from malora_dist.ops.products import kept_weight_copies
 
 TARGET = "linear"
@@ -95,6 +96,7 @@ class Pass:
 def run(options: LayerOptions, output: Output) -> Report:
     """Measure every case and put the report out. Raises ConfigError for options that cannot be."""
     output.check()
+    options = replace(options, dtype=short_dtype(options.dtype))
     device = ready_device(options.device, options.threads, options.dtype)
     contestants = taking_part(options.only, names_on_one_linear(options.dtype), device)
     reference(options.against, contestants)
@@ -106,7 +108,6 @@ def run(options: LayerOptions, output: Output) -> Report:
 
 
 def _cases(options: LayerOptions) -> Iterator[Case]:
-    one_of("--dtype", options.dtype, DTYPES)
     one_of("--base", options.base, BASES)
     for (inputs, outputs), tokens in product(sizes(options.size), whole_numbers("--tokens", options.tokens)):
         yield Case(inputs, outputs, tokens)
@@ -117,7 +118,7 @@ def measure(
 ) -> list[Record]:
     """Records of one case: the contestants, and the base's product alone."""
     say(case.title(options))
-    dtype = getattr(torch, DTYPES[options.dtype])
+    dtype = getattr(torch, long_name(options.dtype))
     passes = _passes(case, options, contestants, device)
     check_outputs({name: one() for name, one in passes.items()}, dtype)
     gemm, gemm_flops = base_gemm([(case.in_features, case.out_features)], case.tokens, dtype, device)
@@ -132,7 +133,7 @@ def measure(
 def _passes(
     case: Case, options: LayerOptions, contestants: Mapping[str, Contestant], device: torch.device
 ) -> dict[str, Pass]:
-    dtype = getattr(torch, DTYPES[options.dtype])
+    dtype = getattr(torch, long_name(options.dtype))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = OneLinear(case.in_features, case.out_features, dtype, device)

@@ -18,7 +18,7 @@ from malora_dist.bench.local.losses import LOSSES
 from malora_dist.bench.local.machine import describe, ready_device
 from malora_dist.bench.local.model_bytes import model_records
 from malora_dist.bench.local.models import SMOLLM2
-from malora_dist.bench.local.options import BASES, DTYPES, command_line, default_names, labelled_share, one_of
+from malora_dist.bench.local.options import BASES, command_line, default_names, labelled_share, one_of, short_dtype
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.peers.here import taking_part
@@ -71,7 +71,7 @@ class MemoryOptions:
 def run(options: MemoryOptions, output: Output) -> Report:
     """Measure every case and put the report out. Raises ConfigError for options that cannot be."""
     output.check()
-    one_of("--dtype", options.dtype, DTYPES)
+    options = replace(options, dtype=short_dtype(options.dtype))
     one_of("--loss", options.loss, LOSSES)
     bases = [one_of("--base", part.strip(), BASES) for part in options.base.split(",")]
     recompute = [one_of("--checkpointing", part.strip(), SWITCH) for part in options.checkpointing.split(",")]

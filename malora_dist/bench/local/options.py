@@ -6,9 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.config.dtypes import SHORT_NAMES, dtype_rule, long_name
 from malora_dist.errors import ConfigError
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+DTYPES = ("float32", "bfloat16", "float64")
 BASES = ("full", "nf4")
 
 
@@ -54,6 +55,14 @@ def one_of(option: str, value: str, known: Any) -> str:
     if value not in known:
         raise ConfigError(f"{option} {value!r} must be one of {', '.join(known)}")
     return value
+
+
+def short_dtype(given: str) -> str:
+    """The short name of a dtype given to --dtype by any of its names. Raises ConfigError if it is not measured."""
+    name = long_name(given)
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {given!r} {dtype_rule(DTYPES)}")
+    return SHORT_NAMES[name]
 
 
 def command_line(verb: str, options: Any) -> str:

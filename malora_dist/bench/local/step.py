@@ -1,11 +1,12 @@
 """`malora bench step`: whole training steps of a real model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from malora_dist.bench.local.adapter_flops import GEMM, base_gemm, with_shares
 from malora_dist.bench.local.losses import LOSSES
 from malora_dist.bench.local.machine import describe, ready_device
-from malora_dist.bench.local.options import BASES, DTYPES, command_line, default_names, labelled_share, one_of
+from malora_dist.bench.local.options import BASES, command_line, default_names, labelled_share, one_of, short_dtype
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.peers.build import flops_above_base
@@ -20,8 +21,8 @@ from malora_dist.errors import ConfigError
 def run(options: StepOptions, output: Output) -> Report:
     """Measure one kind of case and put the report out. Raises ConfigError for options that cannot be."""
     output.check()
+    options = replace(options, dtype=short_dtype(options.dtype))
     one_of("--case", options.case, ("step", *CASES))
-    one_of("--dtype", options.dtype, DTYPES)
     one_of("--base", options.base, BASES)
     one_of("--loss", options.loss, LOSSES)
     labelled_share(options.labels)

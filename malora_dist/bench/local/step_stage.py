@@ -9,12 +9,13 @@ from malora_dist.adapters.inject import DEFAULT_TARGETS
 from malora_dist.bench.local.equal_work import check_losses
 from malora_dist.bench.local.losses import Batch
 from malora_dist.bench.local.models import SMOLLM2, load_model
-from malora_dist.bench.local.options import DTYPES, labelled_share
+from malora_dist.bench.local.options import labelled_share
 from malora_dist.bench.local.output import say
 from malora_dist.bench.local.peers.baselines import Contestant
 from malora_dist.bench.local.peers.build import Base, build
 from malora_dist.bench.local.timing import interleave
 from malora_dist.bench.local.trainee import Trainee
+from malora_dist.config.dtypes import long_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Stage:
     """The shared base and batch of a run, on which contestants become trainees."""
 
     def __init__(self, options: StepOptions, device: torch.device, *, peft: bool) -> None:
-        self.options, self.device, self.dtype = options, device, getattr(torch, DTYPES[options.dtype])
+        self.options, self.device, self.dtype = options, device, getattr(torch, long_name(options.dtype))
         model = load_model(options.model, self.dtype, device)
         self.vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
         self.base = Base.of(model, DEFAULT_TARGETS, load_in_4bit=options.base == "nf4", peft=peft)

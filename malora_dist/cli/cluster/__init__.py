@@ -1,1 +1,1 @@
-"""The verbs of `malora launch`: jobs of Slurm, and hosts reached by ssh. Importable without torch."""
+"""The commands of `malora launch`. Importable without torch."""

@@ -5,13 +5,21 @@ import typer
 from malora_dist.cli.cluster.follow_command import follow
 from malora_dist.cli.cluster.hostfile_command import deepspeed_verb, torchrun_verb
 from malora_dist.cli.cluster.job_commands import begin_command, end_command
-from malora_dist.cli.cluster.slurm_command import WithFlags, slurm_command
 from malora_dist.cli.cluster.status_command import status
-
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+from malora_dist.cli.cluster.submit_command import WithFlags, submit_command
+from malora_dist.cli.options import OVERRIDES
+from malora_dist.launch.schedulers import queues
 
 launch = typer.Typer(help="Start runs on a cluster, and see how they fare.", no_args_is_help=True)
-launch.command("slurm", cls=WithFlags, context_settings=OVERRIDES)(slurm_command)
+
+
+def add_scheduler(name: str) -> None:
+    """Add the command that submits to the queue of a scheduler, under its name."""
+    launch.command(name, cls=WithFlags, context_settings=OVERRIDES)(submit_command)
+
+
+for scheduler in queues():
+    add_scheduler(scheduler)
 launch.command("status")(status)
 launch.command("follow")(follow)
 launch.command("deepspeed", context_settings=OVERRIDES)(deepspeed_verb)

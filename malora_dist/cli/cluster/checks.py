@@ -1,6 +1,5 @@
-"""What is looked at before a job is submitted: the recipe, the run's folder, the plan and its memory."""
+"""Checks before a job is submitted: the recipe, the run's folder, the plan and its memory."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from malora_dist.cli.cluster.job_commands import job_config
@@ -8,27 +7,16 @@ from malora_dist.config import RunConfig
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.summary import adapter_spec
 from malora_dist.errors import ConfigError
-from malora_dist.files.exit_status import FINISHED, read_outcome
-from malora_dist.launch.jobs import SLURM_FOLDER, TRAIN, array_tasks, read_jobs
+from malora_dist.files.exit_status import FINISHED, read_exit_status
+from malora_dist.launch.jobs import TRAIN, array_tasks, read_jobs
 from malora_dist.launch.restarts import check_folder
-from malora_dist.launch.slurm.queue import UNKNOWN, job_states
+from malora_dist.launch.scheduler import UNKNOWN
+from malora_dist.launch.schedulers import queues
 from malora_dist.plan import Lengths, Report, find_shape, hardware_of
-
-# Flags of sbatch that malora launch slurm has an option for, or gives itself; a letter is a short flag.
-LOGS, FIXED = "nothing: logs are in the run's folder", "nothing: the job script expects its own"
-OWN_FLAGS = {
-    "nodes": "--nodes", "N": "--nodes", "gpus-per-node": "--gpus-per-node and --gpu-type", "gpus": "--gpus-per-node",
-    "G": "--gpus-per-node", "gpus-per-task": "--gpus-per-node", "ntasks": "--processes-per-node",
-    "n": "--processes-per-node", "ntasks-per-node": "--processes-per-node", "ntasks-per-gpu": "--processes-per-node",
-    "cpus-per-task": "--cpus-per-task", "c": "--cpus-per-task", "time": "--time", "t": "--time", "array": "--array",
-    "a": "--array", "dependency": "--after", "d": "--after", "job-name": "--name", "J": "--name",
-    "signal": "--save-before", "output": LOGS, "o": LOGS, "error": LOGS, "e": LOGS, "open-mode": LOGS,
-    "parsable": FIXED, "wrap": FIXED, "chdir": FIXED, "D": FIXED, "export": FIXED,
-}  # fmt: skip
 
 
 def checked_recipe(recipe: str, overrides: list[str], world_size: int, *, trains: bool) -> RunConfig:
-    """A recipe that can run on so many processes; if it `trains`, in a folder whose run is not finished.
+    """Return a recipe that can run on so many processes; if it `trains`, in a folder whose run is not finished.
 
     Raises ConfigError or TopologyError with all that is wrong.
     """
@@ -37,23 +25,25 @@ def checked_recipe(recipe: str, overrides: list[str], world_size: int, *, trains
     check_plan(config, world_size)
     run = Path(config.output_dir)
     check_folder(run)
-    outcome = read_outcome(run) if trains else None
+    outcome = read_exit_status(run) if trains else None
     if outcome is not None and outcome["outcome"] == FINISHED:
         raise ConfigError(f"output_dir={run}: the run there is finished; give another --output_dir")
     return config
 
 
 def check_no_job(run: Path) -> None:
-    """Raise ConfigError if a job that trains in the folder waits or runs, as far as Slurm tells."""
-    trains = [job for job in read_jobs(run / SLURM_FOLDER) if job.stage == TRAIN][-1:]
-    tasks = [f"{job.job}_{task}" for job in trains if job.array for task in array_tasks(job.array)]
-    for job, state in job_states(tasks or [job.job for job in trains]).items():
-        if state.state != UNKNOWN and not state.ended:
-            raise ConfigError(f"output_dir={run}: job {job} is there for it already ({state}); scancel {job} first")
+    """Raise ConfigError if a job that trains in the folder waits or runs, as far as its scheduler tells."""
+    for name, queue in queues().items():
+        trains = [job for job in read_jobs(run / name) if job.stage == TRAIN][-1:]
+        tasks = [f"{job.job}_{task}" for job in trains if job.array for task in array_tasks(job.array)]
+        for job, state in queue.states(tasks or [job.job for job in trains]).items():
+            if state.state != UNKNOWN and not state.ended:
+                end = queue.cancel_command(job)
+                raise ConfigError(f"output_dir={run}: job {job} is there for it already ({state}); {end} first")
 
 
 def memory_note(config: RunConfig, nodes: int, gpus_per_node: int, hbm: str, model: str | None) -> str:
-    """That the plan fits into the GPUs' memory, in words, or why that is not known.
+    """Return a sentence: the plan fits into the GPUs' memory, or why that is not known.
 
     Raises ConfigError, with what to change, if it does not fit.
     """
@@ -69,11 +59,3 @@ def memory_note(config: RunConfig, nodes: int, gpus_per_node: int, hbm: str, mod
         advice = "\n  ".join(report.advice)
         raise ConfigError(f"the plan does not fit into GPUs of --hbm {hbm}:\n  {advice}")
     return report.advice[0]
-
-
-def check_flags(where: str, flags: Sequence[str]) -> None:
-    """Raise ConfigError for a flag of sbatch that belongs to `malora launch slurm`; `where` it stands, in words."""
-    for flag in flags:
-        name = flag[2:].partition("=")[0] if flag.startswith("--") else flag[1:2] if flag.startswith("-") else ""
-        if name in OWN_FLAGS:
-            raise ConfigError(f"{flag}: not {where}; use {OWN_FLAGS[name]}")

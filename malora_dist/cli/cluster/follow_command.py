@@ -11,13 +11,14 @@ import typer
 from malora_dist.cli.cluster.status_command import duration, progress
 from malora_dist.errors import ConfigError
 from malora_dist.files.exit_status import FAILED, FINISHED
-from malora_dist.launch.jobs import TRAIN, Job, jobs_of, runs_of
-from malora_dist.launch.run_status import RUNNING, TRAIN_LOG, WAITING, RunLook, look
-from malora_dist.launch.slurm.queue import COMPLETED, UNKNOWN, JobState, job_states
+from malora_dist.launch.jobs import TRAIN, SubmittedJob, job_states, jobs_of, runs_of
+from malora_dist.launch.run_status import RUNNING, TRAIN_LOG, WAITING, RunStatus, read_run_status
+from malora_dist.launch.scheduler import COMPLETED, UNKNOWN, JobState
+from malora_dist.launch.schedulers import queues
 
 LAST_LINES = 20
 LOG_SECONDS = 0.5
-# A controller is asked by thousands of users.
+# A cluster's controller serves thousands of users.
 STATE_SECONDS, OWN_STATE_SECONDS = 10, 2
 INTERRUPTED = 130
 
@@ -52,7 +53,7 @@ class Tail:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def read(self) -> str:
-        """The text that was added since the last call."""
+        """Return the text that was added since the last call."""
         try:
             with self.path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -79,7 +80,7 @@ class Tail:
 @dataclass
 class _Following:
     run: Path
-    job: Job | None
+    job: SubmittedJob | None
     said: tuple[str, str] = ("", "")
     within_line: bool = False
     tail: Tail = field(init=False)
@@ -88,22 +89,23 @@ class _Following:
         self.tail = Tail(Path(self.job.log) if self.job else self.run / TRAIN_LOG)
 
     def until_the_end(self) -> int:
-        """Prints; the exit code."""
+        """Print log and states; return the exit code."""
         code: int | None = None
         while True:
-            self._say_states(slurm := self._slurm(), seen := look(self.run))
-            before, code = code, _code(slurm, seen)
-            # Twice, for a job that is requeued has ended for a moment.
-            if code is not None and (before is not None or slurm is None):
+            self._print_states(state := self._job_state(), seen := read_run_status(self.run))
+            before, code = code, _code(state, seen)
+            # Polled twice: a job that is requeued looks ended for a moment.
+            if code is not None and (before is not None or state is None):
                 self._print_log()
                 return code
             self._watch(OWN_STATE_SECONDS if code is not None or self.job is None else STATE_SECONDS)
 
     def farewell(self) -> str:
-        """What goes on without us."""
+        """Return what the user is told after Ctrl-C."""
         if self.job is None:
             return f"not followed any more; {self.run} goes on by itself"
-        return f"not followed any more; job {self.job.job} goes on (scancel {self.job.job} ends it)"
+        end = queues()[self.job.scheduler].cancel_command(self.job.job)
+        return f"not followed any more; job {self.job.job} goes on ({end} ends it)"
 
     def _watch(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -119,25 +121,25 @@ class _Following:
             print(text, end="", flush=True)
             self.within_line = not text.endswith("\n")
 
-    def _slurm(self) -> JobState | None:
-        return None if self.job is None else job_states([self.job.job])[self.job.job]
+    def _job_state(self) -> JobState | None:
+        return None if self.job is None else job_states([self.job])[self.job.job]
 
-    def _say_states(self, slurm: JobState | None, seen: RunLook) -> None:
-        now = (str(slurm or ""), seen.state)
+    def _print_states(self, state: JobState | None, seen: RunStatus) -> None:
+        now = (str(state or ""), seen.state)
         if now != self.said:
             self.said = now
-            name = f"job {self.job.job}: {slurm}" if self.job else str(self.run)
+            name = f"job {self.job.job}: {state}" if self.job else str(self.run)
             left = f", {duration(seen.eta_seconds)} left" if seen.eta_seconds and seen.state == RUNNING else ""
             steps = "" if seen.state == WAITING else f", step {progress(seen)}{left}"
             print("\n" * self.within_line + f"-- {name}; run {seen.state}{steps}")
             self.within_line = False
 
 
-def _code(slurm: JobState | None, seen: RunLook) -> int | None:
+def _code(state: JobState | None, seen: RunStatus) -> int | None:
     """The exit code, None while it goes on."""
-    if slurm is None:
+    if state is None:
         return None if seen.state in (WAITING, RUNNING) else int(seen.state != FINISHED)
-    if slurm.state == UNKNOWN:
-        # Slurm is not here, does not answer, or has forgotten the job.
-        return int(seen.state != FINISHED) if slurm.forgotten or seen.state in (FINISHED, FAILED) else None
-    return int(slurm.state != COMPLETED) if slurm.ended else None
+    if state.state == UNKNOWN:
+        # The scheduler is not here, does not answer, or has forgotten the job.
+        return int(seen.state != FINISHED) if state.forgotten or seen.state in (FINISHED, FAILED) else None
+    return int(state.state != COMPLETED) if state.ended else None

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from malora_dist.cli.options import recipe_first
 from malora_dist.config import load_config
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.summary import adapter_spec
@@ -22,14 +23,13 @@ from malora_dist.launch.command import (
     launcher_environment,
     launcher_path,
     run_command,
-    torchrun_command,
     visible_gpus,
 )
-from malora_dist.launch.ranks import meeting_port
-from malora_dist.launch.ssh.check import check_reachable, is_this_machine
+from malora_dist.launch.ports import meeting_port
+from malora_dist.launch.ssh.check import check_hosts, is_this_machine
 from malora_dist.launch.ssh.hostfile import Slots, choose_hosts, read_hostfile, slots_per_host
 from malora_dist.launch.ssh.pdsh import env_file_text, handed_on, hosts_command, runner_environment
-from malora_dist.launch.start import recipe_first
+from malora_dist.launch.torchrun import torchrun_command
 
 TRAIN = "malora_dist.train"
 LAUNCHER = "pdsh"
@@ -159,7 +159,7 @@ def _run_on_hosts(command: Sequence[str], chosen: Slots, *, check_ssh: bool, dry
         if shutil.which("pdsh") is None:
             raise ConfigError("pdsh is not installed here: deepspeed starts the processes of other hosts with it")
         if check_ssh:
-            check_reachable(list(chosen), Path.cwd())
+            check_hosts(list(chosen), Path.cwd())
     with tempfile.TemporaryDirectory(prefix="malora-") as folder:
         file = Path(folder) / "environment"
         file.write_text(text, encoding="utf-8")

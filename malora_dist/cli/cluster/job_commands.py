@@ -10,38 +10,39 @@ import typer
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.compatibility import check_plan
 from malora_dist.errors import ConfigError, TopologyError
-from malora_dist.launch.restarts import begin, end, job_name
+from malora_dist.launch.restarts import begin, end
+from malora_dist.launch.scheduler import RunningJob
+from malora_dist.launch.schedulers import job_of
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False)]
 
 
 def begin_command(context: typer.Context, recipe: Recipe) -> None:
-    """In a job script: check the recipe and the job, and count its starts. Exit code 2 if it must not start."""
+    """Check the recipe and the job, in a job script, and count its starts. Exit code 2 if it must not start."""
     config = job_config(recipe, context.args)
-    job = job_name(os.environ)
-    world_size = _processes(os.environ)
+    job = job_of(os.environ)
+    world_size = _processes(job, os.environ)
     check_plan(config, world_size)
-    now = begin(Path(config.output_dir), job)
-    nodes = os.environ.get("SLURM_JOB_NODELIST", "this node")
-    print(f"job {job}, start {now.starts}: {config.output_dir} on {nodes}, {world_size} processes")
+    now = begin(Path(config.output_dir), job.id)
+    print(f"job {job.id}, start {now.starts}: {config.output_dir} on {job.nodes}, {world_size} processes")
 
 
 def end_command(context: typer.Context, recipe: Recipe) -> None:
-    """In a job script, once the processes are gone: exit code 75 if the job is to start again, else its own."""
+    """Decide what follows, in a job script whose processes are gone: exit code 75 if the job is to start again."""
     config = job_config(recipe, context.args)
-    verdict = end(
+    decision = end(
         Path(config.output_dir),
-        job_name(os.environ),
+        job_of(os.environ).id,
         config.launch.max_restarts,
         stop_after_steps=config.train.stop_after_steps,
         exit_code=_left_code(os.environ),
     )
-    print(verdict.why)
-    raise typer.Exit(verdict.code)
+    print(decision.why)
+    raise typer.Exit(decision.code)
 
 
 def job_config(recipe: str, overrides: list[str]) -> RunConfig:
-    """The recipe of a job that may start several times. Raises ConfigError for a mistake in it."""
+    """Return the recipe of a job that may start several times. Raises ConfigError for a mistake in it."""
     if recipe.startswith("-"):
         raise ConfigError(f"the recipe comes before its settings: RECIPE.yaml {recipe} ...")
     if "--new-run" in overrides:
@@ -55,16 +56,16 @@ def job_config(recipe: str, overrides: list[str]) -> RunConfig:
     return config
 
 
-def _processes(environment: Mapping[str, str]) -> int:
+def _processes(job: RunningJob, environment: Mapping[str, str]) -> int:
     """Of all nodes, as the job script starts them. Raises TopologyError if a node has fewer GPUs than processes."""
-    names = ("PROCESSES", "SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE")
-    processes, nodes, gpus = (int(environment[name]) if environment.get(name, "").isdigit() else 0 for name in names)
-    if 0 < gpus < processes:
+    # Of each node; the job script counts them.
+    processes = int(environment["PROCESSES"]) if environment.get("PROCESSES", "").isdigit() else 0
+    if 0 < job.gpus_per_node < processes:
         raise TopologyError(
-            f"{processes} processes on each node, and SLURM_GPUS_ON_NODE={gpus}: give --gpus-per-node the same number, "
-            "and --ntasks-per-node too where each process is a task"
+            f"{processes} processes on each node, and {job.gpus_variable}={job.gpus_per_node}: give --gpus-per-node "
+            "the same number, and --ntasks-per-node too where each process is a task"
         )
-    return max(1, nodes) * max(1, processes)
+    return max(1, job.num_nodes) * max(1, processes)
 
 
 def _left_code(environment: Mapping[str, str]) -> int | None:

@@ -1,4 +1,4 @@
-"""`malora launch status`: the runs here, their jobs, and how they fare."""
+"""`malora launch status`: the runs here, their jobs, and the status of both."""
 
 import json
 import os
@@ -14,65 +14,68 @@ from rich.table import Table
 from rich.text import Text
 
 from malora_dist.errors import ConfigError
-from malora_dist.launch.jobs import JOBS_FILE, SLURM_FOLDER, TRAIN, Job, jobs_of, runs_of
+from malora_dist.launch.jobs import TRAIN, SubmittedJob, has_jobs, job_states, jobs_of, runs_of
 from malora_dist.launch.log_errors import last_error, last_line
-from malora_dist.launch.run_status import RUNNING, WAITING, RunLook, look
-from malora_dist.launch.slurm.queue import COMPLETED, UNKNOWN, JobState, job_states
+from malora_dist.launch.run_status import RUNNING, WAITING, RunStatus, read_run_status
+from malora_dist.launch.scheduler import COMPLETED, FAILED, UNKNOWN, JobState
 
-# Below the working folder; runs/sweep/name is at 3.
+# Levels of folders searched for runs; runs/sweep/name is at 3.
 DEPTH = 4
 COLUMNS = ("run", "stage", "job", "state", "restarts", "step", "left", "last error")
 
 
 @dataclass(frozen=True)
-class Row:
+class StatusRow:
     """A job of a run, or a run without one."""
 
     run: Path
-    job: Job | None
-    slurm: JobState | None
-    look: RunLook
+    job: SubmittedJob | None
+    job_state: JobState | None
+    status: RunStatus
 
     @property
     def is_training(self) -> bool:
+        """Whether it stands for the run's training."""
         return self.job is None or self.job.stage == TRAIN
 
     @property
     def state(self) -> str:
-        """Slurm's word where there is one, else the run's. A run whose job is gone without its word was killed."""
-        if self.slurm is None:
-            return self.look.state
-        if self.slurm.state != UNKNOWN or not self.is_training:
-            return str(self.slurm)
-        if self.slurm.forgotten:
-            return {RUNNING: "killed", WAITING: "ended before it began"}.get(self.look.state, self.look.state)
-        return f"{self.slurm}; the run: {self.look.state}"
+        """The scheduler's word where there is one, else the run's. One without a job that seems to run was killed."""
+        if self.job_state is None:
+            return self.status.state
+        if self.job_state.state != UNKNOWN or not self.is_training:
+            return str(self.job_state)
+        if self.job_state.forgotten:
+            return {RUNNING: "killed", WAITING: "ended before it began"}.get(self.status.state, self.status.state)
+        return f"{self.job_state}; the run: {self.status.state}"
 
     @property
     def error(self) -> str | None:
-        """Of a job that failed and says nothing that looks like an error, its last word."""
-        error = self.look.error if self.is_training else None
-        if self.job is not None and self.slurm is not None and self.slurm.state != COMPLETED:
+        """What went wrong; for a job that failed without a line that looks like an error, its last line."""
+        error = self.status.error if self.is_training else None
+        if self.job is not None and self.job_state is not None and self.job_state.state != COMPLETED:
             log = Path(self.job.log)
-            error = error or last_error(log) or (last_line(log) if self.slurm.state == "FAILED" else None)
+            error = error or last_error(log) or (last_line(log) if self.job_state.state == FAILED else None)
         return error
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json. Times are seconds."""
-        run = asdict(self.look) | {"restarts": self.look.restarts, "error": self.error}
-        job = None if self.job is None else asdict(self.job)
-        slurm = None if self.slurm is None else asdict(self.slurm)
-        return {"run": str(self.run), "stage": self.job.stage if self.job else None, "job": job, "slurm": slurm, **run}
+        """Return the row for --json. Times are seconds."""
+        run = asdict(self.status) | {"restarts": self.status.restarts, "error": self.error}
+        named = {"run": str(self.run), "stage": self.job.stage if self.job else None}
+        if self.job is None or self.job_state is None:
+            return {**named, "job": None, "slurm": None, **run}
+        state = {"state": self.job_state.state, "reason": self.job_state.reason}
+        return {**named, "job": self.job.as_record(), self.job.scheduler: state, **run}
 
 
 def status(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN_DIR]...", help="Runs. Default: those below this folder with Slurm jobs."),
+        typer.Argument(metavar="[RUN_DIR]...", help="Runs. Default: those below this folder with jobs."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of a table.")] = False,
 ) -> None:
-    """Say how runs and their jobs fare: Slurm's state and why, restarts, steps, time left, last error."""
+    """Show how runs and their jobs fare: the job's state and why, restarts, steps, time left, last error."""
     for path in paths or []:
         if not path.is_dir():
             raise ConfigError(f"RUN_DIR={path} is not a folder")
@@ -83,16 +86,16 @@ def status(
         return
     console = _console()
     if not rows:
-        console.print("no run with Slurm jobs below this folder; name one: malora launch status RUN_DIR")
+        console.print("no run with jobs below this folder; name one: malora launch status RUN_DIR")
         return
     console.print(table(rows))
-    for line in dict.fromkeys(f"damaged: {text}" for row in rows for text in row.look.damaged):
+    for line in dict.fromkeys(f"damaged: {text}" for row in rows for text in row.status.damaged):
         console.print(Text(line, style="yellow"), soft_wrap=True)
 
 
 def found_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """The folders at or below one that have submitted jobs, in the order of their names; none within another."""
-    if (folder / SLURM_FOLDER / JOBS_FILE).is_file():
+    """Yield the folders at or below one that have submitted jobs, in the order of their names; none within another."""
+    if has_jobs(folder):
         yield folder
     elif depth > 0:
         try:
@@ -104,42 +107,42 @@ def found_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
                 yield from found_runs(folder / name, depth - 1)
 
 
-def status_rows(runs: Sequence[Path]) -> list[Row]:
-    """A row for the newest job of each stage of each run; Slurm is asked once for all."""
+def status_rows(runs: Sequence[Path]) -> list[StatusRow]:
+    """Return a row for the newest job of each stage of each run; each scheduler is asked once for all."""
     jobs = {run: list({job.stage: job for job in jobs_of(run)}.values()) for run in runs}
-    states = job_states(job.job for found in jobs.values() for job in found)
+    states = job_states(job for found in jobs.values() for job in found)
     rows = []
     for run, found in jobs.items():
         training = next((Path(job.log) for job in found if job.stage == TRAIN), None)
-        seen = look(run, training)
-        rows += [Row(run, job, states[job.job], seen) for job in found] or [Row(run, None, None, seen)]
+        seen = read_run_status(run, training)
+        rows += [StatusRow(run, job, states[job.job], seen) for job in found] or [StatusRow(run, None, None, seen)]
     return rows
 
 
-def table(rows: Iterable[Row]) -> Table:
-    """What of a run is the same for all its stages stands once, at its training."""
+def table(rows: Iterable[StatusRow]) -> Table:
+    """Return the rows as a table. What is the same for all stages of a run stands in the row of its training."""
     made = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
     for column in made.columns:
         column.overflow = "fold"
     for row in rows:
-        own = _progress(row.look) if row.is_training else ("", "", "")
+        own = _progress(row.status) if row.is_training else ("", "", "")
         stage, job = ("", "") if row.job is None else (row.job.stage, row.job.job)
         made.add_row(*(Text(cell) for cell in (str(row.run), stage, job, row.state, *own, row.error or "")))
     return made
 
 
-def _progress(seen: RunLook) -> tuple[str, str, str]:
+def _progress(seen: RunStatus) -> tuple[str, str, str]:
     left = "" if seen.eta_seconds is None else duration(seen.eta_seconds)
     return str(seen.restarts), progress(seen), left
 
 
-def progress(seen: RunLook) -> str:
-    """`40/100`, or `40` while the number of steps is not known."""
+def progress(seen: RunStatus) -> str:
+    """Return `40/100`, or `40` while the number of steps is not known."""
     return f"{seen.step}" if seen.total is None else f"{seen.step}/{seen.total}"
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss."""
+    """Return h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 

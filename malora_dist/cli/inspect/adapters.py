@@ -18,7 +18,7 @@ Shares = Mapping[str, Sequence[float]]
 
 
 def adapter_facts(adapter: AdapterTensors, shares: Shares | None = None) -> Facts:
-    """Method, numbers, counts, and of each layer the norms |s B_t C_t D| of its experts.
+    """Return method, numbers, counts, and of each layer the norms |s B_t C_t D| of its experts.
 
     shares: by layer, the part of the tokens' choices that each expert got. A tensor that cannot be read is named under
     `damaged` and its layer left out. DoRA's norms are those of s B A before its rows are rescaled.
@@ -41,7 +41,7 @@ def adapter_facts(adapter: AdapterTensors, shares: Shares | None = None) -> Fact
 
 
 def spec_facts(spec: MixtureSpec) -> Facts:
-    """The method and the numbers it has."""
+    """Return the method and the numbers that it has."""
     facts: Facts = {"method": spec.method, "r": spec.r, "lora_alpha": spec.lora_alpha, "scaling": spec.scaling}
     if spec.use_rslora:
         facts["use_rslora"] = True
@@ -74,7 +74,7 @@ def _layer_facts(adapter: AdapterTensors, layer: str, share_E: Sequence[float] |
 
 
 def routing_shares(metrics: Path, step: int | None = None) -> Shares | None:
-    """By layer, each expert's share of the tokens of all tasks, alike, in the last routing record (up to `step`).
+    """Return each expert's share of tokens, by layer, in the last routing record (up to `step`); tasks count alike.
 
     None without a file or record. Raises MaloraError if the file is damaged.
     """

@@ -22,7 +22,7 @@ OF_DEEPSPEED = re.compile(
 
 
 def checkpoint_facts(folder: Path) -> Facts:
-    """Step, topology, versions, and the adapter; every file against its checksum."""
+    """Return step, topology, versions, and the adapter; compares every file with its checksum."""
     facts: Facts = {"kind": "checkpoint", "damaged": []}
     try:
         facts |= _manifest_facts(Manifest.read(folder))
@@ -56,7 +56,7 @@ def _manifest_facts(manifest: Manifest) -> Facts:
 
 
 def run_facts(folder: Path) -> Facts:
-    """Its checkpoints, how it ended, and its adapter: the exported one, else that of the newest checkpoint."""
+    """Return a run's checkpoints, how it ended, and its adapter: the exported one, else the newest checkpoint's."""
     facts: Facts = {"kind": "run", "damaged": [], "checkpoints": []}
     if (folder / CHECKPOINTS).is_dir():
         facts |= checkpoints_facts(folder / CHECKPOINTS) | {"kind": "run"}
@@ -75,7 +75,7 @@ def run_facts(folder: Path) -> Facts:
 
 
 def checkpoints_facts(folder: Path) -> Facts:
-    """The steps of finished checkpoints, which is the newest and which the best; unfinished ones by name."""
+    """Return the steps of finished checkpoints, which is the newest and which the best; unfinished ones by name."""
     store = CheckpointStore(folder)
     latest, best = store.latest(), store.best()
     return {
@@ -89,7 +89,7 @@ def checkpoints_facts(folder: Path) -> Facts:
 
 
 def model_facts(folder: Path) -> Facts:
-    """Architecture, dtypes and counts of a model folder, from config.json and the headers of its files."""
+    """Return architecture, dtypes and counts of a model folder, from config.json and the headers of its files."""
     facts: Facts = {"kind": "model", "damaged": []}
     try:
         config = parse_json((folder / "config.json").read_bytes())
@@ -140,12 +140,12 @@ def _headers(folder: Path, damaged: list[str]) -> Mapping[str, TensorPlace]:
 
 
 def is_deepspeed(folder: Path) -> bool:
-    """Whether names in the folder are those DeepSpeed's save_checkpoint gives."""
+    """Return whether names in the folder are those DeepSpeed's save_checkpoint gives."""
     return any(OF_DEEPSPEED.fullmatch(path.name) for path in folder.iterdir())
 
 
 def deepspeed_facts(folder: Path) -> Facts:
-    """What names and sizes tell of DeepSpeed's own checkpoints; their pickles stay closed."""
+    """Return what names and sizes tell of DeepSpeed's own checkpoints; no pickle is opened."""
     tags = sorted(path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"global_step\d+", path.name))
     files = [path for place in (tags or [folder]) for path in place.iterdir() if path.suffix == ".pt"]
     experts = [path for path in files if "_expert_" in path.name or path.name.startswith("expp_rank_")]
@@ -163,14 +163,16 @@ def deepspeed_facts(folder: Path) -> Facts:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether this is the output folder of a run."""
+    """Return whether this is the output folder of a run."""
     parts = (CHECKPOINTS, "adapter", METRICS)
     return (folder / "config.yaml").is_file() and any((folder / part).exists() for part in parts)
 
 
 def is_checkpoint(folder: Path) -> bool:
+    """Return whether this is a checkpoint, by its manifest or its name."""
     return (folder / MANIFEST).is_file() or step_of(folder.name) is not None
 
 
 def holds_checkpoints(folder: Path) -> bool:
+    """Return whether a folder in it has the name of a checkpoint."""
     return any(step_of(path.name) is not None for path in folder.iterdir())

@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 def lines(facts: Facts, indent: str = "") -> Iterator[str]:
-    """What it is, its numbers, a line for each layer, and what is wrong."""
+    """Yield what it is, its numbers, a line for each layer, and what is wrong."""
     if "path" in facts:
         yield f"{facts['path']}: {facts['kind']}"
     for name, value in facts.items():

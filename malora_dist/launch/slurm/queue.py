@@ -1,19 +1,14 @@
-"""What Slurm says of jobs, in words."""
+"""States of jobs, from squeue and sacct, and their reasons in words."""
 
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from malora_dist.launch.scheduler import UNKNOWN, JobState
 
 # Slurm's own clients take 20 s to find out that its controller is gone.
 SECONDS = 30
-UNKNOWN = "UNKNOWN"
-COMPLETED = "COMPLETED"
-ENDED = {
-    COMPLETED, "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
-    "REVOKED",
-}  # fmt: skip
-FORGOTTEN = "Slurm does not know it any more"
+FORGOTTEN = JobState(UNKNOWN, "Slurm does not know it any more", forgotten=True)
 WORDS = {
     "Resources": "waits for free nodes",
     "Priority": "waits behind other jobs",
@@ -38,34 +33,12 @@ WORDS = {
     "TimeLimit": "its time limit",
     "OutOfMemory": "no memory left",
 }
-# Left from before it started or ended; says nothing any more.
+# Reasons of an earlier state, which squeue still prints for a job that runs or has ended.
 STALE = {"Resources", "Priority", "Dependency", "BeginTime", "None", ""}
 
 
-@dataclass(frozen=True)
-class JobState:
-    """Slurm's word for a job's state, UNKNOWN if it gives none, and why in words, possibly none."""
-
-    state: str
-    reason: str = ""
-
-    @property
-    def ended(self) -> bool:
-        """Whether it does not run and is not going to."""
-        return self.state in ENDED or self.forgotten
-
-    @property
-    def forgotten(self) -> bool:
-        """Whether Slurm answers, and has no such job: it ended some time ago."""
-        return self.state == UNKNOWN and self.reason == FORGOTTEN
-
-    def __str__(self) -> str:
-        state = self.state.lower().replace("_", " ")
-        return f"{state} ({self.reason})" if self.reason else state
-
-
 def job_states(ids: Iterable[str]) -> dict[str, JobState]:
-    """The states of jobs and of tasks of arrays (`123_4`), by their ids.
+    """Return the states of jobs and of tasks of arrays (`123_4`), by their ids.
 
     Asks squeue, then, for what that has forgotten, sacct. Never raises: a Slurm that is not here or does not answer
     makes a state UNKNOWN, and the reason says so.
@@ -78,7 +51,7 @@ def job_states(ids: Iterable[str]) -> dict[str, JobState]:
     missing = [job for job in wanted if job not in found]
     if missing:
         found |= _accounted(missing)
-    unknown = JobState(UNKNOWN, problem or FORGOTTEN)
+    unknown = JobState(UNKNOWN, problem) if problem else FORGOTTEN
     return found | {job: unknown for job in missing if job not in found}
 
 

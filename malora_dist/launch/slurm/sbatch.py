@@ -1,4 +1,4 @@
-"""Handing scripts to Slurm."""
+"""Submitting scripts with sbatch, and ending jobs with scancel."""
 
 import re
 import subprocess
@@ -8,8 +8,13 @@ from pathlib import Path
 from malora_dist.errors import ConfigError
 
 SECONDS = 60
-# What a surrounding job's script sets.
+# Variables that a job's script sets; a job submitted from within another must not inherit them.
 OF_A_JOB = ("NPROC_PER_NODE", "PROCESSES", "CUDA_VISIBLE_DEVICES", "LOGS", "MALORA_EXIT_CODE", "OMP_NUM_THREADS")
+
+
+def sbatch_command(flags: Sequence[str]) -> list[str]:
+    """Return the words that submit a script from standard input."""
+    return ["sbatch", "--parsable", *flags]
 
 
 def sbatch(script: str, flags: Sequence[str], environment: Mapping[str, str], folder: Path | None = None) -> str:
@@ -17,8 +22,8 @@ def sbatch(script: str, flags: Sequence[str], environment: Mapping[str, str], fo
 
     Raises ConfigError with Slurm's own words if it refuses, or does not answer.
     """
-    command = ["sbatch", "--parsable", *flags]
-    # Numbers of a surrounding job would be taken for wishes of the new one.
+    command = sbatch_command(flags)
+    # sbatch would take the numbers of the surrounding job for options of the new one.
     outside = {
         key: value
         for key, value in environment.items()

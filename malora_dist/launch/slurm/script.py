@@ -1,12 +1,12 @@
-"""Job scripts for sbatch as text, each complete in itself. Those in slurm/ are rendered here."""
+"""Job scripts for sbatch as text, each complete in itself, made of the bash in scripts/; slurm/ holds some."""
 
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from importlib.resources import files
 
 from malora_dist.errors import ConfigError
-from malora_dist.launch.slurm import blocks
+from malora_dist.launch.scheduler import JobOptions
 
 OWN_ENVIRONMENT = """\
 # Lines for your site go here, such as module load or source .venv/bin/activate, between set +u and set -u. Without any,
@@ -14,49 +14,26 @@ OWN_ENVIRONMENT = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobOptions:
-    """What a job asks Slurm for, and how its processes start.
+class ScriptOptions(JobOptions):
+    """Options of a job, and where its output goes: sbatch's pattern for a file, and bash for the processes' folder."""
 
-    `save_before` is how many seconds before the time limit a run is told to save; Slurm may be a minute late.
-    `gpus_per_node` 0 asks for none; then, or to have fewer, `processes` is the number of processes on each node.
-    `start` "launcher" is one torchrun on each node, "tasks" one task of srun for each process. `logs` is bash.
-    `arguments` None takes those the script is called with.
-    """
-
-    name: str = "malora"
-    nodes: int = 2
-    gpus_per_node: int = 8
-    gpu_type: str | None = None
-    processes: int | None = None
-    cpus_per_task: int | None = 64
-    time: str = "24:00:00"
-    save_before: int = 300
     output: str = "%x_%j.out"
     logs: str = '"${SLURM_JOB_NAME}_$SLURM_JOB_ID"'
-    start: Literal["launcher", "tasks"] = "launcher"
-    setup: tuple[str, ...] = ()
-    sbatch: tuple[str, ...] = ()
-    srun: tuple[str, ...] = ()
-    arguments: tuple[str, ...] | None = None
-
-    @property
-    def processes_per_node(self) -> int:
-        return self.processes or self.gpus_per_node or 1
 
 
 def shipped_scripts() -> dict[str, str]:
-    """Path and text of the scripts for hand use: those of slurm/."""
-    one = JobOptions(nodes=1, time="2:00:00")
+    """Return path and text of the scripts for hand use: those of slurm/."""
+    one = ScriptOptions(nodes=1, time="2:00:00")
     return {
-        "slurm/train.sbatch": train_script(JobOptions()),
-        "slurm/array.sbatch": array_script(JobOptions(name="malora-array", nodes=1)),
+        "slurm/train.sbatch": train_script(ScriptOptions()),
+        "slurm/array.sbatch": array_script(ScriptOptions(name="malora-array", nodes=1)),
         "slurm/eval.sbatch": evaluate_script(replace(one, name="malora-eval")),
         "slurm/convert.sbatch": convert_script(replace(one, name="malora-convert", gpus_per_node=0, cpus_per_task=8)),
     }
 
 
-def train_script(job: JobOptions) -> str:
-    """A run that saves, requeues itself and goes on. Raises ConfigError for what sbatch cannot be told in a script."""
+def train_script(job: ScriptOptions) -> str:
+    """Render a run that saves, requeues itself and goes on. Raises ConfigError for what no script can tell sbatch."""
     about = [
         "Trains. Near its time limit, preempted, or after a crash, it goes on in the same run folder:",
         "  sbatch slurm/train.sbatch RECIPE.yaml [--section.key value ...]",
@@ -64,33 +41,33 @@ def train_script(job: JobOptions) -> str:
     return _script(job, about, _goes_on(job), ["RECIPE.yaml"], [*_processes(job), _train(job)])
 
 
-def array_script(job: JobOptions, *, tasks: str = "1-5", output_dir: str | None = None) -> str:
-    """A run for each task of an array; with one recipe, below `output_dir`. Raises ConfigError as `train_script`."""
+def array_script(job: ScriptOptions, *, tasks: str = "1-5", output_dir: str | None = None) -> str:
+    """Render a run for each task of an array; one recipe's are below `output_dir`. Raises as `train_script`."""
     about = [
         "A training run for each seed, or for each of several recipes; every one goes on as train.sbatch does:",
         "  sbatch --array=1-5 slurm/array.sbatch RECIPE.yaml [--section.key value ...]",
         "  sbatch --array=1-3 slurm/array.sbatch A.yaml B.yaml C.yaml [--section.key value ...]",
     ]
     folder = [] if output_dir is None else [f"MALORA_RUNS={shlex.quote(output_dir)}"]
-    body = [*folder, blocks.ARRAY, *_processes(job), _train(job)]
+    body = [*folder, block("array"), *_processes(job), _train(job)]
     return _script(job, about, {"array": tasks, **_goes_on(job)}, ["RECIPE.yaml"], body)
 
 
-def evaluate_script(job: JobOptions) -> str:
-    """The accuracies of a run, on all processes. Raises ConfigError as `train_script`."""
+def evaluate_script(job: ScriptOptions) -> str:
+    """Render `malora evaluate` on all processes. Raises ConfigError as `train_script`."""
     about = ["Measures a run's accuracies again:", "  sbatch slurm/eval.sbatch RUN_DIR [--section.key value ...]"]
     return _script(job, about, {}, ["RUN_DIR"], [*_processes(job), _srun(job, "malora_dist.evaluate")])
 
 
-def convert_script(job: JobOptions) -> str:
-    """`malora convert`, one process on one node. Raises ConfigError as `train_script`."""
+def convert_script(job: ScriptOptions) -> str:
+    """Render `malora convert`, one process on one node. Raises ConfigError as `train_script`."""
     about = ["Writes a run's adapter in another form:", "  sbatch slurm/convert.sbatch SRC DST --to KIND [--verify]"]
-    body = [_setup(job), blocks.CONVERT.format(flags=_flags(job.srun))]
+    body = [_setup(job), block("convert", FLAGS=_flags(job.srun))]
     return _script(job, about, {}, ["SRC", "DST", "--to", "KIND"], body)
 
 
 def _script(
-    job: JobOptions, about: Sequence[str], more: dict[str, str | None], usage: Sequence[str], body: list[str]
+    job: ScriptOptions, about: Sequence[str], more: dict[str, str | None], usage: Sequence[str], body: list[str]
 ) -> str:
     if job.arguments is None:
         own = f'(($# >= {len(usage)})) || {{ echo "usage: {about[1].strip()}" >&2; exit 2; }}'
@@ -100,11 +77,11 @@ def _script(
     return "\n\n".join(["\n".join(head), *body]) + "\n"
 
 
-def _goes_on(job: JobOptions) -> dict[str, str | None]:
+def _goes_on(job: ScriptOptions) -> dict[str, str | None]:
     return {"requeue": None, "signal": f"B:USR1@{job.save_before}"}
 
 
-def _directives(job: JobOptions, more: dict[str, str | None]) -> list[str]:
+def _directives(job: ScriptOptions, more: dict[str, str | None]) -> list[str]:
     options: dict[str, str | None] = {
         "job-name": job.name,
         "nodes": str(job.nodes),
@@ -135,30 +112,39 @@ def _quoted(name: str, value: str) -> str:
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=+:@%./,[]")
 
 
-def _processes(job: JobOptions) -> list[str]:
+def _processes(job: ScriptOptions) -> list[str]:
     """Where the processes meet, what they write, and how a node starts its own."""
     number = [] if job.processes is None else [f"export NPROC_PER_NODE={job.processes}"]
-    start = blocks.LAUNCHER if job.start == "launcher" else blocks.TASKS
+    start = block("launcher") if job.start == "launcher" else block("tasks")
     # The setup may choose another address or port.
-    return [blocks.PLACE, _setup(job), blocks.LOGS.replace("{logs}", job.logs), "\n".join([*number, start])]
+    return [block("place"), _setup(job), block("logs", LOGS=job.logs), "\n".join([*number, start])]
 
 
-def _setup(job: JobOptions) -> str:
-    return blocks.SETUP.format(lines="\n".join(job.setup)) if job.setup else OWN_ENVIRONMENT
+def _setup(job: ScriptOptions) -> str:
+    return block("setup", LINES="\n".join(job.setup)) if job.setup else OWN_ENVIRONMENT
 
 
-def _train(job: JobOptions) -> str:
-    return blocks.TRAIN.format(srun=_srun(job, "malora_dist.train"))
+def _train(job: ScriptOptions) -> str:
+    return block("train", SRUN=_srun(job, "malora_dist.train"))
 
 
-def _srun(job: JobOptions, module: str) -> str:
+def _srun(job: ScriptOptions, module: str) -> str:
     tasks = (
         '--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
         if job.start == "launcher"
         else '--ntasks-per-node="$SLURM_NTASKS_PER_NODE"'
     )
-    return blocks.SRUN.format(tasks=tasks, flags=_flags(job.srun), module=module)
+    return block("srun", TASKS=tasks, FLAGS=_flags(job.srun), MODULE=module)
 
 
 def _flags(flags: Sequence[str]) -> str:
     return "".join(f" {shlex.quote(flag)}" for flag in flags)
+
+
+def block(name: str, **values: str) -> str:
+    """Return a piece of bash (4.4 or newer) with the values in place of @NAME@, without its line for shellcheck."""
+    text = (files("malora_dist.launch.slurm") / "scripts" / f"{name}.sh").read_text(encoding="utf-8")
+    lines = text.partition("\n")[2].rstrip("\n")
+    for key, value in values.items():
+        lines = lines.replace(f"@{key}@", value)
+    return lines

@@ -1,4 +1,4 @@
-"""Slurm's way of writing a time limit."""
+"""Slurm's way of writing durations: those of a time limit, and those that squeue prints."""
 
 import re
 
@@ -8,7 +8,7 @@ FORMS = re.compile(r"((?P<days>\d+)-)?(?P<clock>\d+(:\d+){0,2})")
 
 
 def limit_seconds(text: str) -> int | None:
-    """Seconds of MINUTES, M:S, H:M:S, DAYS-H, DAYS-H:M or DAYS-H:M:S; None for no limit.
+    """Return the seconds of MINUTES, M:S, H:M:S, DAYS-H, DAYS-H:M or DAYS-H:M:S; None for no limit.
 
     Raises ConfigError for anything else.
 
@@ -38,3 +38,19 @@ def check_save_before(time: str, save_before: int) -> None:
             f"--save-before={save_before} must be less than the {limit} seconds of --time={time}; the run would "
             "be told to save and end as soon as it starts"
         )
+
+
+def seconds_left(text: str) -> float | None:
+    """Return the seconds in squeue's [days-][[hours:]minutes:]seconds; None for UNLIMITED, INVALID and the like.
+
+    >>> seconds_left("1-02:03:04")
+    93784.0
+    """
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in [*parts, days or "0"]):
+        return None
+    seconds = 0
+    for part in parts:
+        seconds = 60 * seconds + int(part)
+    return float(seconds + 86400 * int(days or 0))

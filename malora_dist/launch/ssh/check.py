@@ -1,4 +1,4 @@
-"""Whether hosts can be reached by ssh as a launcher would, found out before it starts anything."""
+"""The ssh check: whether a launcher can start processes on all hosts, before it starts any."""
 
 import shlex
 import socket
@@ -14,10 +14,10 @@ from malora_dist.launch.ssh.hostfile import addresses
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 30
 
 
-def check_reachable(hosts: Sequence[str], folder: Path) -> None:
-    """All hosts let us in without a password, and have `folder` and this Python at the same paths; asked at once.
+def check_hosts(hosts: Sequence[str], folder: Path) -> None:
+    """Check that ssh enters all hosts without a password, and finds `folder` and this Python at the same paths there.
 
-    Raises ConfigError with every host that does not, and what ssh says.
+    All are asked at the same time. Raises ConfigError with every host that fails, and what ssh says.
     """
     with ThreadPoolExecutor(max_workers=min(len(hosts), 64)) as pool:
         said = list(pool.map(lambda host: _ask(host, folder), hosts))

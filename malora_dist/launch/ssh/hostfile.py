@@ -15,7 +15,7 @@ Slots = dict[str, tuple[int, ...]]
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Hosts and their numbers of slots, in the file's order.
+    """Return hosts and their numbers of slots, in the file's order.
 
     Raises ConfigError with the file, the line and the rule for a line that is none, and for a host that occurs twice.
     """
@@ -41,7 +41,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def choose_hosts(hosts: Mapping[str, int], include: str | None, exclude: str | None) -> Slots:
-    """The slots that take part, by host, in the hostfile's order.
+    """Return the slots that take part, by host, in the hostfile's order.
 
     `include` and `exclude` are deepspeed's: `HOST@HOST:0,2`, a host without numbers being all of it. Raises ConfigError
     if both are given, for hosts and slots that are not in `hosts`, and if nothing is left.
@@ -63,7 +63,7 @@ def choose_hosts(hosts: Mapping[str, int], include: str | None, exclude: str | N
 
 
 def slots_per_host(chosen: Slots) -> int:
-    """The number of processes of each host. Raises ConfigError, with the hosts that differ, if it is not one number."""
+    """Return the number of processes of each host. Raises ConfigError, with the hosts that differ, if they do."""
     counts = {host: len(slots) for host, slots in chosen.items()}
     ((most, _),) = Counter(counts.values()).most_common(1)
     odd = [f"{host} has {count}" for host, count in counts.items() if count != most]
@@ -77,7 +77,7 @@ def slots_per_host(chosen: Slots) -> int:
 
 
 def addresses(host: str) -> set[str]:
-    """Those its name stands for here; none if it is a name that only ssh knows. `user@` before it is left out."""
+    """Return the addresses of a host, without a `user@` before it; none if only ssh knows its name."""
     try:
         found = socket.getaddrinfo(host.rpartition("@")[2], None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

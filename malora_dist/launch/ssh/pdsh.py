@@ -12,18 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from malora_dist.errors import ConfigError
+from malora_dist.launch.command import QUIET
 
-# Of a host without GPUs deepspeed hands on Python's alone.
+# Without GPUs deepspeed hands on the variables of Python alone.
 VARIABLES = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "XDG_CACHE_HOME", "CUDA_HOME")
 FAMILIES = (
     "DS_", "GLOO_", "HF_", "MALORA_", "MKL_", "NCCL_", "OMP_", "PYTORCH_", "TOKENIZERS_", "TORCH", "TRANSFORMERS_",
     "TRITON_",
 )  # fmt: skip
-# Whoever can list the processes of a host can read what is handed on to it.
+# What is handed on can be read by all who can list the processes of the host.
 SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)(_|$)")
 ENV_FILE = "DS_ENV_FILE"
 SSH_ARGUMENTS = "PDSH_SSH_ARGS_APPEND"
-# Of a host that is gone ssh would never hear again, and wait; and nobody answers a question of it.
+# End a connection to a host that is gone after a minute, and never ask for a password.
 ALIVE = "-o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
 
@@ -36,7 +37,7 @@ def hosts_command(
     place: Sequence[str],
     launcher: str = "deepspeed",
 ) -> list[str]:
-    """argv that runs `python -m module arguments` once for each slot of the hosts.
+    """Return the command that runs `python -m module arguments` once for each slot of the hosts.
 
     `selection` holds --include or --exclude, `place` --master_addr and --master_port. Raises ConfigError in a
     folder, or for a Python, whose path deepspeed cannot hand on.
@@ -44,14 +45,14 @@ def hosts_command(
     for what, path in (("this folder", os.getcwd()), ("this Python", sys.executable)):
         if shlex.quote(path) != path or "%" in path:
             raise ConfigError(f"{path}: deepspeed cannot hand on the path of {what}, it does not quote it")
-    # One host of a file need not be this machine, which deepspeed would take for it. The check for ssh is made already.
+    # Without --force_multi deepspeed takes the one host of a file for this machine. ssh has been checked already.
     fixed = ["--force_multi", "--no_ssh_check", "--launcher", "pdsh"]
     words = ["--hostfile", str(hostfile), *selection, *place, *fixed, "--module", module]
-    return [launcher, *words, *(quoted(argument) for argument in arguments)]
+    return [launcher, *QUIET, *words, *(quoted(argument) for argument in arguments)]
 
 
 def quoted(argument: str) -> str:
-    """What deepspeed and pdsh turn into a word that the hosts' shells read as `argument`."""
+    """Return what deepspeed and pdsh turn into a word that the hosts' shells read as `argument`."""
     if " " in argument:
         # deepspeed adds the double quotes, and a \ before each of those inside.
         escaped = re.sub(r"([\\$`])", r"\\\1", argument)
@@ -62,7 +63,7 @@ def quoted(argument: str) -> str:
 
 
 def handed_on(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that the processes on the other hosts get too; no passwords, keys and tokens."""
+    """Return the variables that the processes on the other hosts get too; no passwords, keys and tokens."""
     return {
         name: value
         for name, value in sorted(environment.items())
@@ -72,17 +73,17 @@ def handed_on(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def runner_environment(environment: Mapping[str, str], env_file: Path) -> dict[str, str]:
-    """The environment for deepspeed itself: where the variables are, and how ssh behaves. The user's own come first."""
+    """Return the environment for deepspeed itself: the file of variables, and options of ssh after the user's own."""
     own = environment.get(SSH_ARGUMENTS, "")
     return {**environment, ENV_FILE: str(env_file), SSH_ARGUMENTS: f"{own} {ALIVE}".strip()}
 
 
 def env_file_text(variables: Mapping[str, str], environment: Mapping[str, str]) -> str:
-    """The text of a DS_ENV_FILE with the variables, and after them what deepspeed would have read without it.
+    """Return the text of a DS_ENV_FILE: the variables, and after them what deepspeed would have read without it.
 
     Raises ConfigError for a line of those files that is no NAME=VALUE.
     """
-    # deepspeed puts a value in double quotes if there is need to.
+    # deepspeed puts a value in double quotes where that is needed.
     escaped = {name: re.sub(r'([\\$`"])', r"\\\1", value).replace("%", "%%") for name, value in variables.items()}
     lines = [f"{name}={value}" for name, value in escaped.items()]
     own = environment.get(ENV_FILE, ".deepspeed_env")

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
@@ -11,7 +10,11 @@ from malora_dist.errors import ConfigError
 from malora_dist.files.json_text import parse_json
 from malora_dist.models.weights.base_tensor import BaseTensor
 from malora_dist.models.weights.reader import TensorReader, readable
+from malora_dist.ops.bitsandbytes_import import without_kernel_warning
 from malora_dist.ops.nf4 import BLOCK, SCALE_BLOCK, pack_nf4, tables
+
+with without_kernel_warning():
+    import bitsandbytes.functional as bnb
 
 STATE = "quant_state.bitsandbytes__nf4"
 READ = "only bitsandbytes' nf4 in blocks of 64 is read, and weights that are not quantised"

@@ -15,7 +15,7 @@ from malora_dist.adapters.io.peft import open_lora, open_peft
 from malora_dist.adapters.methods import METHODS
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.reshard import reshard
-from malora_dist.cli.inspect.look import inspect
+from malora_dist.cli.inspect.detect import inspect
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.models.load import load_base_model, load_tokenizer
 from malora_dist.report import write_report

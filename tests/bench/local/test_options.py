@@ -2,11 +2,13 @@ import pytest
 
 from malora_dist.bench.local.layer import LayerOptions
 from malora_dist.bench.local.options import (
+    BASES,
     command_line,
     default_names,
     labelled_share,
     names_on_one_linear,
     one_of,
+    short_dtype,
     sizes,
     whole_numbers,
 )
@@ -35,8 +37,15 @@ def test_other_wrong_words_are_named() -> None:
     for text in ("0", "1.1", "some"):
         with pytest.raises(ConfigError, match="--labels"):
             labelled_share(text)
-    with pytest.raises(ConfigError, match="--dtype 'fp16' must be one of fp32, bf16"):
-        one_of("--dtype", "fp16", ("fp32", "bf16"))
+    with pytest.raises(ConfigError, match="--base 'int8' must be one of full, nf4"):
+        one_of("--base", "int8", BASES)
+    with pytest.raises(ConfigError, match=r"--dtype 'fp16' must be one of float32 \(fp32\), bfloat16 \("):
+        short_dtype("fp16")
+
+
+def test_a_dtype_has_its_long_and_its_short_name() -> None:
+    for names in (("float32", "fp32"), ("bfloat16", "bf16"), ("float64", "fp64")):
+        assert {short_dtype(name) for name in (*names, f"torch.{names[0]}")} == {names[1]}
 
 
 def test_the_command_says_what_differs_from_the_defaults() -> None:

@@ -14,8 +14,7 @@ import pytest
 
 from malora_dist.cli.cluster import follow_command
 from malora_dist.cli.cluster.follow_command import Tail
-from malora_dist.files.exit_status import FAILED, FINISHED, PREEMPTED, clear_outcome, write_outcome
-from malora_dist.launch.jobs import SLURM_FOLDER
+from malora_dist.files.exit_status import FAILED, FINISHED, PREEMPTED, clear_exit_status, write_exit_status
 from malora_dist.launch.restarts import begin
 from tests.cli.cluster.submitted import job, launch, submitted
 from tests.launch.run_folders import begun, steps
@@ -88,17 +87,17 @@ def test_a_job_from_its_queue_over_a_requeue_to_its_end(clients: Clients, capsys
         begin(run, "1")
         clients.say("squeue", "1|RUNNING|None\n")
         written.wait("-- job 1: running; run running, step 10/100, 0:03:00 left\n")
-        write_outcome(run, PREEMPTED, 75, reason="SIGUSR1", step=12, checkpoint=None)
+        write_exit_status(run, PREEMPTED, 75, reason="SIGUSR1", step=12, checkpoint=None)
         clients.say("squeue", "1|COMPLETING|None\n")
         written.wait("-- job 1: completing; run preempted, step 12/100\n")
         clients.say("squeue", "1|PENDING|BeginTime\n")
         written.wait("-- job 1: pending (starts after a pause); run preempted")
-        clear_outcome(run)
+        clear_exit_status(run)
         clients.say("squeue", "1|RUNNING|None\n")
         add(log, "second start\n")
         written.wait("second start\n")
         add(log, "the last ")
-        write_outcome(run, FINISHED, 0, reason="", step=100, checkpoint=None)
+        write_exit_status(run, FINISHED, 0, reason="", step=100, checkpoint=None)
         clients.say("squeue", "1|COMPLETED|None\n")
         add(log, "word\n")
 
@@ -144,7 +143,7 @@ def test_a_slurm_that_does_not_answer_is_asked_again(
         asked = len(clients.calls)
         while len(clients.calls) < asked + 4:
             time.sleep(0.02)
-        write_outcome(run, outcome, code, reason="", step=1, checkpoint=None)
+        write_exit_status(run, outcome, code, reason="", step=1, checkpoint=None)
 
     assert followed(run, capsys, events)[0] == code
 
@@ -153,7 +152,7 @@ def test_a_slurm_that_does_not_answer_is_asked_again(
 def test_a_job_that_slurm_has_forgotten(clients: Clients, outcome: str | None, code: int) -> None:
     run = submitted(begun(Path("a")), job("1", Path("a")))
     if outcome:
-        write_outcome(run, outcome, 0, reason="", step=1, checkpoint=None)
+        write_exit_status(run, outcome, 0, reason="", step=1, checkpoint=None)
     assert launch("follow", "a") == code
 
 
@@ -165,7 +164,7 @@ def test_a_run_without_jobs_by_its_own_log(clients: Clients, capsys: pytest.Capt
         written.wait("line 30\n")
         add(run / "train.log", "more\n")
         written.wait("more\n")
-        write_outcome(run, FAILED, 1, reason="loss is nan", step=4, checkpoint=None)
+        write_exit_status(run, FAILED, 1, reason="loss is nan", step=4, checkpoint=None)
 
     code, text = followed(run, capsys, events)
     assert code == 1 and clients.calls == []
@@ -176,7 +175,7 @@ def test_a_task_of_an_array(clients: Clients, capsys: pytest.CaptureFixture[str]
     array = job("7", Path("a"), array="1-2", log=str(Path("a/slurm/train_7_%a.out").resolve()))
     run = submitted(Path("a"), array)
     begun(run / "seed-2")
-    (run / SLURM_FOLDER / "train_7_2.out").write_text("its log\n")
+    (run / "slurm" / "train_7_2.out").write_text("its log\n")
     clients.say("squeue", "7_2|COMPLETED|None\n")
     assert launch("follow", "a/seed-2") == 0
     assert "its log\n" in capsys.readouterr().out

@@ -58,7 +58,8 @@ def test_a_dry_run_prints_the_command(
     assert "29500" not in words
     words = re.sub(r"--master_port \d{5}\b", "--master_port PORT", words)
     assert words.partition(" ")[2].endswith(
-        f"deepspeed {command} --module malora_dist.train r.yaml --train.global_batch_size 16 --adapter.r=6"
+        f"deepspeed --log_level error {command} --module malora_dist.train r.yaml "
+        "--train.global_batch_size 16 --adapter.r=6"
     )
 
 
@@ -101,6 +102,19 @@ def test_pdsh_is_missed_before_anything_starts(
 
 
 @pytest.mark.e2e
+def test_hosts_are_asked_before_anything_starts(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scripts stand in for pdsh, which must not be called, and for an ssh that no host answers."""
+    script(tmp_path, monkeypatch, "pdsh", "exit 9")
+    script(tmp_path, monkeypatch, "ssh", "echo 'No route to host' >&2; exit 255")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert launch("deepspeed", recipe, "--hostfile", "hosts", "--exclude", "10.0.0.3") == 2
+    error = capsys.readouterr().err
+    assert "10.0.0.1: No route to host" in error and "10.0.0.2: No route to host" in error
+
+
+@pytest.mark.e2e
 def test_the_launcher_runs_and_its_exit_code_is_ours(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,10 +130,11 @@ def test_the_launcher_runs_and_its_exit_code_is_ours(
     options = ["--hostfile", "hosts", "--exclude", "10.0.0.3", "--no-ssh-check"]
     assert launch("deepspeed", recipe, *options, "--adapter.r", "6") == 75
     out, err = capfd.readouterr()
-    assert out.startswith("started: --hostfile hosts --exclude 10.0.0.3 ") and "\nOMP_NUM_THREADS=3\nPATH=" in out
+    assert out.startswith("started: --log_level error --hostfile hosts --exclude 10.0.0.3 ")
+    assert "\nOMP_NUM_THREADS=3\nPATH=" in out
     assert "\nssh: -p 2222 -o BatchMode=yes -o ServerAliveInterval=15" in out
     assert "\nPYTORCH_ALLOC_CONF=expandable_segments:True\n" in out
-    assert f"$ {launcher} --hostfile hosts" in err
+    assert f"$ {launcher} --log_level error --hostfile hosts" in err
     # Tests are kept on the CPU by the first of them, and so are the other hosts.
     assert "handed on to the hosts: DS_ACCELERATOR, OMP_NUM_THREADS, PATH, PYTORCH_ALLOC_CONF\n" in err
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from malora_dist.files.exit_status import FAILED, FINISHED, write_outcome
-from malora_dist.launch.jobs import JOBS_FILE, SLURM_FOLDER
+from malora_dist.files.exit_status import FAILED, FINISHED, write_exit_status
+from malora_dist.launch.jobs import JOBS_FILE
 from malora_dist.launch.restarts import begin
 from tests.cli.cluster.submitted import job, launch, submitted
 from tests.launch.run_folders import begun, steps
@@ -95,10 +95,10 @@ def test_the_newest_job_of_a_stage(clients: Clients, capsys: pytest.CaptureFixtu
 
 def test_a_run_without_jobs_says_its_own_state(clients: Clients, capsys: pytest.CaptureFixture[str]) -> None:
     run = begun(Path("by-hand"), *steps(1, 4))
-    write_outcome(run, FAILED, 1, reason="loss is nan", step=4, checkpoint=None)
+    write_exit_status(run, FAILED, 1, reason="loss is nan", step=4, checkpoint=None)
     assert " failed " in said(capsys, "by-hand") and "loss is nan" in said(capsys, "by-hand")
     assert clients.calls == []
-    assert "no run with Slurm jobs" in said(capsys)
+    assert "no run with jobs" in said(capsys)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_slurm_has_forgotten(
     if begins:
         begun(run, *steps(1, 4))
     if outcome is not None:
-        write_outcome(run, outcome, 0, reason="", step=4, checkpoint=None)
+        write_exit_status(run, outcome, 0, reason="", step=4, checkpoint=None)
     assert f" {state} " in said(capsys)
 
 
@@ -136,7 +136,7 @@ def test_the_last_word_of_a_job_that_failed(clients: Clients, capsys: pytest.Cap
 def test_damage_is_named(clients: Clients, capsys: pytest.CaptureFixture[str]) -> None:
     run = submitted(begun(Path("a")), job("1", Path("a")))
     (run / "exit.json").write_text("{")
-    with (run / SLURM_FOLDER / JOBS_FILE).open("a") as file:
+    with (run / "slurm" / JOBS_FILE).open("a") as file:
         file.write("{")
     assert "damaged: a/exit.json is damaged" in said(capsys)
 

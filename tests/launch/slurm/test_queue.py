@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from malora_dist.launch.scheduler import JobState
 from malora_dist.launch.slurm import queue
-from malora_dist.launch.slurm.queue import FORGOTTEN, JobState, job_states
+from malora_dist.launch.slurm.queue import FORGOTTEN, job_states
 from tests.launch.slurm_clients import NO_ACCOUNTING, NO_CONTROLLER, NO_SUCH_JOB, SQUEUE, Clients, make_clients
 
 pytestmark = pytest.mark.e2e
@@ -66,7 +67,7 @@ def test_what_squeue_has_forgotten_is_in_the_accounting(clients: Clients) -> Non
     found = job_states(["1", "2", "14_2", "15"])
     assert found == {
         "1": JobState("CANCELLED"), "2": JobState("COMPLETED"), "14_2": JobState("COMPLETED"),
-        "15": JobState("UNKNOWN", FORGOTTEN),
+        "15": FORGOTTEN,
     }  # fmt: skip
     assert found["15"].ended
     assert clients.calls[1:] == ["sacct --noheader --parsable2 -X --format=JobID,State --jobs=1,14_2,15"]
@@ -79,7 +80,7 @@ def test_without_accounting_the_file_of_completed_jobs_tells_of_whole_jobs(clien
     text = (clients.folder / "sacct").read_text()
     refuse = f'[[ "$1" == -c ]] || {{ echo "{NO_ACCOUNTING.strip()}" >&2; exit 1; }}\n'
     (clients.folder / "sacct").write_text(text.replace("\nwhile", f"\n{refuse}while"))
-    assert job_states(["1", "11_2"]) == {"1": JobState("COMPLETED"), "11_2": JobState("UNKNOWN", FORGOTTEN)}
+    assert job_states(["1", "11_2"]) == {"1": JobState("COMPLETED"), "11_2": FORGOTTEN}
     assert clients.calls[-1] == "sacct -c --noheader --parsable2 --format=JobID,State --jobs=1"
 
 
@@ -99,7 +100,7 @@ def test_where_there_is_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_broken_answer_is_left_out(clients: Clients) -> None:
     clients.say("squeue", "1|RUNNING|None\n2|RUNN\n\n")
-    assert job_states(["1", "2"]) == {"1": JobState("RUNNING"), "2": JobState("UNKNOWN", FORGOTTEN)}
+    assert job_states(["1", "2"]) == {"1": JobState("RUNNING"), "2": FORGOTTEN}
 
 
 def test_nobody_is_asked_about_nothing(clients: Clients) -> None:

@@ -1,6 +1,7 @@
 """Job scripts as text. tests/slurm hands them to a real Slurm."""
 
 import shlex
+import shutil
 import subprocess
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 
 from malora_dist.errors import ConfigError
 from malora_dist.launch.slurm.script import (
-    JobOptions,
+    ScriptOptions,
     array_script,
     convert_script,
     evaluate_script,
@@ -30,7 +31,7 @@ def test_the_scripts_in_slurm_are_what_the_generator_renders(name: str) -> None:
 @pytest.mark.parametrize("start", ["launcher", "tasks"])
 @pytest.mark.parametrize("render", [train_script, array_script, evaluate_script, convert_script])
 def test_every_script_is_bash_and_passes_its_words_on(render: object, start: str) -> None:
-    job = JobOptions(
+    job = ScriptOptions(
         start=start, arguments=WORDS, setup=("module load cuda", "source 'my venv/bin/activate'"), processes=3
     )  # type: ignore[arg-type]
     script = render(job)  # type: ignore[operator]
@@ -41,13 +42,21 @@ def test_every_script_is_bash_and_passes_its_words_on(render: object, start: str
     assert "module load cuda\nsource 'my venv/bin/activate'\n" in script
 
 
+@pytest.mark.e2e
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing_in_the_bash() -> None:
+    scripts = sorted((ROOT / "malora_dist" / "launch" / "slurm" / "scripts").glob("*.sh"))
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60)
+    assert len(scripts) == 9 and done.returncode == 0, done.stdout
+
+
 def directives(script: str) -> dict[str, str]:
     lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH ")]
     return dict((*shlex.split(line)[0].split("=", 1), "")[:2] for line in lines)
 
 
 def test_what_a_job_asks_for() -> None:
-    job = JobOptions(name="a 'b'", nodes=4, gpus_per_node=2, cpus_per_task=None, time="1:00", output="/r/a b/%j.out",
+    job = ScriptOptions(name="a 'b'", nodes=4, gpus_per_node=2, cpus_per_task=None, time="1:00", output="/r/a b/%j.out",
               sbatch=("--partition=gpu", "--comment=two words"))  # fmt: skip
     found = directives(train_script(job))
     assert found == {
@@ -64,9 +73,9 @@ def test_what_a_job_asks_for() -> None:
 
 def test_a_line_break_cannot_become_a_directive() -> None:
     with pytest.raises(ConfigError, match="job-name='a.nb': a job script cannot hold a line break there"):
-        train_script(JobOptions(name="a\nb"))
+        train_script(ScriptOptions(name="a\nb"))
 
 
 def test_srun_is_given_its_flags() -> None:
-    script = train_script(JobOptions(srun=("--container-image=a b",)))
+    script = train_script(ScriptOptions(srun=("--container-image=a b",)))
     assert "'--container-image=a b' \\\n  bash -c" in script

@@ -1,7 +1,7 @@
 import pytest
 
 from malora_dist.errors import ConfigError
-from malora_dist.launch.slurm.time_limit import check_save_before, limit_seconds
+from malora_dist.launch.slurm.time_limit import check_save_before, limit_seconds, seconds_left
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,21 @@ def test_a_limit_that_leaves_no_time_to_train() -> None:
     check_save_before("1", 59)
     with pytest.raises(ConfigError, match="--save-before=300 must be less than the 300 seconds of --time=5"):
         check_save_before("5", 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("42", 42),
+        ("1:30", 90),
+        ("02:03:04", 7384),
+        ("1-00:00:00", 86400),
+        ("3-02:03:04", 266584),
+        ("UNLIMITED", None),
+        ("INVALID", None),
+        ("NOT_SET", None),
+        ("", None),
+    ],
+)
+def test_slurms_words_for_a_duration(text: str, seconds: float | None) -> None:
+    assert seconds_left(text) == seconds

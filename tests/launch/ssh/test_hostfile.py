@@ -4,7 +4,7 @@ import pytest
 from deepspeed.launcher import runner
 
 from malora_dist.errors import ConfigError
-from malora_dist.launch.ssh.check import check_reachable, is_this_machine
+from malora_dist.launch.ssh.check import check_hosts, is_this_machine
 from malora_dist.launch.ssh.hostfile import addresses, choose_hosts, read_hostfile, slots_per_host
 
 HOSTS = {"10.0.0.1": 2, "10.0.0.2": 2, "10.0.0.3": 3}
@@ -121,4 +121,4 @@ def test_ssh_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says of hosts is in tests/slurm."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="cannot start ssh: No such file"):
-        check_reachable(["192.0.2.1"], tmp_path)
+        check_hosts(["192.0.2.1"], tmp_path)

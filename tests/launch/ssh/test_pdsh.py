@@ -66,6 +66,7 @@ def test_deepspeed_reads_the_argv_as_meant(tmp_path: Path, monkeypatch: pytest.M
     args = runner.parse_args(command[1:])
     assert (args.hostfile, args.include, args.master_addr, args.master_port) == ("hosts", "n0:0", "n0", 7)
     assert (args.force_multi, args.no_ssh_check, args.launcher, args.module) == (True, True, "pdsh", True)
+    assert args.log_level == "error"
     assert (args.user_script, args.user_args) == ("malora_dist.train", ["r.yaml", "--adapter.r", "16", "a b"])
 
 

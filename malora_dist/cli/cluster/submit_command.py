@@ -1,4 +1,4 @@
-"""`malora launch slurm`: a recipe as jobs of a Slurm cluster, checked before they are submitted."""
+"""`malora launch slurm`, and of every scheduler with a queue: a recipe as jobs, checked before they are submitted."""
 
 import re
 import shlex
@@ -12,18 +12,18 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
-from malora_dist.cli.cluster.checks import check_flags, check_no_job, checked_recipe, memory_note
-from malora_dist.cli.cluster.submit import STAGES, Stage, array, chain, dry_run, recipe_file, submit
+from malora_dist.cli.cluster.checks import check_no_job, checked_recipe, memory_note
+from malora_dist.cli.cluster.submission import STAGES, Submission, Target, array, chain, dry_run, submit
 from malora_dist.config import RunConfig
 from malora_dist.config.summary import missing_files
 from malora_dist.convert.kinds import find_kind
 from malora_dist.errors import ConfigError
-from malora_dist.launch.jobs import TRAIN, Job
-from malora_dist.launch.slurm.script import JobOptions
-from malora_dist.launch.slurm.time_limit import check_save_before
+from malora_dist.launch.jobs import TRAIN, SubmittedJob
+from malora_dist.launch.scheduler import JobOptions
+from malora_dist.launch.schedulers import queues
 
 TASKS = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
-# Of a process, by default: loading and checkpoints use them, and one alone would be shared by a node.
+# CPUs of a process, by default: loading and checkpoints use several.
 CPUS = 4
 ARRAY_HELP = "seeds=1-5: a run for each seed. recipes=B.yaml,C.yaml: runs of these too."
 
@@ -38,7 +38,7 @@ class WithFlags(TyperCommand):
         return list(super().parse_args(ctx, args[:end]))
 
 
-def slurm_command(
+def submit_command(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
@@ -46,14 +46,14 @@ def slurm_command(
     processes_per_node: Annotated[
         int | None, typer.Option(min=1, help="Processes of each. Default: one for each GPU.")
     ] = None,
-    gpu_type: Annotated[str | None, typer.Option(help="Slurm's name of the GPUs, such as a100.")] = None,
+    gpu_type: Annotated[str | None, typer.Option(help="The cluster's name of the GPUs, such as a100.")] = None,
     cpus_per_task: Annotated[
         int | None,
         typer.Option(min=1, help=f"CPUs of a node, or of a process with --start tasks. Default: {CPUS} a process."),
     ] = None,
     time: Annotated[str, typer.Option(help="Time limit of each start; the job goes on after it.")] = "24:00:00",
     save_before: Annotated[
-        int, typer.Option(min=1, help="Seconds before the limit at which all save; Slurm may be a minute late.")
+        int, typer.Option(min=1, help="Seconds before the limit at which all save; a scheduler may be a minute late.")
     ] = 300,
     name: Annotated[str | None, typer.Option(help="The job's name. Default: that of output_dir.")] = None,
     tasks: Annotated[str | None, typer.Option("--array", metavar="WHAT=...", help=ARRAY_HELP)] = None,
@@ -62,65 +62,59 @@ def slurm_command(
     ] = "train",
     convert_to: Annotated[str, typer.Option("--convert-to", help="What convert writes, to export/.")] = "adapter",
     start: Annotated[
-        str, typer.Option(help="launcher: one torchrun a node. tasks: srun starts each process.")
+        str, typer.Option(help="launcher: one torchrun a node. tasks: the scheduler starts each process.")
     ] = "launcher",
     model: Annotated[str | None, typer.Option(help="The base's config.json, if it is not here.")] = None,
     hbm: Annotated[str, typer.Option(help="Memory of a GPU, which the plan must fit into.")] = "80GiB",
     only_print: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and stop.")] = False,
 ) -> None:
-    """Train on a Slurm cluster: submit a job that saves, requeues itself and goes on. Flags of sbatch follow `--`."""
+    """Train on a cluster: submit a job that saves, requeues itself and goes on. Flags of the scheduler follow `--`."""
     flags: list[str] = context.meta["flags"]
-    check_flags("after --", flags)
-    check_save_before(time, save_before)
-    find_kind(convert_to)
+    target = Target(str(context.info_name), queues()[str(context.info_name)])
     wanted, numbers = _stages(after), _array(tasks)
     processes = processes_per_node or gpus_per_node or 1
     options = JobOptions(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
-        gpu_type=_plain(gpu_type),
+        gpu_type=gpu_type,
         processes=processes_per_node,
         cpus_per_task=cpus_per_task or CPUS * (1 if start == "tasks" else processes),
         time=time,
         save_before=save_before,
         start=_start(start),
     )
+    target.queue.check(options, flags)
+    find_kind(convert_to)
     recipes = [recipe, *(numbers.others if numbers else ())]
     configs = [checked_recipe(path, context.args, nodes * processes, trains=TRAIN in wanted) for path in recipes]
     notes = _fits(configs, nodes, gpus_per_node, hbm, model)
-    options = _of_recipes(options, configs, name)
+    options = _of_recipes(target, options, configs, name)
+    target.queue.check(options, flags)
     run = Path(configs[0].output_dir)
-    stages = (
-        chain(options, run, wanted, convert_to, trusts_code=configs[0].model.trust_remote_code)
+    jobs = (
+        chain(target, options, run, wanted, convert_to, trusts_code=configs[0].model.trust_remote_code)
         if numbers is None
-        else [_array_stage(options, configs, numbers, wanted)]
+        else [_array_job(target, options, configs, numbers, wanted)]
     )
     if only_print:
-        print(dry_run(stages, configs, flags))
+        print(dry_run(target, jobs, configs, flags))
         return
     for config in configs if TRAIN in wanted else ():
         check_no_job(Path(config.output_dir))
-    _say(submit(stages, configs, flags), run, notes)
+    _print_jobs(target, submit(target, jobs, configs, flags), run, notes)
 
 
-def _of_recipes(options: JobOptions, configs: Sequence[RunConfig], name: str | None) -> JobOptions:
-    """With what the first recipe says of its site. Raises ConfigError for a flag of sbatch that belongs elsewhere."""
+def _of_recipes(target: Target, options: JobOptions, configs: Sequence[RunConfig], name: str | None) -> JobOptions:
+    """With what the first recipe says of its site."""
     site = configs[0].launch
-    check_flags("in launch.sbatch", site.sbatch)
     return replace(
         options,
         name=name or Path(configs[0].output_dir).name,
         setup=site.setup,
         sbatch=site.sbatch,
         srun=site.srun,
-        arguments=tuple(str(recipe_file(config)) for config in configs),
+        arguments=tuple(str(target.recipe_file(config)) for config in configs),
     )
-
-
-def _plain(gpu_type: str | None) -> str | None:
-    if gpu_type is not None and not re.fullmatch(r"[\w.-]+", gpu_type):
-        raise ConfigError(f"--gpu-type={gpu_type}: must be Slurm's name of a GPU, such as a100")
-    return gpu_type
 
 
 def _stages(text: str) -> list[str]:
@@ -142,7 +136,7 @@ def _start(text: str) -> Literal["launcher", "tasks"]:
 
 @dataclass(frozen=True)
 class _Array:
-    """Slurm's numbers of tasks: seeds, or 1 to the number of recipes."""
+    """Numbers of tasks: seeds, or 1 to the number of recipes."""
 
     numbers: str
     others: tuple[str, ...] = ()
@@ -170,27 +164,29 @@ def _fits(configs: Sequence[RunConfig], nodes: int, gpus_per_node: int, hbm: str
     return list(dict.fromkeys(notes))
 
 
-def _array_stage(options: JobOptions, configs: Sequence[RunConfig], numbers: _Array, stages: Sequence[str]) -> Stage:
+def _array_job(
+    target: Target, options: JobOptions, configs: Sequence[RunConfig], numbers: _Array, stages: Sequence[str]
+) -> Submission:
     if stages != ["train"]:
         raise ConfigError(f"--after {','.join(stages)} with --array: submit the stages of each run when it is finished")
     runs = [Path(config.output_dir) for config in configs]
     if len(set(runs)) < len(runs):
         raise ConfigError(f"--array: recipes share an output_dir: {', '.join(map(str, runs))}; each run needs its own")
-    return array(options, runs, numbers.numbers)
+    return array(target, options, runs, numbers.numbers)
 
 
-def _say(jobs: Sequence[Job], run: Path, notes: Sequence[str]) -> None:
+def _print_jobs(target: Target, jobs: Sequence[SubmittedJob], run: Path, notes: Sequence[str]) -> None:
     console = Console()
-
-    def say(line: str, style: str = "") -> None:
-        console.print(Text(line, style=style), soft_wrap=True)
-
     for note in notes:
-        say(f"note: {note}", "yellow")
-    for job in jobs:
-        waits = f", after job {job.after}" if job.after else ""
-        say(f"submitted {job.stage} as job {job.job}{waits}; log {job.log}")
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+    lines = [f"submitted {job.stage} as job {job.job}{_waits_for(job)}; log {job.log}" for job in jobs]
     folder = shlex.quote(str(run))
-    say(f"follow it:  malora launch follow {folder}")
-    say(f"see it:     malora launch status {folder}")
-    say(f"end it:     scancel {jobs[0].job}      (it saves if KillWait lasts; the same command goes on)")
+    lines += [f"follow it:  malora launch follow {folder}", f"see it:     malora launch status {folder}"]
+    end = target.queue.cancel_command(jobs[0].job)
+    lines.append(f"end it:     {end}      (it saves if it is given the time; the same command goes on)")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _waits_for(job: SubmittedJob) -> str:
+    return f", after job {job.after}" if job.after else ""

@@ -6,8 +6,8 @@ from importlib import import_module
 
 import pytest
 
-from malora_dist.bench.app import bench
 from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.cli.bench import bench
 from tests.commands import malora_without_torch
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from malora_dist.config import load_config
-from malora_dist.files.exit_status import FINISHED, write_outcome
+from malora_dist.files.exit_status import FINISHED, write_exit_status
 from tests.commands import malora, malora_without_torch
 
 pytestmark = pytest.mark.e2e
@@ -211,7 +211,7 @@ def test_a_plan_that_does_not_fit_is_refused(folder: Path, capsys: pytest.Captur
 def test_a_finished_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs/a b").mkdir(parents=True)
     (folder / "runs/a b/config.yaml").touch()
-    write_outcome(folder / "runs/a b", FINISHED, 0, reason="", step=1, checkpoint=None)
+    write_exit_status(folder / "runs/a b", FINISHED, 0, reason="", step=1, checkpoint=None)
     assert run(RECIPE, *SMALL) == 2
     assert "the run there is finished" in " ".join(capsys.readouterr().err.split())
     assert run(RECIPE, *SMALL, "--after", "evaluate") == 0

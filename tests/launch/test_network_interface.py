@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from malora_dist.errors import TopologyError
-from malora_dist.launch.interface import GLOO, interface_variables
+from malora_dist.launch.network_interface import GLOO, interface_variables
 
 TWO_NODES = {"SLURM_NNODES": "2"}
 

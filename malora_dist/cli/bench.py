@@ -1,4 +1,4 @@
-"""The commands `malora bench ...` of one process. Nothing here needs torch before a command runs."""
+"""`malora bench ...`: measurements. Nothing here needs torch before a command runs."""
 
 from importlib import import_module
 from pathlib import Path
@@ -6,15 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
+from malora_dist.bench.ep_options import EpOptions
 from malora_dist.bench.local.options import DTYPES
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.bench.variants import TOPICS, recipe_variant
+from malora_dist.cli.options import OVERRIDES, MasterPort, NumGpus, Recipe, recipe_first
+from malora_dist.cli.start import start
+from malora_dist.config import load_config
 
 bench = typer.Typer(help="Measure variants of a recipe, layers and steps side by side.", no_args_is_help=True)
 
 Only = Annotated[str | None, typer.Option(help=f"Who takes part, of {','.join(CONTESTANTS)}.")]
 Against = Annotated[str | None, typer.Option(help="Whom ratios are to; takes part. Default: peft_lora, or the first.")]
-Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: the base, and what products run in.")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}, or short: of the base and of products.")]
 BaseKind = Annotated[str, typer.Option("--base", help="full or nf4.")]
 Dropout = Annotated[float, typer.Option(min=0, max=0.99, help="On the adapters' input.")]
 Model = Annotated[str, typer.Option(help="smollm2 (the demo's), random-1b (a Llama), a folder, GGUF file or hub id.")]
@@ -48,7 +53,7 @@ def layer(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Forward and backward of one adapted linear: ours, PEFT's, dispatched mixtures and the frozen base, in turns."""
+    """Measure forward and backward of one adapted linear, in turns: ours, PEFT's, dispatched mixtures, the base."""
     given = {"size": size, "tokens": tokens, "dtype": dtype, "base": base, "dropout": dropout, "only": only}
     given |= {"against": against, "repeats": repeats, "warmup": warmup, "threads": threads, "device": device}
     _run("layer", "LayerOptions", given, Output(as_json, markdown))
@@ -77,7 +82,7 @@ def step(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Whole training steps of a real model: forward, loss, backward and fused AdamW, in turns on one batch."""
+    """Measure whole training steps of a real model: forward, loss, backward and fused AdamW, in turns on one batch."""
     given = {"case": case, "model": model, "batch": batch, "length": length, "dtype": dtype, "base": base}
     given |= {"dropout": dropout, "labels": labels, "loss": loss, "only": only, "against": against}
     given |= {"repeats": repeats, "warmup": warmup, "threads": threads, "device": device}
@@ -103,7 +108,7 @@ def memory(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """The most bytes of tensors in a training step, counted exactly; what a 4-bit base saves, and its step time."""
+    """Count the most bytes of tensors in a training step exactly; measure what a 4-bit base saves, and its time."""
     given = {"model": model, "batch": batch, "length": length, "dtype": dtype, "base": base, "dropout": dropout}
     given |= {"checkpointing": checkpointing, "labels": labels, "loss": loss, "only": only, "repeats": repeats}
     given |= {"warmup": warmup, "threads": threads, "device": device}
@@ -139,13 +144,66 @@ def roofline(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Time that a step takes at least, by formula, from FLOPs and bytes of each kernel. Needs no torch and no GPU."""
+    """Compute the least time of a step, by formula, from FLOPs and bytes of each kernel. Needs no torch and no GPU."""
     from malora_dist.bench.roofline_tables import RooflineOptions, run
 
     given = {"model": model, "tokens": tokens, "length": length, "base": base, "dropout": dropout}
     given |= {"attention": attention, "flops": flops, "bandwidth": bandwidth}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     run(RooflineOptions(**chosen), Output(as_json, markdown))
+
+
+@bench.command(context_settings=OVERRIDES)
+def ep(
+    context: typer.Context,
+    recipe: Recipe,
+    num_gpus: NumGpus = None,
+    master_port: MasterPort = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps measured of each variant.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 2,
+    variants: Annotated[
+        str | None, typer.Option(help=f"What to compare, of {','.join(TOPICS)}. Default: all that fits.")
+    ] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write every step of every variant here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
+) -> None:
+    """Measure step time, bytes and loss: experts spread or not, overlap, 4-bit base, ZeRO stages, in turns."""
+    path, overrides = recipe_first(recipe, context.args)
+    config = load_config(path, overrides)
+    options = EpOptions(
+        recipe=path,
+        overrides=tuple(overrides),
+        topics=tuple(topic for topic in (variants or "").split(",") if topic),
+        steps=steps,
+        warmup=warmup,
+        json=as_json,
+        markdown=markdown,
+    )
+    options.check_files()
+    start(
+        lambda: import_module("malora_dist.bench.run").measure(options),
+        "malora_dist.bench.run",
+        options.words(),
+        num_gpus,
+        recipe_variant(config).of(config),
+        master_port,
+    )
+
+
+@bench.command(context_settings=OVERRIDES)
+def data(
+    context: typer.Context,
+    recipe: Recipe,
+    repeats: Repeats = 5,
+    warmup: Warmup = 2,
+    as_json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Measure tokens a second of a recipe's data, tokenised, drawn and packed, against its training on one process."""
+    path, overrides = recipe_first(recipe, context.args)
+    loaded = import_module("malora_dist.bench.local.data_rate")
+    options = loaded.DataOptions(recipe=path, overrides=tuple(overrides), repeats=repeats, warmup=warmup)
+    raise typer.Exit(loaded.main(options, Output(as_json, markdown)))
 
 
 def _run(module: str, options: str, given: dict[str, Any], output: Output) -> None:

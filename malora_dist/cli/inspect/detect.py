@@ -6,7 +6,7 @@ from pathlib import Path
 
 from malora_dist.adapters.io.folder import CONFIG, open_adapter
 from malora_dist.adapters.io.peft import is_peft_folder, open_peft
-from malora_dist.checkpoint.detect import what_is
+from malora_dist.checkpoint.detect import detect_kind
 from malora_dist.cli.inspect import folders
 from malora_dist.cli.inspect.adapters import Facts, adapter_facts, routing_shares
 from malora_dist.errors import CheckpointError
@@ -15,7 +15,7 @@ GGUF_MAGIC = b"GGUF"
 
 
 def inspect(path: str | os.PathLike[str]) -> Facts:
-    """Facts for `malora inspect`: plain JSON with `path`, `kind` and `damaged`, the files that cannot be used.
+    """Return the facts for `malora inspect`: plain JSON with `path`, `kind` and `damaged`, what cannot be used.
 
     Raises CheckpointError if there is nothing at the path, or nothing that is known.
     """
@@ -33,7 +33,7 @@ def _file(path: Path) -> Facts:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if magic == GGUF_MAGIC:
         return {"kind": "GGUF model", "bytes": path.stat().st_size, "damaged": []}
-    raise CheckpointError(f"{path} is nothing that is known: {what_is(path)}")
+    raise CheckpointError(f"{path} is nothing that is known: {detect_kind(path)}")
 
 
 def _folder(path: Path) -> Facts:
@@ -43,7 +43,7 @@ def _folder(path: Path) -> Facts:
 
 
 def _nothing(path: Path) -> Facts:
-    raise CheckpointError(f"{path} is nothing that is known: {what_is(path)}")
+    raise CheckpointError(f"{path} is nothing that is known: {detect_kind(path)}")
 
 
 def _adapter(folder: Path) -> Facts:

@@ -1,4 +1,4 @@
-"""The command line of `malora convert`; torch is imported once a kind runs."""
+"""`malora convert`: an adapter or checkpoint in another form. torch is imported once a kind runs."""
 
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,7 @@ from malora_dist.errors import ConfigError
 EPILOG = "\n\n".join(f"--to {name}: {kind.help}." for name, kind in KINDS.items())
 
 
-def command(
+def convert(
     paths: Annotated[list[Path], typer.Argument(metavar="SRC DST", help="A run, checkpoint or adapter; a new folder.")],
     to: Annotated[str, typer.Option("--to", metavar="KIND", help=f"One of {', '.join(KINDS)}; see below.")],
     verify: Annotated[bool, typer.Option("--verify", help="Run both sides on real text and compare them.")] = False,
@@ -66,7 +66,7 @@ def command(
     if len(paths) < 2:
         raise ConfigError("malora convert SRC DST --to KIND: DST, a folder to write, is missing")
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         Console().print(Text(line), soft_wrap=True)
 
-    import_module("malora_dist.convert.job").convert(to, tuple(paths[:-1]), paths[-1], options, say)
+    import_module("malora_dist.convert.job").convert(to, tuple(paths[:-1]), paths[-1], options, log)

@@ -1,4 +1,4 @@
-"""Over which network interface the processes of several nodes talk: the one that leads to MASTER_ADDR."""
+"""The network interface for the processes of several nodes: the one with the route to MASTER_ADDR."""
 
 import ipaddress
 import socket
@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from malora_dist.errors import TopologyError
+from malora_dist.launch.schedulers import num_nodes
 
 GLOO = "GLOO_SOCKET_IFNAME"
 ANY_PORT = 9
-# As socket.getaddrinfo gives it, host first.
+# Family and socket address, as socket.getaddrinfo returns them.
 Address = tuple[socket.AddressFamily, tuple[Any, ...]]
 
 
 def interface_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """GLOO_SOCKET_IFNAME for a process of a run over several nodes.
+    """Return GLOO_SOCKET_IFNAME for a process of a run over several nodes.
 
     Without it gloo takes the interface of the host's own name, which may be the loopback; NCCL chooses well by itself.
     Empty on one node, if it is set, and if the interface is not found out. Raises TopologyError if MASTER_ADDR leads to
@@ -28,7 +29,7 @@ def interface_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if addresses and not ways:
         own = addresses[0][1][0]
         if "TORCHELASTIC_RUN_ID" in environment and master in ("localhost", own):
-            # The launchers of torchrun have met there before: it is one machine that plays several.
+            # torchrun's launchers have connected there already: several of them run on one machine.
             return {}
         raise TopologyError(_loopback_message(master, own))
     name = next((name for address in ways if (name := _interface(*address)) is not None), None)
@@ -36,15 +37,7 @@ def interface_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _several_nodes(environment: Mapping[str, str]) -> bool:
-    """By what the launcher says of its processes; Slurm also counts nodes of an allocation that are not used."""
-    if environment.get("WORLD_SIZE") == "1":
-        return False
-    if "CROSS_SIZE" in environment:
-        return environment["CROSS_SIZE"] != "1"
-    if "LOCAL_WORLD_SIZE" in environment and "WORLD_SIZE" in environment:
-        return environment["WORLD_SIZE"] != environment["LOCAL_WORLD_SIZE"]
-    counts = (environment.get(name) for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"))
-    return next((count for count in counts if count), "1") != "1"
+    return environment.get("WORLD_SIZE") != "1" and num_nodes(environment) > 1
 
 
 def _addresses(host: str) -> list[Address]:
@@ -64,7 +57,7 @@ def _interface(family: socket.AddressFamily, address: tuple[Any, ...]) -> str | 
 
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as way:
-            # Of a datagram socket this only asks for the route.
+            # connect() of a datagram socket sends nothing, and only looks up the route.
             way.connect(address)
             own = way.getsockname()[0]
     except OSError:

@@ -1,0 +1,33 @@
+"""`malora evaluate`: accuracies of a run or an adapter, on one process or several."""
+
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from malora_dist.cli.options import MasterPort, NumGpus
+from malora_dist.cli.start import start
+from malora_dist.config.evaluation_target import evaluation_target
+
+
+def evaluate(
+    context: typer.Context,
+    run_dir: Annotated[str | None, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="An adapter folder, instead of a run.")] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Its base model and tasks.")] = None,
+    num_gpus: NumGpus = None,
+    master_port: MasterPort = None,
+) -> None:
+    """Measure accuracy for each task: of a run, or of an adapter with a recipe."""
+    overrides = list(context.args)
+    if run_dir is not None and run_dir.startswith("--"):
+        overrides, run_dir = [run_dir, *overrides], None
+    target = evaluation_target(run_dir, adapter, recipe, overrides)
+    start(
+        lambda: import_module("malora_dist.evaluate").evaluate(target),
+        "malora_dist.evaluate",
+        target.words(),
+        num_gpus,
+        None,
+        master_port,
+    )
