@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, require_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -105,6 +105,8 @@ def _read(folder: Path, what: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:  # code of some 200 families, for files that anybody may have written
+        if "sentencepiece" in str(error).lower():
+            require_package("sentencepiece", "sentencepiece", f"{folder}: {what}")
         code = own_code(folder)
         if code and "trust_remote_code" in str(error):
             raise ConfigError(f"{folder}: {what} is code of its own ({', '.join(code)}); {NOT_RUN}") from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, require_package
 from malora_dist.files.folder import local_path
 from malora_dist.plan.shapes import LAYOUTS, ModelShape
 
@@ -97,11 +97,12 @@ def read_gguf(path: Path) -> ModelShape:
     """The shape in a GGUF file's metadata. Raises ConfigError if the file cannot be read or has an unknown layout."""
     if not path.is_file():
         raise ConfigError(f"model.name_or_path={str(path)!r}: there is no such GGUF file; {ASK_FOR_CONFIG}")
-    try:
-        from gguf import GGUFReader
+    require_package("gguf", "gguf", f"{path}: a GGUF file")
+    from gguf import GGUFReader
 
+    try:
         reader = GGUFReader(path)
-    except (ImportError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as GGUF ({error}): {ASK_FOR_CONFIG}") from error
     fields = {name.split(".", 1)[-1]: field for name, field in reader.fields.items()}
     tensors = {tensor.name for tensor in reader.tensors}
