@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +26,9 @@ PAGES = {
 }
 SOURCES = {page: source for source, page in PAGES.items()}
 COPIES = "repository"
+# The theme's own way to search pages that are opened from a disk, and what takes its place.
+THEME_SEARCH, OWN_SEARCH = "https://unpkg.com/iframe-worker/shim", "file_search.js"
+OTHER_HOST = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^>]*>")
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -48,6 +52,25 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return match[0] if target is None else f"]({_site_uri(target)}{match[2] or ''})"
 
     return LINK.sub(replaced, markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Keep the page from asking another host for anything."""
+    return _asking_no_host(output, page.file.src_uri)
+
+
+def on_post_template(output_content: str, template_name: str, **_: Any) -> str:
+    """Do the same for pages that are no one's source, such as 404.html."""
+    return _asking_no_host(output_content, template_name)
+
+
+def _asking_no_host(output: str, name: str) -> str:
+    """Return a page with its own search. Raises PluginError if it would ask another host for a file."""
+    output = output.replace(THEME_SEARCH, OWN_SEARCH)
+    asked = OTHER_HOST.search(output)
+    if asked is not None:
+        raise PluginError(f"{name} asks another host: {asked[0]}")
+    return output
 
 
 def _targets(page: str, markdown: str) -> Iterator[str]:

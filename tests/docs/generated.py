@@ -37,7 +37,7 @@ comments; `malora validate my.yaml` reports every mistake of a recipe at once, e
 A recipe is YAML 1.2 with one section for each heading below. Any key can be given on the command line, where it wins
 over the recipe: `malora train my.yaml --adapter.r 16 --train.learning_rate=5e-4`. A key of a task is given by the
 task's name: `--data.tasks.boolq.weight 2`. Names are those of transformers, PEFT and bitsandbytes where these have one;
-other common spellings, in the last column, are accepted.
+other common spellings are accepted, and named behind the meaning.
 """
 
 # Linears of LLaMA-2 7B that the recipes adapt, inputs and outputs: q, k, v; gate, up; down.
@@ -78,14 +78,14 @@ def _table(model: Any, skipped: set[str] | None = None) -> str:
     aliases: dict[str, list[str]] = {}
     for alias, key in model.aliases.items():
         aliases.setdefault(key, []).append(alias)
-    lines = ["| key | values | default | meaning | also accepted |", "|---|---|---|---|---|"]
+    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
     for key, field in schema["properties"].items():
         if key in (skipped or ()):
             continue
         default = "" if key in schema.get("required", ()) else _default(model.model_fields[key].default)
-        also = ", ".join(f"`{alias}`" for alias in aliases.get(key, ()))
+        also = f" Also: {', '.join(f'`{alias}`' for alias in aliases[key])}." if key in aliases else ""
         meaning = str(model.model_fields[key].description).replace("|", r"\|")
-        lines.append(f"| `{key}` | {_values(field, schema)} | {default} | {meaning} | {also} |")
+        lines.append(f"| `{key}` | {_values(field, schema)} | {default} | {meaning}{also} |")
     return "\n".join(lines) + "\n"
 
 
