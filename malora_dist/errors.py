@@ -44,7 +44,11 @@ def require_package(package: str, extra: str, purpose: str) -> None:
     Raises:
         ConfigError: The package is not installed; the message says how to install it.
     """
-    if find_spec(package) is None:
+    try:
+        missing = find_spec(package) is None
+    except ModuleNotFoundError:  # of the package that it is in
+        missing = True
+    if missing:
         raise ConfigError(f'{purpose} needs the package {package}: pip install "malora_dist[{extra}]"')
 
 

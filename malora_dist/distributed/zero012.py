@@ -1,7 +1,7 @@
 """Experts in slices below ZeRO-3, where DeepSpeed's stages 0 to 2 know only its own expert layers.
 
 Their optimizers do reduce slices of experts over the right group, once told. What they are told by, what they cannot
-do, and the check that they listened, is here; private names of DeepSpeed 0.19.8 are used.
+do, and the check that they listened, is here.
 """
 
 from collections.abc import Iterator, Sequence

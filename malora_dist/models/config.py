@@ -105,8 +105,10 @@ def _read(folder: Path, what: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:  # code of some 200 families, for files that anybody may have written
-        if "sentencepiece" in str(error).lower():
-            require_package("sentencepiece", "sentencepiece", f"{folder}: {what}")
+        if not (folder / "tokenizer.json").exists() and any(folder.glob("*.model")):
+            # Without them transformers takes a sentencepiece model for one of tiktoken.
+            for package in ("sentencepiece", "google.protobuf"):
+                require_package(package, "sentencepiece", f"{folder}: {what}")
         code = own_code(folder)
         if code and "trust_remote_code" in str(error):
             raise ConfigError(f"{folder}: {what} is code of its own ({', '.join(code)}); {NOT_RUN}") from error

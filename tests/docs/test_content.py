@@ -18,7 +18,7 @@ from tests.multiprocess import ROOT
 
 SECTIONS = [name for name in RunConfig.model_fields if section_of(RunConfig, name) is not None]
 KEY = re.compile(rf"((?:{'|'.join(SECTIONS)})\.[a-z_0-9.]+)(?:[:=].*)?")
-FILE_SUFFIXES = ("json", "jsonl", "log", "py", "yaml", "sh")
+FILE_SUFFIXES = ("json", "jsonl", "log", "py", "safetensors", "sh", "yaml")
 # The least that makes a part of a recipe one that loads.
 LEAST: dict[str, Any] = {"model": {"name_or_path": "a/b"}, "data": {"tasks": [{"name": "t", "train": "t.jsonl"}]}}
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:py|md|sh|yaml|html)|(?:tests|docs|benchmarks|malora_dist)(?:/[\w.-]+)+")

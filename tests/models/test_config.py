@@ -2,6 +2,7 @@
 
 import ast
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,19 @@ def test_what_transformers_cannot_read_is_said(tmp_path: Path, content: str, wor
     with pytest.raises(ConfigError, match=words) as caught:
         build_empty_model(tmp_path, dtype=torch.float32)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])
+def test_a_sentencepiece_model_asks_for_its_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    save_tiny_llama(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"a vocabulary")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setitem(sys.modules, package, None)
+    asked = rf'needs the package {package}: pip install "malora_dist\[sentencepiece\]"'
+    with pytest.raises(ConfigError, match=asked):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
