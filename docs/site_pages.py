@@ -26,6 +26,8 @@ PAGES = {
 }
 SOURCES = {page: source for source, page in PAGES.items()}
 COPIES = "repository"
+# Pages of printed tables hold most words; search puts them behind those that explain.
+SEARCH_BOOST = {"plan.md": 0.5, "results.md": 0.3, "changelog.md": 0.5}
 # The theme's own way to search pages that are opened from a disk, and what takes its place.
 THEME_SEARCH, OWN_SEARCH = "https://unpkg.com/iframe-worker/shim", "file_search.js"
 OTHER_HOST = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^>]*>")
@@ -51,6 +53,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = _repository_path(page.file.src_uri, match[1])
         return match[0] if target is None else f"]({_site_uri(target)}{match[2] or ''})"
 
+    if page.file.src_uri in SEARCH_BOOST:
+        page.meta["search"] = {"boost": SEARCH_BOOST[page.file.src_uri]}
     return LINK.sub(replaced, markdown)
 
 
