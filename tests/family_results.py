@@ -144,10 +144,10 @@ def page() -> str:
     lines = [
         "# Models",
         "",
-        "The base can be a causal language model of transformers below, as a hub id, a local folder or a GGUF file. It is "
-        "loaded from safetensors as transformers loads it: names and layouts of tensors, ties, and buffers that no "
-        "file holds. `malora validate`, `prepare` and `train` refuse what cannot be loaded before anything is read or "
-        "quantised.",
+        "The base can be any causal language model of transformers below, as a hub id, a local folder or a GGUF file. "
+        "It is loaded from safetensors as transformers loads it: names and layouts of tensors, ties, and buffers that "
+        "no file holds. `malora validate`, `prepare` and `train` refuse what cannot be loaded before anything is read "
+        "or quantised.",
         "",
         "A folder's own Python code is never run, unless you set `model.trust_remote_code: true` in the recipe that "
         "you name, or on the command line. A run, a checkpoint or an adapter that sets it is not enough: for a run of "
