@@ -19,11 +19,11 @@ from malora_dist.config.topology import (
 )
 from malora_dist.errors import ConfigError, MaloraError, TopologyError
 
-# Versions with which tests of every topology pass; distributed/deepspeed_names.py says what they depend on.
+# Versions that give the numbers of one process at every ZeRO stage they are allowed for, with experts spread or not.
 TESTED_VERSIONS = ("0.19.4", "0.19.7", "0.19.8")
-LOWEST_VERSION = (0, 19, 4)
+LOWEST_VERSION, LOWEST_FOR_ZERO3 = (0, 19, 4), (0, 19, 8)
 FIRST_TOO_NEW = (0, 20)
-SUPPORTED_VERSIONS = ">=0.19.4,<0.20"
+SUPPORTED_VERSIONS = ">=0.19.4,<0.20, for ZeRO-3 >=0.19.8"
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def _plan_errors(config: RunConfig, world_size: int, version: str | None) -> Ite
     if not 1 <= world_size <= MOST:
         yield TopologyError(f"world size {world_size} must be at least 1 and at most {MOST}")
         return
-    yield from _version_errors(version)
+    yield from _version_errors(version, config.parallel.zero_stage)
     yield from _batch_errors(config, world_size)
     yield from _expert_parallel_errors(config, world_size)
     yield from _ds_config_errors(config, world_size)
 
 
-def _version_errors(version: str | None) -> Iterator[MaloraError]:
+def _version_errors(version: str | None, zero_stage: int) -> Iterator[MaloraError]:
     if version is None:
         return
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
@@ -95,6 +95,12 @@ def _version_errors(version: str | None) -> Iterator[MaloraError]:
         yield ConfigError(
             f"deepspeed {version} is installed; this package needs {SUPPORTED_VERSIONS} because it uses parts of "
             f"DeepSpeed that other versions lack or may change. Nearest tested: deepspeed=={TESTED_VERSIONS[-1]}"
+        )
+    elif zero_stage == 3 and numbers < LOWEST_FOR_ZERO3:
+        yield ConfigError(
+            f"parallel.zero_stage=3 is refused with deepspeed {version}: below 0.19.8 it gives out gathered weights "
+            f"before all of them have arrived over gloo. Nearest legal plan: deepspeed=={TESTED_VERSIONS[-1]}, or "
+            "parallel.zero_stage: 2"
         )
 
 

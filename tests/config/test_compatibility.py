@@ -36,9 +36,15 @@ def test_versions(version: str, works: bool) -> None:
         with pytest.raises(ConfigError, match=f"deepspeed {version} .*deepspeed==0.19.8"):
             check_plan(config(), 2, deepspeed_version=version)
     else:
-        notes = check_plan(config(), 2, deepspeed_version=version).notes
+        notes = check_plan(config("parallel.zero_stage=2"), 2, deepspeed_version=version).notes
         assert any("tested are 0.19.4" in note for note in notes) == (version not in TESTED_VERSIONS)
-        check_plan(config("parallel.ep_size=2"), 2, deepspeed_version=version)
+        check_plan(config("parallel.ep_size=2", "parallel.zero_stage=2"), 2, deepspeed_version=version)
+
+
+def test_zero3_needs_a_version_that_waits_for_its_gathers() -> None:
+    check_plan(config("parallel.zero_stage=3"), 2, deepspeed_version="0.19.8")
+    with pytest.raises(ConfigError, match="zero_stage=3 is refused with deepspeed 0.19.7.* deepspeed==0.19.8, or"):
+        check_plan(config("parallel.zero_stage=3"), 2, deepspeed_version="0.19.7")
 
 
 def test_no_deepspeed_here_is_a_note() -> None:

@@ -18,7 +18,9 @@ def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.utils import groups
 
     monkeypatch.delattr(groups, "_get_expert_parallel_group")
-    with pytest.raises(ConfigError, match=r"_get_expert_parallel_group, which parallel.ep_size .* >=0.19.4,<0.20"):
+    with pytest.raises(
+        ConfigError, match=r"_get_expert_parallel_group, which parallel.ep_size .* >=0.19.4,<0.20, for ZeRO-3"
+    ):
         check_names("parallel.ep_size above 1")
 
 
