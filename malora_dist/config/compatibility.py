@@ -20,10 +20,10 @@ from malora_dist.config.topology import (
 from malora_dist.errors import ConfigError, MaloraError, TopologyError
 
 # Versions that give the numbers of one process at every ZeRO stage they are allowed for, with experts spread or not.
-TESTED_VERSIONS = ("0.19.4", "0.19.7", "0.19.8")
-LOWEST_VERSION, LOWEST_FOR_ZERO3 = (0, 19, 4), (0, 19, 8)
+TESTED_VERSIONS = ("0.19.7", "0.19.8")
+LOWEST_VERSION, LOWEST_FOR_ZERO3 = (0, 19, 7), (0, 19, 8)
 FIRST_TOO_NEW = (0, 20)
-SUPPORTED_VERSIONS = ">=0.19.4,<0.20, for ZeRO-3 >=0.19.8"
+SUPPORTED_VERSIONS = ">=0.19.7,<0.20, for ZeRO-3 >=0.19.8"
 
 
 @dataclass(frozen=True)

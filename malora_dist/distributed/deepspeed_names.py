@@ -1,7 +1,7 @@
 """Private names of DeepSpeed that this package depends on, looked up before the first of them is used.
 
-DeepSpeed 0.19.3 was the first that lets a parameter say over which group ZeRO-3 partitions it; 0.19.8 was the first
-that waits for all of ZeRO-3's gathers over gloo (`config.compatibility` refuses the stage below it).
+Versions below 0.19.7 gave wrong numbers in tests; 0.19.8 is the first that waits for all of ZeRO-3's gathers over gloo.
+`config.compatibility` says which version can do what.
 """
 
 from importlib import import_module

@@ -19,7 +19,7 @@ def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delattr(groups, "_get_expert_parallel_group")
     with pytest.raises(
-        ConfigError, match=r"_get_expert_parallel_group, which parallel.ep_size .* >=0.19.4,<0.20, for ZeRO-3"
+        ConfigError, match=r"_get_expert_parallel_group, which parallel.ep_size .* >=0.19.7,<0.20, for ZeRO-3"
     ):
         check_names("parallel.ep_size above 1")
 
