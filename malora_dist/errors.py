@@ -1,5 +1,6 @@
 """What can go wrong, by kind. Every message names the key, the value and the rule that was broken."""
 
+from importlib.util import find_spec
 from reprlib import Repr
 from typing import Any
 
@@ -30,6 +31,25 @@ class TrainingError(MaloraError):
 
 class NonFiniteError(TrainingError):
     """A loss or a gradient is not finite. Raised by every process of a run alike."""
+
+
+def require_package(package: str, extra: str, purpose: str) -> None:
+    """Check that an optional package is installed.
+
+    Args:
+        package: Name of the package as it is imported and installed.
+        extra: The extra of malora_dist that installs it.
+        purpose: What needs it, the beginning of the message.
+
+    Raises:
+        ConfigError: The package is not installed; the message says how to install it.
+    """
+    try:
+        missing = find_spec(package) is None
+    except ModuleNotFoundError:  # of the package that it is in
+        missing = True
+    if missing:
+        raise ConfigError(f'{purpose} needs the package {package}: pip install "malora_dist[{extra}]"')
 
 
 def brief(key: str) -> str:

@@ -176,31 +176,31 @@ def page() -> str:
         "# Models",
         "",
         f"Of the {len(families()) + len(NOT_TINY)} families of causal language models in transformers "
-        f"{transformers.__version__}, the {len(families())} below are loaded as transformers loads them, from "
-        "safetensors: names and layouts of tensors, ties, and buffers that no file holds. Others are loaded by the "
-        "same code and were not run. What cannot be loaded is refused, by `malora validate`, `prepare` and `train` "
-        "alike, before a row is tokenised or a weight quantised.",
+        f"{transformers.__version__}, the {len(families())} below are run by a test; "
+        "others are loaded by the same code. A base is loaded from safetensors as transformers loads it: names and "
+        "layouts of tensors, ties, and buffers that no file holds. `malora validate`, `prepare` and `train` refuse "
+        "what cannot be loaded before a row is tokenised or a weight quantised.",
         "",
-        "A folder's own Python code is never run, unless you say `model.trust_remote_code: true`: in the recipe that "
-        "you name, or on the command line. That a run, a checkpoint or an adapter says so is not enough: of a run of "
-        "yours, `malora evaluate RUN --model.trust_remote_code true` and `malora convert RUN ... --recipe "
-        "RUN/config.yaml` do.",
+        "A folder's own Python code is never run, unless you set `model.trust_remote_code: true` in the recipe that "
+        "you name, or on the command line. A run, a checkpoint or an adapter that sets it is not enough: for a run of "
+        "yours, use `malora evaluate RUN --model.trust_remote_code true` and `malora convert RUN ... --recipe "
+        "RUN/config.yaml`.",
         "",
-        "A test makes this page, of tiny models: each is saved by transformers and loaded by this package, as it is "
-        "and in 4 bits, gives the logits that transformers gives, in training mode too, and is saved and loaded again; "
-        "so it is with an adapter merged into it, but for those whose layers share weights or lie in one tensor, which "
-        f"is refused: {', '.join(not_merged)}.",
+        "A test makes this page from tiny models: each is saved by transformers and loaded by this package, in full "
+        "precision and in 4 bits, gives the logits of transformers, in training mode too, and is saved and loaded "
+        "again, also with an adapter merged into it. Merging is refused for families whose layers share weights or are stored "
+        f"in one tensor: {', '.join(not_merged)}.",
         "",
-        "`linears` are the last parts of the names that `adapter.target_modules: all-linear` means: of linears that "
-        "training runs on every token and gives a gradient, as a test sees on all families but the refused ones, "
-        "Reformer and RWKV. Another linear of such a name, as the `dense` before BERT's head, is refused as a target. "
-        "Experts that transformers keeps as one parameter are loaded and not adapted, as "
-        "the log says. `attention` is what "
-        "`model.attn_implementation: auto` becomes on a CPU or in float32, and on a GPU in 16 bits. `in a row`: "
-        "several samples, several that branch (the choices of a question share their prompt), or one, so that "
-        "`train.per_device_train_batch_size` must be 1. Refused are those that look at what follows a token, or count "
-        "positions from another number, and Reformer, which draws at random; encoders decode where their configuration "
-        "says `is_decoder: true`.",
+        "- **linears**: the last parts of the names that `adapter.target_modules: all-linear` means: linears that "
+        "training runs on every token and gives a gradient, as a test checks for all families but the refused ones, "
+        "Reformer and RWKV. Another linear of such a name, such as the `dense` before BERT's head, is refused as a "
+        "target. Experts that transformers keeps as one parameter are loaded but not adapted; the log names them.",
+        "- **attention**: what `model.attn_implementation: auto` becomes on a CPU or in float32, and on a GPU in 16 "
+        "bits.",
+        "- **in a row**: several samples; several that branch (the choices of a question share their prompt); or one, "
+        "so that `train.per_device_train_batch_size` must be 1. Refused are models that see tokens after the current "
+        "one, or count positions from another number, and Reformer, which draws at random. Encoders decode if their "
+        "configuration has `is_decoder: true`.",
         "",
         "| `model_type` | class | linears | attention | in a row |",
         "|---|---|---|---|---|",

@@ -2,6 +2,7 @@ import configparser
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,19 @@ from tests.multiprocess import ROOT
 
 SUFFIXES = (".py", ".yaml", ".json", ".sh", ".html")
 FOLDERS = ("ds_configs", "launchers", "slurm")
+# What is built into a wheel, and what only a source distribution holds beside it.
+BUILT = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "malora_dist")
+SOURCE_ONLY = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "Makefile",
+    "constraints.txt",
+    "mkdocs.yml",
+    "ruff.toml",
+)
+SOURCE_FOLDERS = ("benchmarks", "docs", "examples", *FOLDERS)
+BUILD = "import sys; from setuptools import build_meta as b; to = sys.argv[1]; b.build_sdist(to); b.build_wheel(to)"
 STUB = '#!/usr/bin/env bash\nprintf "%s" "$(basename "$0")"; printf " [%s]" "$@"; echo\n'
 
 
@@ -24,32 +38,58 @@ def test_cluster_files_are_the_same_in_both_places() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The built wheel, and the folder it was built from: a copy, because a build leaves files behind."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of the built wheel and source distribution, and a copy of what they were built from.
+
+    They are built as pip does it, from a copy, because a build leaves files behind.
+    """
+    folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "malora_dist"):
+    for name in (*BUILT, *SOURCE_ONLY, *SOURCE_FOLDERS):
         if (ROOT / name).exists():
             subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
-    done = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(folder)], cwd=source, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
-    return next(folder.glob("*.whl")), source
+    return folder, source
 
 
 @pytest.mark.e2e
-def test_the_wheel_holds_everything(wheel: tuple[Path, Path]) -> None:
-    built, source = wheel
-    with zipfile.ZipFile(built) as archive:
+def test_the_wheel_holds_everything(built: tuple[Path, Path]) -> None:
+    folder, source = built
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
         names = set(archive.namelist())
         entry = next(name for name in names if name.endswith("entry_points.txt"))
         assert "malora = malora_dist.cli:main" in archive.read(entry).decode()
+        metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
+        assert "License-Expression: Apache-2.0" in metadata and "License-File: LICENSE" in metadata
     expected = [path for path in (source / "malora_dist").rglob("*") if path.suffix in SUFFIXES]
     expected += [source / "malora_dist/py.typed", source / "malora_dist/cluster_files/slurm/README.md"]
     missing = {str(path.relative_to(source)) for path in expected} - names
     assert not missing
     assert not any(name.startswith("tests") for name in names)
+
+
+@pytest.mark.e2e
+def test_the_source_distribution_holds_everything(built: tuple[Path, Path]) -> None:
+    folder, source = built
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    shown = [path for name in SOURCE_FOLDERS for path in (source / name).rglob("*") if path.is_file()]
+    shown += [source / name for name in (*BUILT, *SOURCE_ONLY) if (source / name).is_file()]
+    missing = {str(path.relative_to(source)) for path in shown if "__pycache__" not in path.parts} - names
+    assert not missing
+
+
+@pytest.mark.parametrize("extra", ["report", "gguf", "sentencepiece", "kernels", "bench", "trackers"])
+def test_the_tests_environment_has_every_extra(extra: str) -> None:
+    """What the package asks people to install by an extra is installed where tests run, in the same range."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    extras = parser["options.extras_require"]
+    assert set(extras[extra].split()) <= set(extras["dev"].split())
 
 
 def test_every_pin_is_a_requirement_or_of_one() -> None:

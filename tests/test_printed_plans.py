@@ -8,7 +8,7 @@ import pytest
 from tests.commands import malora
 from tests.multiprocess import ROOT
 
-EXAMPLE = re.compile(r"^```\n\$ malora (plan [^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(r"^```console\n\$ malora (plan [^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGE = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
 EXAMPLES = EXAMPLE.findall(PAGE)
 SUMMARY = re.compile(r"^\| \d+B.*\|$", re.MULTILINE)

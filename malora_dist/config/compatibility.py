@@ -20,9 +20,11 @@ from malora_dist.config.topology import (
 )
 from malora_dist.errors import ConfigError, MaloraError, TopologyError
 
-TESTED_VERSION = "0.19.8"
-LOWEST_VERSION = (0, 19, 4)
+# Versions that give the numbers of one process at every ZeRO stage they are allowed for, with experts spread or not.
+TESTED_VERSIONS = ("0.19.7", "0.19.8")
+LOWEST_VERSION, LOWEST_FOR_ZERO3 = (0, 19, 7), (0, 19, 8)
 FIRST_TOO_NEW = (0, 20)
+SUPPORTED_VERSIONS = ">=0.19.7,<0.20, for ZeRO-3 >=0.19.8"
 
 
 @dataclass(frozen=True)
@@ -80,20 +82,26 @@ def _plan_errors(config: RunConfig, world_size: int, version: str | None) -> Ite
     if not 1 <= world_size <= MOST:
         yield TopologyError(f"world size {world_size} must be at least 1 and at most {MOST}")
         return
-    yield from _version_errors(version)
+    yield from _version_errors(version, config.parallel.zero_stage)
     yield from _batch_errors(config, world_size)
-    yield from _expert_parallel_errors(config, world_size, version)
+    yield from _expert_parallel_errors(config, world_size)
     yield from _ds_config_errors(config, world_size)
 
 
-def _version_errors(version: str | None) -> Iterator[MaloraError]:
+def _version_errors(version: str | None, zero_stage: int) -> Iterator[MaloraError]:
     if version is None:
         return
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
     if not LOWEST_VERSION <= numbers < FIRST_TOO_NEW:
         yield ConfigError(
-            f"deepspeed {version} is installed; this package needs >=0.19.4,<0.20 because it relies on parts of "
-            f"ZeRO-3 that other versions lack or may change. Nearest that is tested: deepspeed=={TESTED_VERSION}"
+            f"deepspeed {version} is installed; this package needs {SUPPORTED_VERSIONS} because it uses parts of "
+            f"DeepSpeed that other versions lack or may change. Nearest tested: deepspeed=={TESTED_VERSIONS[-1]}"
+        )
+    elif zero_stage == 3 and numbers < LOWEST_FOR_ZERO3:
+        yield ConfigError(
+            f"parallel.zero_stage=3 is refused with deepspeed {version}: below 0.19.8 it gives out gathered weights "
+            f"before all of them have arrived over gloo. Nearest legal plan: deepspeed=={TESTED_VERSIONS[-1]}, or "
+            "parallel.zero_stage: 2"
         )
 
 
@@ -115,15 +123,10 @@ def _batch_errors(config: RunConfig, world_size: int) -> Iterator[MaloraError]:
         )
 
 
-def _expert_parallel_errors(config: RunConfig, world_size: int, version: str | None) -> Iterator[MaloraError]:
+def _expert_parallel_errors(config: RunConfig, world_size: int) -> Iterator[MaloraError]:
     ep_size = config.parallel.ep_size
     if ep_size == 1:
         return
-    if version is not None and version.partition("+")[0] != TESTED_VERSION:
-        yield ConfigError(
-            f"parallel.ep_size={ep_size} is refused with deepspeed {version}: it relies on names inside DeepSpeed "
-            f"tested in {TESTED_VERSION} only. Nearest legal plan: deepspeed=={TESTED_VERSION}, or parallel.ep_size: 1"
-        )
     structure = METHODS[config.adapter.method]
     if not structure.sparse:
         why = "whose tokens use every expert" if structure.routed else "which has one expert"
@@ -157,8 +160,8 @@ def _ds_config_errors(config: RunConfig, world_size: int) -> Iterator[MaloraErro
 def _notes(config: RunConfig, world_size: int, version: str | None) -> Iterator[str]:
     if version is None:
         yield "DeepSpeed is not installed here, so its version was not checked."
-    elif version != TESTED_VERSION:
-        yield f"deepspeed {version} should work; tested is {TESTED_VERSION}."
+    elif version not in TESTED_VERSIONS:
+        yield f"deepspeed {version} should work; tested are {', '.join(TESTED_VERSIONS)}."
     if world_size == 1 and config.parallel.zero_stage > 0:
         yield f"With one process, ZeRO-{config.parallel.zero_stage} has nothing to split; zero_stage: 0 is faster."
     if world_size > 1 and config.parallel.zero_stage < 3:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from malora_dist.config.topology import expert_data_parallel_ranks, expert_parallel_ranks, local_experts
+from malora_dist.distributed.deepspeed_names import check_names
 from malora_dist.distributed.process_groups import set_timeouts
 from malora_dist.errors import TopologyError
 
@@ -39,6 +40,7 @@ def create_expert_groups(ep_size: int, timeout_seconds: float) -> ExpertGroups |
         return None
     from deepspeed.utils import groups
 
+    check_names("parallel.ep_size above 1")
     world_size = dist.get_world_size()
     wanted = expert_parallel_ranks(world_size, ep_size), expert_data_parallel_ranks(world_size, ep_size)
     groups._create_expert_and_data_parallel(ep_size)

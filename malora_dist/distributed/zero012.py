@@ -1,7 +1,7 @@
 """Slices of experts at ZeRO stages 0 to 2, which know DeepSpeed's own expert layers only.
 
 Their optimizers reduce slices of experts over the right group if they are marked and an expert layer is seen. Marks,
-what these stages cannot do, and a check are here; private names of DeepSpeed 0.19.8 are used.
+what these stages cannot do, and a check are here.
 """
 
 from collections.abc import Iterator, Sequence

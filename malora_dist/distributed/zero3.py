@@ -1,6 +1,6 @@
 """ZeRO-3: parameters are partitioned, gathered and checked here, where alone its private attributes are read.
 
-Tested with DeepSpeed 0.19.8. Under ZeRO-3 a parameter holds no data between uses: `ds_tensor` is this process's part,
+Under ZeRO-3 a parameter holds no data between uses: `ds_tensor` is this process's part,
 `ds_numel` the number of all elements, `ds_process_group` the group it is spread over.
 """
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from malora_dist.adapters.inject import adapter_parameters, mixture_layers
+from malora_dist.distributed.deepspeed_names import check_names
 from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.process_groups import replicate
 from malora_dist.errors import TopologyError
@@ -79,7 +80,8 @@ def partition_parts(
 def _partitioner(deepspeed_config: dict[str, Any]) -> Any:
     import deepspeed
 
-    # Made around no parameters and not inputs, since `with zero.Init():` patches constructors, which changes dtypes.
+    check_names("parallel.zero_stage=3")
+    # Made around no parameters and not entered, since `with zero.Init():` patches constructors, which changes dtypes.
     return deepspeed.zero.Init(module=nn.ParameterList(), config_dict_or_path=deepspeed_config)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from malora_dist.errors import ConfigError, short
+from malora_dist.errors import ConfigError, require_package, short
 from malora_dist.files.json_text import parse_json
 
 if TYPE_CHECKING:
@@ -119,6 +119,10 @@ def _read(folder: Path, what: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:  # code of some 200 families, for files that anybody may have written
+        if not (folder / "tokenizer.json").exists() and any(folder.glob("*.model")):
+            # Without them transformers takes a sentencepiece model for one of tiktoken.
+            for package in ("sentencepiece", "google.protobuf"):
+                require_package(package, "sentencepiece", f"{folder}: {what}")
         code = own_code(folder)
         if code and "trust_remote_code" in str(error):
             raise ConfigError(f"{folder}: {what} is code of its own ({', '.join(code)}); {NOT_RUN}") from error

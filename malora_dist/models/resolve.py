@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from malora_dist.console.progress import log_line
 from malora_dist.console.terminal import is_terminal
-from malora_dist.errors import ConfigError, short
+from malora_dist.errors import ConfigError, require_package, short
 from malora_dist.files.cache import build_once, default_cache_dir
 from malora_dist.files.folder import local_path
 from malora_dist.models.weights.fingerprint import file_identity
@@ -115,8 +115,13 @@ def _download(repository: str, revision: str | None, code: bool) -> Path:
 
 
 def _convert_gguf(path: Path, cache_dir: Path) -> Path:
-    """Cached safetensors folder of a GGUF file, named by what tells the file from others."""
+    """Return the cached safetensors folder of a GGUF file, named by what tells the file from others.
+
+    Raises ConfigError if it has to be converted and the package gguf is not installed.
+    """
     target = _converted_folder(path, cache_dir)
+    if not target.is_dir():
+        require_package("gguf", "gguf", f"model.name_or_path={str(path)!r}: a GGUF file")
     build_once(target, partial(_write_converted, path.resolve()))
     return target
 

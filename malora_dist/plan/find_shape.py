@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from malora_dist.errors import ConfigError, short
+from malora_dist.errors import ConfigError, require_package, short
 from malora_dist.files.folder import local_path
 from malora_dist.files.json_text import parse_json
 from malora_dist.plan.shapes import LAYOUTS, ModelShape
@@ -97,6 +97,7 @@ def read_gguf(path: Path) -> ModelShape:
     """The shape in a GGUF file's metadata. Raises ConfigError if the file cannot be read or has an unknown layout."""
     if not path.is_file():
         raise ConfigError(f"model.name_or_path={str(path)!r}: there is no such GGUF file; {ASK_FOR_CONFIG}")
+    require_package("gguf", "gguf", f"{path}: a GGUF file")
     try:
         config = _gguf_config(path)
     except Exception as error:  # the reader checks nothing of what a file says of itself

@@ -5,6 +5,7 @@ Values are text and become HTML in the template alone, which escapes all of them
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from malora_dist.adapters.methods import METHODS
@@ -22,6 +23,10 @@ _ERRORS = (
     "Majority: always giving the commonest answer."
 )
 _BARS = "Hollow: zero-shot. Filled: tuned. Bars: ± 2 standard errors. Upright tick: always the commonest answer."
+_NO_PICTURES = (
+    "Pictures are left out, as matplotlib is not installed: after pip install "
+    '"malora_dist[report]", malora report draws them.'
+)
 _LOSSES = "Nats per token. In the colour of the text: all tasks, raw and smoothed. Other colours: each task."
 _SEPARATION = (
     "Share of choices a task would have to change to choose as the tasks do on average. "
@@ -100,7 +105,7 @@ def _results(run: RunFiles, results: Results) -> Section:
         return Section(notes=["There is no eval.json, so accuracies are left out."])
     names = {"base": "the untouched base", "tuned": "the tuned model"}
     absent = [name for side, name in names.items() if side not in run.evaluations]
-    chart = figures.accuracy_chart(results, run.tasks)
+    chart = figures.accuracy_chart(results, run.tasks) if _can_draw() else None
     return Section(
         notes=[f"eval.json does not hold {name}, so nothing is compared." for name in absent],
         accuracies=results_table(results),
@@ -110,6 +115,8 @@ def _results(run: RunFiles, results: Results) -> Section:
 
 
 def _training(run: RunFiles) -> Section:
+    if not _can_draw():
+        return Section(notes=[_NO_PICTURES])
     loss = figures.loss_chart(run)
     if loss is None:
         return Section(notes=["There are no training records in metrics.jsonl, so the curves are left out."])
@@ -149,6 +156,8 @@ def _routing(run: RunFiles) -> Section:
         return Section(
             notes=[f"There is no routing to show: {_why_no_routing(str(run.setting('adapter', 'method')))}."]
         )
+    if not _can_draw():
+        return Section(notes=[_NO_PICTURES])
     experts = len(next(iter(routing.mean_shares(record).values()), [])) or 1
     reduction = run.setting("adapter", "router_aux_loss_reduction")
     even = 1.0 if reduction == "mean" else None
@@ -189,6 +198,10 @@ def _facts(run: RunFiles) -> Section:
     if run.missing:
         notes.append(f"Not in the run folder: {', '.join(run.missing)}.")
     return Section(facts=run_facts(run), notes=notes, config_text=run.config_text)
+
+
+def _can_draw() -> bool:
+    return find_spec("matplotlib") is not None
 
 
 def _figure(title: str, caption: str, svg: str) -> Figure:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,19 @@ def test_what_models_of_others_write_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(f'{text}, "a": Infinity, "b": 1, "b": 2, "return_dict": false}}')
     model = load_base_model(tmp_path, dtype=torch.float32, load_in_4bit=False)
     assert model(torch.arange(9)[None]).logits.shape == (1, 9, 61)
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])
+def test_a_sentencepiece_model_asks_for_its_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    save_tiny_llama(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"a vocabulary")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setitem(sys.modules, package, None)
+    asked = rf'needs the package {package}: pip install "malora_dist\[sentencepiece\]"'
+    with pytest.raises(ConfigError, match=asked):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

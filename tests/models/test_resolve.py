@@ -1,6 +1,7 @@
 """Finding a model's folder, and converting a GGUF file."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,13 @@ def test_a_gguf_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"model.name_or_path='{file}': transformers cannot read this GGUF file"):
         resolve_model(str(file), cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("gguf/m-*[0-9a-f]"))
+
+
+def test_a_gguf_file_asks_for_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match=r'a GGUF file needs the package gguf: pip install "malora_dist\[gguf\]"'):
+        resolve_model(str(tmp_path / "m.gguf"), cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "minimax", "gpt2", "llama"])

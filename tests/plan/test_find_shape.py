@@ -1,6 +1,7 @@
 """Shapes from config.json, folders and GGUF files; what is not known is refused by name."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
         shape_of(GOOD | changes, "here")
 
 
-def test_where_it_is_looked_for(tmp_path: Path) -> None:
+def test_where_it_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GOOD))
     assert find_shape(str(tmp_path)) == find_shape(str(tmp_path / "config.json"))
     for text in ("{", "[" * 100_000):
@@ -65,3 +66,6 @@ def test_where_it_is_looked_for(tmp_path: Path) -> None:
         (tmp_path / "no.gguf").write_bytes(content)
         with pytest.raises(ConfigError, match="cannot be read as GGUF"):
             find_shape(str(tmp_path / "no.gguf"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match=r"malora_dist\[gguf\]"):
+        find_shape(str(tmp_path / "no.gguf"))

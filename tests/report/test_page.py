@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -139,3 +140,11 @@ def test_a_report_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 def test_lora_has_no_routing(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("adapter: {method: lora, r: 64}")
     assert "There is no routing to show: lora has one expert." in Outline(write_report(tmp_path).read_text()).text
+
+
+def test_without_matplotlib_the_page_has_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = write_report(write_run(tmp_path / "demo")).read_text(encoding="utf-8")
+    assert "<svg" not in text and "Accuracy in %" in text
+    assert text.count("matplotlib is not installed") == 2
+    Outline(text)
