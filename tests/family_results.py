@@ -188,8 +188,8 @@ def page() -> str:
         "",
         "A test makes this page from tiny models: each is saved by transformers and loaded by this package, in full "
         "precision and in 4 bits, gives the logits of transformers, in training mode too, and is saved and loaded "
-        "again, also with an adapter merged into it. Merging is refused for families whose layers share weights or are stored "
-        f"in one tensor: {', '.join(not_merged)}.",
+        "again, also with an adapter merged into it. Merging is refused for families whose layers share weights or are "
+        f"stored in one tensor: {', '.join(not_merged)}.",
         "",
         "- **linears**: the last parts of the names that `adapter.target_modules: all-linear` means: linears that "
         "training runs on every token and gives a gradient, as a test checks for all families but the refused ones, "
