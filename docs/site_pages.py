@@ -26,8 +26,8 @@ PAGES = {
 }
 SOURCES = {page: source for source, page in PAGES.items()}
 COPIES = "repository"
-# Pages of printed tables hold most words; search puts them behind those that explain.
-SEARCH_BOOST = {"plan.md": 0.5, "results.md": 0.3, "changelog.md": 0.5}
+# Search puts pages that explain before those of printed tables, which hold most words.
+SEARCH_BOOST = {"configuration.md": 3, "troubleshooting.md": 2, "plan.md": 0.2, "results.md": 0.2, "changelog.md": 0.2}
 # The theme's own way to search pages that are opened from a disk, and what takes its place.
 THEME_SEARCH, OWN_SEARCH = "https://unpkg.com/iframe-worker/shim", "file_search.js"
 OTHER_HOST = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^>]*>")
