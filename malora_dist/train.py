@@ -21,7 +21,7 @@ from malora_dist.data.loader import TrainLoader
 from malora_dist.data.packed_row import Packing
 from malora_dist.distributed.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
 from malora_dist.distributed.expert_groups import create_expert_groups
-from malora_dist.distributed.process_groups import on_main, start_processes
+from malora_dist.distributed.process_groups import run_on_rank0, start_processes
 from malora_dist.distributed.zero3 import resident_bytes
 from malora_dist.errors import ConfigError, NonFiniteError
 from malora_dist.evaluation.packing import check_packing
@@ -108,7 +108,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
         data = build_data(config.data, tokenizer, look)
         check_tokens(data, base_facts.spare_tokens)
         lengths = position_notes(data, folder, trust_remote_code=trusted)
-    baseline = on_main(lambda: _baseline(config, data), world)
+    baseline = run_on_rank0(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
     outputs = session.open()
     outputs.notes([*check_plan(config, world.size).notes, *notes, *base_facts.notes])
@@ -215,7 +215,7 @@ def _build(
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
     model = base_model(config, folder, world, settings, agreement.check)
-    report, wire = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
+    report, all_to_all = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
     outputs.injection(report)
     steps = total_steps(config, loader)
     position.enter("starting DeepSpeed")
@@ -228,7 +228,7 @@ def _build(
         expert_groups=groups,
     )
     outputs.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
-    return new_stepper(config, data, engine, world, wire, position), steps
+    return new_stepper(config, data, engine, world, all_to_all, position), steps
 
 
 def _baseline(config: RunConfig, data: PreparedData) -> Tasks | None:

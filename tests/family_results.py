@@ -121,12 +121,12 @@ def _round(theirs: Any, ours: Any) -> None:
     """Round the weights of their linears to the 4-bit values that ours has."""
     done: set[int] = set()
     for name, module in ours.named_modules():
-        if isinstance(module, NF4Linear) and id(module.blob) not in done:
-            done.add(id(module.blob))
+        if isinstance(module, NF4Linear) and id(module.packed_weight) not in done:
+            done.add(id(module.packed_weight))
             weight = theirs.get_submodule(name).weight.data
-            blob = quantize_nf4(weight, module.double_quant)
-            assert torch.equal(blob, module.blob), name
-            weight.copy_(dequantize_nf4(blob, tuple(weight.shape), torch.float32, module.double_quant))
+            packed = quantize_nf4(weight, module.double_quant)
+            assert torch.equal(packed, module.packed_weight), name
+            weight.copy_(dequantize_nf4(packed, tuple(weight.shape), torch.float32, module.double_quant))
 
 
 def _in_a_row(name: str) -> str:

@@ -96,3 +96,11 @@ def contiguous_only(name: str, collective: Callable[..., Any]) -> Callable[..., 
         return collective(*arguments, **settings)
 
     return checked
+
+
+def group_timeouts() -> list[float]:
+    """Return the timeout in seconds of every backend of every group of this process."""
+    from torch.distributed.distributed_c10d import _world
+
+    backends = [group._get_backend(device) for group in _world.pg_map for device in group._device_types]
+    return [backend.options._timeout.total_seconds() for backend in backends]

@@ -163,8 +163,8 @@ def balance_reference(
 # ------------------------------------------------------------------------------------------- expert parallelism
 
 
-def owners_reference(expert_ids_TK: Sequence[Sequence[int]], num_experts: int, num_ranks: int) -> list[list[int]]:
-    """Of each token, the ranks that own an expert of it, rising; rank w owns the w-th of `num_ranks` equal runs."""
+def expert_ranks_reference(expert_ids_TK: Sequence[Sequence[int]], num_experts: int, num_ranks: int) -> list[list[int]]:
+    """Of each token, the ranks that hold an expert of it, rising; rank w holds the w-th of `num_ranks` equal runs."""
     size = num_experts // num_ranks
     runs = [range(w * size, (w + 1) * size) for w in range(num_ranks)]
     return [[w for w, run in enumerate(runs) if any(e in run for e in experts)] for experts in expert_ids_TK]
@@ -181,24 +181,24 @@ def exchange_bytes_reference(
     forwards: int = 1,
     backwards: int = 1,
 ) -> list[dict[str, int]]:
-    """Bytes each rank sends for one layer, by leg, message by message; `expert_ids[rank]` (T, K) of its own tokens.
+    """Bytes each rank sends for one layer, by phase, message by message; `expert_ids[rank]` (T, K) of its own tokens.
 
-    A token sends each other owner one row with a gate per expert of that owner, and gets one row back; in backward the
-    gradients of both go the opposite ways. Before that every rank tells every other one an 8-byte count.
+    A token sends each other rank with an expert of it one row, with a gate per expert there, and gets one row back;
+    in backward the gradients of both go the opposite ways. Before that every rank sends each other one an 8-byte count.
     """
     num_ranks = len(expert_ids)
     out = in_width * itemsize + num_experts // num_ranks * gate_itemsize
-    home = out_width * itemsize
+    back = out_width * itemsize
     sent = [dict.fromkeys(("counts", "rows", "returns", "grad_returns", "grad_rows"), 0) for _ in range(num_ranks)]
     for rank in range(num_ranks):
         sent[rank]["counts"] += forwards * 8 * (num_ranks - 1)
-        for owners in owners_reference(expert_ids[rank], num_experts, num_ranks):
-            for owner in owners:
-                if owner != rank:
+        for expert_ranks in expert_ranks_reference(expert_ids[rank], num_experts, num_ranks):
+            for other in expert_ranks:
+                if other != rank:
                     sent[rank]["rows"] += forwards * out
-                    sent[owner]["returns"] += forwards * home
-                    sent[rank]["grad_returns"] += backwards * home
-                    sent[owner]["grad_rows"] += backwards * out
+                    sent[other]["returns"] += forwards * back
+                    sent[rank]["grad_returns"] += backwards * back
+                    sent[other]["grad_rows"] += backwards * out
     return sent
 
 

@@ -78,7 +78,7 @@ def test_the_lower_layers_need_no_torch() -> None:
 
 
 def test_tests_mirror_the_package() -> None:
-    """A test file is named after its module or folder, or after the processes beside it whose results it uses."""
+    """A test file has the name of the module or folder it tests, or of the workers beside it whose results it reads."""
     for test in (ROOT / "tests").rglob("*/test_*.py"):
         if test.parent.name in WHOLE_SYSTEM:
             continue

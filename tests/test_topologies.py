@@ -54,14 +54,14 @@ def cases_of(world_size: int) -> dict[str, Case]:
         "base": list(BASES),
         "accumulation": [1, 2],
         "gradient_checkpointing": [False, True],
-        "fuse_siblings": [True, False],
+        "fuse_projections": [True, False],
     }
     cases = {}
     for case in pairwise(choices):
         name = (
             f"ep{case['ep_size']} zero{case['zero_stage']} {case['base']} accumulation{case['accumulation']} "
             f"{'recomputed' if case['gradient_checkpointing'] else 'kept'} "
-            f"{'fused' if case['fuse_siblings'] else 'apart'}"
+            f"{'fused' if case['fuse_projections'] else 'apart'}"
         )
         cases[name] = case | BASES[case["base"]]
     return cases | {name: {"zero_stage": 3} | case for name, case in CORNERS[world_size].items()}

@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 from benchmarks.gpu.measure import DEVICE, GPU
 from benchmarks.gpu.verdicts import Verdicts
-from malora_dist.ops.triton_ready import missing_for_triton
+from malora_dist.ops.devices import missing_for_triton
 from malora_dist.training.gpu import Gpu, architecture_problem
 
 # Beside what setup.cfg says the package needs: for `malora bench` and the tests. Triton has a verdict of its own.

@@ -12,7 +12,7 @@ from malora_dist.adapters.inject import mixture_layers
 from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS
 from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.ops.dropout import token_keys
-from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.ops.products import kept_weight_copies
 
 GOLDEN = Path("tests/strict/counts.json")
 # Those of the golden numbers.

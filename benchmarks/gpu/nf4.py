@@ -1,6 +1,6 @@
 """Stage nf4: unpacking of 4-bit weights against bitsandbytes' own: numbers, time, kernels and waits.
 
-That the bytes are the CPU's, and that a blob may begin anywhere, are tests (`pytest -m gpu`).
+That the bytes are the CPU's, and that a packed weight may begin anywhere, are tests (`pytest -m gpu`).
 """
 
 import sys

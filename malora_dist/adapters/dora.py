@@ -14,7 +14,7 @@ from malora_dist.models.nf4_linear import NF4Linear
 ROWS = 1024
 
 
-class Magnitude(nn.Module):
+class DoRALayer(nn.Module):
     """y = base + g (W h + s B A h) - W h  with  g = m / ||W + s B A||, a norm for each row, which has no gradient.
 
     h is the adapter's input: where dropout changed it, base = W x + bias and W h differ, as in PEFT. m is `magnitude`
@@ -43,8 +43,8 @@ class Magnitude(nn.Module):
             wide = torch.promote_types(weight_OI.dtype, torch.float32)
             self.base_squares = weight_OI.to(wide).square().sum(dim=1).to(device)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Magnitude":
-        """Move; ||W||^2 is never rounded, since what is left of it after a difference is a norm."""
+    def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
+        """Move or cast, but never round ||W||^2: a norm is a difference of it."""
         squares_O = self.base_squares
         super()._apply(fn, recurse)
         moved_O = self.base_squares
@@ -55,7 +55,16 @@ class Magnitude(nn.Module):
     def forward(
         self, base_layer: Any, base_TO: Tensor, h_TI: Tensor, A_ERI: Tensor, B_EOR: Tensor, scaling: float, same: bool
     ) -> Tensor:
-        """The layer's output (T, O) from the base's, the one expert, and whether h is the very input of the base."""
+        """Compute the layer's output (T, O).
+
+        Args:
+            base_layer: the frozen linear.
+            base_TO: its output.
+            h_TI: what the expert reads.
+            A_ERI, B_EOR: the one expert, in the dtype of h.
+            scaling: s.
+            same: whether h is the very input of the base.
+        """
         norm_O, bias_O = self._norm_and_bias(base_layer, A_ERI[0].detach(), B_EOR[0].detach() * scaling)
         plain_TO = (base_TO if same else base_layer(h_TI)) - bias_O
         z_TR = F.linear(h_TI, A_ERI[0])
@@ -63,7 +72,7 @@ class Magnitude(nn.Module):
         return base_TO + ((self.magnitude / norm_O).to(base_TO.dtype) * adapted_TO - plain_TO)
 
     def _norm_and_bias(self, base_layer: Any, A_RI: Tensor, B_OR: Tensor) -> tuple[Tensor, Tensor]:
-        """||W + B A|| (O,) without a gradient, and the base's bias (O,): what it makes of a row of zeros."""
+        """Compute ||W + B A|| (O,) without a gradient, and the base's bias (O,): what it makes of a row of zeros."""
         images = base_layer(torch.cat([A_RI, torch.zeros_like(A_RI[:1])]))
         bias_O = images[-1]
         A, B, WA_RO = (t.detach().to(self.base_squares.dtype) for t in (A_RI, B_OR, images[:-1] - bias_O))
@@ -73,7 +82,7 @@ class Magnitude(nn.Module):
 
 
 def _weight(base_layer: Any) -> Tensor | None:
-    """The weight (O, I) as the layer computes with it, None where only the layer itself can unpack it."""
+    """Return the weight (O, I) as the layer computes with it, None where only the layer itself can unpack it."""
     if isinstance(base_layer, NF4Linear):
         return base_layer.dequantize(torch.float32)
     unpack(base_layer)
@@ -101,7 +110,7 @@ def _weight(base_layer: Any) -> Tensor | None:
 
 
 def _squares_by_forward(base_layer: Any, out_features: int, device: torch.device) -> Tensor:
-    """||W||^2 (O,) from what the layer makes of the rows of the identity."""
+    """Compute ||W||^2 (O,) from what the layer makes of the rows of the identity."""
     squares_O = torch.zeros(out_features, device=device)
     bias_O = base_layer(torch.zeros(1, base_layer.in_features, device=device))[0]
     for columns in torch.arange(base_layer.in_features, device=device).split(ROWS):

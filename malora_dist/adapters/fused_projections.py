@@ -1,95 +1,45 @@
-"""Linears that read one tensor (q, k and v; gate and up) entered together: one product for all S_A and routers."""
+"""Linears of a model that read one tensor (q, k and v; gate and up), and fusing their input projections."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
-from malora_dist.adapters.input_projection import Entrance
+from malora_dist.adapters.input_projection import FusedProjection
 from malora_dist.adapters.layer import MixtureLinear
-from malora_dist.adapters.protocols import Entered
 from malora_dist.adapters.shared_input import SharedInput
-from malora_dist.ops.input_projection import autocast, enter
-from malora_dist.ops.routing import Routing, choose
-from malora_dist.ops.weight_copies import WeightCopies
 
-# Linears of one parent module that read the same tensor.
-SIBLINGS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
+# Linears of one parent module that read the same tensor, and the name of that tensor's readers.
+READERS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 
 
-class SiblingEntrance(nn.Module):
-    """The entrances of L linears as one: x (T, I) -> x for their base layers, h (T, D) and routing of each.
-
-    It holds the very parameters of the entrances, which keep their names: files know nothing of it. A module of its
-    own, because ZeRO-3 gathers weights module by module.
-    """
-
-    weight_copies: WeightCopies | None = None
-
-    def __init__(self, entrances: Sequence[Entrance]) -> None:
-        super().__init__()
-        first = entrances[0]
-        for number, entrance in enumerate(entrances):
-            assert (entrance.dropout, entrance.input_salt) == (first.dropout, first.input_salt)
-            self.register_parameter(f"shared_A_{number}", entrance.shared_A)
-            self.register_parameter(f"gate_{number}", entrance.gate)
-        self.num_linears, self.top_k, self.normalize_gates = len(entrances), first.top_k, first.normalize_gates
-        self.dropout, self.input_salt = first.dropout, first.input_salt
-
-    def forward(self, x_TI: Tensor, keys_T: Tensor | None = None) -> tuple[Tensor, list[Tensor], list[Routing]]:
-        """As Entrance.forward, for all."""
-        L = self.num_linears
-        downs, gates = ([self.get_parameter(f"{name}_{n}") for n in range(L)] for name in ("shared_A", "gate"))
-        x_TI, h_TW, logits_TN = enter(x_TI, downs, gates, keys_T, self.input_salt, self.dropout, self.weight_copies)
-        routing = choose(logits_TN.unflatten(1, (L, -1)).transpose(0, 1), self.top_k, self.normalize_gates)
-        routings = [Routing(*each) for each in zip(*(part_L.unbind() for part_L in routing), strict=True)]
-        return x_TI, list(h_TW.chunk(L, dim=1)), routings
-
-
-class Siblings:
-    """Enters for the linear that comes first, and for the others of the same tensor with it."""
-
-    def __init__(self, layers: Sequence[MixtureLinear], entrance: SiblingEntrance) -> None:
-        self.layers, self.entrance = list(layers), entrance
-        self._shared = SharedInput(self.layers, self._enter)
-
-    def enter(self, layer: MixtureLinear, x: Tensor) -> Entered:
-        """What `layer` makes of its input (..., I)."""
-        return self._shared.take(layer, x)
-
-    def _enter(self, x: Tensor) -> list[Entered]:
-        first = self.layers[0]
-        x_TI = autocast(x).reshape(-1, first.in_features)
-        keys_T = first.entrance.dropout_keys(x_TI, first.token_keys)
-        base_TI, hs, routings = self.entrance(x_TI, keys_T)
-        return [Entered(base_TI, h_TD, routing) for h_TD, routing in zip(hs, routings, strict=True)]
-
-
-def join_siblings(model: nn.Module) -> None:
-    """Let the adapted linears of each parent that read one tensor enter together; they must have S_A and a router."""
-    for parent, group, layers in list(sets_of_siblings(model)):
+def fuse_input_projections(model: nn.Module) -> None:
+    """Project the input of adapted linears that read one tensor by one product; they must have S_A and a router."""
+    for parent, name, layers in list(linears_by_input(model)):
         if len(layers) > 1:
-            entrance = SiblingEntrance([layer.entrance for layer in layers])
+            projections = [layer.input_projection for layer in layers]
+            fused = FusedProjection(projections)
             # After the linears, so that their parameters go by the linears' names.
-            parent.add_module(f"{group}_entrance", entrance)
-            siblings = Siblings(layers, entrance)
+            parent.add_module(f"{name}_projection", fused)
+            shared_input = SharedInput(projections, fused)
             for layer in layers:
-                layer.siblings = siblings
+                layer.shared_input = shared_input
 
 
-def part_siblings(model: nn.Module) -> None:
-    """Undo `join_siblings`."""
-    for parent, group, layers in list(sets_of_siblings(model)):
-        if layers[0].siblings is not None:
-            delattr(parent, f"{group}_entrance")
+def unfuse_input_projections(model: nn.Module) -> None:
+    """Undo `fuse_input_projections`."""
+    for parent, name, layers in list(linears_by_input(model)):
+        shared_input = layers[0].shared_input
+        if shared_input is not None and shared_input.fused is not None:
+            delattr(parent, f"{name}_projection")
             for layer in layers:
-                layer.siblings = None
+                layer.shared_input = None
 
 
-def sets_of_siblings(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[MixtureLinear]]]:
-    """Every set of adapted linears that read one tensor, with their parent and a name of the set in it."""
+def linears_by_input(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[MixtureLinear]]]:
+    """Yield the adapted linears that read one tensor, with their parent and a name of them in it."""
     for parent in model.modules():
         sets: dict[str, list[MixtureLinear]] = {}
         for leaf, child in parent.named_children():
             if isinstance(child, MixtureLinear):
-                sets.setdefault(SIBLINGS.get(leaf, leaf), []).append(child)
-        yield from ((parent, group, layers) for group, layers in sets.items())
+                sets.setdefault(READERS.get(leaf, leaf), []).append(child)
+        yield from ((parent, name, layers) for name, layers in sets.items())

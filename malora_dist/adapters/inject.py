@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.fused_projections import SIBLINGS, join_siblings, part_siblings
-from malora_dist.adapters.kernels import require_triton
-from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.fused_projections import READERS, fuse_input_projections, unfuse_input_projections
+from malora_dist.adapters.layer import MixtureLinear, require_triton
 from malora_dist.adapters.methods import MixtureSpec, count_parameters, factor_shapes
 from malora_dist.adapters.saving import Injected, release, save_adapters_of
 from malora_dist.adapters.targets import find_targets, fused_experts, plain_names
@@ -55,7 +54,7 @@ def inject_adapters(
     *,
     lora_dropout: float = 0.0,
     computation: str = "auto",
-    fuse_siblings: bool = False,
+    fuse_projections: bool = False,
     seed: int = 0,
     init_weights: bool = True,
     place: Callable[[MixtureLinear], None] | None = None,
@@ -68,10 +67,10 @@ def inject_adapters(
 
     Adapters are fp32, built on the device of the layer they wrap. Their initial values depend on the seed and the
     module's name alone, so every process builds the same ones (DoRA's magnitude depends on the base's weight too, which
-    `whole(base_layer)` must show whole while it is measured). With `fuse_siblings`, linears that read one tensor enter
-    together (`adapters.fused_projections`), where the method has an S_A. `place` then decides what of a layer stays on
-    this process, before the next layer is built; the report counts whole layers all the same. Without `init_weights` no
-    initial value is computed: the factors are memory that the caller must fill, every one.
+    `whole(base_layer)` must show whole while it is measured). With `fuse_projections`, linears that read one tensor
+    project together (`adapters.fused_projections`), where the method has an S_A. `place` then decides what of a layer
+    stays on this process, before the next layer is built; the report counts whole layers all the same. Without
+    `init_weights` no initial value is computed: the factors are memory that the caller must fill, every one.
 
     Raises ConfigError if `computation` is grouped_triton where Triton cannot run, if the model has adapters already, or
     if a target matches nothing or matches a module that is not a linear. After an error, whatever it was, the model is
@@ -102,8 +101,8 @@ def inject_adapters(
         remove_adapters(model)
         raise
     rows = [row for target, matched in matches.items() for row in _rows(model, spec, target, matched)]
-    if fuse_siblings and spec.shared_r is not None:
-        join_siblings(model)
+    if fuse_projections and spec.shared_r is not None:
+        fuse_input_projections(model)
     keep_differentiable(model)
     return InjectionReport(
         rows=tuple(rows),
@@ -136,15 +135,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def count_base_parameters(model: nn.Module) -> int:
-    """Weights of the base as its authors count them: a 4-bit blob counts the weights it stands for."""
+    """Weights of the base as its authors count them: a packed 4-bit weight counts as the weights that it stands for."""
     total = 0
     for module in model.modules():
         if isinstance(module, NF4Linear):
             total += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
-    blobs = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters()}
+    packed = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters()}
     adapters = {id(p) for _, p in adapter_parameters(model)}
     # ds_numel: ZeRO-3 leaves an empty tensor in place of a partitioned parameter.
-    others = (p for p in model.parameters() if id(p) not in blobs | adapters)
+    others = (p for p in model.parameters() if id(p) not in packed | adapters)
     return total + sum(getattr(p, "ds_numel", p.numel()) for p in others)
 
 
@@ -185,22 +184,12 @@ def _adapted(
     with torch.device(_device(base)):
         layer = MixtureLinear(
             base,
+            spec,
             in_features=sizes[0],
             out_features=sizes[1],
-            num_experts=spec.num_experts,
-            top_k=spec.top_k,
-            r=spec.r,
-            shared_r=spec.shared_r,
-            routed=spec.structure.routed,
-            scaling=spec.scaling,
-            core=spec.structure.core,
-            balanced=not spec.structure.dense,
-            magnitude=spec.structure.magnitude,
-            beta=spec.beta,
             dropout=dropout,
-            normalize_gates=spec.normalize_gates,
             computation=computation,
-            input_salt=layer_seed(seed, f"{parent_name}:{SIBLINGS.get(leaf, leaf)}"),
+            input_salt=layer_seed(seed, f"{parent_name}:{READERS.get(leaf, leaf)}"),
             generator=torch.Generator("cpu").manual_seed(layer_seed(seed, name)),
             init_weights=init_weights,
         )
@@ -236,7 +225,7 @@ def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int,
 
 def remove_adapters(model: nn.Module) -> None:
     """Put every adapted layer's base back in its place: the model is what `inject_adapters` was given."""
-    part_siblings(model)
+    unfuse_input_projections(model)
     places = _places(model)
     for _, layer in list(mixture_layers(model)):
         for parent, leaf in places[id(layer)]:

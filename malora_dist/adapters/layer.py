@@ -6,34 +6,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.dora import Magnitude
-from malora_dist.adapters.input_projection import Entrance
-from malora_dist.adapters.protocols import AddExperts, Dispatcher, Entered, EntersTogether
+from malora_dist.adapters.dora import DoRALayer
+from malora_dist.adapters.input_projection import InputProjection, ProjectedInput
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.adapters.recompute import is_recomputing, refuse_reentrant
+from malora_dist.adapters.shared_input import Dispatcher, Prepared, SharedInput
 from malora_dist.errors import ConfigError
-from malora_dist.ops.cost import prefer_grouped
+from malora_dist.ops.choices import prefer_grouped
 from malora_dist.ops.dense import dense_experts
-from malora_dist.ops.dropout import keyed_dropout
+from malora_dist.ops.devices import missing_for_triton, triton_ready
 from malora_dist.ops.grouped import grouped_experts
 from malora_dist.ops.init import kaiming_uniform, shared_subspace_init
-from malora_dist.ops.input_projection import autocast, enter
+from malora_dist.ops.products import WeightCopies
 from malora_dist.ops.routing import Routing, largest
-from malora_dist.ops.triton_ready import triton_ready
-from malora_dist.ops.weight_copies import WeightCopies
 
 
 class MixtureLinear(nn.Module):
-    """y = base(x) + s * sum_{t in top-k} g_t B_t C_t h, the layer of all methods (eqs. 1, 5, 7).
+    """y = base(x) + s * sum_{t in top-k} g_t B_t C_t h, the layer of all methods (MALoRA eqs. 1, 5, 7).
 
-    MALoRA (`shared_r` and `core`): h = S_A drop(x), C_t = P_t. HydraLoRA (`shared_r` alone): h = S_A drop(x), no C_t,
-    all experts. MoLoRA: h = drop(x), C_t = A_t. LoRA: one expert, no router; DoRA (`magnitude`): LoRA, rescaled.
-    The experts' stacked factors belong to this module, router and S_A to its `entrance`, DoRA's norms to `dora`. All
-    are fp32; products run in the dtype of x. `routing` keeps the last forward's decision, and `routings`, where it is a
-    list, those of every call since; `balanced` says whether they belong in the balance loss.
+    `spec` says which. MALoRA: h = S_A drop(x), C_t = P_t. HydraLoRA: h = S_A drop(x), no C_t, all experts. MoLoRA:
+    h = drop(x), C_t = A_t. LoRA: one expert, no router; DoRA: LoRA, rescaled.
+
+    The experts' stacked factors belong to this module, router and S_A to its `input_projection`, DoRA's norms to
+    `dora`. All are fp32; products run in the dtype of x. `routing` keeps the last forward's decision, and `routings`,
+    where it is a list, those of every call since; `balanced` says whether they belong in the balance loss.
 
     The base's output is added to in place, and so is the gradient of its input: hooks on the base must copy what they
-    keep. Without a `dispatcher` all experts are here. With one (`distributed.expert_parallel`), this module holds
-    `num_local_experts` of them and the dispatcher brings the tokens.
+    keep. With a `shared_input`, linears that read one tensor project it together, and its dispatcher, if there is one
+    (`distributed.expert_parallel`), sends tokens to the ranks of their experts, of which this module then holds
+    `num_local_experts`.
 
     DoRA's base must be whole and in memory here. Without `init_weights` the caller must fill the factors' memory.
 
@@ -46,56 +47,36 @@ class MixtureLinear(nn.Module):
     def __init__(
         self,
         base_layer: nn.Module,
+        spec: MixtureSpec,
         *,
         in_features: int,
         out_features: int,
-        num_experts: int,
-        top_k: int,
-        r: int,
-        shared_r: int | None,
-        routed: bool,
-        scaling: float,
-        core: bool = True,
-        balanced: bool = True,
-        magnitude: bool = False,
-        beta: float = 1.0,
         dropout: float = 0.0,
-        normalize_gates: bool = False,
         computation: str = "auto",
         input_salt: int = 0,
         generator: torch.Generator | None = None,
         init_weights: bool = True,
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.spec, self.computation = base_layer, spec, computation
         self.in_features, self.out_features = in_features, out_features
-        self.num_experts, self.top_k, self.r, self.shared_r = num_experts, top_k, r, shared_r
-        self.routed, self.scaling, self.beta, self.computation = routed, scaling, beta, computation
-        self.entrance = Entrance(
-            in_features,
-            num_experts,
-            top_k=top_k,
-            shared_r=shared_r,
-            routed=routed,
-            normalize_gates=normalize_gates,
-            dropout=dropout,
-            input_salt=input_salt,
-        )
-        self.balanced = routed and balanced
-        self.dora = Magnitude(out_features) if magnitude else None
-        self.core_name = "A" if shared_r is None else "P" if core else None
-        width = in_features if shared_r is None else shared_r
-        B = nn.Parameter(torch.empty(num_experts, out_features, r, dtype=torch.float32))
+        self.num_experts, self.top_k, self.r, self.shared_r = spec.num_experts, spec.top_k, spec.r, spec.shared_r
+        structure = spec.structure
+        self.routed, self.scaling = structure.routed, spec.scaling
+        self.balanced = structure.sparse
+        self.input_projection = InputProjection(in_features, spec, dropout=dropout, input_salt=input_salt)
+        self.dora = DoRALayer(out_features) if structure.magnitude else None
+        self.down_name = "A" if spec.shared_r is None else "P" if structure.expert_down else None
+        width = in_features if spec.shared_r is None else spec.shared_r
+        B = nn.Parameter(torch.empty(spec.num_experts, out_features, spec.r, dtype=torch.float32))
         down = None
-        if self.core_name is not None:
-            down = nn.Parameter(torch.empty(num_experts, r, width, dtype=torch.float32))
+        if self.down_name is not None:
+            down = nn.Parameter(torch.empty(spec.num_experts, spec.r, width, dtype=torch.float32))
         self.set_experts(down, B)
         self.adapter_enabled = True
-        self.dispatcher: Dispatcher | None = None
-        self.siblings: EntersTogether | None = None
+        self.shared_input: SharedInput | None = None
         self.routing = None
         self.routings: list[Routing] | None = None
-        self.token_keys: Tensor | None = None
         if not self.B.is_meta and self.dora is not None:
             self.dora.measure(base_layer)
         if not self.B.is_meta and init_weights:
@@ -104,18 +85,32 @@ class MixtureLinear(nn.Module):
             self.register_load_state_dict_post_hook(_measure_again)
 
     @property
-    def core(self) -> nn.Parameter | None:
-        """What leads into the experts' ranks: P (E, r, D), A (E, r, I) without S_A, or nothing."""
-        return None if self.core_name is None else self.get_parameter(self.core_name)
+    def expert_down(self) -> nn.Parameter | None:
+        """Return the experts' down-projections: P (E, R, D), A (E, R, I) without S_A, or nothing."""
+        return None if self.down_name is None else self.get_parameter(self.down_name)
+
+    @property
+    def dispatcher(self) -> Dispatcher | None:
+        """Return what sends tokens to the ranks of their experts; None where all experts are here."""
+        return None if self.shared_input is None else self.shared_input.dispatcher
+
+    @property
+    def token_keys(self) -> Tensor | None:
+        """Which tokens the next forward sees (`InputProjection`)."""
+        return self.input_projection.token_keys
+
+    @token_keys.setter
+    def token_keys(self, keys_T: Tensor | None) -> None:
+        self.input_projection.token_keys = keys_T
 
     @property
     def weight(self) -> Any:
-        """The base's weight, for code that looks at it; the experts are not in it."""
+        """Return the base's weight, for code that looks at it; the experts are not in it."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> Any:
-        """The base's bias, or None."""
+        """Return the base's bias, or None."""
         return self.base_layer.bias
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -132,20 +127,20 @@ class MixtureLinear(nn.Module):
         self.base_layer.register_parameter(name, param)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has, or a pickle: everything but what belongs to the last forward."""
-        return self.__dict__ | {"routing": None, "routings": None, "token_keys": None, "weight_copies": None}
+        """Return what a copy has, or a pickle: everything but what belongs to the last forward."""
+        return self.__dict__ | {"routing": None, "routings": None, "weight_copies": None}
 
-    def set_experts(self, core: nn.Parameter | None, B: nn.Parameter) -> None:
+    def set_experts(self, down: nn.Parameter | None, B: nn.Parameter) -> None:
         """Hold these experts, all or a slice of them."""
-        if self.core_name is not None:
-            setattr(self, self.core_name, core)
+        if self.down_name is not None:
+            setattr(self, self.down_name, down)
         self.B = B
         self.num_local_experts = len(B)
-        self.expert_width = self.r if core is None else core.shape[2]
+        self.expert_width = self.r if down is None else down.shape[2]
 
     @property
     def form(self) -> str:
-        """Say how the experts here are summed: `dense`, `grouped` or `grouped_triton`."""
+        """Return how the experts here are summed: `dense`, `grouped` or `grouped_triton`."""
         device = self.B.device
         if not self.routed or self.computation != "auto":
             return self.computation if self.routed else "dense"
@@ -161,107 +156,107 @@ class MixtureLinear(nn.Module):
         return self.form != "dense"
 
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter of every adapter tensor: gate, shared_A, P or A, B, magnitude; those the method has."""
-        for module in (self.entrance, self, self.dora):
+        """Yield name and parameter of each adapter tensor that the method has: gate, shared_A, P or A, B, magnitude."""
+        for module in (self.input_projection, self, self.dora):
             if module is not None:
                 yield from module.named_parameters(recurse=False)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """B = 0, so the adapted layer starts as its base; the rest Kaiming-uniform, for MALoRA through eqs. 8-10.
+        """Set B = 0, so the adapted layer starts as its base; the rest Kaiming-uniform, for MALoRA through eqs. 8-10.
 
         DoRA's magnitude is the norm of the base's rows.
         """
-        n, E, shared_A = self.in_features, self.num_experts, self.entrance.shared_A
-        if self.entrance.gate is not None:
-            self.entrance.gate.copy_(kaiming_uniform((E, n), fan_in=n, generator=generator))
-        if shared_A is None or self.core is None:
-            down = self.core if shared_A is None else shared_A
+        n, E, projection = self.in_features, self.num_experts, self.input_projection
+        shared_A = projection.shared_A
+        if projection.gate is not None:
+            projection.gate.copy_(kaiming_uniform((E, n), fan_in=n, generator=generator))
+        if shared_A is None or self.expert_down is None:
+            down = self.expert_down if shared_A is None else shared_A
             assert down is not None
             down.copy_(kaiming_uniform(tuple(down.shape), fan_in=n, generator=generator))
         else:
             K_EDI = kaiming_uniform((E, len(shared_A), n), fan_in=n, generator=generator)
-            for factor, value in zip(
-                (shared_A, self.core), shared_subspace_init(K_EDI, self.r, self.beta), strict=True
-            ):
+            values = shared_subspace_init(K_EDI, self.r, self.spec.beta)
+            for factor, value in zip((shared_A, self.expert_down), values, strict=True):
                 factor.copy_(value)
         self.B.zero_()
         if self.dora is not None:
             self.dora.magnitude.copy_(self.dora.base_squares.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the adapted layer: project and route x, dispatch, experts, base layer, combine."""
         if not self.adapter_enabled:
             base: Tensor = self.base_layer(x)
             return base
-        x_TI, add_experts = self._start(x) if self.dispatcher is None else self.dispatcher.start(self, x)
-        base_TO = self.base_layer(x_TI)
+        inputs, tokens = self._project_and_dispatch(x)
+        inputs = inputs._replace(routing=self._keep(inputs.routing))
+        if tokens is None:
+            # All experts are on this rank, and add to the base's output in place.
+            y_TO = self._add_experts(self._base(inputs.x_TI), inputs)
+        else:
+            # The sums are sent back to the ranks of the tokens while the base layer computes.
+            combine = tokens.start_combine(self._sum_experts(tokens.rows, tokens.gates))
+            y_TO = combine.finish(self._base(inputs.x_TI))
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def _project_and_dispatch(self, x: Tensor) -> Prepared:
+        """Project x (..., I), for all linears that read it, and send its tokens to experts on other ranks, if any."""
+        if self.shared_input is not None:
+            return self.shared_input.take(self.input_projection, x)
+        through_A = self.down_name == "A" and not self.grouped and self.dora is None
+        A = self.expert_down if through_A else None
+        return self.input_projection.project(x, A, self.weight_copies), None
+
+    def _base(self, x_TI: Tensor) -> Tensor:
+        """Compute the base layer; the result may be added to in place."""
+        base_TO: Tensor = self.base_layer(x_TI)
         if self.base_layer._backward_hooks or self.base_layer._backward_pre_hooks:
             # Such hooks hand out a view, which must not be added to in place.
-            base_TO = base_TO.clone()
-        return add_experts(base_TO).view(*x.shape[:-1], self.out_features)
+            return base_TO.clone()
+        return base_TO
 
-    def enter(self, x: Tensor, through_A: bool = False) -> Entered:
-        """What the layer makes of its input (..., I) before the experts; `routing` keeps the routing."""
-        if self.siblings is not None:
-            entered = self.siblings.enter(self, x)
-            self._keep(entered.routing)
-            return entered
-        x_TI = autocast(x).reshape(-1, self.in_features)
-        keys_T = self.entrance.dropout_keys(x_TI, self.token_keys)
-        base_TI, h, routing = self.entrance(x_TI, keys_T)
-        self._keep(routing)
-        salt, p = self.entrance.input_salt, self.entrance.dropout
-        if h is not None:
-            return Entered(base_TI, h, routing)
-        if through_A:
-            base_TI, h, _ = enter(x_TI, [self.get_parameter("A")], [], keys_T, salt, p, self.weight_copies)
-            return Entered(base_TI, h, routing, through_A)
-        return Entered(base_TI, x_TI if keys_T is None else keyed_dropout(x_TI, keys_T, salt, p), routing)
-
-    def _keep(self, routing: Routing | None) -> None:
-        # Recomputation in backward must not: its routing would keep a block's graph alive until the next forward.
-        if not torch.compiler.is_compiling():
-            if is_recomputing():
-                return
-            if self.balanced:
-                refuse_reentrant(self.training)
+    def _keep(self, routing: Routing | None) -> Routing | None:
+        """Keep the routing of a forward for the balance loss, and return it."""
+        if not torch.compiler.is_compiling() and is_recomputing():
+            # Not kept: it would keep a block's graph alive until the next forward.
+            return routing
+        if not torch.compiler.is_compiling() and self.balanced:
+            refuse_reentrant(self.training)
         self.routing = routing
         if self.routings is not None and routing is not None:
             self.routings.append(routing)
+        return routing
 
-    def _start(self, x: Tensor) -> tuple[Tensor, AddExperts]:
-        entered = self.enter(x, through_A=self.core_name == "A" and not self.grouped and self.dora is None)
-        return entered.x_TI, lambda base_TO: self._add_experts(base_TO, entered)
-
-    def _add_experts(self, base_TO: Tensor, entered: Entered) -> Tensor:
-        """The base output with the weighted experts of this module added, in place but for DoRA."""
-        _, h, routing, through_A = entered
+    def _add_experts(self, base_TO: Tensor, inputs: ProjectedInput) -> Tensor:
+        """Add the weighted experts of this module to the base's output, in place but for DoRA."""
+        h, routing, down = inputs.h, inputs.routing, self.expert_down
         if self.dora is not None:
-            assert self.core is not None
-            same = self.entrance.dropout == 0 or not self.training
-            A, B = self.core.to(h.dtype), self.B.to(h.dtype)
+            assert down is not None
+            same = self.input_projection.dropout == 0 or not self.training
+            A, B = down.to(h.dtype), self.B.to(h.dtype)
             return self.dora(self.base_layer, base_TO, h, A, B, self.scaling, same)  # type: ignore[no-any-return]
         if self.grouped:
             assert routing is not None
             return self._grouped(base_TO, h, routing)
         gates_TE = None if routing is None else routing.gates_TE
-        core = None if through_A else self.core
-        return dense_experts(base_TO, h, core, self.B, gates_TE, self.scaling, self.weight_copies)
+        down = None if inputs.after_A else down
+        return dense_experts(base_TO, h, down, self.B, gates_TE, self.scaling, self.weight_copies)
 
-    def _grouped(self, base_TO: Tensor | None, h: Tensor, routing: Routing) -> Tensor:
-        factors = self.core, self.B, routing, self.scaling, self.weight_copies
-        # The kernels have no fp64.
-        triton = self.form == "grouped_triton" and h.dtype != torch.float64
-        return grouped_experts(base_TO, h, *factors, triton=triton)
-
-    def sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
-        """(N, O): the sum over this module's experts for rows that come with one gate per local expert."""
+    def _sum_experts(self, h_ND: Tensor, gates_NE: Tensor) -> Tensor:
+        """Sum this module's experts, (N, O), for rows that come with one gate per local expert."""
         if not self.grouped:
-            return dense_experts(None, h_ND, self.core, self.B, gates_NE, self.scaling, self.weight_copies)
+            return dense_experts(None, h_ND, self.expert_down, self.B, gates_NE, self.scaling, self.weight_copies)
         top_k = min(self.top_k, self.num_local_experts)
         # A row may have fewer experts here than top_k: its further ones have gate 0 and add nothing.
         ids_NK = largest(gates_NE.detach(), top_k)
         return self._grouped(None, h_ND, Routing(gates_NE, ids_NK, gates_NE))
+
+    def _grouped(self, base_TO: Tensor | None, h: Tensor, routing: Routing) -> Tensor:
+        factors = self.expert_down, self.B, routing, self.scaling, self.weight_copies
+        # The kernels have no fp64.
+        triton = self.form == "grouped_triton" and h.dtype != torch.float64
+        return grouped_experts(base_TO, h, *factors, triton=triton)
 
     def extra_repr(self) -> str:
         return (
@@ -270,8 +265,20 @@ class MixtureLinear(nn.Module):
         )
 
 
+def require_triton(device: torch.device, name: str = "computation") -> None:
+    """Raise ConfigError where the Triton kernels cannot run on `device`, with what is missing.
+
+    Args:
+        device: where the layer computes.
+        name: what people who asked for the kernels call the argument or setting.
+    """
+    missing = missing_for_triton(device)
+    if missing is not None:
+        raise ConfigError(f"{name}=grouped_triton needs {missing}; choose {name}=auto")
+
+
 def _measure_again(layer: MixtureLinear, _: object) -> None:
-    """DoRA's norms are those of the base, which a state dict may have replaced."""
+    """Measure DoRA's norms anew: they are those of the base, which a state dict may have replaced."""
     assert layer.dora is not None
     if not layer.B.is_meta and all(parameter.numel() for parameter in layer.base_layer.parameters()):
         layer.dora.measure(layer.base_layer)

@@ -17,29 +17,64 @@ from malora_dist.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """Which factors a method has.
+    """Which factors a method has. Everything else that the package knows of a method follows from this.
 
+    about: what a recipe's reader should know of it, in a few words.
     shared_down: one down-projection S_A (D, I) serves all experts. Otherwise each expert has its own A_t (R, I), eq. 3.
-    core: each expert has a P_t (R, D) behind S_A, eq. 7. Without one S_A has the experts' rank.
+    expert_down: each expert has a P_t (R, D) behind S_A, eq. 7. Without one S_A has the experts' rank.
     routed: a linear router weighs the experts for each token, eq. 4. Otherwise there is one expert.
     dense: all experts take part in every token, with their softmax weights; there is no load to balance.
     magnitude: the adapted weight W + s B A is rescaled to a trained norm for each output, as DoRA does.
     """
 
+    about: str
     shared_down: bool = False
-    core: bool = False
+    expert_down: bool = False
     routed: bool = False
     dense: bool = False
     magnitude: bool = False
 
+    def __post_init__(self) -> None:
+        wrong = {
+            "expert_down needs shared_down: P_t reads what S_A makes": self.expert_down and not self.shared_down,
+            "dense needs routed: a router gives the experts' weights": self.dense and not self.routed,
+            "shared_down needs routed: one expert shares with no other": self.shared_down and not self.routed,
+            "magnitude needs a single expert: it rescales one product": self.magnitude and self.routed,
+        }
+        for rule, is_broken in wrong.items():
+            if is_broken:
+                raise ValueError(f"Structure: {rule}")
+
+    @property
+    def sparse(self) -> bool:
+        """Return whether a token goes to `top_k` experts, whose load is balanced, rather than to all."""
+        return self.routed and not self.dense
+
 
 METHODS: dict[str, Structure] = {
-    "lora": Structure(),
-    "dora": Structure(magnitude=True),
-    "molora": Structure(routed=True),
-    "hydralora": Structure(shared_down=True, routed=True, dense=True),
-    "malora": Structure(shared_down=True, core=True, routed=True),
+    "lora": Structure(about="one expert, no router"),
+    "dora": Structure(about="lora with a trained norm for each output", magnitude=True),
+    "molora": Structure(about="each expert has its own down-projection", routed=True),
+    "hydralora": Structure(about="all experts act on one shared projection", shared_down=True, routed=True, dense=True),
+    "malora": Structure(about="experts share one down-projection", shared_down=True, expert_down=True, routed=True),
 }
+
+
+def register_method(name: str, structure: Structure) -> None:
+    """Add a method, which recipes, plans, adapters, files and reports then know by this name.
+
+    Every process must do so before it reads a recipe or an adapter.
+
+    Raises:
+        ConfigError: another method has this name.
+    """
+    if METHODS.setdefault(name, structure) != structure:
+        raise ConfigError(f"adapter.method={name!r} is registered already, with another structure")
+
+
+def unknown_method(name: object) -> str | None:
+    """Return the rule that a name of a method breaks, which lists those that are registered; None if it is one."""
+    return None if isinstance(name, str) and name in METHODS else f"must be one of {', '.join(METHODS)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +100,9 @@ class MixtureSpec:
         return METHODS[self.method]
 
     @property
-    def has_core(self) -> bool:
+    def has_expert_down(self) -> bool:
         """Whether each expert has a down-projection of its own, P_t or A_t."""
-        return self.structure.core or not self.structure.shared_down
+        return self.structure.expert_down or not self.structure.shared_down
 
     @property
     def scaling(self) -> float:
@@ -97,12 +132,13 @@ def mixture_spec(
     use_rslora: bool = False,
 ) -> MixtureSpec:
     """Fill in what follows from the method: one expert without a router, all experts for a dense gate, `shared_r`
-    (r where experts have no core), and lora_alpha = 2 r.
+    (r where experts have no expert_down), and lora_alpha = 2 r.
 
     Raises ConfigError for an unknown method or impossible numbers.
     """
-    if method not in METHODS:
-        raise ConfigError(f"adapter.method={method!r} must be one of {', '.join(METHODS)}")
+    problem = unknown_method(method)
+    if problem is not None:
+        raise ConfigError(f"adapter.method={method!r} {problem}")
     structure = METHODS[method]
     if not structure.routed:
         num_experts = top_k = 1
@@ -113,7 +149,7 @@ def mixture_spec(
             f"adapter.r={r}, adapter.num_experts={num_experts}, adapter.top_k={top_k}: "
             "each must be at least 1 and top_k at most num_experts"
         )
-    if not structure.core:
+    if not structure.expert_down:
         shared_r = r if structure.shared_down else None
     else:
         shared_r = default_shared_r(num_experts, r, compression_ratio) if shared_r is None else shared_r
@@ -144,7 +180,7 @@ def factor_shapes(spec: MixtureSpec, in_features: int, out_features: int) -> dic
         shapes["gate"] = (E, in_features)
     if spec.shared_r is not None:
         shapes["shared_A"] = (spec.shared_r, in_features)
-    if spec.structure.core:
+    if spec.structure.expert_down:
         assert spec.shared_r is not None
         shapes["P"] = (E, R, spec.shared_r)
     elif spec.shared_r is None:

@@ -50,7 +50,7 @@ class Form:
     experts' O-wide outputs, as mixtures of experts are usually written, not their r-wide inputs.
     router: `apart` is a product of its own, `fp32` one over an fp32 copy of x, `joined` columns of the product with
     S_A, `ours` (this package with an S_A; without one it is `fp32`) `fp32` forward and `joined` backward, which with
-    dropout is a product of its own there too. siblings: linears with one input (q k v, gate up) have one such product,
+    dropout is a product of its own there too. fused: linears with one input (q k v, gate up) have one such product,
     and one dropped input. eager: scaling and sum are kernels of their own and adapters are kept in the base's dtype, as
     in PEFT's LoRA. dropout: the input of the adapter is dropped, by a mask that is made again in each kernel that needs
     it, or by a stored one as in nn.Dropout (eager, late_gates).
@@ -59,7 +59,7 @@ class Form:
     chosen_rows: bool = False
     late_gates: bool = False
     router: str = "apart"
-    siblings: bool = False
+    fused: bool = False
     eager: bool = False
     dropout: bool = False
 
@@ -114,7 +114,7 @@ def adapter_kernels(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Ker
 def _all_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
     T, O, wide = sizes.T, sizes.O, spec.num_experts * spec.r  # noqa: E741
     yield from _down(spec, sizes, wide if spec.shared_r is None else spec.shared_r, form)
-    if spec.structure.core:
+    if spec.structure.expert_down:
         assert spec.shared_r is not None
         yield sizes.gemm("forward", "core", T, spec.shared_r, wide)
         yield sizes.gemm("dx", "core", T, wide, spec.shared_r)
@@ -132,12 +132,12 @@ def _all_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
 
 
 def _down(spec: MixtureSpec, sizes: Sizes, columns: int, form: Form) -> Iterator[Kernel]:
-    """x to so many columns for all tokens, the router's among them if `joined`; of siblings' one product the share."""
+    """x to so many columns for all tokens, the router's among them if `joined`; of a fused product its share."""
     T, I, routers = sizes.T, sizes.I, spec.num_experts if spec.structure.routed else 0  # noqa: E741
     forward = columns + (routers if form.router == "joined" else 0)
     together = form.router in ("joined", "ours") and not form.dropout
     backward = columns + (routers if together else 0)
-    shared = T * I * (1 - 1 / sizes.sharing) * sizes.itemsize if form.siblings else 0
+    shared = T * I * (1 - 1 / sizes.sharing) * sizes.itemsize if form.fused else 0
     # The gradient of a dropped input is masked before it is added.
     adds = not form.eager and not form.dropout
     for kernel, reads in (
@@ -149,13 +149,13 @@ def _down(spec: MixtureSpec, sizes: Sizes, columns: int, form: Form) -> Iterator
 
 
 def _chosen_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
-    """K rows a token, sorted by expert: out by a gather, home by a gather and a sum over K."""
+    """K rows a token: permuted by a gather, unpermuted by a gather and a sum over K."""
     T, O, rows = sizes.T, sizes.O, sizes.T * spec.top_k  # noqa: E741
     width = sizes.I if spec.shared_r is None else spec.shared_r
     if spec.shared_r is not None:
         yield from _down(spec, sizes, spec.shared_r, form)
     yield sizes.moves("forward", "dispatch", T * width + rows * width)
-    if spec.has_core:
+    if spec.has_expert_down:
         yield from _expert_products(spec, sizes, "down" if spec.shared_r is None else "core", width, spec.r)
     yield from _expert_products(spec, sizes, "up", spec.r, O)
     # Late gates make the sum of the experts a tensor of its own, which is then added to the base's output.
@@ -180,13 +180,13 @@ def _router(sizes: Sizes, num_experts: int, form: Form) -> Iterator[Kernel]:
     """Logits where they are a product of their own; softmax and choice over (T, E) in fp32."""
     T, I, E = sizes.T, sizes.I, num_experts  # noqa: E741
     if form.router in ("fp32", "ours"):
-        x_numbers = T * I / (sizes.sharing if form.siblings else 1)
+        x_numbers = T * I / (sizes.sharing if form.fused else 1)
         yield Kernel("forward", "fp32 copy of x", 0, x_numbers * (sizes.itemsize + FP32))
         yield Kernel("forward", "router", 2 * T * I * E, FP32 * (x_numbers + E * I + T * E))
     if form.router == "apart":
         yield sizes.gemm("forward", "router", T, I, E)
     if form.router in ("fp32", "apart") or form.dropout:
-        shared = T * I * (1 - 1 / sizes.sharing) * sizes.itemsize if form.siblings else 0
+        shared = T * I * (1 - 1 / sizes.sharing) * sizes.itemsize if form.fused else 0
         dx, dw = sizes.gemm("dx", "router", T, E, I, adds=True), sizes.gemm("dw", "router", E, T, I)
         yield replace(dx, nbytes=dx.nbytes - 2 * shared)
         yield replace(dw, nbytes=dw.nbytes - shared)
@@ -195,11 +195,11 @@ def _router(sizes: Sizes, num_experts: int, form: Form) -> Iterator[Kernel]:
 
 
 def _dropout(sizes: Sizes, form: Form) -> Iterator[Kernel]:
-    """Yield the dropped input, forward and for the gradient of weights, the mask on its gradient; of siblings a share.
+    """Yield the dropped input, forward and for the gradient of weights, the mask on its gradient; if fused a share.
 
     A stored mask has a byte a number, and keeps the dropped input for backward.
     """
-    numbers = sizes.T * sizes.I / (sizes.sharing if form.siblings else 1)
+    numbers = sizes.T * sizes.I / (sizes.sharing if form.fused else 1)
     mask = numbers if form.stores_mask else 0
     yield Kernel("forward", "dropout", 0, 2 * numbers * sizes.itemsize + mask)
     yield Kernel("dx", "dropout", 0, (2 if form.stores_mask else 3) * numbers * sizes.itemsize + mask)

@@ -56,9 +56,9 @@ class Subject:
         settings = engine_config(config, world)
         groups = create_expert_groups(parallel.ep_size, parallel.timeout_seconds)
         model = base_model(config, folder, world, settings)
-        _, wire = add_adapters(model, config, settings, groups)
+        _, all_to_all = add_adapters(model, config, settings, groups)
         if groups is not None:
-            wire = connect_experts(model, groups, overlap=variant.overlap, share=variant.share)
+            all_to_all = connect_experts(model, groups, overlap=variant.overlap, share=variant.share)
         engine = build_engine(
             model,
             settings,
@@ -68,16 +68,16 @@ class Subject:
             expert_groups=groups,
         )
         kept = sum(resident_bytes(model).values())
-        stepper = new_stepper(config, data, engine, world, wire, position)
+        stepper = new_stepper(config, data, engine, world, all_to_all, position)
         return cls(variant, stepper, config.train.gradient_checkpointing, model.dtype, kept)
 
     def step(self, number: int, batches: Sequence[MicroBatch]) -> Record:
         """Run optimizer step `number`; the same record on every process."""
-        wire, world = self.stepper.wire, self.stepper.world
-        before = Counter() if wire is None else Counter(wire.sent_bytes)
+        all_to_all, world = self.stepper.all_to_all, self.stepper.world
+        before = Counter() if all_to_all is None else Counter(all_to_all.sent_bytes)
         wait_for_all()
         started, cpu_started = time.perf_counter(), time.process_time()
-        with timed_messages(wire) as watch:
+        with timed_messages(all_to_all) as watch:
             result = self.stepper.step(number, batches)
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)
@@ -85,7 +85,7 @@ class Subject:
             "seconds": time.perf_counter() - started,
             "cpu": time.process_time() - cpu_started,
             "waiting": watch.seconds,
-            "sent": {} if wire is None else {leg: wire.sent_bytes[leg] - before[leg] for leg in wire.sent_bytes},
+            "sent": {} if all_to_all is None else dict(all_to_all.sent_bytes - before),
             "uniform": self._uniform_bytes(batches),
         }
         everyone = gather_lists([own])
@@ -100,9 +100,9 @@ class Subject:
         )
 
     def _uniform_bytes(self, batches: Sequence[MicroBatch]) -> Counter[str]:
-        """What this process would send by leg if every set of top_k experts were equally likely."""
+        """What this process would send by phase if every set of top_k experts were equally likely."""
         total: Counter[str] = Counter()
-        if self.stepper.wire is not None:
+        if self.stepper.all_to_all is not None:
             for _, layer in mixture_layers(self.stepper.engine.module):
                 for batch in batches:
                     total.update(asdict(self._layer_bytes(layer, batch.input_ids.numel())))

@@ -14,7 +14,7 @@ class Record:
 
     seconds: of the slowest process. waiting_seconds: in which a process stood still inside the exchange, on average.
     cpu_seconds: processor time of a process with all its threads, on average.
-    sent_bytes by leg, and uniform_bytes, what uniform routing would make of them: of all processes together.
+    sent_bytes by phase, and uniform_bytes, what uniform routing would make of them: of all processes together.
     tokens: of the global batch.
     """
 
@@ -32,8 +32,8 @@ class Row:
     """A variant against the first of its comparison.
 
     ratio, cpu_ratio: median over steps of its seconds / those of the first variant in the same step; of the one with
-    its quartiles. waiting_share: of a step's seconds. sent_bytes and uniform_bytes: by leg, of one process in one step.
-    kept_bytes: of the parameters it holds between steps. loss_difference: the largest over all steps.
+    its quartiles. waiting_share: of a step's seconds. sent_bytes and uniform_bytes: by phase, of one process in one
+    step. kept_bytes: of the parameters it holds between steps. loss_difference: the largest over all steps.
     """
 
     variant: str
@@ -75,15 +75,15 @@ class Result:
             ratio_quartiles=_quartiles(ratios),
             cpu_ratio=median(record.cpu_seconds / other.cpu_seconds for record, other in timed_pairs),
             waiting_share=median(record.waiting_seconds / record.seconds for record in timed),
-            sent_bytes=self._by_leg([record.sent_bytes for record in timed]),
-            uniform_bytes=self._by_leg([record.uniform_bytes for record in timed]),
+            sent_bytes=self._by_phase([record.sent_bytes for record in timed]),
+            uniform_bytes=self._by_phase([record.uniform_bytes for record in timed]),
             kept_bytes=self.kept_bytes[variant],
             loss_difference=max(abs(record.loss - other.loss) for record, other in pairs),
         )
 
-    def _by_leg(self, steps: Sequence[dict[str, int]]) -> dict[str, float]:
-        legs = dict.fromkeys(leg for step in steps for leg in step)
-        return {leg: mean(step.get(leg, 0) for step in steps) / self.world_size for leg in legs}
+    def _by_phase(self, steps: Sequence[dict[str, int]]) -> dict[str, float]:
+        phases = dict.fromkeys(phase for step in steps for phase in step)
+        return {phase: mean(step.get(phase, 0) for step in steps) / self.world_size for phase in phases}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: every record of every variant, and every row."""

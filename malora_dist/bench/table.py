@@ -23,15 +23,15 @@ HEADERS = (
     "MiB kept",
     "loss diff.",
 )
-LEGS = tuple(field.name for field in fields(ExchangeBytes))
-LEG_HEADERS = ("variant", *(leg.replace("_", " ") for leg in LEGS), "all")
+PHASES = tuple(field.name for field in fields(ExchangeBytes))
+PHASE_HEADERS = ("variant", *(phase.replace("_", " ") for phase in PHASES), "all")
 NOTES = (
     "s/step: median over the steps measured. ratio: to the first variant, median over pairs of the same step; beside "
     "it the quartiles of the pairs. CPU ratio: the same of processor time, to which waiting and other programs add "
     "little.",
     "held up: share of a step in which a process stands still in the exchange of tokens, waiting for a slower process "
     "included. On a GPU it is the host that stands still, for the counts and all kernels before them: it says little.",
-    "MiB sent: by one process in a step, in the exchange alone. uniform: what traffic.exchange_bytes gives for the "
+    "MiB sent: by one process in a step, in the exchange alone. uniform: what plan.communication gives for the "
     "same tokens if every set of experts were equally likely.",
     "MiB kept: parameters that one process holds between steps. loss diff.: largest difference of a step's loss from "
     "the first variant's, warm-up included.",
@@ -62,13 +62,13 @@ class Sheet:
 
 
 def sheets(result: Result) -> Iterator[Sheet]:
-    """One sheet for each comparison, and one of bytes by leg."""
+    """One sheet for each comparison, and one of bytes by phase."""
     for comparison in result.selection.comparisons:
         rows = tuple(_cells(row) for row in result.rows(comparison))
         yield Sheet(f"{comparison.topic}: {TOPICS[comparison.topic]}", HEADERS, rows)
         if comparison.topic == "ep" and len(comparison.variants) > 1:
-            rows = tuple(cells for row in result.rows(comparison) if row.sent_bytes for cells in _legs(row))
-            yield Sheet("ep: MiB that one process sends in a step, by leg", LEG_HEADERS, rows)
+            rows = tuple(cells for row in result.rows(comparison) if row.sent_bytes for cells in _phases(row))
+            yield Sheet("ep: MiB that one process sends in a step, by phase", PHASE_HEADERS, rows)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -87,9 +87,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _legs(row: Row) -> Iterator[tuple[str, ...]]:
-    for what, by_leg in (("sent", row.sent_bytes), ("uniform", row.uniform_bytes)):
-        yield f"{row.variant}: {what}", *(_mib(by_leg.get(leg, 0)) for leg in LEGS), _mib(sum(by_leg.values()))
+def _phases(row: Row) -> Iterator[tuple[str, ...]]:
+    for what, sizes in (("sent", row.sent_bytes), ("uniform", row.uniform_bytes)):
+        yield f"{row.variant}: {what}", *(_mib(sizes.get(phase, 0)) for phase in PHASES), _mib(sum(sizes.values()))
 
 
 def markdown(result: Result, command: str) -> str:

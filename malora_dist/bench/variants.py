@@ -9,7 +9,7 @@ from malora_dist.errors import ConfigError, MaloraError, TopologyError
 
 TOPICS = {
     "ep": "experts spread over processes",
-    "overlap": "sums fly home while the base layer computes, or before it",
+    "overlap": "sums are sent back while the base layer computes, or before it",
     "share": "linears that read one tensor send together, or each by itself",
     "base": "the frozen base in 4 bits, or as it is",
     "zero": "ZeRO stages",

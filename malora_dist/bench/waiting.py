@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from malora_dist.distributed.all_to_all import Wire
+from malora_dist.distributed.all_to_all import AllToAll
 
 
 class Stopwatch:
@@ -37,8 +37,8 @@ class _TimedHandle:
 
 
 @contextmanager
-def timed_messages(wire: Wire | None) -> Iterator[Stopwatch]:
-    """Time every message of the wire's group within this block: counts, launches and waits.
+def timed_messages(all_to_all: AllToAll | None) -> Iterator[Stopwatch]:
+    """Time every message of the expert-parallel group within this block: counts, starts and waits.
 
     That is time of the host. With gloo it includes the wait for a slower process. On a GPU a launched message holds up
     a stream and not the host, which stands still only for the counts, and there for all kernels before them.
@@ -47,13 +47,13 @@ def timed_messages(wire: Wire | None) -> Iterator[Stopwatch]:
     original = dist.all_to_all_single
 
     def timed(*arguments: Any, **settings: Any) -> Any:
-        if wire is None or settings.get("group") is not wire.group:
+        if all_to_all is None or settings.get("group") is not all_to_all.group:
             return original(*arguments, **settings)
         with watch.running():
             handle = original(*arguments, **settings)
         return None if handle is None else _TimedHandle(handle, watch)
 
-    # The counts travel beside the wire, so the call that all messages have in common is the one to time.
+    # The counts are sent without an AllToAll, so the call that all messages have in common is the one to time.
     dist.all_to_all_single = timed
     try:
         yield watch

@@ -65,7 +65,7 @@ def _leaf_types(annotation: Any) -> Iterator[Any]:
 
 
 class Section(BaseModel):
-    """Base of all sections. A subclass states its own rules in `rules` and dead settings in `without_meaning`."""
+    """Base of all sections. A subclass states its own rules in `rules` and dead settings in `inapplicable_fields`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -75,7 +75,7 @@ class Section(BaseModel):
         """The rules between keys that these values break."""
         yield from ()
 
-    def without_meaning(self) -> dict[str, str]:
+    def inapplicable_fields(self) -> dict[str, str]:
         """Keys that nothing reads under these values, with the reason. Setting one by hand is an error."""
         return {}
 
@@ -90,7 +90,7 @@ class Section(BaseModel):
     @model_validator(mode="after")
     def _check_rules(self) -> "Section":
         broken = list(self.rules())
-        broken += [Rule((key,), why) for key, why in self.without_meaning().items() if key in self.model_fields_set]
+        broken += [Rule((key,), why) for key, why in self.inapplicable_fields().items() if key in self.model_fields_set]
         if broken:
             text = "; ".join(f"{rule.keys[0]}={getattr(self, rule.keys[0])!r}: {rule.text}" for rule in broken)
             raise PydanticCustomError(RULE_ERROR, "{text}", {"text": text, "broken": broken})

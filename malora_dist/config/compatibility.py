@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
+from malora_dist.adapters.methods import METHODS
 from malora_dist.config.base import MOST
 from malora_dist.config.deepspeed import ds_config_problems, read_ds_config
 from malora_dist.config.schema import RunConfig
@@ -15,7 +16,7 @@ from malora_dist.config.topology import (
     accumulation_steps,
     expert_parallel_ranks,
     legal_world_sizes,
-    owned_experts,
+    local_experts,
 )
 from malora_dist.errors import ConfigError, MaloraError, TopologyError
 
@@ -123,16 +124,16 @@ def _expert_parallel_errors(config: RunConfig, world_size: int, version: str | N
             f"parallel.ep_size={ep_size} is refused with deepspeed {version}: it relies on names inside DeepSpeed "
             f"tested in {TESTED_VERSION} only. Nearest legal plan: deepspeed=={TESTED_VERSION}, or parallel.ep_size: 1"
         )
-    method = config.adapter.method
-    why = {"lora": "which has one expert", "dora": "which has one expert", "hydralora": "whose tokens use every expert"}
-    if method in why:
+    structure = METHODS[config.adapter.method]
+    if not structure.sparse:
+        why = "whose tokens use every expert" if structure.routed else "which has one expert"
         yield ConfigError(
-            f"parallel.ep_size={ep_size} has no meaning for adapter.method={method}, {why[method]}. "
+            f"parallel.ep_size={ep_size} has no meaning for adapter.method={config.adapter.method}, {why}. "
             "Nearest legal plan: parallel.ep_size: 1"
         )
         return
     for check in (
-        lambda: owned_experts(0, ep_size, config.adapter.num_experts),
+        lambda: local_experts(0, ep_size, config.adapter.num_experts),
         lambda: expert_parallel_ranks(world_size, ep_size),
     ):
         try:

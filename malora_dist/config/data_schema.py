@@ -240,7 +240,7 @@ class DataConfig(Section):
         for name in sorted(name for name in times if times[name] > 1):
             yield Rule(("tasks",), f"the task name {name!r} is used {times[name]} times; names must be unique")
 
-    def without_meaning(self) -> dict[str, str]:
+    def inapplicable_fields(self) -> dict[str, str]:
         if self.mixture == "temperature":
             return {}
         return {"temperature": f"has no meaning for data.mixture={self.mixture}"}

@@ -54,7 +54,7 @@ def config_text(config: RunConfig) -> str:
 def plain_config(value: Any) -> Any:
     """A config, or a part of one, as nested mappings and lists; keys without meaning are left out."""
     if isinstance(value, Section):
-        skipped = value.without_meaning()
+        skipped = value.inapplicable_fields()
         return {key: plain_config(getattr(value, key)) for key in type(value).model_fields if key not in skipped}
     return [plain_config(item) for item in value] if isinstance(value, tuple) else value
 

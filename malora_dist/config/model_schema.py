@@ -7,10 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from malora_dist.adapters.methods import METHODS, Structure, unknown_method
 from malora_dist.config.base import MOST, Rule, Section, usable_path
 from malora_dist.config.dtypes import dtype_rule, long_name
 from malora_dist.errors import short
-from malora_dist.ops.attention_choice import VARLEN
+from malora_dist.ops.choices import VARLEN
 from malora_dist.ops.target_names import compiled
 
 BASE_DTYPES = ("auto", "bfloat16", "float32")
@@ -75,22 +76,27 @@ class ModelConfig(Section):
         if self.attn_implementation in VARLEN and self.dtype == "float32":
             yield Rule(("attn_implementation", "dtype"), "needs model.dtype=bfloat16")
 
-    def without_meaning(self) -> dict[str, str]:
+    def inapplicable_fields(self) -> dict[str, str]:
         if self.load_in_4bit:
             return {}
         reason = "has no meaning for model.load_in_4bit=false"
         return {"bnb_4bit_quant_type": reason, "bnb_4bit_use_double_quant": reason}
 
 
-SHARED_DOWN_KEYS = ("shared_r", "compression_ratio", "beta")
-ROUTED_KEYS = ("top_k", "normalize_gates", "router_aux_loss_coef", "router_aux_loss_reduction", "balance_scope")
-WITHOUT_MEANING = {
-    "malora": (),
-    "molora": ("fuse_siblings", *SHARED_DOWN_KEYS),
-    "hydralora": ROUTED_KEYS + SHARED_DOWN_KEYS,
-    "lora": ("num_experts", "fuse_siblings", *ROUTED_KEYS, *SHARED_DOWN_KEYS),
-    "dora": ("num_experts", "fuse_siblings", *ROUTED_KEYS, *SHARED_DOWN_KEYS),
-}
+def _unused_keys(structure: Structure) -> list[str]:
+    """Return the keys of `adapter` that nothing reads for a method of this structure."""
+    keys = [] if structure.routed else ["num_experts"]
+    keys += [] if structure.shared_down else ["fuse_projections"]
+    if not structure.sparse:
+        keys += ["top_k", "normalize_gates", "router_aux_loss_coef", "router_aux_loss_reduction", "balance_scope"]
+    return keys if structure.expert_down else [*keys, "shared_r", "compression_ratio", "beta"]
+
+
+def _registered(method: str) -> str:
+    problem = unknown_method(method)
+    if problem is not None:
+        raise PydanticCustomError("unknown_method", "{problem}", {"problem": problem})
+    return method
 
 
 class AdapterConfig(Section):
@@ -112,12 +118,13 @@ class AdapterConfig(Section):
         "aux_loss_coef": "router_aux_loss_coef",
         "moe_aux_loss_coef": "router_aux_loss_coef",
         "shared_rank": "shared_r",
+        "fuse_siblings": "fuse_projections",
     }
 
-    method: Literal["malora", "molora", "hydralora", "lora", "dora"] = Field(
+    method: Annotated[str, AfterValidator(_registered)] = Field(
         "malora",
-        description="malora: experts share one down-projection. molora: each has its own. hydralora: all experts act "
-        "on one shared projection. lora: one expert, no router. dora: lora with a trained norm for each output.",
+        description=" ".join(f"{name}: {structure.about}." for name, structure in METHODS.items()),
+        json_schema_extra=lambda schema: schema.update(enum=list(METHODS)),
     )
     num_experts: int = Field(8, ge=1, le=MOST, description="Experts on each target linear, over all processes.")
     top_k: int = Field(2, ge=1, le=MOST, description="Experts a token is sent to.")
@@ -163,14 +170,15 @@ class AdapterConfig(Section):
         "grouped by Triton kernels, not yet run on a GPU. auto: the cheaper by counting; on a GPU never grouped, which "
         "makes the host wait.",
     )
-    fuse_siblings: bool = Field(
+    fuse_projections: bool = Field(
         True, description="One product for S_A and routers of linears that read one tensor (q, k, v; gate, up)."
     )
 
     def rules(self) -> Iterator[Rule]:
-        if "top_k" not in WITHOUT_MEANING[self.method] and self.top_k > self.num_experts:
+        structure = METHODS[self.method]
+        if structure.sparse and self.top_k > self.num_experts:
             yield Rule(("top_k", "num_experts"), f"must be at most adapter.num_experts={self.num_experts}")
-        if self.method == "malora" and self.shared_r is not None and self.shared_r < self.r:
+        if structure.expert_down and self.shared_r is not None and self.shared_r < self.r:
             yield Rule(("shared_r", "r"), f"must be at least adapter.r={self.r}")
         if len(set(self.target_modules)) < len(self.target_modules):
             yield Rule(("target_modules",), "must not name a module twice")
@@ -182,5 +190,6 @@ class AdapterConfig(Section):
             except ValueError as error:
                 yield Rule(("target_modules",), f"{short(name)} is no regular expression: {error}")
 
-    def without_meaning(self) -> dict[str, str]:
-        return {key: f"has no meaning for adapter.method={self.method}" for key in WITHOUT_MEANING[self.method]}
+    def inapplicable_fields(self) -> dict[str, str]:
+        keys = _unused_keys(METHODS[self.method])
+        return {key: f"has no meaning for adapter.method={self.method}" for key in keys}

@@ -37,7 +37,7 @@ HARMLESS = (
 TOPOLOGY = (
     "model.attn_implementation",
     "adapter.computation",
-    "adapter.fuse_siblings",
+    "adapter.fuse_projections",
     "train.gradient_checkpointing",
     "train.deterministic",
     "parallel.zero_stage",

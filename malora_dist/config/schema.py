@@ -96,7 +96,7 @@ class ParallelConfig(Section):
         1,
         ge=1,
         le=MOST,
-        description="Processes that share one set of experts, each owning a part. Above 1, tokens travel.",
+        description="Processes that share one set of experts, each with a part. Above 1, tokens are dispatched.",
     )
     timeout_seconds: int = Field(
         1800,

@@ -79,7 +79,7 @@ def _adapter_line(spec: MixtureSpec) -> str:
     numbers = {"r": spec.r, "shared_r": spec.shared_r, "lora_alpha": spec.lora_alpha, "scaling": spec.scaling}
     if spec.structure.routed:
         numbers = {"num_experts": spec.num_experts, "top_k": spec.top_k, **numbers}
-    if spec.structure.core:
+    if spec.structure.expert_down:
         numbers["beta"] = spec.beta
     return f"{spec.method}: " + ", ".join(f"{name} {value:g}" for name, value in numbers.items() if value is not None)
 

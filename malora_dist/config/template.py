@@ -148,14 +148,18 @@ def _task_keys() -> list[str]:
 
 
 def _explained(field: FieldInfo) -> str:
-    choices = _choices(field.annotation)
+    choices = _choices(field)
     return f"{field.description} One of: {', '.join(choices)}." if len(choices) > 1 else str(field.description)
 
 
-def _choices(annotation: Any) -> list[str]:
-    if typing.get_origin(annotation) is typing.Literal:
-        return [str(choice) for choice in typing.get_args(annotation)]
-    return []
+def _choices(field: FieldInfo) -> list[str]:
+    if typing.get_origin(field.annotation) is typing.Literal:
+        return [str(choice) for choice in typing.get_args(field.annotation)]
+    schema: dict[str, Any] = {}
+    if callable(field.json_schema_extra):
+        field.json_schema_extra(schema)
+    choices: list[str] = schema.get("enum", [])
+    return choices
 
 
 def _yaml(value: Any) -> str:

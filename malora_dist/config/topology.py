@@ -33,10 +33,10 @@ def legal_world_sizes(global_batch_size: int, per_device_batch_size: int) -> lis
 
 
 def expert_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
-    """The ranks of each expert-parallel group: neighbours, which together own every expert once.
+    """Return the ranks of each expert-parallel group: neighbours, which together hold every expert once.
 
-    World 4, ep 2, 8 experts: rank 0 and rank 1 form one group, rank 2 and rank 3 the other. Ranks 0 and 2 own experts
-    0-3, ranks 1 and 3 own experts 4-7.
+    World 4, ep 2, 8 experts: rank 0 and rank 1 form one group, rank 2 and rank 3 the other. Ranks 0 and 2 hold experts
+    0-3, ranks 1 and 3 hold experts 4-7.
 
     >>> expert_parallel_ranks(4, 2)
     [[0, 1], [2, 3]]
@@ -48,7 +48,7 @@ def expert_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
 
 
 def expert_data_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
-    """The ranks of each expert-data-parallel group: those that own the same experts and average their gradients.
+    """Return the ranks of each expert-data-parallel group, which hold the same experts and average their gradients.
 
     World 4, ep 2: ranks 0 and 2 hold the same experts, and so do ranks 1 and 3.
 
@@ -61,10 +61,10 @@ def expert_data_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]
     return [list(range(start, world_size, ep_size)) for start in range(ep_size)]
 
 
-def owned_experts(rank: int, ep_size: int, num_experts: int) -> range:
-    """The global ids of the experts that `rank` owns; one slice of the stacked experts.
+def local_experts(rank: int, ep_size: int, num_experts: int) -> range:
+    """Return the global ids of the experts that `rank` holds; one slice of the stacked experts.
 
-    >>> owned_experts(3, ep_size=2, num_experts=8)
+    >>> local_experts(3, ep_size=2, num_experts=8)
     range(4, 8)
 
     Raises TopologyError unless ep_size divides num_experts.

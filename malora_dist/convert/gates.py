@@ -1,4 +1,4 @@
-"""Looking at what routers decide, and deciding for them, from outside the model."""
+"""Observing and replacing what routers decide, from outside the model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora_dist.adapters.fused_projections import join_siblings, part_siblings
+from malora_dist.adapters.fused_projections import fuse_input_projections, unfuse_input_projections
 from malora_dist.adapters.inject import mixture_layers
 from malora_dist.ops.routing import Routing
 
@@ -18,7 +18,7 @@ Decide = Callable[[str, Tensor, Routing], Routing]
 
 @contextmanager
 def deciding(model: nn.Module, decide: Decide) -> Iterator[None]:
-    """Within the block `decide` has the last word on every routing of the model's adapted layers."""
+    """Let `decide` change every routing of the model's adapted layers within the block."""
 
     def hook_of(name: str) -> Callable[..., Any]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None, Routing | None]) -> Any:
@@ -27,21 +27,21 @@ def deciding(model: nn.Module, decide: Decide) -> Iterator[None]:
 
         return hook
 
-    joined = any(layer.siblings is not None for _, layer in mixture_layers(model))
-    part_siblings(model)
-    handles = [layer.entrance.register_forward_hook(hook_of(name)) for name, layer in mixture_layers(model)]
+    fused = any(layer.shared_input is not None for _, layer in mixture_layers(model))
+    unfuse_input_projections(model)
+    handles = [layer.input_projection.register_forward_hook(hook_of(name)) for name, layer in mixture_layers(model)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        if joined:
-            join_siblings(model)
+        if fused:
+            fuse_input_projections(model)
 
 
 @contextmanager
 def constant_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block every token of a layer has the same gates (E,), whatever its router says."""
+    """Give every token of a layer the same gates (E,) within the block, whatever its router says."""
 
     def decide(layer: str, x_TI: Tensor, routing: Routing) -> Routing:
         g_TE = gates[layer].to(routing.probs_TE).expand(len(x_TI), -1)

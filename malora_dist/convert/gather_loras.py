@@ -44,12 +44,12 @@ def shared_subspace(pairs: Sequence[Pair], d: int, beta: float, generator: torch
     return beta * V_DI, torch.stack([A_RI @ V_DI.T / beta for _, A_RI in pairs])
 
 
-def fill_new_ranks(core_ERD: Tensor, ranks: Sequence[int], beta: float, generator: torch.Generator) -> None:
+def fill_new_ranks(down_ERD: Tensor, ranks: Sequence[int], beta: float, generator: torch.Generator) -> None:
     """Draw, in place, the rows of P or A that lead into ranks an expert did not have, as at the start of a training.
 
     Their columns of B are 0, so they add nothing yet; were the rows 0 too, neither would ever get a gradient.
     """
-    for core_RD, rank in zip(core_ERD, ranks, strict=True):
+    for core_RD, rank in zip(down_ERD, ranks, strict=True):
         new_RD = core_RD[rank:]
         new_RD.copy_(kaiming_uniform(tuple(new_RD.shape), fan_in=core_RD.shape[1], generator=generator) / beta)
 

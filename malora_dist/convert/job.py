@@ -24,7 +24,7 @@ from malora_dist.models.load import build_empty_model, load_base_model, load_tok
 from malora_dist.models.resolve import resolve_model
 from malora_dist.models.vocabulary import check_row, check_tokens, check_vocabulary, embedding_rows
 from malora_dist.models.weights.fingerprint import base_fingerprint
-from malora_dist.ops.attention_choice import VARLEN
+from malora_dist.ops.choices import VARLEN
 from malora_dist.training.sequence_lengths import position_notes
 
 if TYPE_CHECKING:

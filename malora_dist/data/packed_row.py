@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from malora_dist.data.mixture import Indices
-from malora_dist.ops.transfer import to_device
+from malora_dist.ops.devices import to_device
 
 
 class Packing(Enum):

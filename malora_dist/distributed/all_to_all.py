@@ -1,8 +1,8 @@
-"""The two ways between tokens and their owners, each the exact mirror of itself in backward.
+"""All-to-all messages of expert parallelism, with gradients: each is the exact mirror of itself in backward.
 
-Out: rows of D numbers with one gate per local expert of the owner, in one message. Home: rows of O numbers, launched
-and awaited by separate autograd nodes, so that a base layer computed in between hides the flight, and that layer's
-backward hides the flight of the gradient.
+Dispatch sends rows of D numbers with one gate per local expert of the receiver, in one message. Combine sends rows of
+O numbers back; starting it and waiting for it are two autograd nodes, so that the base layer computed in between hides
+the message, and that layer's backward hides the message of the gradient.
 """
 
 from collections import Counter
@@ -18,124 +18,100 @@ from torch.autograd.function import once_differentiable
 
 
 @dataclass
-class Wire:
-    """A group's messages: whether the home leg flies during other work, and the bytes sent to other ranks so far.
+class AllToAll:
+    """All-to-all messages over a group, counted in bytes.
 
-    `sent_bytes` counts by leg: counts, rows, returns, grad_returns, grad_rows (the names of `traffic.ExchangeBytes`).
+    overlap: the message of a combine is under way while the base layer computes. Otherwise it ends first.
+    sent_bytes: bytes sent to other ranks so far, by phase: counts, rows, returns, grad_returns, grad_rows (the names of
+    `plan.communication.ExchangeBytes`).
     """
 
     group: dist.ProcessGroup
     overlap: bool = True
     sent_bytes: Counter[str] = field(default_factory=Counter)
 
-    def start(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], leg: str) -> tuple[Tensor, Any]:
-        """Rows (sum(sent), ...), by destination, on their way: a buffer (sum(received), ...) and its handle."""
+    def start(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], phase: str) -> tuple[Tensor, "Message"]:
+        """Start to send rows.
+
+        Args:
+            rows: (sum(sent), ...), in the order of the ranks that they go to.
+            sent: number of rows for each rank of the group.
+            received: number of rows from each rank of the group.
+            phase: what the bytes count as.
+
+        Returns:
+            A buffer (sum(received), ...), filled once the message's `wait` has returned, and the message.
+        """
         rows = rows.contiguous()
         buffer = rows.new_empty(sum(received), *rows.shape[1:])
-        self.count(leg, sent, rows[0:1].numel() * rows.element_size() if len(rows) else 0)
-        with named(self.group, leg):
+        self.count(phase, sent, rows[0:1].numel() * rows.element_size() if len(rows) else 0)
+        with named(self.group, phase):
             handle = dist.all_to_all_single(buffer, rows, list(received), list(sent), group=self.group, async_op=True)
-        return buffer, _Flight(handle, rows, self.group, leg)
+        return buffer, Message(handle, rows, self.group, phase)
 
-    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], leg: str) -> Tensor:
-        """The rows the others sent here."""
-        buffer, flight = self.start(rows, sent, received, leg)
-        flight.wait()
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], phase: str) -> Tensor:
+        """Send rows as `start` does, and return those that were received."""
+        buffer, message = self.start(rows, sent, received, phase)
+        message.wait()
         return buffer
 
     @property
     def total_bytes(self) -> int:
+        """Return the bytes sent so far, of all phases."""
         return sum(self.sent_bytes.values())
 
-    def count(self, leg: str, sent: Sequence[int], row_bytes: int) -> None:
+    def count(self, phase: str, sent: Sequence[int], row_bytes: int) -> None:
+        """Add the bytes of the rows that go to other ranks."""
         own = dist.get_rank(self.group)
-        self.sent_bytes[leg] += row_bytes * sum(rows for rank, rows in enumerate(sent) if rank != own)
+        self.sent_bytes[phase] += row_bytes * sum(rows for rank, rows in enumerate(sent) if rank != own)
 
 
-class _Flight:
-    """A message under way; keeps what is being sent alive until it has arrived."""
+class Message:
+    """A message under way; keeps what is being sent alive until it has been received."""
 
-    def __init__(self, handle: Any, rows: Tensor, group: dist.ProcessGroup, leg: str) -> None:
-        self.handle, self.group, self.leg = handle, group, leg
+    def __init__(self, handle: Any, rows: Tensor, group: dist.ProcessGroup, phase: str) -> None:
+        self.handle, self.group, self.phase = handle, group, phase
         self.rows: Tensor | None = rows
 
     def wait(self) -> None:
-        with named(self.group, self.leg):
+        """Return when the rows of all ranks are here."""
+        with named(self.group, self.phase):
             self.handle.wait()
         self.handle = self.rows = None
 
 
 @contextmanager
-def named(group: dist.ProcessGroup, leg: str) -> Iterator[None]:
-    """Give a collective's error a note of which group and which leg it was."""
+def named(group: dist.ProcessGroup, phase: str) -> Iterator[None]:
+    """Add to a collective's error which group and which phase it was."""
     try:
         yield
     except RuntimeError as error:
-        error.add_note(f"expert-parallel group {dist.get_process_group_ranks(group)}, leg {leg}")
+        error.add_note(f"expert-parallel group {dist.get_process_group_ranks(group)}, phase {phase}")
         raise
 
 
-def sum_slots(rows_ND: Tensor, slots_TQ: Tensor, base_TD: Tensor | None = None) -> Tensor:
-    """(T, D): the base plus each token's rows in the order of its slots, in fp32 at least; slot N stands for no row."""
-    dtype = torch.promote_types(rows_ND.dtype, torch.float32)
-    num_rows = len(rows_ND)
-    total = rows_ND[slots_TQ[:, 0]].to(dtype)
-    if base_TD is not None:
-        total = base_TD.to(dtype) + total
-    for slot_T in slots_TQ.unbind(dim=1)[1:]:
-        rows_TD = rows_ND[slot_T.clamp(max=num_rows - 1)].to(dtype)
-        total += rows_TD.masked_fill((slot_T == num_rows)[:, None], 0)
-    return total.to(rows_ND.dtype)
+class DispatchRows(torch.autograd.Function):
+    """Sends rows (N, D) with gates (N, E_local), in the order of the ranks that they go to.
 
-
-class Spread(torch.autograd.Function):
-    """x (T, D) -> its rows (N, D); the gradient of a token is the sum over its rows, in fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, slots_TQ: Tensor) -> Tensor:
-        ctx.save_for_backward(slots_TQ)
-        return x_TD[token_N]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        return sum_slots(grad_ND, *ctx.saved_tensors), None, None
-
-
-class Combine(torch.autograd.Function):
-    """base (T, O) and rows (N, O) -> base plus each token's rows, added in fp32; the mirror image of Spread."""
-
-    @staticmethod
-    def forward(ctx: Any, base_TO: Tensor, rows_NO: Tensor, token_N: Tensor, slots_TQ: Tensor) -> Tensor:
-        ctx.save_for_backward(token_N)
-        return sum_slots(rows_NO, slots_TQ, base_TO)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (token_N,) = ctx.saved_tensors
-        return grad_TO, grad_TO[token_N], None, None
-
-
-class SendRows(torch.autograd.Function):
-    """Rows (N, D) with gates (N, E_local), by destination -> those sent here. Both gradients come back together."""
+    Returns rows and gates that were received. Both gradients come back in one message.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, gates_NE: Tensor, wire: Wire, sent: list[int], received: list[int]
+        ctx: Any, rows_ND: Tensor, gates_NE: Tensor, all_to_all: AllToAll, sent: list[int], received: list[int]
     ) -> tuple[Tensor, Tensor]:
-        ctx.wire, ctx.sent, ctx.received = wire, sent, received
-        return _unpack(wire.exchange(_pack(rows_ND, gates_NE), sent, received, "rows"), rows_ND, gates_NE)
+        ctx.all_to_all, ctx.sent, ctx.received = all_to_all, sent, received
+        return _unpack(all_to_all.exchange(_pack(rows_ND, gates_NE), sent, received, "rows"), rows_ND, gates_NE)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_gates: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        message = ctx.wire.exchange(_pack(grad_rows, grad_gates), ctx.received, ctx.sent, "grad_rows")
+        message = ctx.all_to_all.exchange(_pack(grad_rows, grad_gates), ctx.received, ctx.sent, "grad_rows")
         return *_unpack(message, grad_rows, grad_gates), None, None, None
 
 
 def _pack(rows_ND: Tensor, gates_NE: Tensor) -> Tensor:
-    """Two row-wise tensors of different dtype as one of bytes: one message has half the latency of two."""
+    """Join two row-wise tensors of different dtype as bytes: one message has half the latency of two."""
     return torch.cat([_as_bytes(rows_ND), _as_bytes(gates_NE)], dim=1)
 
 
@@ -145,67 +121,69 @@ def _as_bytes(rows: Tensor) -> Tensor:
 
 
 def _unpack(message: Tensor, rows_ND: Tensor, gates_NE: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `_pack`, with widths and dtypes of the given tensors."""
+    """Split what `_pack` joined, with widths and dtypes of the given tensors."""
     widths = [like.shape[1] * like.element_size() for like in (rows_ND, gates_NE)]
     # Copied whatever the strides say: a single row counts as contiguous, wherever in the message it starts.
     rows, gates = (part.clone(memory_format=torch.contiguous_format) for part in message.split(widths, dim=1))
     return rows.view(rows_ND.dtype), gates.view(gates_NE.dtype)
 
 
-class Homeward:
-    """One flight home, forward and backward: launch, compute something else, land."""
+class AsyncCombine:
+    """One message back to the tokens' ranks, forward and backward: start it, compute something else, wait for it."""
 
-    def __init__(self, wire: Wire, sent: list[int], received: list[int]) -> None:
-        self.wire, self.sent, self.received = wire, sent, received
+    def __init__(self, all_to_all: AllToAll, sent: list[int], received: list[int]) -> None:
+        self.all_to_all, self.sent, self.received = all_to_all, sent, received
         self._buffer: Tensor | None = None
-        self._flight: _Flight | None = None
+        self._message: Message | None = None
 
-    def launch(self, rows: Tensor) -> Tensor:
-        """Send rows (sum(sent), O); the result is filled once it has gone through `land`."""
-        buffer: Tensor = _Launch.apply(rows, self)
+    def start(self, rows: Tensor) -> Tensor:
+        """Start to send rows (sum(sent), O). Returns a buffer for `wait`, which holds nothing yet."""
+        buffer: Tensor = _StartCombine.apply(rows, self)
         return buffer
 
-    def land(self, buffer: Tensor) -> Tensor:
-        """The rows (sum(received), O), arrived."""
-        rows: Tensor = _Land.apply(buffer, self)
+    def wait(self, buffer: Tensor) -> Tensor:
+        """Wait for the message. Returns the rows received, (sum(received), O)."""
+        rows: Tensor = _WaitCombine.apply(buffer, self)
         return rows
 
-    def depart(self, rows: Tensor, sent: list[int], received: list[int], leg: str) -> Tensor:
-        self._buffer, self._flight = self.wire.start(rows, sent, received, leg)
-        if not self.wire.overlap:
-            self._flight.wait()
+    def send(self, rows: Tensor, sent: list[int], received: list[int], phase: str) -> Tensor:
+        """Start one direction of the message, and end it too unless it may overlap."""
+        self._buffer, self._message = self.all_to_all.start(rows, sent, received, phase)
+        if not self.all_to_all.overlap:
+            self._message.wait()
         return self._buffer
 
-    def arrive(self) -> Tensor:
-        assert self._buffer is not None and self._flight is not None, "nothing is under way"
-        if self.wire.overlap:
-            self._flight.wait()
-        buffer, self._buffer, self._flight = self._buffer, None, None
+    def receive(self) -> Tensor:
+        """End the direction that was started; the rows received."""
+        assert self._buffer is not None and self._message is not None, "nothing is under way"
+        if self.all_to_all.overlap:
+            self._message.wait()
+        buffer, self._buffer, self._message = self._buffer, None, None
         return buffer
 
 
-class _Launch(torch.autograd.Function):
+class _StartCombine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, way: Homeward) -> Tensor:
-        ctx.way = way
-        return way.depart(rows, way.sent, way.received, "returns")
+    def forward(ctx: Any, rows: Tensor, combine: AsyncCombine) -> Tensor:
+        ctx.combine = combine
+        return combine.send(rows, combine.sent, combine.received, "returns")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.way.arrive(), None
+        return ctx.combine.receive(), None
 
 
-class _Land(torch.autograd.Function):
+class _WaitCombine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, buffer: Tensor, way: Homeward) -> Tensor:
-        ctx.way = way
-        way.arrive()
+    def forward(ctx: Any, buffer: Tensor, combine: AsyncCombine) -> Tensor:
+        ctx.combine = combine
+        combine.receive()
         return buffer.view_as(buffer)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.way.depart(grad, ctx.way.received, ctx.way.sent, "grad_returns")
-        # The gradient of the rows at their owner has another shape and comes out of _Launch, where it arrives.
+        ctx.combine.send(grad, ctx.combine.received, ctx.combine.sent, "grad_returns")
+        # The gradient of the rows on their experts' rank has another shape; _StartCombine returns it once it is here.
         return grad, None

@@ -1,4 +1,4 @@
-"""What all processes must have alike before one of them loads a model: versions, the recipe, the output folder."""
+"""Checks before a model is loaded that all processes have the same versions, recipe and output folder."""
 
 import hashlib
 import os
@@ -27,16 +27,24 @@ SHARED_SECONDS = 10
 
 
 def start_facts(config_text: str) -> dict[str, str]:
-    """Versions of what computes, and a digest of the resolved recipe, for `check_consistency`."""
+    """Return versions of packages, and a digest of the resolved recipe, for `check_consistency`."""
     versions = {name: _version(name) for name in PACKAGES}
     return {"malora_dist": __version__, **versions, RECIPE: hashlib.sha256(config_text.encode()).hexdigest()[:16]}
 
 
 def check_consistency(world: World, facts: Mapping[str, str], node: str | None = None) -> list[str]:
-    """Compare the processes' facts, and count the processes of each node; the node of every rank, by host name.
+    """Compare the facts of all processes, and count the processes of each node. Every process must call.
 
-    Every process calls, and `node` is its host unless given. Raises TopologyError, the same on all, that names the
-    nodes for each fact that differs, or if nodes have unlike numbers of processes.
+    Args:
+        world: this process's rank.
+        facts: values by name, which must be the same on all processes.
+        node: the name of this process's node; None: its host name.
+
+    Returns:
+        The node of every rank.
+
+    Raises:
+        TopologyError: facts differ (it names the nodes), or nodes have unlike numbers of processes; the same on all.
     """
     found = _gather((node or socket.gethostname(), dict(facts)), world)
     nodes = [name for name, _ in found]
@@ -47,10 +55,17 @@ def check_consistency(world: World, facts: Mapping[str, str], node: str | None =
 
 
 def check_shared_folder(world: World, folder: Path, nodes: Sequence[str], seconds: float = SHARED_SECONDS) -> None:
-    """Let every node look for a file that the main process writes where `folder` is, or is going to be.
+    """Check that every node sees a file that rank 0 writes in `folder`, or where that is going to be.
 
-    Every process calls, with the node of every rank. A node may take `seconds` to see the file, which is then removed.
-    Raises TopologyError on all, naming the nodes that do not see it, ConfigError on all if it cannot be written.
+    Args:
+        world: this process's rank. Every process must call.
+        folder: of the output.
+        nodes: the node of every rank.
+        seconds: how long a node may take to see the file, which is then removed.
+
+    Raises:
+        TopologyError: a node does not see it; on all, with the names of these nodes.
+        ConfigError: rank 0 cannot write it; on all.
     """
     if len(set(nodes)) == 1:
         return
@@ -76,7 +91,7 @@ def check_shared_folder(world: World, folder: Path, nodes: Sequence[str], second
 
 @contextmanager
 def _probe(world: World, folder: Path) -> Iterator[Path]:
-    """A file of the main process in the folder, or in the nearest one above it that exists; gone afterwards."""
+    """Let rank 0 write a file in the folder, or in the nearest one above it that exists, and remove it afterwards."""
     path, error = folder, None
     if world.is_main:
         parent = next(parent for parent in (folder, *folder.absolute().parents) if os.path.isdir(parent))
@@ -89,7 +104,7 @@ def _probe(world: World, folder: Path) -> Iterator[Path]:
         except OSError as caught:
             error = ConfigError(f"output_dir={folder}: {parent} cannot be written: {caught.strerror}")
     try:
-        path, error = _from_main((path, error), world)
+        path, error = _broadcast_object((path, error), world)
         if error is not None:
             raise error
         yield path
@@ -132,7 +147,7 @@ def _advice(name: str) -> str:
 
 
 def _places(ranks: Sequence[int], nodes: Sequence[str]) -> str:
-    """The nodes of these ranks; with the ranks, where others of the node say otherwise."""
+    """Name the nodes of these ranks; with the ranks, where others of the node have another value."""
     of_all, of_these = Counter(nodes), Counter(nodes[rank] for rank in ranks)
     texts = []
     for node, count in of_these.items():
@@ -166,13 +181,13 @@ def _version(name: str) -> str:
 
 
 def _gather(value: Any, world: World) -> list[Any]:
-    """The values of all ranks. Over the hosts: devices have not met yet, and meeting them may take minutes."""
+    """Return the values of all ranks. Over the hosts: connecting the devices may take minutes."""
     values: list[Any] = [None] * world.size
     dist.all_gather_object(values, value, group=world.control)
     return values
 
 
-def _from_main(value: Any, world: World) -> Any:
+def _broadcast_object(value: Any, world: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=world.control)
     return box[0]

@@ -1,4 +1,4 @@
-"""Expert parallelism of adapted linears: tokens travel to the ranks that own their experts, sums travel home."""
+"""Expert parallelism of adapted linears: tokens are sent to the ranks of their experts, and the sums back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,92 +6,88 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malora_dist.adapters.layer import MixtureLinear
-from malora_dist.adapters.protocols import AddExperts
-from malora_dist.adapters.shared_input import SharedInput
-from malora_dist.distributed.all_to_all import Combine, Homeward, SendRows, Spread, Wire
-from malora_dist.distributed.dispatch_plan import Positions, Routes, make_routes
-from malora_dist.ops.routing import Routing
+from malora_dist.adapters.input_projection import ProjectedInput
+from malora_dist.distributed.all_to_all import AllToAll, AsyncCombine, DispatchRows
+from malora_dist.distributed.dispatch_plan import DispatchPlan, make_plan
+from malora_dist.distributed.permutation import Permutation
+
+
+class TokenDispatcher:
+    """Dispatches the tokens of linears that read one tensor (q, k and v; gate and up) to the ranks of their experts.
+
+    share: these linears send their tokens in one message, and not each in one of its own.
+    """
+
+    def __init__(self, all_to_all: AllToAll, share: bool = True) -> None:
+        self.all_to_all, self.share = all_to_all, share
+
+    def dispatch(self, inputs: Sequence[ProjectedInput]) -> list["DispatchedTokens"]:
+        """Send each linear's tokens to the ranks of their experts, and return those received here."""
+        together = [inputs] if self.share else [[each] for each in inputs]
+        return [tokens for part in together for tokens in self._dispatch(part)]
+
+    def _dispatch(self, inputs: Sequence[ProjectedInput]) -> list["DispatchedTokens"]:
+        routings = [each.routing for each in inputs if each.routing is not None]
+        num_experts = routings[0].probs_TE.shape[1]
+        plan = make_plan([routing.expert_ids_TK for routing in routings], num_experts, self.all_to_all)
+        W, stacked = len(plan.sent_WL), plan.stacked
+        rows = stacked.permute(torch.cat([each.h for each in inputs]))
+        gates = torch.cat([routing.gates_TE for routing in routings]).view(-1, num_experts // W)
+        # A gate goes to one row at most, so that backward adds nothing up, and the order of its atomics changes no bit.
+        row_gates = gates.index_select(0, stacked.token_N * W + stacked.rank_N)
+        sent, received = [sum(row) for row in plan.sent_WL], [sum(row) for row in plan.received_WL]
+        rows, row_gates = DispatchRows.apply(rows, row_gates, self.all_to_all, sent, received)
+        return self._by_layer(rows, row_gates, plan)
+
+    def _by_layer(self, rows: Tensor, gates: Tensor, plan: DispatchPlan) -> list["DispatchedTokens"]:
+        """Give each layer its rows, which are received by source rank, then by layer."""
+        L = len(plan.layers)
+        sections = [count for row in plan.received_WL for count in row]
+        parts, gate_parts = rows.split(sections), gates.split(sections)
+        return [
+            DispatchedTokens(
+                rows=torch.cat(parts[layer::L]) if L > 1 else rows,
+                gates=torch.cat(gate_parts[layer::L]) if L > 1 else gates,
+                all_to_all=self.all_to_all,
+                sent=[row[layer] for row in plan.sent_WL],
+                received=[row[layer] for row in plan.received_WL],
+                permutation=plan.layers[layer],
+            )
+            for layer in range(L)
+        ]
 
 
 @dataclass(frozen=True)
-class Arrived:
-    """One layer's rows at their owner, and the way back to their tokens.
+class DispatchedTokens:
+    """One layer's tokens on the rank of their experts, and the way back.
 
-    rows (N', D), by home rank, then by token; gates (N', E_local) fp32, 0 where an expert was not chosen. `sent` rows
-    go home to each rank, `received` come from each owner, in the order of `home`.
+    rows: (N', D), by source rank, then by token.
+    gates: (N', E_local) fp32, 0 where an expert was not chosen.
+    sent, received: rows of this layer that this rank has sent to each rank, and has received from each.
+    permutation: the order of the rows that were sent.
     """
 
     rows: Tensor
     gates: Tensor
+    all_to_all: AllToAll
     sent: list[int]
     received: list[int]
-    home: Positions
+    permutation: Permutation
+
+    def start_combine(self, sums_NO: Tensor) -> "PendingCombine":
+        """Start to send the experts' sums (N', O) back to the ranks of their tokens."""
+        combine = AsyncCombine(self.all_to_all, self.received, self.sent)
+        return PendingCombine(combine, combine.start(sums_NO), self.permutation)
 
 
-def send_rows(h: Sequence[Tensor], routings: Sequence[Routing], wire: Wire) -> list[Arrived]:
-    """Bring tokens of L layers to their owners: h[l] (T, D) with routing over all experts -> rows at the owner.
+@dataclass(frozen=True)
+class PendingCombine:
+    """The experts' sums on their way back to the ranks of their tokens."""
 
-    All layers share one exchange of counts and one of rows.
-    """
-    num_experts = routings[0].probs_TE.shape[1]
-    routes = make_routes([routing.expert_ids_TK for routing in routings], num_experts, wire.group)
-    wire.count("counts", [1] * len(routes.sent_WL), len(h) * 8)
-    W = len(routes.sent_WL)
-    stacked = routes.stacked
-    rows = Spread.apply(torch.cat(list(h)), stacked.token_N, stacked.slots_TQ)
-    gates = torch.cat([routing.gates_TE for routing in routings]).view(-1, num_experts // W)
-    # A gate goes to one row at most, so that backward adds nothing up, and the order of its atomics changes no bit.
-    row_gates = gates.index_select(0, stacked.token_N * W + stacked.owner_N)
-    sent, received = [sum(row) for row in routes.sent_WL], [sum(row) for row in routes.received_WL]
-    rows, row_gates = SendRows.apply(rows, row_gates, wire, sent, received)
-    return _by_layer(rows, row_gates, routes)
+    combine: AsyncCombine
+    buffer: Tensor
+    permutation: Permutation
 
-
-def _by_layer(rows: Tensor, gates: Tensor, routes: Routes) -> list[Arrived]:
-    """Rows arrive by home rank, then by layer; each layer gets its own."""
-    L = len(routes.layers)
-    sections = [count for row in routes.received_WL for count in row]
-    parts, gate_parts = rows.split(sections), gates.split(sections)
-    return [
-        Arrived(
-            rows=torch.cat(parts[layer::L]) if L > 1 else rows,
-            gates=torch.cat(gate_parts[layer::L]) if L > 1 else gates,
-            sent=[row[layer] for row in routes.received_WL],
-            received=[row[layer] for row in routes.sent_WL],
-            home=routes.layers[layer],
-        )
-        for layer in range(L)
-    ]
-
-
-def return_sums(arrived: Arrived, sums_NO: Tensor, wire: Wire) -> AddExperts:
-    """Launch the owner's sums (N', O) homeward; the result lands them and adds them to a base output (T, O)."""
-    way = Homeward(wire, arrived.sent, arrived.received)
-    buffer = way.launch(sums_NO)
-
-    def add(base_TO: Tensor) -> Tensor:
-        rows_NO = way.land(buffer)
-        result: Tensor = Combine.apply(base_TO, rows_NO, arrived.home.token_N, arrived.home.slots_TQ)
-        return result
-
-    return add
-
-
-class SharedInputDispatcher:
-    """Dispatcher of the linears that read one tensor (q, k and v; gate and up): whichever comes first sends for all."""
-
-    def __init__(self, layers: Sequence[MixtureLinear], wire: Wire) -> None:
-        self.layers, self.wire = list(layers), wire
-        self._sent = SharedInput(self.layers, self._send)
-
-    def start(self, layer: MixtureLinear, x: Tensor) -> tuple[Tensor, AddExperts]:
-        """Rows out unless a sibling has sent them, this layer's experts, and their sums launched homeward."""
-        x_TI, arrived = self._sent.take(layer, x)
-        return x_TI, return_sums(arrived, layer.sum_experts(arrived.rows, arrived.gates), self.wire)
-
-    def _send(self, x: Tensor) -> list[tuple[Tensor, Arrived]]:
-        entered = [layer.enter(x) for layer in self.layers]
-        routings = [each.routing for each in entered if each.routing is not None]
-        arrived = send_rows([each.h for each in entered], routings, self.wire)
-        return [(each.x_TI, part) for each, part in zip(entered, arrived, strict=True)]
+    def finish(self, base_TO: Tensor) -> Tensor:
+        """Wait for the sums, and return them added to the base's output (T, O)."""
+        return self.permutation.unpermute(base_TO, self.combine.wait(self.buffer))

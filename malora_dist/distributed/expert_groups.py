@@ -1,10 +1,10 @@
-"""Who owns which experts: the expert-parallel groups of DeepSpeed, checked against `topology`."""
+"""Which ranks hold which experts: the expert-parallel groups of DeepSpeed, checked against `config.topology`."""
 
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from malora_dist.config.topology import expert_data_parallel_ranks, expert_parallel_ranks, owned_experts
+from malora_dist.config.topology import expert_data_parallel_ranks, expert_parallel_ranks, local_experts
 from malora_dist.distributed.process_groups import set_timeouts
 from malora_dist.errors import TopologyError
 
@@ -13,9 +13,10 @@ from malora_dist.errors import TopologyError
 class ExpertGroups:
     """This process's two groups.
 
-    expert_parallel: neighbours that together own every expert once, and exchange tokens.
-    expert_data_parallel: the processes that own the same experts, and average their gradients.
-    name: DeepSpeed's name of both, `ep_size_<n>`.
+    Attributes:
+        expert_parallel: neighbours that together hold every expert once, and exchange tokens.
+        expert_data_parallel: the processes that hold the same experts, and average their gradients.
+        name: DeepSpeed's name of both, `ep_size_<n>`.
     """
 
     ep_size: int
@@ -23,16 +24,16 @@ class ExpertGroups:
     expert_parallel: dist.ProcessGroup
     expert_data_parallel: dist.ProcessGroup
 
-    def owned(self, num_experts: int) -> range:
-        """Global numbers of this process's experts."""
-        return owned_experts(dist.get_rank(), self.ep_size, num_experts)
+    def local_experts(self, num_experts: int) -> range:
+        """Return the global numbers of this process's experts."""
+        return local_experts(dist.get_rank(), self.ep_size, num_experts)
 
 
 def create_expert_groups(ep_size: int, timeout_seconds: float) -> ExpertGroups | None:
-    """The groups for experts spread over `ep_size` processes; None for 1. Every process must call it.
+    """Create the groups for experts spread over `ep_size` processes; None for 1. Every process must call it.
 
-    Raises TopologyError if ep_size does not divide the processes, or if DeepSpeed groups other ranks than `topology`
-    says.
+    Raises:
+        TopologyError: ep_size does not divide the processes, or DeepSpeed groups other ranks than `config.topology`.
     """
     if ep_size == 1:
         return None

@@ -1,4 +1,4 @@
-"""The processes that share a machine: one of them reads what all of them need."""
+"""The processes of one machine: one of them reads what all of them need."""
 
 import socket
 from collections.abc import Sequence
@@ -13,24 +13,30 @@ from malora_dist.distributed.process_groups import World, broadcast_values, gath
 
 @dataclass(frozen=True)
 class Node:
-    """The ranks on this process's machine, and their group; the first of them reads."""
+    """The ranks on this process's machine, and their group (None: the default one). The first of them reads."""
 
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
 
     @property
     def reader_rank(self) -> int:
+        """Return the rank that reads for this machine."""
         return self.ranks[0]
 
     def share(self, parameters: list[nn.Parameter]) -> None:
-        """Give every process of the node the values of its reader. Nothing leaves the machine."""
+        """Copy the reader's values to every process of the node. Nothing leaves the machine."""
         broadcast_values(parameters, self.reader_rank, self.group)
 
 
 def this_node(world: World, timeout_seconds: float, node_of_rank: Sequence[str] | None = None) -> Node:
-    """The node of this process, by the machines' host names unless `node_of_rank` names every rank's node.
+    """Group the processes by machine, and return the node of this one. Every process must call.
 
-    Machines that give themselves one name count as one node, which is slower and not wrong. Every process must call.
+    Machines with the same host name count as one node, which is slower and not wrong.
+
+    Args:
+        world: this process's rank.
+        timeout_seconds: of the groups.
+        node_of_rank: a name for every rank's node in place of its host name.
     """
     nodes = gather_lists([socket.gethostname()]) if node_of_rank is None else list(node_of_rank)
     own = nodes[world.rank]

@@ -22,23 +22,29 @@ Read = Callable[[int, int], Tensor]
 
 
 class OptimizerState(Protocol):
-    """See the module."""
+    """Weights and moments of an engine as whole tensors. Every process must call the methods alike."""
 
-    def create(self, step: int) -> None: ...
+    def create(self, step: int) -> None:
+        """Make the moments that AdamW would hold after `step` steps, all 0, without a step, which decays weights."""
 
-    def step_count(self) -> int: ...
+    def step_count(self) -> int:
+        """Return the steps taken, 0 before the first."""
 
-    def gather(self, parameter: nn.Parameter) -> list[Tensor]: ...
+    def gather(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Return the weight and, if it is trained, the moments, shaped like the parameter before ZeRO-3 split it."""
 
-    def set_weight(self, parameter: nn.Parameter, read: Read) -> None: ...
+    def set_weight(self, parameter: nn.Parameter, read: Read) -> None:
+        """Set weight and fp32 master from the elements `read(start, stop)` of the flat tensor."""
 
-    def set_moment(self, parameter: nn.Parameter, key: str, read: Read) -> None: ...
+    def set_moment(self, parameter: nn.Parameter, key: str, read: Read) -> None:
+        """Set the moment of this name from the elements `read(start, stop)` of the flat tensor."""
 
 
 def optimizer_state(engine: Any, zero_stage: int) -> OptimizerState:
-    """The state of an engine that trains at this ZeRO stage.
+    """Return the state of an engine that trains at this ZeRO stage.
 
-    Raises CheckpointError where DeepSpeed keeps the optimizer on NVMe, which is not supported.
+    Raises:
+        CheckpointError: DeepSpeed keeps the optimizer on NVMe, which is not supported.
     """
     if zero_stage == 0:
         return WholeState(engine.optimizer)
@@ -162,7 +168,7 @@ class PartitionedState:
 
 
 def _part(parameter: Any, read: Read) -> Tensor:
-    """This process's part, filled up with zeros: DeepSpeed's own setter of whole tensors fails on uneven parts."""
+    """Read this process's part, filled up with zeros: DeepSpeed's own setter of whole tensors fails on uneven parts."""
     size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
     start, stop = (min(edge * size, parameter.ds_numel) for edge in (rank, rank + 1))
     part = torch.zeros(size, dtype=torch.float32)
@@ -171,13 +177,13 @@ def _part(parameter: Any, read: Read) -> Tensor:
 
 
 def _empty_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
-    """What AdamW would hold after `step` steps, but for the moments' values."""
+    """Return what AdamW would hold after `step` steps, but for the moments' values."""
     zeros = {key: torch.zeros_like(parameter.data) for key in MOMENTS}
     return {"step": torch.full((), float(step), device=parameter.device), **zeros}
 
 
 def _step_count(optimizer: torch.optim.Optimizer) -> int:
-    """Steps taken, 0 before the first. Raises CheckpointError if parts of the optimizer disagree."""
+    """Return the steps taken, 0 before the first. Raises CheckpointError if parts of the optimizer disagree."""
     steps = [torch.as_tensor(state["step"]) for state in optimizer.state.values() if "step" in state]
     counts = sorted(set(torch.stack(steps).long().tolist())) if steps else []
     if len(counts) > 1:

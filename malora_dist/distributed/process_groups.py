@@ -1,4 +1,4 @@
-"""Process groups: start them, give every one of them the run's timeout, and reduce over all processes."""
+"""Process groups: start and stop them, set their timeouts, and reduce, gather and broadcast over all processes."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,14 +18,17 @@ from malora_dist.launch.ports import free_port
 from malora_dist.launch.ranks import rank_variables
 from malora_dist.launch.schedulers import hides_other_devices
 
-NOTE = "malora_dist/told"
+STOP_KEY = "malora_dist/stop"
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all processes, and its device.
+    """This process's rank among all processes, and its device.
 
-    `control` is a group for messages between hosts that must not wait for devices; None is the default group.
+    Attributes:
+        rank, size, local_rank: as torch.distributed and launchers count them.
+        device: where this process computes.
+        control: a group for messages between hosts that must not wait for devices; None is the default group.
     """
 
     rank: int
@@ -36,14 +39,21 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Return whether this is rank 0, which writes and prints for all."""
         return self.rank == 0
 
 
 def start_processes(timeout_seconds: float) -> World:
     """Join the process group that `deepspeed`, `torchrun` or `srun` describe in the environment; alone without them.
 
-    Every collective of every group fails after `timeout_seconds` instead of hanging. Raises TopologyError if the
-    environment describes no run that can start.
+    Args:
+        timeout_seconds: after which every collective of every group fails instead of hanging.
+
+    Returns:
+        This process's rank and device.
+
+    Raises:
+        TopologyError: the environment describes no run that can start.
     """
     os.environ.update(rank_variables(os.environ) or _alone())
     # Read when the first memory of a GPU is taken.
@@ -87,95 +97,91 @@ def _takes_a_gpu() -> bool:
 
 
 def _alone() -> dict[str, str]:
-    """Return what a launcher would say to a single process, whatever is left of others in the environment."""
+    """Return the variables of a launcher of one process, whatever another has left in the environment."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     return {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def set_timeouts(timeout_seconds: float) -> None:
-    """Give every existing group the timeout: `new_group` ignores the one given to `init_distributed`."""
+    """Set the timeout of every existing group: `new_group` ignores the one given to `init_distributed`."""
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
     for group in _world.pg_map:
         _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
-def group_timeouts() -> list[float]:
-    """Timeout in seconds of every backend of every group of this process."""
-    from torch.distributed.distributed_c10d import _world
-
-    backends = [group._get_backend(device) for group in _world.pg_map for device in group._device_types]
-    return [backend.options._timeout.total_seconds() for backend in backends]
-
-
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
+    """Add a tensor up over all processes, in place, and return it."""
     dist.all_reduce(tensor)
     return tensor
 
 
 def max_over_processes(tensor: Tensor) -> Tensor:
-    """The maximum of a tensor over all processes, in place."""
+    """Take the maximum of a tensor over all processes, in place, and return it."""
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
 def max_over_control(values: Sequence[int], world: World) -> list[int]:
-    """The maximum of each number over all processes, without a word to the devices."""
+    """Return the maximum of each number over all processes, without waiting for devices."""
     tensor = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=world.control)
     result: list[int] = tensor.tolist()
     return result
 
 
-def tell_all() -> None:
-    """Leave a note that every process can find with `told` whenever it looks, in step with the others or not."""
-    dist.distributed_c10d._get_default_store().set(NOTE, "1")
+def broadcast_stop() -> None:
+    """Ask every process to stop; each finds the request with `stop_requested`, in step with the others or not."""
+    dist.distributed_c10d._get_default_store().set(STOP_KEY, "1")
 
 
-def told() -> bool:
-    """Whether a process has left the note."""
-    found: bool = dist.distributed_c10d._get_default_store().check([NOTE])
+def stop_requested() -> bool:
+    """Return whether a process has called `broadcast_stop`."""
+    found: bool = dist.distributed_c10d._get_default_store().check([STOP_KEY])
     return found
 
 
-def from_main(value: Any) -> Any:
-    """The main process's value, on all of them."""
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's value on all ranks. The values of others are ignored."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def on_main(work: Callable[[], Any], world: World) -> Any:
-    """What `work` gives on the main process, on all of them; a MaloraError it raises there is raised on all."""
+def run_on_rank0(work: Callable[[], Any], world: World) -> Any:
+    """Run `work` on rank 0, and return what it returned on all ranks.
+
+    Raises:
+        MaloraError: `work` raised it; the same on all ranks.
+    """
     value, error = None, None
     if world.is_main:
         try:
             value = work()
         except MaloraError as caught:
             error = caught
-    value, error = from_main((value, error))
+    value, error = broadcast_object((value, error))
     if error is not None:
         raise error
     return value
 
 
-def fail_together(error: MaloraError | None) -> None:
-    """Raise, on every process alike, the error that one of them has met; that of the lowest rank if several have."""
+def raise_on_all_ranks(error: MaloraError | None) -> None:
+    """Raise the error that a rank has met on all ranks, that of the lowest rank if several have; None is no error."""
     errors = [found for found in gather_lists([error]) if found is not None]
     if errors:
         raise errors[0]
 
 
 def gather_lists(values: list[Any]) -> list[Any]:
-    """All processes' lists, one after another in the order of ranks."""
+    """Return the lists of all processes, joined in the order of ranks."""
     parts: list[list[Any] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, values)
     return [value for part in parts if part is not None for value in part]
 
 
 def broadcast_values(parameters: Sequence[nn.Parameter], source: int, group: Any = None) -> None:
-    """Give all processes of a group the values that rank `source` has, whatever their dtype and order in memory."""
+    """Copy the values of rank `source` to all processes of a group, whatever their dtype and order in memory."""
     for parameter in parameters:
         # NCCL takes contiguous tensors only, and not every dtype.
         data = parameter.data
@@ -186,12 +192,12 @@ def broadcast_values(parameters: Sequence[nn.Parameter], source: int, group: Any
 
 
 def replicate(parameters: list[nn.Parameter]) -> None:
-    """Placement for ZeRO below stage 3: every process gets the main process's values."""
+    """Place parameters below ZeRO-3: copy rank 0's values to every process."""
     broadcast_values(parameters, source=0)
 
 
 def wait_for_all() -> None:
-    """Return when every process is here."""
+    """Return once every process has called it."""
     dist.barrier()
 
 

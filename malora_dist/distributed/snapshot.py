@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from malora_dist.adapters.inject import adapter_parameters
 from malora_dist.distributed.optimizer_state import MOMENTS, OptimizerState
-from malora_dist.distributed.process_groups import fail_together
+from malora_dist.distributed.process_groups import raise_on_all_ranks
 from malora_dist.distributed.zero012 import is_slice
 from malora_dist.distributed.zero3 import gather_experts
 from malora_dist.errors import CheckpointError
@@ -31,13 +31,13 @@ class Whole:
 
     @property
     def num_bytes(self) -> int:
-        """Of its weight and, if it is trained, its moments."""
+        """Return the bytes of its weight and, if it is trained, its moments."""
         tensors = 1 + len(MOMENTS) if self.parameter.requires_grad else 1
         return 4 * tensors * int(torch.Size(self.shape).numel())
 
 
 def whole_tensors(model: nn.Module) -> list[Whole]:
-    """Every adapter tensor, in the order of the model, the same on every process but for `first`."""
+    """Return every adapter tensor, in the order of the model, the same on every process but for `first`."""
     return [_whole(name, parameter) for name, parameter in adapter_parameters(model)]
 
 
@@ -45,12 +45,12 @@ def _whole(name: str, parameter: Any) -> Whole:
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if not is_slice(parameter):
         return Whole(name, parameter, shape, 0)
-    group = _owners(parameter)
+    group = _expert_ranks(parameter)
     local = int(torch.Size(shape).numel())
     return Whole(name, parameter, (shape[0] * dist.get_world_size(group), *shape[1:]), dist.get_rank(group) * local)
 
 
-def _owners(parameter: Any) -> Any:
+def _expert_ranks(parameter: Any) -> Any:
     from deepspeed.utils import groups
 
     return groups._get_expert_parallel_group(parameter.group_name)
@@ -59,7 +59,7 @@ def _owners(parameter: Any) -> Any:
 def snapshot(
     tensors: list[Whole], state: OptimizerState, keep: Callable[[str], bool]
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, name, whole fp32 tensor on the CPU) of the adapter tensors for which `keep(name)` holds on this process.
+    """Yield (kind, name, whole fp32 tensor on the CPU) of the adapter tensors for which `keep(name)` holds here.
 
     All processes gather one tensor at a time, and none holds more than those it keeps. Every one must take part to the
     end.
@@ -95,4 +95,4 @@ def restore(tensors: list[Whole], state: OptimizerState, step: int, read: ReadEl
             for key in MOMENTS:
                 place = partial(elements, "optimizer", f"{key}.{whole.name}", whole.first)
                 state.set_moment(whole.parameter, key, place)
-    fail_together(errors[0] if errors else None)
+    raise_on_all_ranks(errors[0] if errors else None)

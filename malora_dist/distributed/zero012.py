@@ -1,7 +1,7 @@
-"""Experts in slices below ZeRO-3, where DeepSpeed's stages 0 to 2 know only its own expert layers.
+"""Slices of experts at ZeRO stages 0 to 2, which know DeepSpeed's own expert layers only.
 
-Their optimizers do reduce slices of experts over the right group, once told. What they are told by, what they cannot
-do, and the check that they listened, is here; private names of DeepSpeed 0.19.8 are used.
+Their optimizers reduce slices of experts over the right group if they are marked and an expert layer is seen. Marks,
+what these stages cannot do, and a check are here; private names of DeepSpeed 0.19.8 are used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from malora_dist.errors import TopologyError
 
 
 def parameter_groups(parameters: Sequence[nn.Parameter], groups: ExpertGroups | None) -> list[dict[str, Any]]:
-    """Groups for the optimizer: slices of experts go in one of their own, named like the processes that share them."""
+    """Return the optimizer's parameter groups; slices of experts are one of their own, with the name of their ranks."""
     if groups is None:
         return [{"params": list(parameters)}]
     shared = [p for p in parameters if not is_slice(p)]
@@ -28,13 +28,13 @@ def parameter_groups(parameters: Sequence[nn.Parameter], groups: ExpertGroups | 
 
 
 def is_slice(parameter: Tensor) -> bool:
-    """Whether the parameter is marked as one process's slice of experts (`zero.mark_expert_parameter`)."""
+    """Return whether the parameter is marked as a slice of experts (`zero3.mark_expert_parameter`)."""
     return hasattr(parameter, "group_name")
 
 
 @contextmanager
 def showing_experts(model: nn.Module) -> Iterator[None]:
-    """Around `deepspeed.initialize`: lets the engine see that some parameters are slices of experts.
+    """Let `deepspeed.initialize`, called within the block, see that some parameters are slices of experts.
 
     It hands the expert groups to its optimizer only if the model holds an instance of DeepSpeed's own MoE layer, of
     which it reads `num_experts` and nothing else. This one holds no parameter and is gone afterwards.
@@ -69,7 +69,9 @@ def check_reduction(engine: Any, zero_stage: int, groups: ExpertGroups) -> None:
     if zero_stage and not engine.optimizer.contiguous_gradients:
         raise TopologyError("zero_optimization.contiguous_gradients=false mixes gradients of different experts")
     spread = _state_ranks(engine.optimizer) if zero_stage else {}
-    slices = {id(p) for _, layer in mixture_layers(engine.module) if layer.dispatcher for p in (layer.core, layer.B)}
+    slices = {
+        id(p) for _, layer in mixture_layers(engine.module) if layer.dispatcher for p in (layer.expert_down, layer.B)
+    }
     for name, parameter in adapter_parameters(engine.module):
         expert = id(parameter) in slices
         wanted = own if expert else list(range(dist.get_world_size()))
@@ -81,13 +83,13 @@ def check_reduction(engine: Any, zero_stage: int, groups: ExpertGroups) -> None:
 
 
 def _state_ranks(optimizer: Any) -> dict[int, list[int]]:
-    """At stages 1 and 2: the ranks over which the optimizer's state of each parameter is spread, by `id`."""
+    """Return the ranks over which the optimizer's state of each parameter is spread at stages 1 and 2, by `id`."""
     pairs = zip(optimizer.bit16_groups, optimizer.real_dp_process_group, strict=True)
     return {id(p): dist.get_process_group_ranks(group) for parameters, group in pairs for p in parameters}
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """At stage 0: scale all gradients to an L2 norm of at most `max_norm` (0: leave them); the norm before.
+    """Scale all gradients at stage 0 to an L2 norm of at most `max_norm` (0: leave them), and return the norm before.
 
     Not DeepSpeed's own clipping, which does not tell the norm, and which takes the mean over processes of norms that
     each miss the other processes' experts, so that it clips too little.
@@ -110,7 +112,7 @@ def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def link_optimizer_state(optimizer: Any) -> None:
-    """At stages 1 and 2, after a step: let `safe_get_full_optimizer_state` find the state of every parameter.
+    """Link the optimizer's state at stages 1 and 2, so that `safe_get_full_optimizer_state` finds all of it.
 
     DeepSpeed links it once, when the first group of parameters has stepped; later groups stay without.
     """

@@ -1,4 +1,4 @@
-"""What the package knows of DeepSpeed's insides; nothing else reads its private attributes.
+"""ZeRO-3: parameters are partitioned, gathered and checked here, where alone its private attributes are read.
 
 Tested with DeepSpeed 0.19.8. Under ZeRO-3 a parameter holds no data between uses: `ds_tensor` is this process's part,
 `ds_numel` the number of all elements, `ds_process_group` the group it is spread over.
@@ -21,9 +21,11 @@ from malora_dist.errors import TopologyError
 def partition_at_once(
     deepspeed_config: dict[str, Any], share: Callable[[list[nn.Parameter]], None] | None = replicate
 ) -> Callable[[list[nn.Parameter]], None]:
-    """Placement for ZeRO-3: each parameter gets its value by `share`, and then every process keeps its part alone.
+    """Return a placement for ZeRO-3: each parameter gets its value, and then every process keeps its part alone.
 
-    Without `share` the processes that will share a parameter have the same values already.
+    Args:
+        deepspeed_config: of the run.
+        share: gives all processes one value; None where they have the same value already.
     """
     init = _partitioner(deepspeed_config)
 
@@ -42,10 +44,11 @@ def partition_at_once(
 def partition_parts(
     deepspeed_config: dict[str, Any],
 ) -> Callable[[tuple[int, ...], torch.dtype, Callable[[int, int], Tensor]], nn.Parameter]:
-    """Placement for ZeRO-3 where each process makes its own part with `read_part(start, stop)`: nothing is sent.
+    """Return a placement for ZeRO-3 where each process reads its own part, and nothing is sent.
 
-    No memory is ever taken for the whole tensor. Elements are counted in the flat tensor. Not for parameters that
-    DeepSpeed keeps on NVMe, where it must write the parts itself.
+    The placement takes a shape, a dtype and `read_part(start, stop)`, which counts elements of the flat tensor. No
+    memory is ever taken for the whole tensor. Not for parameters that DeepSpeed keeps on NVMe, where it must write the
+    parts itself.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
@@ -76,15 +79,15 @@ def partition_parts(
 def _partitioner(deepspeed_config: dict[str, Any]) -> Any:
     import deepspeed
 
-    # Made around no parameters and not entered, since `with zero.Init():` patches constructors, which changes dtypes.
+    # Made around no parameters and not inputs, since `with zero.Init():` patches constructors, which changes dtypes.
     return deepspeed.zero.Init(module=nn.ParameterList(), config_dict_or_path=deepspeed_config)
 
 
 def mark_expert_parameter(parameter: nn.Parameter, groups: ExpertGroups) -> None:
-    """Tell DeepSpeed that this is a slice of experts: ZeRO-3 then spreads it over the expert-data-parallel group only.
+    """Mark a slice of experts, so that ZeRO-3 partitions it over the expert-data-parallel group only.
 
     Its gradient is still averaged over the world, and its norm added up over the expert-parallel group. Without these
-    marks DeepSpeed mixes different experts, without an error. To be set before anything is partitioned.
+    marks DeepSpeed mixes different experts, without an error. Call it before anything is partitioned.
     """
     marks = {
         "allreduce": False,
@@ -98,13 +101,16 @@ def mark_expert_parameter(parameter: nn.Parameter, groups: ExpertGroups) -> None
 
 
 def check_partitioning(model: nn.Module, zero_stage: int, groups: ExpertGroups | None = None) -> None:
-    """Raise TopologyError unless every parameter is spread over exactly the group it should be.
+    """Check that every parameter is partitioned over the group it should be.
 
     At stage 3 that is the expert-data-parallel group for slices of experts, the world for everything else; below,
     none. DeepSpeed ignores marks that it does not know without an error, and mixes parameters up; hence the check.
+
+    Raises:
+        TopologyError: a parameter is partitioned over another group.
     """
     world = list(range(dist.get_world_size()))
-    slices = {id(p) for _, layer in mixture_layers(model) if layer.dispatcher for p in (layer.core, layer.B)}
+    slices = {id(p) for _, layer in mixture_layers(model) if layer.dispatcher for p in (layer.expert_down, layer.B)}
     for name, parameter in model.named_parameters():
         group = getattr(parameter, "ds_process_group", None)
         partitioned = group is not None
@@ -124,7 +130,7 @@ def check_partitioning(model: nn.Module, zero_stage: int, groups: ExpertGroups |
 
 
 def resident_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of parameters this process keeps, by kind: `base` and `adapter`."""
+    """Return the bytes of parameters that this process keeps, by kind: `base` and `adapter`."""
     adapters = {id(parameter) for _, parameter in adapter_parameters(model)}
     total = {"base": 0, "adapter": 0}
     for parameter in model.parameters():
@@ -134,7 +140,7 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def gathered(module: nn.Module) -> AbstractContextManager[object]:
-    """While it is open the module's parameters are whole. Every process must take part where they are partitioned."""
+    """Gather a module's parameters while the context is open. Every process must open it."""
     import deepspeed
 
     parameters = list(module.parameters())
@@ -145,9 +151,9 @@ def gathered(module: nn.Module) -> AbstractContextManager[object]:
 
 
 def gathered_adapter_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor (on the CPU) of every adapter parameter, one layer gathered at a time.
+    """Yield name and whole tensor (on the CPU) of every adapter parameter, gathering one layer at a time.
 
-    Slices of experts are joined in the order of their owners. Every process must take part to the end.
+    Slices of experts are joined in the order of their ranks. Every process must take part to the end.
     """
     import deepspeed
 
@@ -160,12 +166,12 @@ def gathered_adapter_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def join_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """A copy on the CPU of a tensor shaped like `parameter`, all owners' slices together if that is one of experts."""
+    """Copy a tensor shaped like `parameter` to the CPU; slices of experts are joined (`gather_experts`)."""
     return gather_experts(parameter, tensor).to("cpu", copy=True)
 
 
 def gather_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """Return all owners' slices together, where they are, if `parameter` is one of experts; else the tensor itself."""
+    """Join the slices of all expert ranks, if `parameter` is one of experts; else return the tensor itself."""
     name = getattr(parameter, "group_name", None)
     if name is None:
         return tensor

@@ -24,7 +24,7 @@ from malora_dist.evaluation.scoring import (
     task_result,
 )
 from malora_dist.models.packed_attention import is_masked
-from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.ops.products import kept_weight_copies
 
 
 def evaluate_tasks(

@@ -7,7 +7,7 @@ import torch
 
 from malora_dist.errors import ConfigError
 from malora_dist.models.packed_attention import FLASH_VARLEN, FULL, TORCH_VARLEN
-from malora_dist.ops.attention_choice import VARLEN, fits_varlen
+from malora_dist.ops.choices import VARLEN, fits_varlen
 
 KEY = "model.attn_implementation"
 FIRST_CAPABILITY = (8, 0)

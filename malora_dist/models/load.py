@@ -166,6 +166,7 @@ def base_tensors(
         is_quantized = id(parameter) in quantized
         source = next((stored[name] for name in own if name in stored), StoredAs(tuple(own)))
         tensor = BaseTensor(
+            # `blob` is what folders of prepared bases call a packed weight.
             name=own[0].removesuffix("weight") + "blob" if is_quantized else own[0],
             sources=source.names,
             conversion=source.conversion,
@@ -209,12 +210,12 @@ class _ParameterMaker:
 def _quantized_linear(linear: nn.Module, own: dict[str, BaseTensor], maker: _ParameterMaker) -> NF4Linear:
     tensor, sizes = own["weight"], linear_sizes(linear)
     assert sizes is not None
-    # The blob may be placed elsewhere by now; a linear is made around its shape alone.
+    # The packed weight may be placed elsewhere by now; a linear is made around its shape alone.
     shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     layout = {"transposed": is_conv1d(linear), "weight_dtype": tensor.weight_dtype}
     quantized = NF4Linear(shape, None, *sizes, tensor.double_quant, **layout)  # type: ignore[arg-type]
     quantized.bias = maker.parameter(own["bias"]) if "bias" in own else None
-    quantized.blob = maker.parameter(tensor)
+    quantized.packed_weight = maker.parameter(tensor)
     return quantized
 
 

@@ -1,4 +1,4 @@
-"""The model's output head, which gives cross-entropies in place of logits where it is told the targets."""
+"""An output head that returns cross-entropies in place of logits where it is given the targets."""
 
 import copy
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from malora_dist.ops.choices import chunk_rows
 from malora_dist.ops.linear_cross_entropy import linear_cross_entropy
-from malora_dist.ops.loss_chunks import chunk_rows
 
 
 class LossHead(nn.Linear):
@@ -20,13 +20,14 @@ class LossHead(nn.Linear):
 
     @classmethod
     def around(cls, linear: nn.Linear) -> "LossHead":
+        """Return a head over the parameters of a linear."""
         head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         head.weight, head.bias = linear.weight, linear.bias
         return head.train(linear.training)
 
     @contextmanager
     def loss_at(self, targets_N: Tensor) -> Iterator[None]:
-        """Meanwhile the head returns (N,) cross-entropies of its N input rows, fp32, and makes no whole logits."""
+        """Let the head return (N,) fp32 cross-entropies of its N input rows, without whole logits, within the block."""
         self.targets_N = targets_N
         try:
             yield
@@ -55,7 +56,7 @@ class LossHead(nn.Linear):
 
 
 def install_loss_head(model: Any) -> bool:
-    """Put a LossHead in the place of a causal LM's output head; whether that could be done.
+    """Replace a causal LM's output head by a LossHead, and return whether that could be done.
 
     Only where the head is a plain linear and the model returns its output untouched. Models that scale, cap or cast
     logits after the head (Gemma 2, Cohere, Granite, ...) keep the head they have. To be called before DeepSpeed puts
@@ -72,14 +73,14 @@ def install_loss_head(model: Any) -> bool:
 
 
 def loss_head(model: Any) -> LossHead | None:
-    """The model's LossHead, if its head is one and is frozen. An adapted head is none."""
+    """Return the model's LossHead, if its head is one and is frozen. An adapted head is none."""
     head = model.get_output_embeddings()
     usable = isinstance(head, LossHead) and not any(parameter.requires_grad for parameter in head.parameters())
     return head if usable else None
 
 
 def _returns_what_the_head_gives(model: Any, name: str, head: nn.Linear) -> bool:
-    """Whether the model's own forward hands on the very tensor that its head made, as it was.
+    """Return whether the model's own forward returns the very tensor that its head made, unchanged.
 
     Its code runs on a copy whose decoder and head are stand-ins, so no weight is needed, and a change of any kind
     shows: it makes another tensor, or a new version of this one. A forward that needs more of its parts

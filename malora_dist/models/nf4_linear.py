@@ -28,9 +28,9 @@ class _NF4Product(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """y = x W^T + bias with W (O, I) stored as one uint8 parameter `blob` (see functional.nf4).
+    """y = x W^T + bias with W (O, I) stored as one uint8 parameter `packed_weight` (see `ops.nf4`).
 
-    transposed: the blob holds the numbers of W^T (I, O), the layout of transformers' Conv1D.
+    transposed: the packed weight holds the numbers of W^T (I, O), the layout of transformers' Conv1D.
     weight_dtype: that of the weight before it was quantised, in which `weight` shows it.
 
     Shapes: x (..., I) -> (..., O). Only x gets a gradient.
@@ -38,7 +38,7 @@ class NF4Linear(nn.Module):
 
     def __init__(
         self,
-        blob: Tensor,
+        packed: Tensor,
         bias: Tensor | None,
         in_features: int,
         out_features: int,
@@ -50,20 +50,20 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.double_quant = in_features, out_features, double_quant
         self.transposed, self.weight_dtype = transposed, weight_dtype
-        assert blob.numel() == nf4_bytes(in_features * out_features, double_quant)
-        self.blob = nn.Parameter(blob, requires_grad=False)
+        assert packed.numel() == nf4_bytes(in_features * out_features, double_quant)
+        self.packed_weight = nn.Parameter(packed, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (O, I)."""
+        """Unpack the weight (O, I)."""
         if self.transposed:
             shape = self.in_features, self.out_features
-            return dequantize_nf4(self.blob.data, shape, dtype, self.double_quant).T
-        return dequantize_nf4(self.blob.data, (self.out_features, self.in_features), dtype, self.double_quant)
+            return dequantize_nf4(self.packed_weight.data, shape, dtype, self.double_quant).T
+        return dequantize_nf4(self.packed_weight.data, (self.out_features, self.in_features), dtype, self.double_quant)
 
     @property
     def weight(self) -> Tensor:
-        """The weight (O, I), made anew for code that looks at it; what is written into it is lost."""
+        """Unpack the weight (O, I) for code that looks at it; what is written into it is lost."""
         return self.dequantize(self.weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:

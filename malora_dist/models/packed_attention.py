@@ -27,7 +27,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tens
 
 
 def register_attention() -> None:
-    """Make the forms known to transformers."""
+    """Register these attentions with transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(TORCH_VARLEN, partial(varlen_attention, torch_varlen))
@@ -138,9 +138,9 @@ def is_varlen(model: Any) -> bool:
 
 
 def attention_arguments(model: Any, row: Row) -> dict[str, Any]:
-    """Return what the model's forward is to be told of a packed row, inside `packed_row`; the device is not waited for.
+    """Return the arguments of the model's forward for a packed row, inside `packed_row`; the host does not wait.
 
-    A mask that hides nothing, for else transformers would look for samples in the positions.
+    One of them is a mask that hides nothing: without it transformers would look for samples in the positions.
     """
     shown = {"attention_mask": torch.ones_like(row.position_ids)}
     if is_masked(model):
@@ -151,6 +151,6 @@ def attention_arguments(model: Any, row: Row) -> dict[str, Any]:
 
 
 def length_arguments(cu_seq_lens: Tensor, max_length: int) -> dict[str, Any]:
-    """Return what varlen kernels are to be told: where each sample begins, and how long the longest is."""
+    """Return the arguments of varlen kernels: where each sample begins, and how long the longest is."""
     lengths = {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
     return lengths | {"max_length_q": max_length, "max_length_k": max_length}

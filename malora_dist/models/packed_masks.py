@@ -22,7 +22,14 @@ Form = Callable[[Tensor, torch.dtype], Tensor]
 
 
 class Row(Protocol):
-    """What attention must know of a packed row; `data.packed_row.PackedRow` says it."""
+    """What attention must know of a packed row; `data.packed_row.PackedRow` is one.
+
+    position_ids: (1, T), within each sample.
+    token_sample: (T,), the sample of each token.
+    token_branch: (T,), 0 for what all branches see; None where there are none.
+    cu_seq_lens: (S + 1,), where samples begin and the last ends.
+    max_length: of the longest sample.
+    """
 
     @property
     def position_ids(self) -> Tensor: ...
@@ -40,13 +47,13 @@ class Row(Protocol):
     def max_length(self) -> int: ...
 
 
-# Mask functions are told nothing of the row; this is set for the length of one forward.
+# Mask functions get no row as an argument; this is set for the length of one forward.
 _ROW: ContextVar[Row | None] = ContextVar("row", default=None)
 
 
 @contextmanager
 def packed_row(row: Row) -> Iterator[None]:
-    """Make masks for this row as long as the block lasts."""
+    """Make masks for this row within the block."""
     register_masks()
     token = _ROW.set(row)
     try:
@@ -63,9 +70,10 @@ class Window:
 
 
 def register_masks(*without: str) -> None:
-    """Put the functions of this file before those of transformers, which go on answering outside `packed_row`.
+    """Register the functions of this file for transformers' masks; outside `packed_row` they call its own.
 
-    without: names of attentions that take no masks.
+    Args:
+        without: names of attentions that take no masks.
     """
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 

@@ -25,10 +25,13 @@ class ExpertStatistics(NamedTuple):
 def expert_statistics(
     routings: Sequence[Routing], group_T: Tensor | None = None, num_groups: int = 1, mask_T: Tensor | None = None
 ) -> ExpertStatistics:
-    """Statistics of routers that saw the same T tokens.
+    """Sum up what routers chose for the same T tokens. Only `prob_sum_LE` carries a gradient.
 
-    `group_T` is each token's group (its task). Tokens where `mask_T` is false, such as padding, never count. Only
-    `prob_sum_LE` carries a gradient.
+    Args:
+        routings: of L routers.
+        group_T: each token's group (its task); None: all are of group 0.
+        num_groups: G.
+        mask_T: tokens where it is false, such as padding, never count.
     """
     ids_LTK = torch.stack([routing.expert_ids_TK for routing in routings])
     probs_LTE = torch.stack([routing.probs_TE for routing in routings])
@@ -46,7 +49,7 @@ def expert_statistics(
 
 
 def load_balancing_loss(counts_LE: Tensor, prob_sum_LE: Tensor, num_tokens: Tensor | float, top_k: int) -> Tensor:
-    """N * sum_e f_e P_e for each of L routers, shape (L,). No token gives 0.
+    """Compute N * sum_e f_e P_e for each of L routers, (L,). No token gives 0.
 
     Over several ranks pass counts and tokens summed over all of them, and this rank's own `prob_sum_LE`: the sum of
     the ranks' results is the loss of one process that saw all tokens.
@@ -56,11 +59,11 @@ def load_balancing_loss(counts_LE: Tensor, prob_sum_LE: Tensor, num_tokens: Tens
 
 
 def balance_of_shares(share_LE: Tensor, mean_prob_LE: Tensor) -> Tensor:
-    """N * sum_e f_e P_e, shape (L,), from each expert's share of the choices and its mean probability."""
+    """Compute N * sum_e f_e P_e, (L,), from each expert's share of the choices and its mean probability."""
     return share_LE.shape[-1] * (share_LE * mean_prob_LE).sum(dim=-1)
 
 
 def choice_shares(counts_LE: Tensor) -> Tensor:
-    """f: the share of each router's choices that fell on each expert, (L, E); all alike where nothing was counted."""
+    """Compute f, each expert's share of a router's choices, (L, E); all alike where nothing was counted."""
     total_L1 = counts_LE.sum(dim=-1, keepdim=True)
     return torch.where(total_L1 > 0, counts_LE / total_L1.clamp(min=1), 1 / max(1, counts_LE.shape[-1]))

@@ -25,35 +25,37 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def token_keys(seed: int, step: int, sample_ids_T: Tensor, positions_T: Tensor) -> Tensor:
-    """(T,) int32: one key per token from its sample's global id and its position in that sample."""
+    """Compute one key per token, (T,) int32, from its sample's global id and its position in that sample."""
     keys = sample_ids_T.to(torch.int32) * 0x01000193 + seed
     keys = _mix(keys).add_(positions_T.to(torch.int32)).mul_(0x01000193)
     return _mix(keys.add_(step))
 
 
-def keep_mask(keys_T: Tensor, salt: int, num_features: int, p: float) -> Tensor:
-    """(T, I) bool, true with probability 1 - p (in steps of 2^-15); `salt` tells layer inputs apart."""
-    return _keep_bits(keys_T, salt, num_features, p).bool()
-
-
-def keep_limit(p: float) -> int:
-    """Return the limit below which numbers of 15 bits are kept."""
+def mask_limit(p: float) -> int:
+    """Return the limit of numbers of 15 bits: those below it keep."""
     return min(round((1 - p) * 2**15), 2**15 - 1)
 
 
-def _keep_bits(keys_T: Tensor, salt: int, num_features: int, p: float) -> Tensor:
-    """Return the mask as int16: all bits set where a number is kept, none where it is dropped."""
+def dropout_mask(keys_T: Tensor, salt: int, num_features: int, p: float) -> Tensor:
+    """Compute the mask (T, I) as int16: all bits set with probability 1 - p (in steps of 2^-15), which keeps a number.
+
+    Args:
+        keys_T: `token_keys`.
+        salt: tells layer inputs apart.
+        num_features: I.
+        p: probability that a number is dropped.
+    """
     # One 32-bit number decides over two neighbouring features: drawing them is most of the cost.
     columns = _mix(torch.arange((num_features + 1) // 2, dtype=torch.int32, device=keys_T.device))
     bits = _mix((keys_T + salt)[:, None] + columns).view(torch.int16)[:, :num_features]
-    return bits.bitwise_and_(0x7FFF).sub_(keep_limit(p)).bitwise_right_shift_(15)
+    return bits.bitwise_and_(0x7FFF).sub_(mask_limit(p)).bitwise_right_shift_(15)
 
 
 def _drop(x_TI: Tensor, keys_T: Tensor, salt: int, p: float) -> Tensor:
     # By bits: booleans are several times as slow for 16-bit numbers.
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x_TI.itemsize]
-    bits = _keep_bits(keys_T, salt, x_TI.shape[1], p)
-    return x_TI.contiguous().view(words).bitwise_and(bits.to(words)).view(x_TI.dtype)
+    mask = dropout_mask(keys_T, salt, x_TI.shape[1], p)
+    return x_TI.contiguous().view(words).bitwise_and(mask.to(words)).view(x_TI.dtype)
 
 
 def _add_dropped(total_TI: Tensor, x_TI: Tensor, keys_T: Tensor, salt: int, p: float) -> None:
@@ -63,7 +65,7 @@ def _add_dropped(total_TI: Tensor, x_TI: Tensor, keys_T: Tensor, salt: int, p: f
 def _drop_kernel(x_TI: Tensor, keys_T: Tensor, salt: int, p: float) -> Tensor:
     from malora_dist.ops.dropout_kernel import launch
 
-    return launch(x_TI, x_TI.new_empty(x_TI.shape), keys_T, salt, keep_limit(p), add=False)
+    return launch(x_TI, x_TI.new_empty(x_TI.shape), keys_T, salt, mask_limit(p), add=False)
 
 
 def _add_dropped_kernel(total_TI: Tensor, x_TI: Tensor, keys_T: Tensor, salt: int, p: float) -> None:
@@ -73,10 +75,10 @@ def _add_dropped_kernel(total_TI: Tensor, x_TI: Tensor, keys_T: Tensor, salt: in
         # The gradient of a transposed x is transposed, too.
         _add_dropped(total_TI, x_TI, keys_T, salt, p)
         return
-    launch(x_TI, total_TI, keys_T, salt, keep_limit(p), add=True)
+    launch(x_TI, total_TI, keys_T, salt, mask_limit(p), add=True)
 
 
-# x (T, I) with 0 where `keep_mask` is false, not rescaled.
+# x (T, I) with 0 where `dropout_mask` is 0, not rescaled.
 drop = operator(
     "drop(Tensor x, Tensor keys, int salt, float p) -> Tensor",
     plain=_drop,
@@ -108,6 +110,6 @@ class _KeyedDropout(torch.autograd.Function):
 
 
 def keyed_dropout(x_TI: Tensor, keys_T: Tensor, salt: int, p: float) -> Tensor:
-    """x with each number dropped with probability p, the rest divided by 1 - p."""
+    """Drop each number of x with probability p, and divide the rest by 1 - p."""
     dropped: Tensor = _KeyedDropout.apply(x_TI, keys_T, salt, p)
     return dropped

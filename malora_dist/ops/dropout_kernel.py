@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora_dist.ops.triton_types import compute_type
+from malora_dist.ops.operators import compute_type
 
 BLOCK_T, BLOCK_I = 16, 256
 

@@ -1,4 +1,4 @@
-"""Sizes and likeness of the experts of a layer, from small products of their factors."""
+"""Norms and cosines of the experts of a layer, from small products of their factors."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def expert_gram(factors: Mapping[str, Tensor]) -> Tensor:
-    """(E, E) of <B_t A_t, B_u A_u>, fp64, of a layer's factors B (E, O, R) and A (E, R, I), or shared_A and P.
+    """Compute <B_t A_t, B_u A_u>, (E, E) fp64, of factors B (E, O, R) and A (E, R, I), or shared_A and P.
 
     <B_t A_t, B_u A_u> = sum of (B_t' B_u) * (A_t A_u'): no (O, I) matrix is formed.
     """
@@ -24,7 +24,7 @@ def expert_gram(factors: Mapping[str, Tensor]) -> Tensor:
 
 
 def norms_and_cosines(gram_EE: Tensor) -> tuple[Tensor, Tensor]:
-    """Frobenius norms (E,) and cosines (E, E) of the experts; the cosine with an expert of norm 0 is 0."""
+    """Return Frobenius norms (E,) and cosines (E, E) of the experts; the cosine with an expert of norm 0 is 0."""
     norm_E = gram_EE.diagonal().clamp(min=0).sqrt()
     product_EE = norm_E[:, None] * norm_E
     return norm_E, torch.where(product_EE > 0, gram_EE / product_EE.clamp(min=torch.finfo(product_EE.dtype).tiny), 0.0)

@@ -1,7 +1,7 @@
 """Triton kernels over rows sorted by expert. Imported only when used: triton is an optional dependency.
 
 Three kernels serve both directions. A *wide* row (T, W) is an input or output of the adapter's factors, a *narrow* one
-(T, K, R) lives in the experts' ranks; `weight` (E, W, R) is B or the core, its axes given by their strides.
+(T, K, R) lives in the experts' ranks; `weight` (E, W, R) is B or the down, its axes given by their strides.
 
     contract_rows   narrow_tk  = weight_e^T wide_t          z = C h;  dz = B^T dy, and from it the gates' gradients
     expand_rows     wide_t    += weight_e narrow_tk         y += B z; dh = C^T dz
@@ -25,7 +25,7 @@ CHANGING = ("T", "num_blocks", "k")
 
 @triton.jit
 def multiply(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """total + a @ b, in fp32; fp32 factors are not rounded to TF32."""
+    """Compute total + a @ b in fp32; fp32 factors are not rounded to TF32."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -36,7 +36,7 @@ def multiply(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
 def load_tile(
     pointer: tl.tensor, rows: tl.tensor, row_mask: tl.tensor, columns: tl.tensor, column_mask: tl.tensor
 ) -> tl.tensor:
-    """pointer[rows + columns] as (rows, columns), 0 where a mask is false. Both are offsets, strides included."""
+    """Load pointer[rows + columns] as (rows, columns), 0 where a mask is false. Both are offsets, strides included."""
     return tl.load(pointer + rows[:, None] + columns[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0)
 
 
@@ -52,7 +52,7 @@ def block_tokens(
     E: tl.tensor,
     BLOCK_T: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The tokens of a block, all with `expert` as choice k, and which of them there are."""
+    """Return the tokens of a block, all with `expert` as choice k, and which of them there are."""
     rows = tl.load(firsts_ptr + block) + tl.arange(0, BLOCK_T)
     row_mask = rows < tl.load(starts_ptr + k * (E + 1) + expert + 1)
     return tl.load(tokens_ptr + k * T + rows, mask=row_mask, other=0), row_mask
@@ -60,7 +60,7 @@ def block_tokens(
 
 @triton.jit
 def load_weights(gates_ptr: tl.tensor, slots: tl.tensor, row_mask: tl.tensor, scaling: tl.tensor) -> tl.tensor:
-    """(rows, 1): scaling * gate, fp32."""
+    """Load scaling * gate, (rows, 1) fp32."""
     return (tl.load(gates_ptr + slots, mask=row_mask, other=0.0).to(tl.float32) * scaling)[:, None]
 
 
@@ -98,7 +98,7 @@ def contract_rows(
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """narrow[t, k] = weight_e^T wide[t] over one block of rows. Grid: blocks, K.
+    """Set narrow[t, k] = weight_e^T wide[t] over one block of rows. Grid: blocks, K.
 
     With BACKWARD `wide` is dy: u = B_e^T dy_t, grad_gates[t, k] = scaling <u, z[t, k]>, narrow = scaling * gate * u.
     """
@@ -163,7 +163,7 @@ def expand_rows(
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """wide[t] = weight_e narrow[t, k] over one block of rows of choice `k` alone. Grid: blocks, blocks of W.
+    """Set wide[t] = weight_e narrow[t, k] over one block of rows of choice `k` alone. Grid: blocks, blocks of W.
 
     GATED: times scaling * gate. ADD: on top of what `wide` holds.
     """
@@ -215,7 +215,7 @@ def sum_rows(
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """weight_e (W, R) = sum over the rows of expert e of wide[t] narrow[t, k]^T. Grid: blocks of W, blocks of R, E.
+    """Set weight_e (W, R) = sum over the rows of expert e of wide[t] narrow[t, k]^T. Grid: blocks of W, blocks of R, E.
 
     An expert without rows gets zeros.
     """

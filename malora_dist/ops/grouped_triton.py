@@ -34,7 +34,7 @@ class RowBlocks(NamedTuple):
 
 
 def row_blocks(expert_ids_TK: Tensor, num_experts: int) -> RowBlocks:
-    """B is a bound: as many blocks as T fills, and one that is not full for each expert."""
+    """Sort tokens by expert into blocks of rows. B is a bound: as many as T fills, and one not full for each expert."""
     T, K = expert_ids_TK.shape
     device = expert_ids_TK.device
     sorted_KT, tokens_KT = expert_ids_TK.T.contiguous().sort(dim=1, stable=True)
@@ -50,22 +50,22 @@ def row_blocks(expert_ids_TK: Tensor, num_experts: int) -> RowBlocks:
 def grouped_forward(
     y_TO: Tensor,
     h_TD: Tensor,
-    core_ERD: Tensor | None,
+    down_ERD: Tensor | None,
     B_EOR: Tensor,
     gates_TK: Tensor,
     expert_ids_TK: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Adds scaling * sum_k g_tk B_{e_tk} C_{e_tk} h_t to y_t in place, and returns z (T, K, R), the C h.
+    """Add scaling * sum_k g_tk B_{e_tk} C_{e_tk} h_t to y_t in place, and return z (T, K, R), the C h.
 
-    Without a core z is a view of h (D = R).
+    Without `down_ERD` z is a view of h (D = R).
     """
     with torch.cuda.device_of(h_TD):
         rows = _Rows(h_TD, len(B_EOR), gates_TK, expert_ids_TK, scaling)
-        if core_ERD is None:
+        if down_ERD is None:
             z_TKR = h_TD.contiguous()[:, None].expand(-1, gates_TK.shape[1], -1)
         else:
-            z_TKR = rows.contract(h_TD, core_ERD.transpose(1, 2))
+            z_TKR = rows.contract(h_TD, down_ERD.transpose(1, 2))
         rows.expand(y_TO, B_EOR, z_TKR, gated=True, add=True)
     return z_TKR
 
@@ -73,14 +73,14 @@ def grouped_forward(
 def grouped_backward(
     grad_y_TO: Tensor,
     h_TD: Tensor,
-    core_ERD: Tensor | None,
+    down_ERD: Tensor | None,
     B_EOR: Tensor,
     gates_TK: Tensor,
     expert_ids_TK: Tensor,
     z_TKR: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of h, core (None without one), B and gates (fp32), from that of y and the z of `grouped_forward`."""
+    """Compute the gradients of h, C (None without one), B and gates (fp32), from y's and `grouped_forward`'s z."""
     with torch.cuda.device_of(h_TD):
         rows = _Rows(h_TD, len(B_EOR), gates_TK, expert_ids_TK, scaling)
         grad_gates_TK = torch.empty_like(rows.gates_TK, dtype=torch.float32)
@@ -88,16 +88,16 @@ def grouped_backward(
         grad_B_EOR = torch.empty_like(B_EOR)
         weighted_z_TKR = (z_TKR * (rows.gates_TK * scaling)[:, :, None]).to(h_TD.dtype)
         rows.sum(grad_B_EOR, grad_y_TO, weighted_z_TKR)
-        if core_ERD is None:
+        if down_ERD is None:
             return grad_z_TKR.sum(dim=1), None, grad_B_EOR, grad_gates_TK
-        grad_h_TD, grad_core_ERD = torch.empty_like(h_TD), torch.empty_like(core_ERD)
-        rows.expand(grad_h_TD, core_ERD.transpose(1, 2), grad_z_TKR, gated=False, add=False)
-        rows.sum(grad_core_ERD.transpose(1, 2), h_TD, grad_z_TKR)
-    return grad_h_TD, grad_core_ERD, grad_B_EOR, grad_gates_TK
+        grad_h_TD, grad_down_ERD = torch.empty_like(h_TD), torch.empty_like(down_ERD)
+        rows.expand(grad_h_TD, down_ERD.transpose(1, 2), grad_z_TKR, gated=False, add=False)
+        rows.sum(grad_down_ERD.transpose(1, 2), h_TD, grad_z_TKR)
+    return grad_h_TD, grad_down_ERD, grad_B_EOR, grad_gates_TK
 
 
 class _Rows:
-    """Launches the kernels over the rows of one layer. A weight (E, W, R) is B, or the core, its last axes swapped."""
+    """Launches the kernels over the rows of one layer. A weight (E, W, R) is B, or C with its last axes swapped."""
 
     def __init__(self, h_TD: Tensor, num_experts: int, gates_TK: Tensor, expert_ids_TK: Tensor, scaling: float) -> None:
         from malora_dist.ops import grouped_kernels
@@ -113,7 +113,7 @@ class _Rows:
         z_TKR: Tensor | None = None,
         grad_gates_TK: Tensor | None = None,
     ) -> Tensor:
-        """(T, K, R), the products weight_e^T wide_t; with z in backward those times scale and gate, and the gates'."""
+        """Compute weight_e^T wide_t, (T, K, R); with z in backward also times scale and gate, and the gates' own."""
         T, K = self.gates_TK.shape
         narrow_TKR = wide_TW.new_empty(T, K, weight_EWR.shape[2], dtype=self.dtype)
         arguments = self._arguments(wide_TW, weight_EWR, narrow_TKR) | self._block_arguments()
@@ -129,7 +129,7 @@ class _Rows:
         return narrow_TKR
 
     def expand(self, wide_TW: Tensor, weight_EWR: Tensor, narrow_TKR: Tensor, *, gated: bool, add: bool) -> None:
-        """wide_t = the sum of weight_e narrow_tk over k, on top of what it holds if `add`.
+        """Set wide_t to the sum of weight_e narrow_tk over k, on top of what it holds if `add`.
 
         One launch for each k, in order. Each rounds the sum so far to the dtype of `wide`.
         """
@@ -139,14 +139,14 @@ class _Rows:
             self.kernels.expand_rows[grid](**arguments, k=k, GATED=gated, ADD=add or k > 0)
 
     def sum(self, weight_EWR: Tensor, wide_TW: Tensor, narrow_TKR: Tensor) -> None:
-        """weight_e = the sum of wide_t narrow_tk^T over the rows of expert e."""
+        """Set weight_e to the sum of wide_t narrow_tk^T over the rows of expert e."""
         arguments = self._arguments(wide_TW, weight_EWR, narrow_TKR)
         E, W, R = weight_EWR.shape
         grid = (_blocks(W, arguments["BLOCK_W"]), _blocks(R, arguments["BLOCK_R"]), E)
         self.kernels.sum_rows[grid](**arguments)
 
     def _arguments(self, wide_TW: Tensor, weight_EWR: Tensor, narrow_TKR: Tensor) -> dict[str, Any]:
-        """What all three kernels take."""
+        """Return the arguments of all three kernels."""
         E, W, R = weight_EWR.shape
         T, K = self.gates_TK.shape
         strides = {f"weight_stride_{axis}": weight_EWR.stride(i) for i, axis in enumerate("ewr")}
@@ -164,7 +164,7 @@ class _Rows:
         return pointers | strides | tile | {"T": T, "K": K, "E": E, "W": W, "R": R}
 
     def _block_arguments(self) -> dict[str, Any]:
-        """What the two kernels take besides that go over blocks of rows."""
+        """Return the further arguments of the two kernels that go over blocks of rows."""
         blocks = self.blocks
         return {
             "gates_ptr": self.gates_TK,
@@ -176,7 +176,7 @@ class _Rows:
 
 
 def _block(size: int, largest: int) -> int:
-    """The power of two that covers `size`, within what a tile allows."""
+    """Return the power of two that covers `size`, within what a tile allows."""
     return min(largest, max(MIN_BLOCK, 1 << (size - 1).bit_length()))
 
 

@@ -18,7 +18,7 @@ def kaiming_uniform(shape: tuple[int, ...], *, fan_in: int, generator: torch.Gen
 
 
 def shared_subspace_init(K_EDI: Tensor, r: int, beta: float) -> tuple[Tensor, Tensor]:
-    """S_A (D, I) and P (E, R, D) from one Kaiming-uniform matrix K_t per expert.
+    """Compute S_A (D, I) and P (E, R, D) from one Kaiming-uniform matrix K_t per expert.
 
     Eq. 8: K_t = U_t S_t V_t. Eq. 9: P_t = (U_t S_t)[:r] / beta. Eq. 10: S_A = beta V_0, the first expert's right
     singular vectors, the common basis. So P_0 S_A = K_0[:r], and every P_t S_A has the variance of K_t for any beta.

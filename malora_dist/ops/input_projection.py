@@ -1,4 +1,4 @@
-"""What layers make of the input they share: h = S_A drop(x) or A drop(x), and router logits on the undropped x."""
+"""The projections of a layer's input: h = S_A drop(x) or A drop(x), and router logits of the undropped x."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from malora_dist.ops.dropout import add_dropped_, drop
-from malora_dist.ops.scaled import scaled_product
-from malora_dist.ops.weight_copies import WeightCopies
+from malora_dist.ops.products import WeightCopies, scaled_product
 
 
-def enter(
+def project(
     x_TI: Tensor,
     downs: Sequence[Tensor],
     gates: Sequence[Tensor],
@@ -22,20 +21,29 @@ def enter(
     p: float = 0.0,
     copies: WeightCopies | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x for the base layers, h (T, sum W) in the dtype of x, and logits (T, sum E) in fp32 or better.
+    """Project x by all down-projections in one product, and by all routers in another.
 
-    downs: S_A (D, I) or the experts' A (E, R, I), of W = D or E*R rows; gates: routers' W_g (E, I). One product serves
-    all of each. Base layers must read the x returned here, and nothing else may: its gradient is the tensor to which
-    the others are added, in place. With `keys_T` the downs read x dropped with probability `p` (`ops.dropout`);
-    the mask is made again in backward, and neither it nor the dropped x is kept.
+    Args:
+        x_TI: the layers' input.
+        downs: S_A (D, I) or the experts' A (E, R, I), of W = D or E*R rows.
+        gates: routers' W_g (E, I).
+        keys_T: with keys, the downs read x dropped (`ops.dropout`); the mask is made again in backward, and neither it
+            nor the dropped x is kept.
+        salt, p: of the dropout.
+        copies: where copies of weights in the dtype of x are kept.
+
+    Returns:
+        x for the base layers, h (T, sum W) in the dtype of x, and logits (T, sum E) in fp32 or better. Base layers must
+        read the x returned here, and nothing else may: its gradient is the tensor to which the others are added, in
+        place.
     """
     keys_T = keys_T if downs else None
-    result: tuple[Tensor, Tensor, Tensor] = _Enter.apply(x_TI, keys_T, salt, p, copies, len(downs), *downs, *gates)
+    result: tuple[Tensor, Tensor, Tensor] = _Project.apply(x_TI, keys_T, salt, p, copies, len(downs), *downs, *gates)
     return result
 
 
 def router_logits(x_TI: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """(T, sum E): W_g x, in fp32 (fp64 for fp64 input)."""
+    """Compute W_g x, (T, sum E), in fp32 (fp64 for fp64 input)."""
     dtype = torch.promote_types(x_TI.dtype, torch.float32)
     if not gates:
         return x_TI.new_empty(len(x_TI), 0, dtype=dtype)
@@ -44,12 +52,12 @@ def router_logits(x_TI: Tensor, gates: Sequence[Tensor]) -> Tensor:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in the dtype that products run in under torch.autocast; itself elsewhere."""
+    """Return x in the dtype that products run in under torch.autocast; itself elsewhere."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-class _Enter(torch.autograd.Function):
+class _Project(torch.autograd.Function):
     """Keeps x and the keys. Weights are read again in backward, by when ZeRO-3 has gathered them again."""
 
     @staticmethod
@@ -102,7 +110,7 @@ class _Enter(torch.autograd.Function):
 def _dropped_gradients(
     ctx: Any, x_TI: Tensor, keys_T: Tensor, weights: Sequence[Tensor], grad_h_TW: Tensor, grad_TI: Tensor
 ) -> list[Tensor]:
-    """Return the gradients of the downs, which read the dropped x; add that of x to `grad_TI`."""
+    """Compute the gradients of the downs, which read the dropped x, and add that of x to `grad_TI`."""
     downs, alpha, grads = slice(ctx.num_downs), 1 / (1 - ctx.p), []
     if ctx.needs_input_grad[0]:
         part_TI = scaled_product(grad_h_TW, _rows(weights, downs, x_TI.dtype, ctx.copies), alpha)
@@ -124,7 +132,7 @@ def _rows(weights: Sequence[Tensor], part: slice, dtype: torch.dtype, copies: We
 
 
 def _stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """(N, I), all rows of all weights."""
+    """Return all rows of all weights, (N, I)."""
     rows = [weight.flatten(0, -2) for weight in weights]
     return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(dtype)
 

@@ -15,12 +15,14 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 def linear_cross_entropy(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk: int
 ) -> Tensor:
-    """(N,) -log softmax(h W^T + bias)[target] of each row, in fp32 (fp64 for fp64), `chunk` rows at a time.
+    """Compute -log softmax(h W^T + bias)[target] of each row, (N,) in fp32 (fp64 for fp64), `chunk` rows at a time.
 
     The product runs in the dtype of hidden, the softmax in fp32. A gradient for hidden is made here, in forward, so
-    that backward needs neither the weight nor logits: (N, H) numbers are kept. Raises ValueError if weight or bias
-    requires a gradient, which they never get, if there is not a target for each row, or if hidden is fp16, where the
-    gradient could overflow.
+    that backward needs neither the weight nor logits: (N, H) numbers are kept.
+
+    Raises:
+        ValueError: weight or bias requires a gradient, which they never get; there is not a target for each row; or
+            hidden is fp16, where the gradient could overflow.
     """
     if weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad):
         raise ValueError("linear_cross_entropy gives no gradient to weight and bias; freeze them")
@@ -79,7 +81,7 @@ def _product(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out: T
 
 
 def _exponentials(logits_CV: Tensor, fine_CV: Tensor, targets_C: Tensor, losses_C: Tensor, sums_C: Tensor) -> None:
-    """exp(logits - their largest) into fine_CV, its sums over V into sums_C, and the cross-entropies into losses_C."""
+    """Write exp(logits - their largest) to fine_CV, its sums over V to sums_C, and the cross-entropies to losses_C."""
     largest_C1 = logits_CV.amax(dim=1, keepdim=True)
     if fine_CV.data_ptr() != logits_CV.data_ptr():
         fine_CV.copy_(logits_CV)
@@ -90,7 +92,7 @@ def _exponentials(logits_CV: Tensor, fine_CV: Tensor, targets_C: Tensor, losses_
 
 
 def _slope(exponentials_CV: Tensor, targets_C: Tensor, sums_C: Tensor) -> Tensor:
-    """In place, the derivative by the logits times the sum: exp - sum x (1 at the target).
+    """Compute in place the derivative by the logits times the sum: exp - sum x (1 at the target).
 
     Dividing by the sum only in backward saves a pass over (C, V).
     """

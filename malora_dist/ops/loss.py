@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def batch_counts(tasks_and_targets: Sequence[tuple[int, int]], num_tasks: int) -> Tensor:
-    """(num_tasks + 1,) float64: supervised tokens of each task, and samples with at least one supervised token.
+    """Count supervised tokens of each task, and samples with at least one: (num_tasks + 1,) float64.
 
     Made on the host from the task and the number of supervised tokens of each sample. Add these up over the
     micro-batches and ranks of a step before calling `target_weights`.
@@ -26,7 +26,7 @@ def batch_counts(tasks_and_targets: Sequence[tuple[int, int]], num_tasks: int) -
 def target_weights(
     target_sample_N: Tensor, task_ids_B: Tensor, target_counts_B: Tensor, step_counts: Tensor, normalization: str
 ) -> Tensor:
-    """(N,) fp32: the weight of each supervised token's cross-entropy in the step's loss; 1 in sum over a step.
+    """Compute the weight of each supervised token's cross-entropy in the step's loss, (N,) fp32; 1 in sum over a step.
 
     token: every token counts the same. sample: every sample, whatever its length. task: every task of the batch.
     """

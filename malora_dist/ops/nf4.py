@@ -1,10 +1,10 @@
 """4-bit NormalFloat weights as one row of bytes, in the codes of bitsandbytes (QLoRA, arXiv 2305.14314).
 
-A blob is [two 4-bit codes a byte | one scale a block of 64 weights]. Plain scales are fp32. Double quantisation stores
-them as 8-bit codes with one fp32 scale per 256 of them and one fp32 offset, all in the blob: ZeRO-3 then partitions
-every byte of the weight, and no cast of floating-point parameters can touch it.
+A packed weight is [two 4-bit codes a byte | one scale a block of 64 weights]. Plain scales are fp32. Double
+quantisation stores them as 8-bit codes with one fp32 scale per 256 of them and one fp32 offset, all in the same bytes:
+ZeRO-3 then partitions every byte of the weight, and no cast of floating-point parameters can touch it.
 
-The kernels of bitsandbytes unpack a blob. They do not make one: those for CUDA take approximate reciprocals, and those
+The kernels of bitsandbytes unpack it. They do not make one: those for CUDA take approximate reciprocals, and those
 for CPU and CUDA break ties differently, so that the base would depend on the device that quantised it. `quantize_nf4`
 is made of operations that IEEE 754 defines, and gives the same bytes on every device.
 """
@@ -69,13 +69,13 @@ def _sections(numel: int, double_quant: bool) -> list[int]:
 
 
 def nf4_bytes(numel: int, double_quant: bool = False) -> int:
-    """Length of the blob of `numel` weights: 4.5 bits a weight, or about 4.127 with double quantisation."""
+    """Return the bytes of `numel` packed weights: 4.5 bits each, or about 4.127 with double quantisation."""
     return sum(_sections(numel, double_quant))
 
 
 @torch.no_grad()
 def quantize_nf4(weight_OI: Tensor, double_quant: bool = False) -> Tensor:
-    """Return the uint8 blob of a weight matrix of any float dtype, on its device; the same bytes on every device.
+    """Pack a weight matrix of any float dtype into uint8, on its device; the same bytes on every device.
 
     A block's scale is its largest magnitude, and a weight's code the one whose value is nearest to weight * (1 / scale)
     in fp32, the lower one of two. Scales are quantised like weights, less their mean, with the 8-bit code.
@@ -115,7 +115,7 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def pack_nf4(codes: Tensor, state: bnb.QuantState) -> Tensor:
-    """uint8 blob of codes (of any storage dtype) and scales as bitsandbytes keeps them."""
+    """Pack codes (of any storage dtype) and scales, as bitsandbytes keeps them, into uint8."""
     return _join([codes, state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])])
 
 
@@ -123,18 +123,18 @@ def _join(parts: list[Tensor]) -> Tensor:
     return torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
 
 
-def dequantize_nf4(blob: Tensor, shape: tuple[int, int], dtype: torch.dtype, double_quant: bool = False) -> Tensor:
-    """Return the weight (O, I) that a blob stands for, in fp32, bf16 or fp16, rounded as bitsandbytes' Linear4bit does.
+def dequantize_nf4(packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, double_quant: bool = False) -> Tensor:
+    """Unpack a weight (O, I) to fp32, bf16 or fp16, rounded as bitsandbytes' Linear4bit does.
 
-    One kernel, or three with double quantisation, and one more where the blob's fp32 numbers are not aligned.
+    One kernel, or three with double quantisation, and one more where the packed weight's fp32 numbers are not aligned.
     """
     if dtype not in UNPACKED_DTYPES:
         # The kernels do not look, and would leave the matrix as they found it.
         raise TypeError(f"dtype={dtype} must be one of {', '.join(map(str, UNPACKED_DTYPES))}")
-    codes, *scales = blob.split(_sections(math.prod(shape), double_quant))
+    codes, *scales = packed.split(_sections(math.prod(shape), double_quant))
     absmax = _floats(scales[-1])
     if double_quant:
-        values = tables(blob.device).scale_values
+        values = tables(packed.device).scale_values
         parts = scales[0], absmax[:-1], values, SCALE_BLOCK, torch.float32
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(*parts).add_(absmax[-1])
     # For rows of odd length bitsandbytes has no kernel on the CPU; codes come in pairs.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from malora_dist.ops.triton_ready import triton_ready
+from malora_dist.ops.devices import triton_ready
 
 NAMESPACE = "malora"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -36,3 +36,10 @@ def operator(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     defined: Callable[..., Any] = getattr(torch.ops.malora, name).default
     return defined
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """Return the type in which kernels compute on numbers of `dtype`: Triton's fp32, or fp64 for fp64."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight (MALoRA eq. 4).
+"""Routing: which experts a token goes to, and with what weight (MALoRA eq. 4).
 
 What the paper leaves open is decided here: the router is a linear without bias or noise, on the undropped layer input,
 one per adapted linear; logits, softmax and the product before them are in fp32, the products of their gradient in the
@@ -26,12 +26,12 @@ class Routing(NamedTuple):
 
     @property
     def gates_TK(self) -> Tensor:
-        """The weights of the chosen experts."""
+        """Return the weights of the chosen experts."""
         return self.gates_TE.gather(-1, self.expert_ids_TK)
 
 
 def route(x_TI: Tensor, gate_EI: Tensor, top_k: int, normalize: bool = False) -> Routing:
-    """softmax over all experts, then the `top_k` largest. Probabilities and gates are fp32 (fp64 for fp64 input)."""
+    """Take the `top_k` largest of a softmax over all experts; probabilities and gates are fp32 (fp64 for fp64)."""
     return choose(router_logits(x_TI, [gate_EI]), top_k, normalize)
 
 
@@ -102,7 +102,7 @@ def _softmax(logits_TE: Tensor) -> Tensor:
 
 
 def largest(probs_TE: Tensor, top_k: int) -> Tensor:
-    """(T, K) numbers of the largest, falling; of equal ones the lower number first, which topk leaves open."""
+    """Return the experts of the largest, (T, K), falling; of equal ones the lower first, which topk leaves open."""
     if top_k > FEW:
         return probs_TE.sort(dim=-1, descending=True, stable=True).indices[..., :top_k].contiguous()
     left_TE, found = probs_TE, []

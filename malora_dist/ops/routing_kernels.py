@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora_dist.ops.triton_types import compute_type
+from malora_dist.ops.operators import compute_type
 
 # Numbers of a tile of rows (tokens) by experts.
 TILE = 2048

@@ -6,7 +6,7 @@ count; copies of them in another dtype or layout do.
 
 import math
 
-from malora_dist.ops.loss_chunks import chunk_rows
+from malora_dist.ops.choices import chunk_rows
 from malora_dist.plan.communication import rows_per_token
 from malora_dist.plan.parameters import FP32
 from malora_dist.plan.run import Run, is_grouped
@@ -79,7 +79,7 @@ def _attention_bytes(run: Run) -> int:
 def _input_bytes(run: Run) -> int:
     """Inputs of adapted linears, once for those that share one; the input of o_proj is attention's output.
 
-    Every entrance keeps its input, and makes the dropped one again. DoRA keeps what it reads, dropped or not.
+    Every input projection keeps its input, and makes the dropped one again. DoRA keeps what it reads, dropped or not.
     """
     if run.dropout > 0 and run.spec.structure.magnitude:
         return 0

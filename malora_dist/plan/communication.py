@@ -1,8 +1,8 @@
-"""Bytes that expert parallelism moves: rows of tokens out to the owners of their experts, sums of experts back home.
+"""Communication volume of expert parallelism: bytes of the tokens that are dispatched, and of the sums combined.
 
-One row per token and owning rank goes out, with D numbers (what enters an expert) and one gate per local expert of the
-owner; one row of O numbers comes home. Backward mirrors it: O numbers out, D numbers and one gate gradient per local
-expert home. Only what crosses to another rank counts. Arithmetic only.
+Dispatch sends one row per token and expert rank, with D numbers (what an expert reads) and one gate per local expert of
+that rank; combine returns one row of O numbers. Backward mirrors both: O numbers, then D numbers and one gate gradient
+per local expert. Only what goes to another rank counts. Arithmetic only.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ COUNT_BYTES = 8
 
 @dataclass(frozen=True)
 class ExchangeBytes:
-    """Bytes one rank sends for one adapted layer and micro-batch, by leg, recomputation included."""
+    """Bytes that one rank sends for one adapted layer and micro-batch, by phase, recomputation included."""
 
     counts: int
     rows: int
@@ -24,6 +24,7 @@ class ExchangeBytes:
 
     @property
     def total(self) -> int:
+        """Return the bytes of all phases."""
         return self.counts + self.rows + self.returns + self.grad_returns + self.grad_rows
 
 
@@ -39,11 +40,17 @@ def exchange_bytes(
     backward: bool = True,
     recompute: bool = False,
 ) -> ExchangeBytes:
-    """Bytes a rank sends for one layer, from its rows to and from each *other* rank of its expert-parallel group.
+    """Count the bytes that a rank sends for one layer.
 
-    in_width is D (S_A's rank; the layer's inputs for methods without S_A), out_width is O, itemsize the bytes of a
-    number on the wire (2 for bf16), gate_itemsize those of a gate. `recompute`: activation checkpointing runs the
-    forward legs a second time.
+    Args:
+        sent_rows, received_rows: rows to and from each *other* rank of the expert-parallel group.
+        in_width: D (S_A's rank; the layer's inputs for methods without S_A).
+        out_width: O.
+        num_local_experts: of a rank.
+        itemsize: bytes of a number that is sent (2 for bf16).
+        gate_itemsize: bytes of a gate.
+        backward: count that of backward too.
+        recompute: activation checkpointing runs the forward phases a second time.
     """
     sent, received = sum(sent_rows), sum(received_rows)
     row = in_width * itemsize + num_local_experts * gate_itemsize
@@ -58,9 +65,9 @@ def exchange_bytes(
 
 
 def rows_per_token(num_experts: int, top_k: int, ep_size: int) -> float:
-    """Expected number of ranks that own an expert of a token, if every set of `top_k` experts is equally likely.
+    """Return the expected number of ranks that hold an expert of a token, if every set of experts is equally likely.
 
-    Each of ep_size ranks owns N / W experts and is missed with probability C(N - N/W, k) / C(N, k).
+    Each of ep_size ranks holds N / W experts and is missed with probability C(N - N/W, k) / C(N, k).
 
     >>> [round(rows_per_token(8, 2, ep_size), 2) for ep_size in (1, 2, 4, 8)]
     [1.0, 1.57, 1.86, 2.0]

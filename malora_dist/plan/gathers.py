@@ -1,8 +1,8 @@
 """How often ZeRO-3 gathers a tensor, and how much it keeps whole, as DeepSpeed 0.19.8 was measured to do it.
 
-Its prefetcher runs ahead of the modules until `stage3_max_live_parameters` elements (default 1e9, a byte of a 4-bit
-blob being one) are whole. So about that many are in memory at any time, and as many are still there when backward
-starts and need no second gather.
+Its prefetcher runs ahead of the modules until `stage3_max_live_parameters` elements (default 1e9, where a byte of
+4-bit weights counts as one) are whole. So about that many are in memory at any time, and as many are still there when
+backward starts and need no second gather.
 """
 
 from malora_dist.plan.parameters import Stored, persists, stored_tensors

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from malora_dist.adapters.methods import METHODS
 from malora_dist.report import figures, routing
 from malora_dist.report.facts import Fact, key_facts, run_facts
 from malora_dist.report.inputs import RunFiles
@@ -145,10 +146,9 @@ def _cost_charts(run: RunFiles) -> list[Figure]:
 def _routing(run: RunFiles) -> Section:
     record = run.routing
     if record is None or not routing.mean_shares(record):
-        reasons = {"lora": "lora has one expert", "dora": "dora has one expert"}
-        reasons["hydralora"] = "every token uses every expert of hydralora"
-        why = reasons.get(str(run.setting("adapter", "method")), "metrics.jsonl holds no routing record")
-        return Section(notes=[f"There is no routing to show: {why}."])
+        return Section(
+            notes=[f"There is no routing to show: {_why_no_routing(str(run.setting('adapter', 'method')))}."]
+        )
     experts = len(next(iter(routing.mean_shares(record).values()), [])) or 1
     reduction = run.setting("adapter", "router_aux_loss_reduction")
     even = 1.0 if reduction == "mean" else None
@@ -164,6 +164,15 @@ def _routing(run: RunFiles) -> Section:
         tasks=[task for task in run.tasks if task in routing.mean_shares(record)],
         by_layer=[_figure(routing.short_layer(layer), "", svg) for layer, svg in maps.items()],
     )
+
+
+def _why_no_routing(method: str) -> str:
+    structure = METHODS.get(method)
+    if structure is not None and not structure.routed:
+        return f"{method} has one expert"
+    if structure is not None and structure.dense:
+        return f"every token uses every expert of {method}"
+    return "metrics.jsonl holds no routing record"
 
 
 def _share_caption(layers: int, experts: int) -> str:

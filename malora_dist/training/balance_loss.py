@@ -23,8 +23,8 @@ from malora_dist.ops.balance import (
     choice_shares,
     expert_statistics,
 )
+from malora_dist.ops.devices import to_device
 from malora_dist.ops.routing import Routing
-from malora_dist.ops.transfer import to_device
 
 
 @dataclass(frozen=True)

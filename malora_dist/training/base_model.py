@@ -11,7 +11,7 @@ from malora_dist.config import RunConfig
 from malora_dist.console.log import LOGGER
 from malora_dist.console.progress import Bar
 from malora_dist.distributed.nodes import this_node
-from malora_dist.distributed.process_groups import World, from_main, gather_lists, on_main
+from malora_dist.distributed.process_groups import World, broadcast_object, gather_lists, run_on_rank0
 from malora_dist.distributed.zero3 import partition_at_once, partition_parts
 from malora_dist.models.attention import attention_for
 from malora_dist.models.config import read_model_config
@@ -54,7 +54,7 @@ def base_model(
             trust_remote_code=trusted,
             device=world.device,
             weights=weights,
-            agree=lambda find: on_main(find, world),
+            agree=lambda find: run_on_rank0(find, world),
             **_placement(config, world, deepspeed_settings, before, in_parts=isinstance(weights, PreparedWeights)),
         )
     logging.getLogger(LOGGER).info("base model: %s; this process read %.1f MiB", where, weights.bytes_read / 2**20)
@@ -78,7 +78,7 @@ def _weights(config: RunConfig, folder: Path, dtype: torch.dtype, world: World) 
     """Where the base is read from, alike on all processes, and a sentence about it."""
     if not config.model.load_in_4bit:
         return CheckpointWeights(folder, world.device), str(folder)
-    prepared = Path(from_main(str(_prepared_folder(config, folder, dtype)) if world.is_main else None))
+    prepared = Path(broadcast_object(str(_prepared_folder(config, folder, dtype)) if world.is_main else None))
     if all(gather_lists([prepared.is_dir()])):
         return PreparedWeights(prepared), f"prepared in {prepared}"
     return CheckpointWeights(folder, world.device), f"{folder}, quantised now (`malora prepare` would make {prepared})"
@@ -119,7 +119,7 @@ def base_identity(config: RunConfig, folder: Path, world: World) -> dict[str, st
     return {
         "name": config.model.name_or_path,
         "revision": config.model.revision,
-        "fingerprint": on_main(lambda: base_fingerprint(folder), world),
+        "fingerprint": run_on_rank0(lambda: base_fingerprint(folder), world),
         "dtype": str(base_dtype(config, world)).removeprefix("torch."),
     }
 
@@ -132,6 +132,6 @@ def base_quantizer(config: RunConfig) -> str | None:
 def base_dtype(config: RunConfig, world: World) -> torch.dtype:
     """model.dtype; `auto` is what the main process computes natively, on all processes."""
     if config.model.dtype == "auto":
-        dtype: torch.dtype = from_main(native_dtype(world.device))
+        dtype: torch.dtype = broadcast_object(native_dtype(world.device))
         return dtype
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.model.dtype]

@@ -27,7 +27,13 @@ from malora_dist.checkpoint.shards import file_record, plan_shards, write_shard
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.console.log import LOGGER
 from malora_dist.distributed.optimizer_state import OptimizerState
-from malora_dist.distributed.process_groups import World, fail_together, gather_lists, max_over_control, on_main
+from malora_dist.distributed.process_groups import (
+    World,
+    gather_lists,
+    max_over_control,
+    raise_on_all_ranks,
+    run_on_rank0,
+)
 from malora_dist.distributed.snapshot import Whole, snapshot
 from malora_dist.errors import CheckpointError
 from malora_dist.files.durable import write_text
@@ -104,7 +110,7 @@ class Saver:
         """
         self.complete()
         began = time.monotonic()
-        folder = on_main(lambda: self._begin(step, best), self.world)
+        folder = run_on_rank0(lambda: self._begin(step, best), self.world)
         if folder is None:
             return
         files = self._gather(random)
@@ -124,7 +130,7 @@ class Saver:
     def point_at_best(self, step: int | None) -> None:
         """Let `best` name this step's checkpoint, if there is one: a killed process may have saved it and no more."""
         if step is not None:
-            on_main(lambda: self.store.mark_best(step) if step in self.store.steps() else None, self.world)
+            run_on_rank0(lambda: self.store.mark_best(step) if step in self.store.steps() else None, self.world)
 
     def _gather(self, random: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The files this process writes, with their tensors."""
@@ -179,9 +185,9 @@ class Saver:
         except CheckpointError as caught:
             error = caught
         try:
-            fail_together(error)
+            raise_on_all_ranks(error)
             files = dict(gather_lists(list(records.items())))
-            on_main(lambda: self._commit(job, files), self.world)
+            run_on_rank0(lambda: self._commit(job, files), self.world)
         except CheckpointError:
             if self.world.is_main:
                 self.store.discard(job.step)

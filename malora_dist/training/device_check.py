@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from malora_dist.adapters.kernels import require_triton
+from malora_dist.adapters.layer import require_triton
 from malora_dist.config import RunConfig
 from malora_dist.config.summary import adapter_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
-from malora_dist.distributed.process_groups import World, fail_together, gather_lists
+from malora_dist.distributed.process_groups import World, gather_lists, raise_on_all_ranks
 from malora_dist.errors import ConfigError
-from malora_dist.ops.triton_ready import missing_for_triton
+from malora_dist.ops.devices import missing_for_triton
 from malora_dist.plan import Hardware, Lengths, Report, find_shape
 from malora_dist.plan.memory import bytes_per_rank
 from malora_dist.plan.run import run_of
@@ -39,7 +39,7 @@ def check_device(config: RunConfig, world: World, *, trains: bool = True) -> lis
         _check_one(config, world.device, dtype, trains)
     except ConfigError as found:
         error = found
-    fail_together(error)
+    raise_on_all_ranks(error)
     return list(_notes(config, world.device))
 
 
@@ -49,7 +49,7 @@ def _check_one(config: RunConfig, device: torch.device, dtype: torch.dtype, trai
         if problems:
             raise ConfigError("\n  ".join(problems))
     if trains and uses_triton(config):
-        require_triton(device)
+        require_triton(device, "adapter.computation")
 
 
 def gpu_problems(gpu: Gpu, setting: str, dtype: torch.dtype) -> list[str]:
@@ -96,7 +96,7 @@ def check_memory(config: RunConfig, folder: Path, world: World, lengths: Lengths
         notes = memory_notes(config, folder, world.size, base_dtype(config, world), Gpu.of(world.device), lengths)
     except ConfigError as found:
         error = found
-    fail_together(error)
+    raise_on_all_ranks(error)
     return gather_lists(notes)[:1]
 
 

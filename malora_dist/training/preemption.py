@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from malora_dist.distributed.process_groups import World, max_over_control, tell_all, told
+from malora_dist.distributed.process_groups import World, broadcast_stop, max_over_control, stop_requested
 from malora_dist.launch.schedulers import end_time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -95,9 +95,9 @@ class Agreement:
         self._looked = now
         self._watch_the_clock()
         if self.code:
-            tell_all()
+            broadcast_stop()
             raise _Abandoned
-        if told():
+        if stop_requested():
             raise _Abandoned
 
     def _watch_the_clock(self) -> None:

@@ -11,7 +11,7 @@ from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig
 from malora_dist.console.log import LOGGER
-from malora_dist.distributed.process_groups import World, on_main
+from malora_dist.distributed.process_groups import World, run_on_rank0
 from malora_dist.errors import CheckpointError, MaloraError
 from malora_dist.files.exit_status import (
     EXIT_OK,
@@ -41,7 +41,7 @@ class Session:
         self.config, self.world, self.state = config, world, LoopState()
         self.outputs: RunOutputs | None = None
         self._lock: BaseFileLock | None = None
-        self.start: Start = on_main(self._find_start, world)
+        self.start: Start = run_on_rank0(self._find_start, world)
 
     def _find_start(self) -> Start:
         """Under the lock, since a process that is about to end may still be saving."""
@@ -61,7 +61,7 @@ class Session:
 
     def open(self) -> RunOutputs:
         """The run's folder to write in: that of the run that goes on, or a new one."""
-        folder = on_main(self._folder, self.world)
+        folder = run_on_rank0(self._folder, self.world)
         # The config written there names that folder, and is one to go on with.
         changes: dict[str, object] = {"output_dir": folder}
         if self.config.train.resume_from_checkpoint is None:
@@ -87,13 +87,13 @@ class Session:
         elif isinstance(error, Exception):
             self._failed(error)
         elif error is None:
-            on_main(lambda: self._write(self._written_to(), FINISHED, EXIT_OK, ""), self.world)
+            run_on_rank0(lambda: self._write(self._written_to(), FINISHED, EXIT_OK, ""), self.world)
         self._release()
 
     def _preempted(self, stop: Preempted) -> None:
         outputs = self.outputs or self.open()
         outputs.close()
-        step = on_main(lambda: self._write(outputs.folder, PREEMPTED, EXIT_PREEMPTED, stop.reason), self.world)
+        step = run_on_rank0(lambda: self._write(outputs.folder, PREEMPTED, EXIT_PREEMPTED, stop.reason), self.world)
         other = "" if str(outputs.folder) == self.config.output_dir else f" with --output_dir {outputs.folder}"
         other += " and without --new-run" if self.config.train.resume_from_checkpoint is None else ""
         logging.getLogger(LOGGER).info(

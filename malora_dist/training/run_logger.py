@@ -21,7 +21,7 @@ from malora_dist.config import RunConfig, config_text
 from malora_dist.config.summary import adapter_spec
 from malora_dist.console.log import LOGGER, console, start_logging
 from malora_dist.data.build import PreparedData
-from malora_dist.distributed.process_groups import World, from_main, on_main
+from malora_dist.distributed.process_groups import World, broadcast_object, run_on_rank0
 from malora_dist.distributed.zero3 import gathered_adapter_state
 from malora_dist.errors import TrainingError
 from malora_dist.files.atomic import write_json, write_text
@@ -64,7 +64,7 @@ class RunOutputs:
     def __init__(self, config: RunConfig, folder: Path, world: World) -> None:
         self.config, self.folder, self.world = config, folder, world
         self.log = logging.getLogger(LOGGER)
-        self.evaluations: dict[str, Any] = on_main(lambda: read_evaluations(folder), world)
+        self.evaluations: dict[str, Any] = run_on_rank0(lambda: read_evaluations(folder), world)
         self.report: InjectionReport | None = None
         start_logging(None)
         self._on_main(self._open)
@@ -178,13 +178,13 @@ class RunOutputs:
     def _record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add the record of a checkpoint of this run whose writer was killed before it could."""
         step, files = checkpoint.manifest.step, checkpoint.manifest.files.values()
-        if not on_main(lambda: self.metrics.holds(CHECKPOINT, step), self.world):
+        if not run_on_rank0(lambda: self.metrics.holds(CHECKPOINT, step), self.world):
             self.record({KIND: CHECKPOINT, STEP: step, BYTES: sum(record.bytes for record in files)})
 
     def measured_on(self, what: Mapping[str, Any]) -> None:
         """Forget the evaluations of a start of this run that trained something else: another recipe, base or rows."""
         path = self.folder / MEASURED_ON
-        before = on_main(lambda: read_measured_on(path), self.world)
+        before = run_on_rank0(lambda: read_measured_on(path), self.world)
         if before is not None and before != what and self.evaluations:
             self.notes(["an earlier start of this run was of another recipe, base or rows: evaluations are done again"])
         if before != what:
@@ -195,9 +195,9 @@ class RunOutputs:
     def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The content of a JSON file of the folder, which is measured and written by the first start of a run."""
         path = self.folder / name
-        if not on_main(path.exists, self.world):
+        if not run_on_rank0(path.exists, self.world):
             self._write(name, measure())
-        content: dict[str, Any] = on_main(lambda: parse_json(path.read_bytes(), non_finite=True), self.world)
+        content: dict[str, Any] = run_on_rank0(lambda: parse_json(path.read_bytes(), non_finite=True), self.world)
         return content
 
     def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:
@@ -286,7 +286,7 @@ class RunOutputs:
                 write()
             except Exception as caught:
                 error = caught
-        problem = from_main(None if error is None else f"{self.folder} cannot be written: {error}")
+        problem = broadcast_object(None if error is None else f"{self.folder} cannot be written: {error}")
         if error is not None and not isinstance(error, OSError | SafetensorError):
             raise error
         if problem is not None:

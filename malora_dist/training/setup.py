@@ -13,9 +13,9 @@ from malora_dist.config.deepspeed import deepspeed_config
 from malora_dist.config.summary import adapter_spec
 from malora_dist.data.build import PreparedData
 from malora_dist.data.loader import TrainLoader
-from malora_dist.distributed.all_to_all import Wire
+from malora_dist.distributed.all_to_all import AllToAll
 from malora_dist.distributed.expert_groups import ExpertGroups
-from malora_dist.distributed.expert_parallel import connect_experts, keep_owned_experts
+from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
 from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.zero3 import gathered, partition_at_once
 from malora_dist.training.balance_loss import BalanceSettings
@@ -41,8 +41,8 @@ def add_adapters(
     groups: ExpertGroups | None,
     between: Callable[[], None] = lambda: None,
     init_weights: bool = True,
-) -> tuple[InjectionReport, Wire | None]:
-    """Inject the recipe's mixture; with expert groups each process keeps its own experts, and a wire joins them.
+) -> tuple[InjectionReport, AllToAll | None]:
+    """Inject the recipe's mixture; with expert groups each process keeps its own experts, joined by an AllToAll.
 
     Every process draws the same whole layer before it keeps its part, and does so before the next layer is drawn: step
     0 does not depend on the topology, and no process ever holds more than one whole layer at ZeRO-3. `between` is
@@ -55,7 +55,7 @@ def add_adapters(
     def place(layer: MixtureLinear) -> None:
         between()
         if groups is not None:
-            keep_owned_experts(layer, groups)
+            keep_local_experts(layer, groups)
         if partition is not None:
             partition([parameter for _, parameter in layer.factors()])
 
@@ -65,7 +65,7 @@ def add_adapters(
         adapter.target_modules,
         lora_dropout=adapter.lora_dropout,
         computation=adapter.computation,
-        fuse_siblings=adapter.fuse_siblings,
+        fuse_projections=adapter.fuse_projections,
         seed=config.train.seed,
         init_weights=init_weights,
         place=place,
@@ -119,7 +119,7 @@ def unseen_tasks(config: RunConfig, data: PreparedData, loader: TrainLoader) -> 
 
 
 def new_stepper(
-    config: RunConfig, data: PreparedData, engine: Any, world: World, wire: Wire | None, position: Position
+    config: RunConfig, data: PreparedData, engine: Any, world: World, all_to_all: AllToAll | None, position: Position
 ) -> Stepper:
     """What runs the recipe's optimizer steps on `engine`."""
     adapter = config.adapter
@@ -132,6 +132,6 @@ def new_stepper(
         zero_stage=config.parallel.zero_stage,
         max_grad_norm=config.train.max_grad_norm,
         seed=config.train.seed,
-        wire=wire,
+        all_to_all=all_to_all,
         position=position,
     )

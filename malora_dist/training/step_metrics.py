@@ -9,7 +9,7 @@ from torch import Tensor
 from malora_dist.adapters.inject import mixture_layers
 from malora_dist.console.log import peak_memory_gib
 from malora_dist.distributed.process_groups import max_over_processes, sum_over_processes
-from malora_dist.ops.transfer import to_device
+from malora_dist.ops.devices import to_device
 from malora_dist.tracking.metrics import (
     AUX_LOSS,
     EPOCH,
@@ -65,7 +65,7 @@ class Window:
             STEP_SECONDS: seconds / n,
             PEAK_MEMORY_GIB: peak,
         }
-        if self.stepper.wire is not None:
+        if self.stepper.all_to_all is not None:
             record[EXCHANGE_BYTES] = sum(sent) / n
         for task, name in enumerate(self.stepper.task_names):
             count = sum(result.task_token_counts[task] for result in results)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from malora_dist.adapters.inject import adapter_parameters
 from malora_dist.data.loader import MicroBatch
-from malora_dist.distributed.all_to_all import Wire
+from malora_dist.distributed.all_to_all import AllToAll
 from malora_dist.distributed.process_groups import World, max_over_control, sum_over_processes
 from malora_dist.distributed.zero012 import clip_gradients
 from malora_dist.errors import NonFiniteError, TrainingError
 from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
+from malora_dist.ops.devices import to_device
 from malora_dist.ops.loss import batch_counts, target_weights
-from malora_dist.ops.transfer import to_device
-from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.ops.products import kept_weight_copies
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
 from malora_dist.training.nonfinite_guard import GradientGuard, first_nonfinite_layer, stop_if_nonfinite
 from malora_dist.training.watchdog import Position
@@ -66,10 +66,10 @@ class Stepper:
         zero_stage: int,
         max_grad_norm: float,
         seed: int,
-        wire: Wire | None = None,
+        all_to_all: AllToAll | None = None,
         position: Position | None = None,
     ) -> None:
-        self.wire = wire
+        self.all_to_all = all_to_all
         self.position = position or Position(world.rank)
         self.position.follow(engine.module)
         self.engine, self.world, self.task_names = engine, world, task_names
@@ -120,7 +120,7 @@ class Stepper:
         )
 
     def _sent_bytes(self) -> int:
-        return 0 if self.wire is None else self.wire.total_bytes
+        return 0 if self.all_to_all is None else self.all_to_all.total_bytes
 
     def _step_counts(self, batches: Sequence[MicroBatch]) -> "_StepCounts":
         G = len(self.task_names)

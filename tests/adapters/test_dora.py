@@ -7,13 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from malora_dist.adapters.dora import Magnitude
+from malora_dist.adapters.dora import DoRALayer
 from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.errors import ConfigError
 from malora_dist.models.nf4_linear import NF4Linear
-from malora_dist.ops.dropout import keep_mask
+from malora_dist.ops.dropout import dropout_mask
 from malora_dist.ops.nf4 import quantize_nf4
 from tests.tiny_models import tiny_llama
 
@@ -95,7 +95,7 @@ def _share_masks(ours: nn.Module, peft_model: Any, dropout: float) -> None:
     class Masked(nn.Module):
         def __init__(self, layer: MixtureLinear) -> None:
             super().__init__()
-            mask = keep_mask(layer.token_keys, layer.entrance.input_salt, layer.in_features, dropout)
+            mask = dropout_mask(layer.token_keys, layer.input_projection.input_salt, layer.in_features, dropout).bool()
             self.scale_TI = mask.double() / (1 - dropout)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def test_norm_is_that_of_the_unpacked_weight() -> None:
     """With a 4-bit base the magnitude starts as the norm of what the base computes with, not of what was quantised."""
     linear = nn.Linear(64, 8)
     base = NF4Linear(quantize_nf4(linear.weight), linear.bias.detach(), 64, 8, False)
-    magnitude = Magnitude(8)
+    magnitude = DoRALayer(8)
     magnitude.measure(base)
     torch.testing.assert_close(magnitude.base_squares.sqrt(), base.dequantize(torch.float32).norm(dim=1))
     assert not torch.allclose(magnitude.base_squares.sqrt(), linear.weight.norm(dim=1), rtol=1e-4)
@@ -119,8 +119,7 @@ def test_norm_is_that_of_the_unpacked_weight() -> None:
 def test_a_row_of_zeros_stays_finite() -> None:
     base = nn.Linear(6, 3)
     base.weight.data[1] = 0
-    layer = MixtureLinear(base, in_features=6, out_features=3, num_experts=1, top_k=1, r=2, shared_r=None, routed=False,
-                          scaling=2.0, magnitude=True)  # fmt: skip
+    layer = MixtureLinear(base, mixture_spec("dora", r=2), in_features=6, out_features=3)
     y = layer(torch.randn(4, 6))
     y.sum().backward()
     assert torch.equal(y[:, 1], base.bias[1].expand(4))

@@ -1,16 +1,15 @@
-"""Linears that enter together against the same linears each by itself."""
+"""Linears whose input is projected by one product, against the same linears each by itself."""
 
 import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from malora_dist.adapters.fused_projections import SiblingEntrance
 from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers, remove_adapters
+from malora_dist.adapters.input_projection import FusedProjection
 from malora_dist.adapters.methods import mixture_spec
-from malora_dist.adapters.shared_input import SharedInput
 from malora_dist.convert.gates import constant_gates
 from malora_dist.ops.dropout import token_keys
 from tests.tiny_models import tiny_llama
@@ -21,7 +20,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def _model(method: str, fuse: bool, dtype: torch.dtype = torch.float64, **switches: Any) -> Any:
     model = tiny_llama(dtype).train()
     spec = mixture_spec(method, num_experts=4, r=3, normalize_gates=switches.pop("normalize_gates", False))
-    inject_adapters(model, spec, TARGETS, fuse_siblings=fuse, **switches)
+    inject_adapters(model, spec, TARGETS, fuse_projections=fuse, **switches)
     for _, parameter in adapter_parameters(model):
         parameter.data = parameter.data.to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -59,11 +58,10 @@ def test_equal_to_each_by_itself(method: str, switches: dict[str, Any], recomput
 def test_names_do_not_change_and_removal_leaves_the_base() -> None:
     alone, together = _model("malora", False), _model("malora", True)
     assert [name for name, _ in together.named_parameters()] == [name for name, _ in alone.named_parameters()]
-    joined = [module for module in together.modules() if isinstance(module, SiblingEntrance)]
-    assert [module.num_linears for module in joined] == [3, 2] * 2
+    fused = [module for module in together.modules() if isinstance(module, FusedProjection)]
+    assert [module.num_linears for module in fused] == [3, 2] * 2
     remove_adapters(together)
-    assert not any(isinstance(module, SiblingEntrance) for module in together.modules())
-    assert all(not hasattr(module, "siblings") for module in together.modules())
+    assert not any(isinstance(module, FusedProjection) for module in together.modules())
 
 
 def test_bf16_trains_fp32_parameters() -> None:
@@ -74,28 +72,25 @@ def test_bf16_trains_fp32_parameters() -> None:
     assert all(grad.dtype == torch.float32 and grad.any() for grad in grads.values())
 
 
-def test_another_tensor_is_computed_anew() -> None:
-    layers = [nn.Identity(), nn.Identity()]
-    seen: list[Tensor] = []
-
-    def compute(x: Tensor) -> list[Tensor]:
-        seen.append(x)
-        return [x, 2 * x]
-
-    shared = SharedInput(layers, compute)
-    first, second = torch.ones(3), torch.zeros(3)
-    assert shared.take(layers[0], first) is first and torch.equal(shared.take(layers[1], first.view(3)), 2 * first)
-    assert len(seen) == 1
-    shared.take(layers[0], first)
-    shared.take(layers[1], second)
-    shared.take(layers[1], second)
-    assert len(seen) == 4, "a part is taken once, and only of the tensor it was made of"
-    shared.take(layers[0], second)
-    shared.take(layers[1], second.add_(1))
-    assert len(seen) == 5, "numbers that changed in place are another tensor"
+def test_another_tensor_is_projected_anew() -> None:
+    attention = _model("malora", True).model.layers[0].self_attn
+    q, k, v = (getattr(attention, f"{name}_proj").input_projection for name in "qkv")
+    shared = attention.q_proj.shared_input
+    calls: list[int] = []
+    shared.fused.register_forward_hook(lambda *_: calls.append(1))
+    first, second = torch.zeros(2, 1, 5, 48, dtype=torch.float64)
+    (inputs, tokens), (of_k, _), _ = shared.take(q, first), shared.take(k, first.view(1, 5, 48)), shared.take(v, first)
+    assert inputs.x_TI is of_k.x_TI and tokens is None
+    assert len(calls) == 1
+    for projection, x in ((q, first), (k, second), (k, second)):
+        shared.take(projection, x)
+    assert len(calls) == 4, "what was made for a linear is taken once, and only of the tensor that it was made of"
+    shared.take(q, second)
+    shared.take(v, second.add_(1))
+    assert len(calls) == 5, "numbers that changed in place are another tensor"
 
 
-def test_a_copy_of_the_model_enters_by_itself() -> None:
+def test_a_copy_of_the_model_shares_nothing() -> None:
     model = _model("malora", True)
     with torch.no_grad():
         model(input_ids=torch.arange(6)[None], use_cache=False)
@@ -113,10 +108,10 @@ def test_what_was_made_without_a_graph_is_not_taken_into_one() -> None:
     with torch.no_grad():
         attention.q_proj(x)
     attention.k_proj(x).sum().backward()
-    assert attention.k_proj.entrance.shared_A.grad is not None
+    assert attention.k_proj.input_projection.shared_A.grad is not None
 
 
-def test_deciding_reaches_layers_that_enter_together() -> None:
+def test_deciding_reaches_fused_projections() -> None:
     alone, together = _model("malora", False), _model("malora", True)
     gates = {name: torch.tensor([0.5, 0.0, 0.25, 0.0]) for name, _ in mixture_layers(alone)}
     ids = torch.arange(6)[None]
@@ -125,4 +120,4 @@ def test_deciding_reaches_layers_that_enter_together() -> None:
         with constant_gates(model, gates):
             logits.append(model(input_ids=ids, use_cache=False).logits)
     torch.testing.assert_close(logits[1], logits[0])
-    assert any(isinstance(module, SiblingEntrance) for module in together.modules())
+    assert any(isinstance(module, FusedProjection) for module in together.modules())

@@ -77,7 +77,9 @@ def test_report_and_trainable_parameters(method: str) -> None:
     assert [row.trainable_parameters for row in report.rows] == [
         2 * count_parameters(spec, *SIZES[target]) for target in DEFAULT_TARGETS
     ]
-    trainable = {re.sub(r"\.(entrance|dora)", "", name): p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {
+        re.sub(r"\.(input_projection|dora)", "", name): p for name, p in model.named_parameters() if p.requires_grad
+    }
     assert report.trainable_parameters == sum(p.numel() for p in trainable.values())
     assert set(trainable) == {name for name, _ in adapter_parameters(model)}
     assert {id(p) for p in model.parameters() if not p.requires_grad} == {id(p) for p in before.values()}
@@ -92,8 +94,8 @@ def test_report_counts_the_weights_a_blob_stands_for() -> None:
     attention = model.model.layers[0].self_attn
     for name in ("q_proj", "o_proj"):
         linear = getattr(attention, name)
-        blob = quantize_nf4(linear.weight)
-        quantized = NF4Linear(blob, linear.bias.detach(), linear.in_features, linear.out_features, False)
+        packed = quantize_nf4(linear.weight)
+        quantized = NF4Linear(packed, linear.bias.detach(), linear.in_features, linear.out_features, False)
         setattr(attention, name, quantized)
     report = inject_adapters(model, MALORA)
     assert report.base_parameters == expected
@@ -146,7 +148,9 @@ def test_state_dict_names_every_factor() -> None:
 def test_layers_that_read_the_same_tensor_drop_the_same_numbers() -> None:
     model = tiny_llama()
     inject_adapters(model, MALORA, [*DEFAULT_TARGETS, "o_proj"], seed=3)
-    salts = {name.removeprefix("model.layers."): layer.entrance.input_salt for name, layer in mixture_layers(model)}
+    salts = {
+        name.removeprefix("model.layers."): layer.input_projection.input_salt for name, layer in mixture_layers(model)
+    }
     for block in "01":
         assert salts[f"{block}.self_attn.q_proj"] == salts[f"{block}.self_attn.k_proj"]
         assert salts[f"{block}.self_attn.q_proj"] == salts[f"{block}.self_attn.v_proj"]
@@ -213,20 +217,20 @@ def test_injecting_twice_is_refused(second: str) -> None:
         inject_adapters(model, mixture_spec("lora", r=2), [second])
 
 
-@pytest.mark.parametrize("fuse_siblings", [False, True])
-def test_removed_and_injected_again(fuse_siblings: bool) -> None:
+@pytest.mark.parametrize("fuse_projections", [False, True])
+def test_removed_and_injected_again(fuse_projections: bool) -> None:
     """The model is again what it was, whatever of it was trained; and the second adapters are the first's equals."""
     model = tiny_llama()
     model.lm_head.requires_grad_(False)
     trained, expected = [p.requires_grad for p in model.parameters()], model(IDS).logits
-    inject_adapters(model, MALORA, fuse_siblings=fuse_siblings)
+    inject_adapters(model, MALORA, fuse_projections=fuse_projections)
     first = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
     for layer in dict(mixture_layers(model)).values():
         nn.init.ones_(layer.B)
     remove_adapters(model)
     assert [p.requires_grad for p in model.parameters()] == trained and not vars(model).keys() & {"save_pretrained"}
     assert torch.equal(model(IDS).logits, expected) and type(model.model.layers[0].mlp.up_proj) is nn.Linear
-    inject_adapters(model, MALORA, fuse_siblings=fuse_siblings)
+    inject_adapters(model, MALORA, fuse_projections=fuse_projections)
     assert all(torch.equal(tensor, first[name]) for name, tensor in adapter_state_dict(model).items())
 
 
@@ -276,8 +280,8 @@ def test_what_code_reads_off_a_linear_it_reads_off_an_adapted_one() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_copy_after_a_step_is_a_model_of_its_own(method: str, duplicate: Callable[[Any], Any]) -> None:
     model = tiny_llama().train()
-    inject_adapters(model, mixture_spec(method, num_experts=4, r=3), fuse_siblings=True, lora_dropout=0.1)
-    # Half of a set of siblings has been asked: its memory of the input is not the copy's.
+    inject_adapters(model, mixture_spec(method, num_experts=4, r=3), fuse_projections=True, lora_dropout=0.1)
+    # Some linears of one input have run: what is kept of the input is not the copy's.
     model.model.layers[0].self_attn.q_proj(torch.ones(3, 48, requires_grad=True))
     model(IDS).logits.square().mean().backward()
     twin = duplicate(model)
@@ -295,7 +299,7 @@ def test_a_state_dict_comes_back(method: str) -> None:
     spec = mixture_spec(method, num_experts=4, r=3)
     model, other = tiny_llama(), tiny_llama(scale=7.0)
     for each in (model, other):
-        inject_adapters(each, spec, fuse_siblings=True)
+        inject_adapters(each, spec, fuse_projections=True)
     for _, layer in mixture_layers(model):
         nn.init.normal_(layer.B, std=0.1, generator=torch.Generator().manual_seed(layer.in_features))
     other.load_state_dict(model.state_dict())

@@ -39,7 +39,7 @@ def test_all_linear_of_every_family(family: str) -> None:
     model = family_model(family)
     with torch.no_grad():
         expected = model(input_ids=IDS, use_cache=False).logits
-        inject_adapters(model, MALORA, [ALL_LINEAR], fuse_siblings=True)
+        inject_adapters(model, MALORA, [ALL_LINEAR], fuse_projections=True)
         assert torch.equal(model(input_ids=IDS, use_cache=False).logits, expected)
     if family in REFUSED:
         return

@@ -75,8 +75,8 @@ def counted(spec: MixtureSpec, form: Form = Form()) -> list[Kernel]:  # noqa: B0
         ("molora", "dense", Form()),
         ("malora", "dense", Form()),
         ("malora", "dense", Form(router="fp32")),
-        ("malora", "dense", Form(router="joined", siblings=True)),
-        ("malora", "dense", Form(router="ours", siblings=True)),
+        ("malora", "dense", Form(router="joined", fused=True)),
+        ("malora", "dense", Form(router="ours", fused=True)),
         ("malora", "grouped", Form(router="ours", chosen_rows=True)),
         ("malora", "grouped", Form(chosen_rows=True)),
         ("malora", "grouped", Form(chosen_rows=True, late_gates=True)),
@@ -103,7 +103,7 @@ def test_bytes_are_those_the_products_touch(name: str, router: str, dropout: flo
 
 
 def test_what_the_forms_of_malora_move() -> None:
-    """By hand: the router's reads of x, a sibling's share of them, and K rows out and home."""
+    """By hand: the router's reads of x, a fused linear's share of them, and K rows permuted and back."""
     moved = {
         form: sum(kernel.nbytes for kernel in counted(SPECS["malora"], form)) / FP32
         for form in (
@@ -127,12 +127,12 @@ def test_what_the_forms_of_malora_move() -> None:
     assert late == 2 * T * O + K * T * O - 5 * K * T * SPECS["malora"].r
     sizes = Sizes(T, I, O, itemsize=FP32, sharing=3)
     joined = [
-        sum(k.nbytes for k in adapter_kernels(SPECS["malora"], sizes, Form(router="joined", siblings=s)))
+        sum(k.nbytes for k in adapter_kernels(SPECS["malora"], sizes, Form(router="joined", fused=s)))
         for s in (False, True)
     ]
     assert (joined[0] - joined[1]) / FP32 == pytest.approx((1 + 2 + 1) * T * I * 2 / 3)
     ours = [
-        sum(k.nbytes for k in adapter_kernels(SPECS["malora"], sizes, Form(router="ours", siblings=s)))
+        sum(k.nbytes for k in adapter_kernels(SPECS["malora"], sizes, Form(router="ours", fused=s)))
         for s in (False, True)
     ]
     # And of the copy: read, written, and read again.
@@ -140,7 +140,7 @@ def test_what_the_forms_of_malora_move() -> None:
 
 
 def test_what_dropout_moves() -> None:
-    """x twice, the mask's gradient; a stored mask is a byte a number; siblings have one dropped input."""
+    """x twice, the mask's gradient; a stored mask is a byte a number; fused linears have one dropped input."""
     sizes = Sizes(T, I, O, sharing=3)
 
     def moved(form: Form) -> float:
@@ -150,7 +150,7 @@ def test_what_dropout_moves() -> None:
     assert moved(Form()) == 0
     assert moved(Form(dropout=True)) == (2 + 3 + 2) * T * I * 2
     assert moved(Form(dropout=True, eager=True)) == (2 + 2) * T * I * 2 + 2 * T * I
-    assert 3 * moved(Form(dropout=True, siblings=True)) == moved(Form(dropout=True))
+    assert 3 * moved(Form(dropout=True, fused=True)) == moved(Form(dropout=True))
 
 
 def test_the_step_by_hand() -> None:

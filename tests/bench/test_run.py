@@ -48,7 +48,7 @@ def test_every_variant_is_what_its_name_says(measured: tuple[dict[str, Any], lis
             "load_in_4bit": variant["load_in_4bit"],
             "experts": EXPERTS // variant["ep_size"],
             "overlap": variant["overlap"],
-            "dispatchers": sets if spread else 0,
+            "dispatches": sets if spread else 0,
         }
 
 

@@ -24,14 +24,15 @@ def recorded_bench(world: World, options: EpOptions) -> dict[str, Any]:
     sent: dict[str, list[int]] = {}
 
     def step(subject: Subject, number: int, batches: Sequence[MicroBatch]) -> Record:
-        engine, wire = subject.stepper.engine, subject.stepper.wire
-        dispatchers = {id(layer.dispatcher) for _, layer in mixture_layers(engine.module) if layer.dispatcher}
+        engine, all_to_all = subject.stepper.engine, subject.stepper.all_to_all
+        spread = [layer for _, layer in mixture_layers(engine.module) if layer.dispatcher]
+        dispatches = {id(layer.shared_input if layer.dispatcher.share else layer) for layer in spread}
         found[subject.variant.name] = {
             "zero_stage": engine.zero_optimization_stage(),
             "load_in_4bit": any(isinstance(module, NF4Linear) for module in engine.module.modules()),
             "experts": {layer.num_local_experts for _, layer in mixture_layers(engine.module)}.pop(),
-            "overlap": wire is None or wire.overlap,
-            "dispatchers": len(dispatchers),
+            "overlap": all_to_all is None or all_to_all.overlap,
+            "dispatches": len(dispatches),
         }
         with recorded_messages() as messages:
             record = STEP(subject, number, batches)

@@ -168,6 +168,12 @@ def test_values_people_write() -> None:
     assert config.train.report_to == ()
 
 
+def test_keys_of_older_recipes_are_taken() -> None:
+    """config.yaml and manifest.json of runs hold them too."""
+    assert config_from_dict(recipe(adapter={"fuse_siblings": False})).adapter.fuse_projections is False
+    assert config_from_dict(recipe(), ["--adapter.fuse_siblings=false"]).adapter.fuse_projections is False
+
+
 @pytest.mark.parametrize(
     ("given", "targets"),
     [

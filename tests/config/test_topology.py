@@ -8,7 +8,7 @@ from malora_dist.config.topology import (
     expert_data_parallel_ranks,
     expert_parallel_ranks,
     legal_world_sizes,
-    owned_experts,
+    local_experts,
 )
 from malora_dist.errors import TopologyError
 
@@ -25,9 +25,9 @@ def test_groups_cover_all_ranks_and_cross_once(world_size: int, ep_size: int) ->
     assert sorted(rank for group in edp for rank in group) == list(range(world_size))
     assert all(len(set(one) & set(other)) == 1 for one in ep for other in edp)
     for group in ep:
-        assert [expert for rank in group for expert in owned_experts(rank, ep_size, 24)] == list(range(24))
+        assert [expert for rank in group for expert in local_experts(rank, ep_size, 24)] == list(range(24))
     for group in edp:
-        assert len({owned_experts(rank, ep_size, 24) for rank in group}) == 1
+        assert len({local_experts(rank, ep_size, 24) for rank in group}) == 1
 
 
 def test_accumulation_and_the_worlds_that_fit() -> None:
@@ -57,7 +57,7 @@ def test_the_nearest_values_are_named(numbers: tuple[int, int, int], message: st
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: owned_experts(0, 3, 8), "ep_size=3 must divide adapter.num_experts=8; the nearest that does is 2"),
+        (lambda: local_experts(0, 3, 8), "ep_size=3 must divide adapter.num_experts=8; the nearest that does is 2"),
         (lambda: expert_parallel_ranks(4, 3), "ep_size=3 must divide the number of processes=4"),
         (lambda: expert_data_parallel_ranks(4, 0), "ep_size=0 must divide"),
     ],

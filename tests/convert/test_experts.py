@@ -68,8 +68,8 @@ def mean_gates(workspace: Path, source: Path) -> dict[str, Tensor]:
             with torch.no_grad():
                 model(input_ids=ids[None], use_cache=False)
                 for name, layer in layers.items():
-                    gate = layer.entrance.gate
-                    routing = route(inputs[name], gate, layer.top_k, layer.entrance.normalize_gates)
+                    gate = layer.input_projection.gate
+                    routing = route(inputs[name], gate, layer.top_k, layer.input_projection.normalize_gates)
                     for expert in range(4):
                         weight = routing.gates_TK[routing.expert_ids_TK == expert].double().sum()
                         sums.setdefault(name, torch.zeros(4, dtype=torch.float64))[expert] += weight

@@ -70,10 +70,10 @@ def test_truncation_is_the_nearest_product_and_its_error_is_measured() -> None:
 def test_new_ranks_add_nothing_but_can_learn() -> None:
     B_OR, A_RI = resized(pairs()[1], 4)
     assert not B_OR[:, 2:].any() and not A_RI[2:].any()
-    core_ERD = torch.stack([A_RI, A_RI])
-    fill_new_ranks(core_ERD, [2, 4], 0.5, torch.Generator().manual_seed(0))
-    assert torch.equal(core_ERD[0, :2], A_RI[:2]) and torch.equal(core_ERD[1], A_RI)
-    assert core_ERD[0, 2:].all() and core_ERD[0, 2:].abs().max() <= 2 / I**0.5
+    down_ERD = torch.stack([A_RI, A_RI])
+    fill_new_ranks(down_ERD, [2, 4], 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(down_ERD[0, :2], A_RI[:2]) and torch.equal(down_ERD[1], A_RI)
+    assert down_ERD[0, 2:].all() and down_ERD[0, 2:].abs().max() <= 2 / I**0.5
 
 
 @pytest.fixture(scope="module")

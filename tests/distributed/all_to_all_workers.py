@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 
-from malora_dist.distributed.dispatch_plan import Routes, make_routes
+from malora_dist.distributed.all_to_all import AllToAll
+from malora_dist.distributed.dispatch_plan import DispatchPlan, make_plan
 from malora_dist.distributed.expert_groups import ExpertGroups, create_expert_groups
-from malora_dist.distributed.process_groups import World, from_main, gather_lists
+from malora_dist.distributed.process_groups import World, broadcast_object, gather_lists
 from malora_dist.plan.communication import exchange_bytes
 from tests.distributed.exchange_cases import DTYPES, ExchangeCase, exchange_cases, named_cases
 from tests.distributed.exchange_llama import compare_llamas
 from tests.distributed.exchange_runs import Run, Values, run, twin
 from tests.multiprocess import run_distributed
-from tests.reference import exchange_bytes_reference, owners_reference, routing_reference
+from tests.reference import exchange_bytes_reference, expert_ranks_reference, routing_reference
 
 EXAMPLES = {2: 100, 4: 60}
 SWITCHES: dict[str, dict[str, bool]] = {
@@ -54,7 +55,7 @@ def falsified(world: World, groups: dict[int, ExpertGroups]) -> str:
     """The smallest drawn case in which anything is wrong on any rank, from the main process; it draws for all."""
 
     def together(case: ExchangeCase | None) -> list[Errors]:
-        case = from_main(case)
+        case = broadcast_object(case)
         return [] if case is None else gather_lists([examine(case, world.rank, groups[case.ep_size])])
 
     @settings(
@@ -93,7 +94,7 @@ def examine(case: ExchangeCase, rank: int, groups: ExpertGroups) -> Errors:
     near_twin = [first, alone, run(other_form, own, rank, groups).values]
     wanted = twin(case, own, rank, groups)
     ids = [routing_reference(tensors["x"], tensors["gate"], case.K)[1] for tensors in own]
-    routes = make_routes(ids, case.E, groups.expert_parallel)
+    plan = make_plan(ids, case.E, AllToAll(groups.expert_parallel))
     all_ids: list[Any] = [None] * groups.ep_size
     dist.all_gather_object(all_ids, [layer_ids.tolist() for layer_ids in ids], group=groups.expert_parallel)
     place = dist.get_rank(groups.expert_parallel)
@@ -105,8 +106,8 @@ def examine(case: ExchangeCase, rank: int, groups: ExpertGroups) -> Errors:
             for name, value in wanted_bits.get(switch, first).items()
             if not torch.equal(found.values[name], value)
         ],
-        "routes": wrong_routes(routes, all_ids, place, case),
-        "bytes": [e for switch in runs for e in wrong_bytes(case, switch, runs[switch], routes, all_ids, place)],
+        "plan": wrong_plan(plan, all_ids, place, case),
+        "bytes": [e for switch in runs for e in wrong_bytes(case, switch, runs[switch], plan, all_ids, place)],
     }
 
 
@@ -122,20 +123,20 @@ def far_apart(found: Values, wanted: Values, dtype: str) -> list[str]:
     return errors
 
 
-def wrong_routes(routes: Routes, all_ids: list[Any], place: int, case: ExchangeCase) -> list[str]:
+def wrong_plan(plan: DispatchPlan, all_ids: list[Any], place: int, case: ExchangeCase) -> list[str]:
     """Counts of rows against loops over the tokens of all ranks: `all_ids[rank][layer]` (T, K)."""
     W = case.ep_size
-    owners = [[owners_reference(ids, case.E, W) for ids in of_rank] for of_rank in all_ids]
-    rows = [[[sum(w in o for o in layer) for layer in of_rank] for w in range(W)] for of_rank in owners]
-    received = [rows[home][place] for home in range(W)]
-    wrong_sent = [f"sent {routes.sent_WL}, not {rows[place]}"] if routes.sent_WL != rows[place] else []
-    return wrong_sent + ([f"got {routes.received_WL}, not {received}"] if routes.received_WL != received else [])
+    ranks = [[expert_ranks_reference(ids, case.E, W) for ids in of_rank] for of_rank in all_ids]
+    rows = [[[sum(w in r for r in layer) for layer in of_rank] for w in range(W)] for of_rank in ranks]
+    received = [rows[source][place] for source in range(W)]
+    wrong_sent = [f"sent {plan.sent_WL}, not {rows[place]}"] if plan.sent_WL != rows[place] else []
+    return wrong_sent + ([f"got {plan.received_WL}, not {received}"] if plan.received_WL != received else [])
 
 
 def wrong_bytes(
-    case: ExchangeCase, switch: str, found: Run, routes: Routes, all_ids: list[Any], place: int
+    case: ExchangeCase, switch: str, found: Run, plan: DispatchPlan, all_ids: list[Any], place: int
 ) -> list[str]:
-    """Four counts of the bytes of each leg: the wire's, the formula's, the naive one, and that of real messages."""
+    """Four counts of the bytes of each phase: AllToAll's, the formula's, the naive one, and that of real messages."""
     L, recompute = len(case.outs), switch == "recomputed"
     itemsize = DTYPES[case.dtype].itemsize
     sizes = {"in_width": case.D or case.I, "itemsize": itemsize, "gate_itemsize": max(4, itemsize)}
@@ -143,8 +144,8 @@ def wrong_bytes(
     others = [w for w in range(case.ep_size) if w != place]
     for layer, out_width in enumerate(case.outs):
         by_formula = exchange_bytes(
-            [routes.sent_WL[w][layer] for w in others],
-            [routes.received_WL[w][layer] for w in others],
+            [plan.sent_WL[w][layer] for w in others],
+            [plan.received_WL[w][layer] for w in others],
             out_width=out_width,
             num_local_experts=case.E // case.ep_size,
             recompute=recompute,
@@ -155,14 +156,14 @@ def wrong_bytes(
         passes = {"forwards": 1 + recompute}
         naive.update(exchange_bytes_reference(ids, case.E, out_width=out_width, **sizes, **passes)[place])
     if switch == "each for itself":
-        legs = ["counts", "rows", "returns"] * L + ["grad_returns", "grad_rows"] * L
+        phases = ["counts", "rows"] * L + ["returns"] * L + ["grad_returns"] * L + ["grad_rows"] * L
     else:
         forward = ["counts", "rows", *["returns"] * L]
-        legs = forward * (1 + recompute) + ["grad_returns"] * L + ["grad_rows"]
-    if len(legs) != len(found.messages):
-        return [f"{switch}: {len(found.messages)} messages, not {len(legs)}"]
-    for leg, size in zip(legs, found.messages, strict=True):
-        real[leg] += size
-    counts = {"wire": found.sent_bytes, "formula": formula, "naive": naive, "real": real}
-    texts = {name: str({leg: count.get(leg, 0) for leg in real}) for name, count in counts.items()}
+        phases = forward * (1 + recompute) + ["grad_returns"] * L + ["grad_rows"]
+    if len(phases) != len(found.messages):
+        return [f"{switch}: {len(found.messages)} messages, not {len(phases)}"]
+    for phase, size in zip(phases, found.messages, strict=True):
+        real[phase] += size
+    counts = {"counted": found.sent_bytes, "formula": formula, "naive": naive, "real": real}
+    texts = {name: str({phase: count.get(phase, 0) for phase in real}) for name, count in counts.items()}
     return [] if len(set(texts.values())) == 1 else [f"{switch}: {texts}"]

@@ -16,7 +16,7 @@ _FAR = 8.0
 class ExchangeCase:
     """One linear per number of `outs`, `tokens` of each rank of the world, experts over groups of `ep_size` ranks.
 
-    D is None for experts without S_A. routing: as of AdapterCase, or one_owner = every token goes to the last
+    D is None for experts without S_A. routing: as of AdapterCase, or one_rank = every token goes to the last
     K experts.
     """
 
@@ -44,10 +44,10 @@ class ExchangeCase:
 
         Weights are the same on every rank, x is the same for every layer.
         """
-        routing = "free" if self.routing == "one_owner" else self.routing
+        routing = "free" if self.routing == "one_rank" else self.routing
         shape = AdapterCase(1, self.I, self.outs[layer], self.E, self.K, self.r, self.D or 1, routing)  # type: ignore[arg-type]
         drawn = make_inputs(shape, self.method, seed=self.seed + layer)
-        if self.routing == "one_owner":
+        if self.routing == "one_rank":
             drawn["gate"].data[-self.K :, 0] += _FAR
         own = make_inputs(replace(shape, T=self.tokens[rank]), self.method, seed=self.seed + 100 + rank)
         weight = torch.randn(self.outs[layer], self.I, generator=torch.Generator().manual_seed(self.seed + layer))
@@ -83,7 +83,7 @@ def named_cases(world_size: int) -> dict[str, ExchangeCase]:
     # Few tokens, so that some ranks receive no row or one row, of an odd number of 2-byte numbers before 4-byte gates.
     few = replace(cases["one-token-malora"], D=5)
     odd = replace(plain, D=7, normalize=False, tokens=(3, 1, 0, 2)[:world_size], seed=3)
-    cases["one-owner"] = replace(plain, routing="one_owner", E=4 * world_size, K=2)
+    cases["one-rank"] = replace(plain, routing="one_rank", E=4 * world_size, K=2)
     cases["only-the-last-rank-has-tokens"] = replace(plain, tokens=(0,) * (world_size - 1) + (9,))
     for dtype in ("float32", "bfloat16"):
         for name, case in {"plain": plain, "k2": k2, "few": few, "odd": odd}.items():
@@ -97,7 +97,7 @@ def exchange_cases(draw: st.DrawFn, world_size: int) -> ExchangeCase:
     ep_size = draw(st.sampled_from([2, 4][: world_size // 2]))
     E = ep_size * draw(st.integers(1, 3))
     K = draw(st.integers(1, E))
-    routings = ["free", "one_expert", "one_owner", "equal"] + ["starved"] * (K < E)
+    routings = ["free", "one_expert", "one_rank", "equal"] + ["starved"] * (K < E)
     return ExchangeCase(
         tokens=tuple(draw(st.lists(st.integers(0, 40), min_size=world_size, max_size=world_size))),
         ep_size=ep_size,

@@ -10,7 +10,7 @@ from malora_dist.adapters.inject import adapter_parameters, inject_adapters
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.distributed.expert_groups import ExpertGroups
-from malora_dist.distributed.expert_parallel import connect_experts, keep_owned_experts
+from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
 from malora_dist.distributed.process_groups import World
 from tests.distributed.exchange_runs import recorded_messages
 from tests.tiny_models import tiny_llama
@@ -23,7 +23,7 @@ def compare_llamas(world: World, groups: ExpertGroups) -> dict[str, Any]:
     ids = torch.arange(2 * (5 + 3 * world.rank)).view(2, -1) * (7 + world.rank) % 61
     whole = _build(None)
     logits, wanted = _forward_and_backward(whole, ids)
-    owned = groups.owned(NUM_EXPERTS)
+    owned = groups.local_experts(NUM_EXPERTS)
     for name, gradient in wanted.items():
         if name.endswith((".P", ".B")):
             dist.all_reduce(gradient, group=groups.expert_parallel)
@@ -56,7 +56,7 @@ def _build(groups: ExpertGroups | None, share: bool = True) -> Any:
     def place(layer: MixtureLinear) -> None:
         nn.init.normal_(layer.B, std=0.3, generator=generator)
         if groups is not None:
-            keep_owned_experts(layer, groups)
+            keep_local_experts(layer, groups)
 
     inject_adapters(model, mixture_spec("malora", num_experts=NUM_EXPERTS, r=3, shared_r=5), place=place)
     if groups is not None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.distributed.expert_groups import ExpertGroups
-from malora_dist.distributed.expert_parallel import connect_experts, keep_owned_experts
-from malora_dist.ops.dropout import keep_mask, token_keys
+from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
+from malora_dist.ops.dropout import dropout_mask, token_keys
 from tests.cases import DROPOUT_P
 from tests.distributed.exchange_cases import DTYPES, ExchangeCase
 from tests.reference import adapter_reference, gradients
@@ -28,7 +29,7 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """Outputs and gradients by name, bytes sent by leg as the wire counts them, and every message's real bytes."""
+    """Outputs and gradients by name, bytes sent by phase as AllToAll counts them, and every message's real bytes."""
 
     values: Values
     sent_bytes: dict[str, int]
@@ -69,6 +70,12 @@ def _keys(num_tokens: int, rank: int) -> Tensor:
     return token_keys(1, 2, torch.arange(num_tokens) // 3 + 50 * rank, torch.arange(num_tokens) % 3)
 
 
+def _spec(case: ExchangeCase) -> MixtureSpec:
+    sizes = {"num_experts": case.E, "top_k": case.K, "r": case.r, "shared_r": case.D}
+    scale = {"lora_alpha": SCALING * case.r, "beta": 1.0}
+    return MixtureSpec(method=case.method, **sizes, **scale, normalize_gates=case.normalize)
+
+
 def _layer(case: ExchangeCase, tensors: Values, rank: int) -> MixtureLinear:
     """A training layer with all experts, parameters as the product keeps them: adapters in fp32, the base in dtype."""
     dtype = DTYPES[case.dtype]
@@ -76,20 +83,14 @@ def _layer(case: ExchangeCase, tensors: Values, rank: int) -> MixtureLinear:
     with torch.device("meta"):
         layer = MixtureLinear(
             _Base(case.I, tensors["base"]),
+            _spec(case),
             in_features=case.I,
             out_features=tensors["base"].shape[1],
-            num_experts=case.E,
-            top_k=case.K,
-            r=case.r,
-            shared_r=case.D,
-            routed=True,
-            scaling=SCALING,
             dropout=DROPOUT_P if case.dropout else 0.0,
-            normalize_gates=case.normalize,
             computation=case.computation,
             input_salt=SALT,
         )
-    places = {"gate": "entrance.gate", "shared_A": "entrance.shared_A", "weight": "base_layer.weight"}
+    places = {"gate": "input_projection.gate", "shared_A": "input_projection.shared_A", "weight": "base_layer.weight"}
     places["base"] = "base_layer.output"
     dtypes = {"weight": dtype, "base": dtype}
     state = {places.get(name, name): t.to(dtypes.get(name, wide)) for name, t in tensors.items() if name != "x"}
@@ -112,8 +113,8 @@ def run(
     x = own[0]["x"].to(DTYPES[case.dtype]).requires_grad_()
     layers = nn.ModuleDict({name: _layer(case, tensors, rank) for name, tensors in zip(NAMES, own, strict=False)})
     for layer in layers.values():
-        keep_owned_experts(layer, groups)
-    wire = connect_experts(layers, groups, overlap=overlap, share=share)
+        keep_local_experts(layer, groups)
+    all_to_all = connect_experts(layers, groups, overlap=overlap, share=share)
 
     def forward(x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in layers.values()]
@@ -121,14 +122,14 @@ def run(
     leaves = {"x": x}
     for number, layer in enumerate(layers.values()):
         leaves[f"{number}.base"] = layer.base_layer.output
-        leaves |= {f"{number}.{name.removeprefix('entrance.')}": p for name, p in layer.factors()}
+        leaves |= {f"{number}.{name.removeprefix('input_projection.')}": p for name, p in layer.factors()}
     with recorded_messages() as messages:
         outputs = checkpoint(forward, x, use_reentrant=False) if recompute else forward(x)
         directions = [_direction(y) for y in outputs]
         # Without allow_unused: a rank's backward must touch every parameter, or ZeRO-3 hangs.
         found = torch.autograd.grad(outputs, list(leaves.values()), directions)
     values = {f"{number}.y": y.detach() for number, y in enumerate(outputs)} | dict(zip(leaves, found, strict=True))
-    return Run(values, dict(wire.sent_bytes), messages)
+    return Run(values, dict(all_to_all.sent_bytes), messages)
 
 
 def _direction(output: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def twin(case: ExchangeCase, own: Sequence[Values], rank: int, groups: ExpertGro
         leaves |= {f"{number}.{name}": leaf for name, leaf in factors.items()}
         inputs = factors | {"x": leaves["x"], "base": F.linear(leaves["x"], tensors["weight"]) + factors["base"]}
         if case.dropout:
-            inputs["mask"] = keep_mask(_keys(len(leaves["x"]), rank), SALT, case.I, DROPOUT_P).double()
+            inputs["mask"] = dropout_mask(_keys(len(leaves["x"]), rank), SALT, case.I, DROPOUT_P).bool().double()
         outputs.append(
             adapter_reference(
                 case.method,
@@ -164,7 +165,7 @@ def twin(case: ExchangeCase, own: Sequence[Values], rank: int, groups: ExpertGro
     direction = torch.cat([_direction(y).flatten() for y in outputs])
     found = gradients(torch.cat([y.flatten() for y in outputs]), list(leaves.values()), direction)
     values = {f"{number}.y": y.detach() for number, y in enumerate(outputs)} | dict(zip(leaves, found, strict=True))
-    owned = groups.owned(case.E)
+    owned = groups.local_experts(case.E)
     for name in values:
         if name.endswith((".P", ".A", ".B")):
             total = values[name].contiguous()

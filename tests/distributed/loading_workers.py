@@ -17,7 +17,7 @@ from torch import nn
 
 from malora_dist.config import load_config
 from malora_dist.distributed.nodes import this_node
-from malora_dist.distributed.process_groups import World, group_timeouts
+from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.zero3 import check_partitioning, partition_at_once, partition_parts, resident_bytes
 from malora_dist.models.load import base_tensors, build_empty_model, load_base_model
 from malora_dist.models.weights.base_tensor import Weights
@@ -29,7 +29,7 @@ from malora_dist.training.base_model import base_model
 from malora_dist.training.setup import engine_config
 from tests.config.recipes import RECIPES
 from tests.distributed.workers import CONFIG, DTYPES, highest_memory, make_large_model, same_bits, values
-from tests.multiprocess import run_distributed
+from tests.multiprocess import group_timeouts, run_distributed
 from tests.tiny_models import save_tiny_llama
 
 IDS = torch.tensor([[3, 60, 17, 0, 5, 5, 41, 8, 9, 33]])

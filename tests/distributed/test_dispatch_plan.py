@@ -1,11 +1,12 @@
-"""Order of rows against a naive loop; numbers of rows over real processes."""
+"""The order of rows against a naive loop; numbers of rows over real processes."""
 
 import pytest
 import torch
 
-from malora_dist.distributed.dispatch_plan import owner_mask, positions
+from malora_dist.distributed.dispatch_plan import expert_rank_mask
+from malora_dist.distributed.permutation import permutations
 from tests.distributed.all_to_all_workers import results
-from tests.reference import owners_reference
+from tests.reference import expert_ranks_reference
 
 
 def _routings(T: int, E: int, K: int, kind: str) -> torch.Tensor:
@@ -17,25 +18,25 @@ def _routings(T: int, E: int, K: int, kind: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("T", [0, 1, 23])
 @pytest.mark.parametrize(("E", "K", "W"), [(8, 2, 2), (8, 2, 4), (4, 4, 4), (4, 1, 4), (6, 5, 2), (5, 2, 1), (3, 3, 3)])
-def test_rows_are_ordered_by_owner_then_by_token(E: int, K: int, W: int, T: int) -> None:
+def test_rows_are_ordered_by_expert_rank_then_by_token(E: int, K: int, W: int, T: int) -> None:
     """In two layers, one of which visits the last experts alone."""
     ids_LTK = torch.stack([_routings(T, E, K, kind) for kind in ("free", "last experts")])
-    mask_WLT = owner_mask(ids_LTK, E, W)
-    owners_LT = [owners_reference(ids_TK.tolist(), E, W) for ids_TK in ids_LTK]
-    assert mask_WLT.tolist() == [[[w in owners[t] for t in range(T)] for owners in owners_LT] for w in range(W)]
-    rows_L = [[(w, t) for w in range(W) for t in range(T) if w in owners[t]] for owners in owners_LT]
-    places = positions(mask_WLT.transpose(0, 1).contiguous(), [len(rows) for rows in rows_L], min(K, W))
-    for place, rows, owners in zip(places, rows_L, owners_LT, strict=True):
-        assert (place.owner_N.tolist(), place.token_N.tolist()) == ([w for w, _ in rows], [t for _, t in rows])
-        slots = [[rows.index((w, t)) for w in owners[t]] for t in range(T)]
-        assert place.slots_TQ.tolist() == [slot + [len(rows)] * (min(K, W) - len(slot)) for slot in slots]
+    mask_WLT = expert_rank_mask(ids_LTK, E, W)
+    ranks_LT = [expert_ranks_reference(ids_TK.tolist(), E, W) for ids_TK in ids_LTK]
+    assert mask_WLT.tolist() == [[[w in ranks[t] for t in range(T)] for ranks in ranks_LT] for w in range(W)]
+    rows_L = [[(w, t) for w in range(W) for t in range(T) if w in ranks[t]] for ranks in ranks_LT]
+    found = permutations(mask_WLT.transpose(0, 1).contiguous(), [len(rows) for rows in rows_L], min(K, W))
+    for order, rows, ranks in zip(found, rows_L, ranks_LT, strict=True):
+        assert (order.rank_N.tolist(), order.token_N.tolist()) == ([w for w, _ in rows], [t for _, t in rows])
+        own = [[rows.index((w, t)) for w in ranks[t]] for t in range(T)]
+        assert order.row_TQ.tolist() == [each + [len(rows)] * (min(K, W) - len(each)) for each in own]
 
 
 def test_the_order_of_rows_is_found_without_reading_a_number() -> None:
     """Tensors of the meta device hold none: an operation for which the host would have to wait raises."""
-    mask_WLT = owner_mask(torch.zeros(1, 5, 2, dtype=torch.int64, device="meta"), 4, 2)
-    (place,) = positions(mask_WLT.transpose(0, 1), [7], 2)
-    assert (place.owner_N.shape, place.token_N.shape, place.slots_TQ.shape) == ((7,), (7,), (5, 2))
+    mask_WLT = expert_rank_mask(torch.zeros(1, 5, 2, dtype=torch.int64, device="meta"), 4, 2)
+    (order,) = permutations(mask_WLT.transpose(0, 1), [7], 2)
+    assert (order.rank_N.shape, order.token_N.shape, order.row_TQ.shape) == ((7,), (7,), (5, 2))
 
 
 @pytest.mark.distributed
@@ -43,4 +44,4 @@ def test_the_order_of_rows_is_found_without_reading_a_number() -> None:
 def test_every_rank_knows_what_it_sends_and_what_it_receives(world_size: int) -> None:
     """Of every case below; the ranks' sent counts, laid side by side, are what the others received."""
     for rank in results(world_size):
-        assert {name: errors["routes"] for name, errors in rank["cases"].items() if errors["routes"]} == {}
+        assert {name: errors["plan"] for name, errors in rank["cases"].items() if errors["plan"]} == {}

@@ -1,4 +1,4 @@
-"""Experts over two real processes: ownership, repeatability, generation, resume, and the field's silent failures.
+"""Experts over two real processes: slices, repeatability, generation, resume, and the field's silent failures.
 
 That gradients of experts are not multiplied by ep_size, that clipping counts every expert once, and that S_A's gradient
 is whole and single is shown by `tests/test_topologies.py`, which compares each with one process.

@@ -17,9 +17,8 @@ from transformers import LlamaConfig
 from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict
 from malora_dist.distributed.process_groups import (
     World,
-    from_main,
+    broadcast_object,
     gather_lists,
-    group_timeouts,
     max_over_processes,
     replicate,
     set_timeouts,
@@ -32,7 +31,7 @@ from malora_dist.models.load import build_empty_model, load_base_model
 from malora_dist.models.nf4_linear import NF4Linear
 from malora_dist.ops.nf4 import nf4_bytes
 from malora_dist.training.deepspeed_engine import build_engine
-from tests.multiprocess import run_distributed
+from tests.multiprocess import group_timeouts, run_distributed
 from tests.training.workers import build_model, make_model
 
 DTYPES = ["uint8", "bfloat16", "float32"]
@@ -84,8 +83,8 @@ def memory_of_loading(world: World, folder: str) -> dict[str, int]:
     before = psutil.Process().memory_info().rss
     model = load_base_model(Path(folder, "large"), reader=world.is_main, place=place)
     growth = highest_memory() - before
-    blobs = sum(nf4_bytes(m.in_features * m.out_features) for m in model.modules() if isinstance(m, NF4Linear))
-    return {"growth": growth, "part": resident_bytes(model)["base"], "whole": blobs}
+    packed = sum(nf4_bytes(m.in_features * m.out_features) for m in model.modules() if isinstance(m, NF4Linear))
+    return {"growth": growth, "part": resident_bytes(model)["base"], "whole": packed}
 
 
 def highest_memory() -> int:
@@ -99,7 +98,7 @@ def collectives(world: World) -> list[Any]:
     return [
         sum_over_processes(own.clone()).tolist(),
         max_over_processes(own.clone()).tolist(),
-        from_main({"rank": world.rank}),
+        broadcast_object({"rank": world.rank}),
         gather_lists([world.rank] * (2 * world.rank + 1)),
     ]
 

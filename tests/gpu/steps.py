@@ -15,8 +15,8 @@ from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
 from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
-from malora_dist.ops.dropout import keep_mask, token_keys
-from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.ops.dropout import dropout_mask, token_keys
+from malora_dist.ops.products import kept_weight_copies
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
 from tests.tiny_models import tiny_config
 
@@ -41,7 +41,7 @@ class Case:
 DROPOUT = {"lora_dropout": 0.1}
 CASES = [
     *(Case(method, DROPOUT) for method in METHODS),
-    *(Case("malora", {**DROPOUT, "fuse_siblings": fused}) for fused in (True, False)),
+    *(Case("malora", {**DROPOUT, "fuse_projections": fused}) for fused in (True, False)),
     *(Case("malora", {**DROPOUT, "computation": name}) for name in ("dense", "grouped")),
     Case("malora"),
 ]
@@ -129,7 +129,7 @@ def masks(device: torch.device, p: float, features: int) -> Tensor:
     """Dropout masks of tokens of several samples and steps, made on a device."""
     samples, positions = (torch.arange(301, device=device) // 7, torch.arange(301, device=device) % 7)
     keys = torch.cat([token_keys(seed, step, samples, positions) for seed, step in ((0, 0), (42, 1000))])
-    return torch.cat([keep_mask(keys, salt, features, p) for salt in (0, 7, -(2**31))]).cpu()
+    return torch.cat([dropout_mask(keys, salt, features, p).bool() for salt in (0, 7, -(2**31))]).cpu()
 
 
 def layer_count(step: Step) -> int:

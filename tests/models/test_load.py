@@ -82,8 +82,8 @@ def _quantised_reference(folder: Path, dtype: torch.dtype, double_quant: bool) -
     model = _from_pretrained(folder, dtype)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
-            blob = quantize_nf4(module.weight, double_quant)
-            module.weight.data = dequantize_nf4(blob, tuple(module.weight.shape), dtype, double_quant)
+            packed = quantize_nf4(module.weight, double_quant)
+            module.weight.data = dequantize_nf4(packed, tuple(module.weight.shape), dtype, double_quant)
     return model
 
 

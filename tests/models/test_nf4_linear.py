@@ -17,8 +17,8 @@ def _normal(*shape: int, seed: int) -> Tensor:
 
 
 def _layer(double_quant: bool = False, dtype: torch.dtype = torch.float32, bias: bool = True) -> NF4Linear:
-    blob = quantize_nf4((_normal(O, I, seed=0) * 0.02).to(dtype), double_quant)
-    return NF4Linear(blob, _normal(O, seed=1).to(dtype) if bias else None, I, O, double_quant)
+    packed = quantize_nf4((_normal(O, I, seed=0) * 0.02).to(dtype), double_quant)
+    return NF4Linear(packed, _normal(O, seed=1).to(dtype) if bias else None, I, O, double_quant)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -26,7 +26,7 @@ def _layer(double_quant: bool = False, dtype: torch.dtype = torch.float32, bias:
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_equals_linear_with_the_dequantised_weight(double_quant: bool, dtype: torch.dtype, bias: bool) -> None:
     layer = _layer(double_quant, dtype, bias)
-    weight = dequantize_nf4(layer.blob, (O, I), dtype, double_quant)
+    weight = dequantize_nf4(layer.packed_weight, (O, I), dtype, double_quant)
     x = _normal(2, 5, I, seed=2).to(dtype).requires_grad_()
     gradient = _normal(2, 5, O, seed=3).to(dtype)
     y, expected = layer(x), F.linear(x, weight, layer.bias)
@@ -75,11 +75,11 @@ def test_blob_may_be_released_between_forward_and_backward() -> None:
     """As ZeRO-3 does: the bytes are gathered for forward, released, and gathered again elsewhere for backward."""
     layer = _layer(double_quant=True)
     weight = layer.dequantize(torch.float32)
-    whole = layer.blob.data
+    whole = layer.packed_weight.data
     x, gradient = _normal(5, I, seed=2).requires_grad_(), _normal(5, O, seed=3)
     y = layer(x)
-    layer.blob.data = torch.empty(0, dtype=torch.uint8)
-    layer.blob.data = whole.clone()
+    layer.packed_weight.data = torch.empty(0, dtype=torch.uint8)
+    layer.packed_weight.data = whole.clone()
     whole.zero_()
     (got,) = torch.autograd.grad(y, x, gradient)
     assert torch.equal(got, gradient @ weight)
@@ -87,6 +87,6 @@ def test_blob_may_be_released_between_forward_and_backward() -> None:
 
 def test_nothing_is_trainable() -> None:
     layer = _layer()
-    assert {name: p.requires_grad for name, p in layer.named_parameters()} == {"blob": False, "bias": False}
+    assert {name: p.requires_grad for name, p in layer.named_parameters()} == {"packed_weight": False, "bias": False}
     # Casting a model must not touch the bytes.
-    assert layer.to(torch.bfloat16).blob.dtype == torch.uint8
+    assert layer.to(torch.bfloat16).packed_weight.dtype == torch.uint8

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from malora_dist.ops.cost import prefer_grouped
+from malora_dist.ops.choices import prefer_grouped
 from malora_dist.ops.dense import dense_experts
 from malora_dist.ops.grouped import grouped_experts
 from malora_dist.ops.routing import route

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.ops.dropout import keep_mask, keyed_dropout, token_keys
+from malora_dist.ops.dropout import dropout_mask, keyed_dropout, token_keys
 
 T, I = 512, 768  # noqa: E741
 
@@ -31,20 +31,20 @@ def test_rate_and_scale(p: float) -> None:
     error = math.sqrt(max(p, step) * (1 - p) / x.numel())
     assert float(kept.double().mean()) == pytest.approx(1 - p, abs=4 * error + step)
     torch.testing.assert_close(y[kept], torch.full((int(kept.sum()),), 1 / (1 - p)))
-    assert torch.equal(kept, keep_mask(_keys(), 11, I, p))
+    assert torch.equal(kept, dropout_mask(_keys(), 11, I, p).bool())
 
 
 def test_mask_depends_on_sample_and_position_alone() -> None:
     """Sample 5 alone, and as the second half of one row, and as the third sample of another one."""
-    alone = keep_mask(_keys(20, sample=5), 1, 64, 0.5)
+    alone = dropout_mask(_keys(20, sample=5), 1, 64, 0.5).bool()
     samples = torch.tensor([9] * 7 + [2] * 4 + [5] * 20 + [11] * 3)
     positions = torch.cat([torch.arange(n) for n in (7, 4, 20, 3)])
-    packed = keep_mask(token_keys(42, 7, samples, positions), 1, 64, 0.5)
+    packed = dropout_mask(token_keys(42, 7, samples, positions), 1, 64, 0.5).bool()
     assert torch.equal(packed[11:31], alone)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
-    shuffled = keep_mask(token_keys(42, 7, samples[order], positions[order]), 1, 64, 0.5)
+    shuffled = dropout_mask(token_keys(42, 7, samples[order], positions[order]), 1, 64, 0.5).bool()
     assert torch.equal(shuffled, packed[order])
-    assert torch.equal(keep_mask(_keys(20, sample=5), 1, 47, 0.5), alone[:, :47])
+    assert torch.equal(dropout_mask(_keys(20, sample=5), 1, 47, 0.5).bool(), alone[:, :47])
 
 
 NEIGHBOURS = {
@@ -62,8 +62,8 @@ SALTS = [11, 12, 13, 0, 11 + 2**16, 2**31 - 1]
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_masks_of_neighbouring_keys_and_salts_are_independent(p: float) -> None:
     """Each against the first, and against each other: one step more must not stand for one salt more, say."""
-    masks = {f"{what} changed": keep_mask(_keys(**change), 11, I, p) for what, change in NEIGHBOURS.items()}
-    masks |= {f"salt {salt}": keep_mask(_keys(), salt, I, p) for salt in SALTS[1:]}
+    masks = {f"{what} changed": dropout_mask(_keys(**change), 11, I, p).bool() for what, change in NEIGHBOURS.items()}
+    masks |= {f"salt {salt}": dropout_mask(_keys(), salt, I, p).bool() for salt in SALTS[1:]}
     for (one, mask), (other, another) in combinations(masks.items(), 2):
         assert abs(_correlation(mask, another)) < 5, f"{one} and {other}"
 
@@ -72,7 +72,7 @@ def test_masks_of_neighbouring_keys_and_salts_are_independent(p: float) -> None:
 @pytest.mark.parametrize("salt", SALTS)
 def test_a_salt_moves_no_mask_along(salt: int, p: float) -> None:
     """The mask of one layer input is not that of another one some tokens or features further on."""
-    one, other = keep_mask(_keys(), 11, I, p), keep_mask(_keys(), salt, I, p)
+    one, other = dropout_mask(_keys(), 11, I, p).bool(), dropout_mask(_keys(), salt, I, p).bool()
     for shift in (1, 2, 3):
         assert abs(_correlation(one[shift:], other[:-shift])) < 5
         assert abs(_correlation(one[:-shift], other[shift:])) < 5
@@ -88,7 +88,11 @@ def test_no_two_lines_of_a_mask_look_alike(lines_are: str, p: float) -> None:
     Nor is a line kept more often than chance allows.
     """
     n = 4096
-    mask = keep_mask(_keys(256), 11, n, p) if lines_are == "tokens" else keep_mask(_keys(n), 11, 256, p).T
+    mask = (
+        dropout_mask(_keys(256), 11, n, p).bool()
+        if lines_are == "tokens"
+        else dropout_mask(_keys(n), 11, 256, p).bool().T
+    )
     correlations = torch.corrcoef(mask.double()) * math.sqrt(n)
     assert float((correlations - correlations.diag().diag()).abs().max()) < 7
     rates = (mask.double().mean(dim=1) - (1 - p)) / math.sqrt(p * (1 - p) / n)
@@ -109,7 +113,7 @@ def test_gradient_has_the_mask_of_forward_and_no_mask_is_stored() -> None:
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         y = keyed_dropout(x, keys, salt=5, p=0.4)
     (got,) = torch.autograd.grad(y, x, gradient)
-    mask = keep_mask(keys, 5, 30, 0.4)
+    mask = dropout_mask(keys, 5, 30, 0.4).bool()
     assert torch.equal(y, x * mask / 0.6)
     assert torch.equal(got, gradient * mask / 0.6)
     assert [tensor.shape for tensor in saved] == [(40,)]

@@ -56,8 +56,8 @@ def _ours(method: str, tensors: dict[str, Tensor], top_k: int) -> Tensor:
     routing = route(tensors["x"], tensors["gate"], len(tensors["B"]) if method == "hydralora" else top_k)
     h = tensors["x"] * tensors["mask"] / (1 - DROPOUT_P)
     h = F.linear(h, tensors["shared_A"]) if "shared_A" in tensors else h
-    core = tensors.get("P", tensors.get("A"))
-    return grouped_experts(tensors["base"] * 1, h, core, tensors["B"], routing, SCALING, triton=True)
+    down = tensors.get("P", tensors.get("A"))
+    return grouped_experts(tensors["base"] * 1, h, down, tensors["B"], routing, SCALING, triton=True)
 
 
 def _check(case: AdapterCase, method: str, tensors: dict[str, Tensor], bound: float) -> None:
@@ -117,15 +117,15 @@ def test_strided_inputs_and_gradients() -> None:
     """y transposed, h some columns of a wider tensor; the gradient of y.sum(), one number expanded."""
     generator = torch.Generator().manual_seed(0)
     y_OT, wide_h = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((4, 6), (6, 11)))
-    core, B = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((3, 2, 5), (3, 4, 2)))
+    down, B = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((3, 2, 5), (3, 4, 2)))
     gates, ids = torch.rand(6, 3, generator=generator).topk(2)
     gates, ids = gates.to(DEVICE), ids.to(DEVICE)
     ones = torch.ones(1, 1, device=DEVICE).expand(6, 4)
     results = []
     for form in (lambda tensor: tensor, lambda tensor: tensor.contiguous()):
         y, h = form(y_OT.clone().T), form(wide_h[:, 3:8])
-        z = grouped_forward(y, h, core, B, gates, ids, SCALING)
-        results.append([y, *grouped_backward(form(ones), h, core, B, gates, ids, z, SCALING)])
+        z = grouped_forward(y, h, down, B, gates, ids, SCALING)
+        results.append([y, *grouped_backward(form(ones), h, down, B, gates, ids, z, SCALING)])
     for strided, contiguous in zip(*results, strict=True):
         torch.testing.assert_close(strided, contiguous)
 
@@ -186,9 +186,9 @@ def compile_for(capability: Sequence[str]) -> None:
     E, K, ids_TK = 8, 2, torch.arange(256).view(128, 2) % 8
     for dtype, parameters in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32,) * 2):
         y, h, gates_TK = torch.zeros(128, 4096, dtype=dtype), torch.zeros(128, 32, dtype=dtype), torch.zeros(128, K)
-        core, B = torch.zeros(E, 12, 32, dtype=parameters), torch.zeros(E, 4096, 12, dtype=parameters)
-        z = grouped_forward(y, h, core, B, gates_TK, ids_TK, SCALING)
-        grouped_backward(y, h, core, B, gates_TK, ids_TK, z, SCALING)
+        down, B = torch.zeros(E, 12, 32, dtype=parameters), torch.zeros(E, 4096, 12, dtype=parameters)
+        z = grouped_forward(y, h, down, B, gates_TK, ids_TK, SCALING)
+        grouped_backward(y, h, down, B, gates_TK, ids_TK, z, SCALING)
     for dtype in (torch.bfloat16, torch.float32):
         test_operators.launch_all(dtype)
 

@@ -1,12 +1,12 @@
-"""What enters the experts and the router, against the same in plain operations."""
+"""Projections of the input for experts and router, against the same in plain operations."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from malora_dist.ops.dropout import keep_mask, token_keys
-from malora_dist.ops.input_projection import enter
+from malora_dist.ops.dropout import dropout_mask, token_keys
+from malora_dist.ops.input_projection import project
 from tests.reference import gradients
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -15,8 +15,8 @@ SHAPES = {
     "malora": ([(5, 13)], [(4, 13)]),
     "lora": ([(1, 3, 13)], []),
     "router alone": ([], [(4, 13)]),
-    "molora siblings": ([(4, 3, 13), (4, 3, 13)], [(4, 13), (4, 13)]),
-    "malora siblings": ([(5, 13)] * 3, [(4, 13)] * 3),
+    "molora fused": ([(4, 3, 13), (4, 3, 13)], [(4, 13), (4, 13)]),
+    "malora fused": ([(5, 13)] * 3, [(4, 13)] * 3),
 }
 
 
@@ -42,8 +42,12 @@ def _twin(x_TI: Tensor, downs: list[Tensor], gates: list[Tensor], mask_TI: Tenso
 @pytest.mark.parametrize("name", SHAPES)
 def test_outputs_and_gradients_equal_the_twin(name: str, dropout: bool, T: int) -> None:
     x_TI, downs, gates, keys_T = _tensors(name, T)
-    ours = enter(x_TI, downs, gates, keys_T if dropout else None, SALT, P)
-    mask_TI = keep_mask(keys_T, SALT, 13, P).double() if dropout else torch.full((T, 13), 1 - P, dtype=torch.float64)
+    ours = project(x_TI, downs, gates, keys_T if dropout else None, SALT, P)
+    mask_TI = (
+        dropout_mask(keys_T, SALT, 13, P).bool().double()
+        if dropout
+        else torch.full((T, 13), 1 - P, dtype=torch.float64)
+    )
     expected = _twin(x_TI, downs, gates, mask_TI)
     for got, want in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, want, **CLOSE)
@@ -57,17 +61,17 @@ def test_outputs_and_gradients_equal_the_twin(name: str, dropout: bool, T: int) 
 def test_frozen_weights_and_frozen_inputs_get_no_gradient() -> None:
     x_TI, downs, gates, keys_T = _tensors("malora", 9)
     gates[0].requires_grad_(False)
-    _, h_TD, _ = enter(x_TI, downs, gates, keys_T, SALT, P)
+    _, h_TD, _ = project(x_TI, downs, gates, keys_T, SALT, P)
     h_TD.sum().backward()
     assert x_TI.grad is not None and downs[0].grad is not None and gates[0].grad is None
-    _, h_TD, logits_TE = enter(x_TI.detach(), downs, gates, None, SALT, P)
+    _, h_TD, logits_TE = project(x_TI.detach(), downs, gates, None, SALT, P)
     (only,) = gradients(h_TD.sum() + logits_TE.sum(), downs, torch.ones((), dtype=torch.float64))
     torch.testing.assert_close(only, x_TI.detach().sum(dim=0).expand(5, 13), **CLOSE)
 
 
 def test_only_the_input_and_the_weights_are_kept() -> None:
-    x_TI, downs, gates, keys_T = _tensors("malora siblings", 9)
+    x_TI, downs, gates, keys_T = _tensors("malora fused", 9)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        enter(x_TI, downs, gates, keys_T, SALT, P)
+        project(x_TI, downs, gates, keys_T, SALT, P)
     assert {id(tensor) for tensor in kept} == {id(tensor) for tensor in (x_TI, keys_T, *downs, *gates)}

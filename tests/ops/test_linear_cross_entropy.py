@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from malora_dist.ops.choices import chunk_rows
 from malora_dist.ops.linear_cross_entropy import linear_cross_entropy
-from malora_dist.ops.loss_chunks import chunk_rows
 from tests.reference import linear_cross_entropy_reference
 
 # (N, H, V, chunk): nothing to learn, one row, odd sizes, an exact division, a chunk above N, chunks of one row.

@@ -1,4 +1,4 @@
-"""NF4 blobs against bitsandbytes bit for bit, and against the naive twin."""
+"""Packed NF4 weights against bitsandbytes bit for bit, and against the naive twin."""
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -34,8 +34,8 @@ def _quantised_by_bitsandbytes(weight: Tensor, double_quant: bool) -> tuple[Tens
 def test_bytes_of_a_blob(numel: int, plain: int, double: int) -> None:
     for double_quant, size in ((False, plain), (True, double)):
         assert nf4_bytes(numel, double_quant) == size
-        blob = quantize_nf4(_weight((1, numel)), double_quant)
-        assert (blob.dtype, blob.shape) == (torch.uint8, (size,))
+        packed = quantize_nf4(_weight((1, numel)), double_quant)
+        assert (packed.dtype, packed.shape) == (torch.uint8, (size,))
 
 
 def test_bits_per_weight_of_a_large_matrix() -> None:
@@ -49,15 +49,15 @@ def test_bits_per_weight_of_a_large_matrix() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_unpacked_as_by_bitsandbytes(shape: tuple[int, int], double_quant: bool, dtype: torch.dtype) -> None:
     codes, state = _quantised_by_bitsandbytes(_weight(shape, dtype), double_quant)
-    blob = pack_nf4(codes, state)
+    packed = pack_nf4(codes, state)
     # bitsandbytes compiles a kernel for rows of odd length, and has one for the same numbers in one row of even length.
     state.shape = torch.Size((1, 2 * len(codes)))
     expected = bnb.dequantize_4bit(codes, state).view(-1)[: shape[0] * shape[1]].view(shape)
-    ours = dequantize_nf4(blob, shape, dtype, double_quant)
+    ours = dequantize_nf4(packed, shape, dtype, double_quant)
     assert ours.dtype == dtype and torch.equal(ours, expected)
-    # A blob inside the flat buffer of a partition starts at any byte.
+    # A packed weight inside the flat buffer of a partition starts at any byte.
     for offset in (1, 2, 3, 5):
-        shifted = torch.cat([blob.new_zeros(offset), blob])[offset:]
+        shifted = torch.cat([packed.new_zeros(offset), packed])[offset:]
         assert torch.equal(dequantize_nf4(shifted, shape, dtype, double_quant), expected)
 
 
@@ -76,7 +76,7 @@ def test_scales_are_those_of_bitsandbytes_but_for_ties() -> None:
     assert torch.equal(ours[:codes], theirs[:codes])
     difference = (ours.int() - theirs.int())[codes : codes + scales].abs()
     assert int(difference.max()) <= 1 and float(difference.float().mean()) <= 0.01
-    numbers = [blob[codes + scales :].view(torch.float32) for blob in (ours, theirs)]
+    numbers = [packed[codes + scales :].view(torch.float32) for packed in (ours, theirs)]
     torch.testing.assert_close(*numbers, rtol=1e-6, atol=0)
     errors = [(dequantize_nf4(b, (700, 256), torch.float32, True) - weight).square().mean() for b in (ours, theirs)]
     torch.testing.assert_close(*errors, rtol=1e-4, atol=0)
@@ -143,8 +143,8 @@ def test_double_quantisation_is_exact_where_blocks_share_their_largest() -> None
     """Scales equal to their mean leave 0 for the 8-bit type, which it holds: what is made of codes comes back."""
     weight = 0.75 * torch.tensor(NF4_CODES).repeat(4 * 300).reshape(160, 120)
     for double_quant in (False, True):
-        blob = quantize_nf4(weight, double_quant)
-        torch.testing.assert_close(dequantize_nf4(blob, (160, 120), torch.float32, double_quant), weight)
+        packed = quantize_nf4(weight, double_quant)
+        torch.testing.assert_close(dequantize_nf4(packed, (160, 120), torch.float32, double_quant), weight)
 
 
 def test_double_quantisation_moves_scales_little() -> None:

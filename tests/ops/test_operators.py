@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.ops.dropout import add_dropped_, drop, keep_mask, token_keys
+from malora_dist.ops.devices import triton_ready
+from malora_dist.ops.dropout import add_dropped_, drop, dropout_mask, token_keys
 from malora_dist.ops.gating import gate_ranks, gate_ranks_backward_
 from malora_dist.ops.routing import choose_experts, choose_experts_backward
-from malora_dist.ops.triton_ready import triton_ready
 from tests.devices import kernel_device
 from tests.reference import routing_reference
 
@@ -48,7 +48,7 @@ def test_drop_is_the_mask_to_the_bit(T: int, I: int, p: float, dtype: torch.dtyp
         wide[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan")])
     keys, nothing = _keys(T), wide.new_zeros(())
     for x in (wide[:, :I].contiguous(), wide[:, 2 : I + 2], wide[:, :I].T.contiguous().T):
-        wanted = torch.where(keep_mask(keys, SALT, I, p), x, nothing)
+        wanted = torch.where(dropout_mask(keys, SALT, I, p).bool(), x, nothing)
         torch.testing.assert_close(drop(x, keys, SALT, p), wanted, rtol=0, atol=0, equal_nan=True)
 
 
@@ -56,7 +56,7 @@ def test_drop_is_the_mask_to_the_bit(T: int, I: int, p: float, dtype: torch.dtyp
 @pytest.mark.parametrize(("T", "I"), [(0, 8), (1, 1), (37, 300)])
 def test_add_dropped_adds_in_place(T: int, I: int, dtype: torch.dtype) -> None:  # noqa: E741
     x, total, keys = _random(T, I, dtype=dtype), _random(T, I, dtype=dtype, seed=1), _keys(T)
-    wanted = total + torch.where(keep_mask(keys, SALT, I, 0.25), x, x.new_zeros(()))
+    wanted = total + torch.where(dropout_mask(keys, SALT, I, 0.25).bool(), x, x.new_zeros(()))
     add_dropped_(total, x, keys, SALT, 0.25)
     _close(total, wanted, roundings=1 if dtype == torch.bfloat16 else 0)
 

@@ -18,8 +18,8 @@ from malora_dist.models.load import load_base_model
 from malora_dist.models.loss_head import install_loss_head
 from malora_dist.models.packed_attention import TORCH_VARLEN, attention_arguments
 from malora_dist.models.packed_masks import packed_row
-from malora_dist.ops.cost import prefer_grouped
-from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.ops.choices import prefer_grouped
+from malora_dist.ops.products import kept_weight_copies
 from malora_dist.plan.activations import (
     INDEX,
     activation_bytes,

@@ -5,16 +5,16 @@ from itertools import combinations
 import pytest
 
 from malora_dist.plan.communication import exchange_bytes, rows_per_token
-from tests.reference import exchange_bytes_reference, owners_reference
+from tests.reference import exchange_bytes_reference, expert_ranks_reference
 
 SIZES = [(E, K, W) for E in (4, 6, 8) for K in range(1, E + 1) for W in (1, 2, 4, 8) if E % W == 0]
-LEGS = ("counts", "rows", "returns", "grad_returns", "grad_rows")
+PHASES = ("counts", "rows", "returns", "grad_returns", "grad_rows")
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "ep_size"), SIZES)
 def test_rows_per_token_is_the_mean_over_every_set_of_experts(num_experts: int, top_k: int, ep_size: int) -> None:
     sets = list(combinations(range(num_experts), top_k))
-    rows = sum(map(len, owners_reference(sets, num_experts, ep_size)))
+    rows = sum(map(len, expert_ranks_reference(sets, num_experts, ep_size)))
     assert rows_per_token(num_experts, top_k, ep_size) == pytest.approx(rows / len(sets), rel=1e-12)
 
 
@@ -30,9 +30,9 @@ def test_every_leg_equals_a_count_of_messages(
     passes = {"forwards": 2 if backward and recompute else 1, "backwards": int(backward)}
     wanted = exchange_bytes_reference(tokens, num_experts, **sizes, **passes)
     rows = [[0] * ep_size for _ in range(ep_size)]
-    for home in range(ep_size):
-        for owner in sum(owners_reference(tokens[home], num_experts, ep_size), []):
-            rows[home][owner] += 1
+    for source in range(ep_size):
+        for rank in sum(expert_ranks_reference(tokens[source], num_experts, ep_size), []):
+            rows[source][rank] += 1
     for rank in range(ep_size):
         others = [other for other in range(ep_size) if other != rank]
         found = exchange_bytes(
@@ -43,5 +43,5 @@ def test_every_leg_equals_a_count_of_messages(
             recompute=recompute,
             **sizes,
         )
-        assert {leg: getattr(found, leg) for leg in LEGS} == wanted[rank], rank
+        assert {phase: getattr(found, phase) for phase in PHASES} == wanted[rank], rank
         assert found.total == sum(wanted[rank].values())

@@ -41,7 +41,10 @@ STEPS: dict[str, dict[str, Any]] = {
     f"{plan}, {method}, dropout {dropout:g}": {**settings, "method": method, "dropout": dropout, "dtype": "bfloat16"}
     for (plan, settings), method, dropout in product(PLANS.items(), METHODS, DROPOUTS)
 }
-STEPS["zero3, nf4, malora apart, dropout 0.05"] = {**STEPS["zero3, nf4, malora, dropout 0.05"], "fuse_siblings": False}
+STEPS["zero3, nf4, malora apart, dropout 0.05"] = {
+    **STEPS["zero3, nf4, malora, dropout 0.05"],
+    "fuse_projections": False,
+}
 Table = dict[str, dict[str, int]]
 
 

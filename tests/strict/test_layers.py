@@ -25,7 +25,7 @@ CASES = list(
             "method": list(METHODS),
             "computation": ["auto", "dense", "grouped"],
             "dropout": [0.0, 0.3],
-            "fuse_siblings": [False, True],
+            "fuse_projections": [False, True],
             "normalize_gates": [False, True],
             "gradient_checkpointing": [False, True],
             "loss_head": [False, True],
@@ -44,7 +44,7 @@ def numbers(case: dict[str, Any], device: str) -> dict[str, Tensor]:
         spec,
         lora_dropout=case["dropout"],
         computation=case["computation"],
-        fuse_siblings=case["fuse_siblings"],
+        fuse_projections=case["fuse_projections"],
         seed=3,
     )
     if case["loss_head"]:

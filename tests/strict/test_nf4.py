@@ -18,25 +18,25 @@ def _weight(dtype: torch.dtype = torch.bfloat16) -> Tensor:
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_weight_has_the_same_bytes(strict: StrictDevice, double_quant: bool) -> None:
     for weight in (_weight(), _weight(torch.float32)):
-        blob = quantize_nf4(weight.to("strict"), double_quant)
-        assert blob.device.type == "strict" and torch.equal(blob.cpu(), quantize_nf4(weight, double_quant))
+        packed = quantize_nf4(weight.to("strict"), double_quant)
+        assert packed.device.type == "strict" and torch.equal(packed.cpu(), quantize_nf4(weight, double_quant))
 
 
 @pytest.mark.parametrize("offset", [0, 3])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_unpacking_starts_few_kernels_and_never_waits(strict: StrictDevice, double_quant: bool, offset: int) -> None:
     weight = _weight()[:96, :128]
-    blob = quantize_nf4(weight, double_quant)
-    blob = torch.cat([blob.new_zeros(offset), blob]).to("strict")[offset:]
-    dequantize_nf4(blob, (96, 128), torch.bfloat16, double_quant)  # the first makes the device's tables
+    packed = quantize_nf4(weight, double_quant)
+    packed = torch.cat([packed.new_zeros(offset), packed]).to("strict")[offset:]
+    dequantize_nf4(packed, (96, 128), torch.bfloat16, double_quant)  # the first makes the device's tables
     strict.counts.reset()
-    dequantize_nf4(blob, (96, 128), torch.bfloat16, double_quant)
+    dequantize_nf4(packed, (96, 128), torch.bfloat16, double_quant)
     scales = ["bitsandbytes.dequantize_blockwise.default", "aten.add_.Tensor"] if double_quant else []
     copies = ["aten.clone.default"] if offset else []  # fp32 numbers that are not aligned
     wanted = [*copies, *scales, "bitsandbytes.dequantize_4bit.default"]
     assert strict.counts.launches == dict.fromkeys(wanted, 1) and not strict.counts.waits
 
-    layer = NF4Linear(blob, torch.ones(96, dtype=torch.bfloat16, device="strict"), 128, 96, double_quant)
+    layer = NF4Linear(packed, torch.ones(96, dtype=torch.bfloat16, device="strict"), 128, 96, double_quant)
     x = torch.ones(5, 128, dtype=torch.bfloat16, device="strict", requires_grad=True)
     gradient = torch.ones(5, 96, dtype=torch.bfloat16, device="strict")
     strict.counts.reset()

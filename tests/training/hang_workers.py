@@ -14,7 +14,7 @@ from typing import Any
 
 import malora_dist.train
 import malora_dist.training.setup
-from malora_dist.adapters.fused_projections import SiblingEntrance
+from malora_dist.adapters.input_projection import FusedProjection
 from malora_dist.data.loader import MicroBatch, TrainLoader
 from malora_dist.training import process
 from malora_dist.training.watchdog import Position
@@ -35,7 +35,7 @@ def break_the_router() -> None:
         raise ValueError("only this router fails")
 
     # gate_proj and up_proj are fused.
-    SiblingEntrance.forward = broken  # type: ignore[assignment]
+    FusedProjection.forward = broken  # type: ignore[assignment]
 
 
 def fill_the_disk() -> None:

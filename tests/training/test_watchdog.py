@@ -102,7 +102,7 @@ def test_the_rank_that_fails_explains_and_its_group_is_named(cases: dict[str, li
     assert failed[1].endswith(f"only this router fails\nrank 3 at step 2, forward, near layer {GATE}\n\n")
     for code, said in others:
         assert code == 1 and re.match(lost("at step 2, (?:for|back)ward, near layer [^;]+; [^;]+"), said), said
-    assert f"near layer {GATE}; expert-parallel group [2, 3], leg counts)" in others[2][1]
+    assert f"near layer {GATE}; expert-parallel group [2, 3], phase counts)" in others[2][1]
 
 
 @pytest.mark.distributed
@@ -131,7 +131,7 @@ def test_a_sleeping_rank_is_given_up_and_says_where_it_sleeps(cases: dict[str, l
         *_, stuck, gave_up = said.splitlines(keepends=True)
         assert code == 1 and "no progress for " in stuck and f"Timed out waiting {TIMEOUT}000ms" in gave_up, said
         assert re.match(lost("at step 2, (?:for|back)ward, near layer [^;]+; [^;]+"), gave_up), said
-    assert f"near layer {UP}; expert-parallel group [2, 3], leg returns)" in others[2][1]
+    assert f"near layer {UP}; expert-parallel group [2, 3], phase returns)" in others[2][1]
     *_, stuck, told = sleeper[1].splitlines()
     assert sleeper[0] == 128 + 15 and f"at step 2, forward, near layer {UP}, in sleep_long (" in stuck
     assert told.startswith("[rank 3] told to end (SIGTERM)") and told.endswith(f"at step 2, forward, near layer {UP}")

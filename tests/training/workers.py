@@ -20,8 +20,8 @@ from malora_dist.adapters.methods import mixture_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.distributed.expert_groups import ExpertGroups, create_expert_groups
-from malora_dist.distributed.expert_parallel import connect_experts, keep_owned_experts
-from malora_dist.distributed.process_groups import World, group_timeouts, replicate
+from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
+from malora_dist.distributed.process_groups import World, replicate
 from malora_dist.distributed.zero012 import link_optimizer_state
 from malora_dist.distributed.zero3 import (
     gathered,
@@ -36,6 +36,7 @@ from malora_dist.training import train_step as step_module
 from malora_dist.training.balance_loss import BalanceSettings
 from malora_dist.training.deepspeed_engine import OptimizerSettings, build_engine
 from malora_dist.training.train_step import Stepper, StepResult
+from tests.multiprocess import group_timeouts
 from tests.tiny_models import tiny_config
 
 STEPS, ACCUMULATION = 5, 2
@@ -94,10 +95,10 @@ def build_model(
     def place_adapters(layer: MixtureLinear) -> None:
         if case.get("tied_router"):
             # Equal probabilities: every token goes to experts 0 and 1, so to one rank, and nobody visits the others.
-            layer.entrance.gate.data.zero_()
-            layer.entrance.gate.requires_grad_(False)
+            layer.input_projection.gate.data.zero_()
+            layer.input_projection.gate.requires_grad_(False)
         if groups is not None:
-            keep_owned_experts(layer, groups)
+            keep_local_experts(layer, groups)
         if partition is not None and not case.get("whole_adapters"):
             partition([parameter for _, parameter in layer.factors()])
 
@@ -107,7 +108,7 @@ def build_model(
         spec,
         lora_dropout=case.get("dropout", 0.1),
         computation=computation,
-        fuse_siblings=world is not None and case.get("fuse_siblings", True),
+        fuse_projections=world is not None and case.get("fuse_projections", True),
         seed=SEED,
         place=place_adapters,
         whole=gathered,

@@ -165,7 +165,7 @@ def put_adapter(
     info = tensors.info
     options: dict[str, Any] = {"lora_dropout": info.lora_dropout, "init_weights": False, "whole": whole}
     # Fused projections hand results on through memory of the model's, which calls from several threads would mix up.
-    options["fuse_siblings"] = False
+    options["fuse_projections"] = False
     inject_adapters(model, info.spec, info.target_modules, **options)
     try:
         _fill(dict(adapter_parameters(model)), tensors)

@@ -14,7 +14,7 @@ from malora_dist.bench.local.peers.baselines import LORA, MALORA, MOLORA, Contes
 from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.bench.strict.device import TYPE, StrictDevice
 from malora_dist.ops.dropout import token_keys
-from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.ops.products import kept_weight_copies
 
 Counted = dict[str, int]
 
@@ -28,7 +28,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "hydralora": Contestant(maker="ours", method="hydralora", numbers=MOLORA),
     "malora": Contestant(maker="ours", method="malora", numbers=MALORA),
     "malora_grouped": Contestant(maker="ours", method="malora", numbers=MALORA, computation="grouped"),
-    "malora_siblings": Contestant(maker="ours", method="malora", numbers=MALORA, fuse_siblings=True),
+    "malora_siblings": Contestant(maker="ours", method="malora", numbers=MALORA, fuse_projections=True),
 }
 
 

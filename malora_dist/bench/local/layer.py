@@ -26,7 +26,7 @@ from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.bench.local.records import Record, Report
 from malora_dist.bench.local.timing import interleave, records_of, reference
 from malora_dist.config.dtypes import long_name
-from malora_dist.ops.weight_copies import kept_weight_copies
+from malora_dist.ops.products import kept_weight_copies
 
 TARGET = "linear"
 

@@ -36,7 +36,7 @@ def model_records(stage: Stage, contestants: Mapping[str, Contestant]) -> list[R
 
 def _quantised(stage: Stage, title: str) -> Record:
     linears = [module for module in stage.base.ours.modules() if isinstance(module, NF4Linear)]
-    found = storage_bytes(linear.blob for linear in linears)
+    found = storage_bytes(linear.packed_weight for linear in linears)
     full = BF16 * sum(linear.in_features * linear.out_features for linear in linears)
     facts = {"bytes": found, "bf16 bytes": full, "bytes / bf16": found / full}
     return Record("4-bit linears", title, facts=facts)

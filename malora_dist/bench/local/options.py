@@ -47,7 +47,7 @@ def default_names(dtype: str) -> list[str]:
 
 def names_on_one_linear(dtype: str) -> list[str]:
     """`default_names` without those who differ only where linears read one tensor."""
-    return [name for name in default_names(dtype) if not CONTESTANTS[name].fuse_siblings]
+    return [name for name in default_names(dtype) if not CONTESTANTS[name].fuse_projections]
 
 
 def one_of(option: str, value: str, known: Any) -> str:

@@ -9,8 +9,8 @@ from malora_dist.bench.local.losses import LOSSES, Batch, prepare_head
 from malora_dist.bench.local.peers.build import Adapted
 from malora_dist.bench.local.peers.dispatched import DispatchedLinear
 from malora_dist.ops.balance import expert_statistics, load_balancing_loss
+from malora_dist.ops.products import kept_weight_copies
 from malora_dist.ops.routing import Routing
-from malora_dist.ops.weight_copies import kept_weight_copies
 
 LEARNING_RATE = 1e-4
 BALANCE_COEFFICIENT = 1e-3

@@ -20,7 +20,7 @@ class BaseTensor:
 
     `name` is its own in the loaded model, `sources` are the names a checkpoint may hold it under, or with `conversion`
     those of the parts it is made of; `weight_shape` and `weight_dtype` those of the weight it stands for. A quantized
-    one is kept as the bytes of functional.nf4.
+    one is kept as the bytes of `ops.nf4`.
     """
 
     name: str

@@ -47,10 +47,10 @@ class CheckpointWeights:
         weight = self._whole(tensor).to(device=self.device, dtype=tensor.weight_dtype)
         if not tensor.quantized:
             return weight
-        blob = quantize_nf4(weight, tensor.double_quant)
+        packed = quantize_nf4(weight, tensor.double_quant)
         del weight
         _return_freed_memory()
-        return blob
+        return packed
 
     def read_part(self, tensor: BaseTensor, start: int, stop: int) -> Tensor:
         assert not tensor.quantized, "the scales of a part need the blocks around it"

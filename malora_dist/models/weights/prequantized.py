@@ -52,7 +52,7 @@ def is_stored_in_4bit(reader: TensorReader, tensor: BaseTensor) -> bool:
 
 
 def stored_blob(reader: TensorReader, tensor: BaseTensor) -> Tensor:
-    """The blob (functional.nf4) of a weight that bitsandbytes quantised. Raises ConfigError if it used other settings.
+    """Return the packed weight (`ops.nf4`) of one that bitsandbytes quantised. Raises ConfigError for other settings.
 
     Codes and scales of both are the same numbers; only their places in the file differ.
     """
@@ -63,10 +63,10 @@ def stored_blob(reader: TensorReader, tensor: BaseTensor) -> Tensor:
     stored = {part: reader.read([f"{name}.{part}"]) for part in parts if reader.holds(f"{name}.{part}")}
     state = bnb.QuantState.from_dict(stored, torch.device("cpu"))
     _check_state(name, state, tensor)
-    blob = pack_nf4(reader.read([name]), state)
-    if blob.numel() != tensor.numel:
-        raise ConfigError(f"{name} holds {blob.numel()} bytes of 4-bit weight instead of {tensor.numel}")
-    return blob
+    packed = pack_nf4(reader.read([name]), state)
+    if packed.numel() != tensor.numel:
+        raise ConfigError(f"{name} holds {packed.numel()} bytes of 4-bit weight instead of {tensor.numel}")
+    return packed
 
 
 def _check_state(name: str, state: Any, tensor: BaseTensor) -> None:

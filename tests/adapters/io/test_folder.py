@@ -46,7 +46,7 @@ def info_of(method: str) -> AdapterInfo:
 
 def adapted(base: Any, info: AdapterInfo) -> Any:
     """The base with an adapter of which no tensor is zero."""
-    options: dict[str, Any] = {"lora_dropout": info.lora_dropout, "seed": 5, "fuse_siblings": False}
+    options: dict[str, Any] = {"lora_dropout": info.lora_dropout, "seed": 5, "fuse_projections": False}
     inject_adapters(base, info.spec, info.target_modules, **options)
     for name, parameter in adapter_parameters(base):
         if name.endswith(".B"):

@@ -34,10 +34,10 @@ def adapted(method: str = "malora", model: Any = None, **options: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("fuse_siblings", [False, True])
+@pytest.mark.parametrize("fuse_projections", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_save_pretrained_writes_the_adapter(tmp_path: Path, method: str, fuse_siblings: bool) -> None:
-    model = adapted(method, lora_dropout=0.1, fuse_siblings=fuse_siblings)
+def test_save_pretrained_writes_the_adapter(tmp_path: Path, method: str, fuse_projections: bool) -> None:
+    model = adapted(method, lora_dropout=0.1, fuse_projections=fuse_projections)
     model.save_pretrained(str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == FILES
     other = tiny_llama()
@@ -83,7 +83,7 @@ def test_a_lora_is_put_on_its_base_by_transformers_itself(tmp_path: Path) -> Non
 
 def test_values_may_come_from_elsewhere(tmp_path: Path) -> None:
     """As Trainer hands on what ZeRO-3 has gathered; what is in parts is refused."""
-    model = adapted(fuse_siblings=True)
+    model = adapted(fuse_projections=True)
     state, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, adapter_state_dict(model)
     expected = {name: tensor.clone() for name, tensor in expected.items()}
     for _, layer in mixture_layers(model):

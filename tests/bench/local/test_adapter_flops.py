@@ -37,9 +37,9 @@ def test_equals_what_torch_counts(name: str) -> None:
 
 def test_only_chosen_experts_count_where_the_others_are_left_out() -> None:
     spec = mixture_spec("malora", num_experts=8, top_k=2, r=3, shared_r=4)
-    experts, entrance = 8 * 3 * 4 + 8 * O * 3, 8 * I + 4 * I
-    assert adapter_flops(spec, [(I, O)] * 2, T, all_experts=True) == 12 * T * (experts + entrance)
-    assert adapter_flops(spec, [(I, O)] * 2, T, all_experts=False) == 12 * T * (experts // 4 + entrance)
+    experts, projection = 8 * 3 * 4 + 8 * O * 3, 8 * I + 4 * I
+    assert adapter_flops(spec, [(I, O)] * 2, T, all_experts=True) == 12 * T * (experts + projection)
+    assert adapter_flops(spec, [(I, O)] * 2, T, all_experts=False) == 12 * T * (experts // 4 + projection)
 
 
 def test_shares() -> None:

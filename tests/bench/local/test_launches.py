@@ -27,7 +27,7 @@ def test_everyone_is_counted_in_every_case(tmp_path: Path, capsys: pytest.Captur
         for name, facts in found.items():
             assert facts["launches"] == found["base"]["launches"] + facts["above base"]
             assert (facts["above base"] > 0 and facts["MiB moved"] > found["base"]["MiB moved"]) == (name != "base")
-    # Linears of one input that enter together launch less than each for itself.
+    # Linears of one input whose projections are fused launch less than each for itself.
     together, apart = (
         next(r.facts["launches"] for r in report.records if r.name == name and r.case.startswith("projections"))
         for name in ("malora_siblings", "malora")

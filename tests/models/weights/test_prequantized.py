@@ -58,8 +58,8 @@ def test_a_stored_blob_is_not_recomputed(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name][5] ^= 255
     save_file(tensors, stored / "model.safetensors", metadata={"format": "pt"})
-    ours = load_base_model(stored).get_submodule("model.layers.0.mlp.up_proj").blob
-    other = load_base_model(tmp_path / "plain").get_submodule("model.layers.0.mlp.up_proj").blob
+    ours = load_base_model(stored).get_submodule("model.layers.0.mlp.up_proj").packed_weight
+    other = load_base_model(tmp_path / "plain").get_submodule("model.layers.0.mlp.up_proj").packed_weight
     assert ours.numel() == nf4_bytes(48 * 80) and (ours != other).nonzero().tolist() == [[5]]
 
 

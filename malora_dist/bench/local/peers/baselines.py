@@ -14,8 +14,8 @@ class Contestant:
     maker: `base`, the frozen model alone; `ours`, MixtureLinear; `peft`, the package; `dispatched`, a mixture whose
     experts see their own tokens only. numbers: for `mixture_spec`. equal: r is solved so that there are as many
     trainable parameters as in MALoRA with the paper's numbers. computation: of ours, or `sorted` or `looped` of the
-    dispatched. fuse_siblings: q, k and v, or gate and up, enter ours together. fp32: PEFT's own default of adapters in
-    fp32; without it they are in the model's dtype.
+    dispatched. fuse_projections: of ours, for q, k and v, or gate and up. fp32: PEFT's own default of adapters in fp32;
+    without it they are in the model's dtype.
     """
 
     maker: str
@@ -23,7 +23,7 @@ class Contestant:
     numbers: Mapping[str, int] = field(default_factory=dict)
     equal: bool = False
     computation: str = "auto"
-    fuse_siblings: bool = False
+    fuse_projections: bool = False
     fp32: bool = False
 
     def spec(self, sizes: Sequence[tuple[int, int]]) -> MixtureSpec:
@@ -50,7 +50,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "malora": Contestant(maker="ours", method="malora", numbers=MALORA),
     "malora_grouped": Contestant(maker="ours", method="malora", numbers=MALORA, computation="grouped"),
     "malora_grouped_triton": Contestant(maker="ours", method="malora", numbers=MALORA, computation="grouped_triton"),
-    "malora_siblings": Contestant(maker="ours", method="malora", numbers=MALORA, fuse_siblings=True),
+    "malora_siblings": Contestant(maker="ours", method="malora", numbers=MALORA, fuse_projections=True),
     "molora": Contestant(maker="ours", method="molora", numbers=MOLORA),
     "malora_dispatched": Contestant(maker="dispatched", method="malora", numbers=MALORA, computation="sorted"),
     "malora_looped": Contestant(maker="dispatched", method="malora", numbers=MALORA, computation="looped"),

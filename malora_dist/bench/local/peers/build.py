@@ -113,7 +113,7 @@ def build(contestant: Contestant, base: Base, *, dropout: float = 0.0, seed: int
         base.targets,
         lora_dropout=dropout,
         computation=computation,
-        fuse_siblings=contestant.fuse_siblings,
+        fuse_projections=contestant.fuse_projections,
         seed=seed,
     )
     if dispatched:

@@ -33,7 +33,7 @@ class DispatchedLinear(nn.Module):
         self.base_layer = layer.base_layer
         self.gate, self.B = factors["gate"], factors["B"]
         self.register_parameter("shared_A", factors.get("shared_A"))
-        self.core = factors["P"] if "P" in factors else factors["A"]
+        self.down = factors["P"] if "P" in factors else factors["A"]
         self.top_k, self.scaling, self.looped = spec.top_k, spec.scaling, looped
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.routing = None
@@ -52,9 +52,9 @@ class DispatchedLinear(nn.Module):
 
     def _looped(self, h_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         out_TO = h_TD.new_zeros(len(h_TD), self.B.shape[1])
-        for expert, (core, B) in enumerate(zip(self.core.unbind(), self.B.unbind(), strict=True)):
+        for expert, (down, B) in enumerate(zip(self.down.unbind(), self.B.unbind(), strict=True)):
             token, place = (ids_TK == expert).nonzero(as_tuple=True)
-            out_TO.index_add_(0, token, F.linear(F.linear(h_TD[token], core), B) * gates_TK[token, place, None])
+            out_TO.index_add_(0, token, F.linear(F.linear(h_TD[token], down), B) * gates_TK[token, place, None])
         return out_TO
 
     def _sorted(self, h_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ class DispatchedLinear(nn.Module):
         order_N = ids_TK.flatten().argsort(stable=True)
         counts = torch.bincount(ids_TK.flatten(), minlength=len(self.B)).tolist()
         rows_ND = h_TD.index_select(0, order_N // K)
-        experts = zip(rows_ND.split(counts), self.core.unbind(), self.B.unbind(), strict=True)
-        sorted_NO = torch.cat([F.linear(F.linear(rows, core), B) for rows, core, B in experts])
+        experts = zip(rows_ND.split(counts), self.down.unbind(), self.B.unbind(), strict=True)
+        sorted_NO = torch.cat([F.linear(F.linear(rows, down), B) for rows, down, B in experts])
         # In place on a fresh tensor, so that backward is one more copy of rows and no sum.
         rows_NO = torch.zeros_like(sorted_NO, requires_grad=False).index_copy_(0, order_N, sorted_NO)
         return torch.bmm(gates_TK[:, None], rows_NO.view(T, K, -1)).squeeze(1)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from malora_dist.adapters.kernels import require_triton
+from malora_dist.adapters.layer import require_triton
 from malora_dist.bench.local.peers.baselines import Contestant, chosen
-from malora_dist.ops.triton_ready import triton_ready
+from malora_dist.ops.devices import triton_ready
 
 KERNELS = "grouped_triton"
 
@@ -21,5 +21,5 @@ def taking_part(only: str | None, default: Sequence[str], device: torch.device) 
         kernels = device.type == "cuda" and triton_ready(device)
         return {name: one for name, one in found.items() if kernels or one.computation != KERNELS}
     if any(one.computation == KERNELS for one in found.values()):
-        require_triton(device)
+        require_triton(device, "adapter.computation")
     return found

@@ -12,8 +12,8 @@ def with_nf4(model: nn.Module) -> nn.Module:
     """Every linear but the head as an NF4Linear, in place."""
 
     def ours(linear: nn.Linear) -> nn.Module:
-        blob = quantize_nf4(linear.weight)
-        return NF4Linear(blob, linear.bias, linear.in_features, linear.out_features, double_quant=False)
+        packed = quantize_nf4(linear.weight)
+        return NF4Linear(packed, linear.bias, linear.in_features, linear.out_features, double_quant=False)
 
     return _replace_linears(model, ours)
 

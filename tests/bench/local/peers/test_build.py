@@ -51,8 +51,8 @@ def test_forms_and_layers() -> None:
         "molora_looped": "dispatched",
     }
     assert len(built["malora_grouped"].routers) == 12
-    siblings = build(CONTESTANTS["malora_siblings"], base).model
-    assert sum(type(module).__name__ == "SiblingEntrance" for module in siblings.modules()) == 4
+    fused = build(CONTESTANTS["malora_siblings"], base).model
+    assert sum(type(module).__name__ == "FusedProjection" for module in fused.modules()) == 4
     kinds = {name: [type(m) for m in one.model.modules()] for name, one in built.items()}
     assert kinds["peft_lora"].count(Linear4bit) == 12 and NF4Linear not in kinds["peft_lora"]
     assert kinds["lora"].count(NF4Linear) == 14, "the head is not quantised"

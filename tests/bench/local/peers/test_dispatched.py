@@ -35,8 +35,8 @@ def test_equals_the_mixture_on_the_same_weights(method: str, looped: bool) -> No
     inject_adapters(model, spec, ["0"], computation="dense")
     with torch.no_grad():
         model[0].B.normal_()
-        model[0].entrance.gate.normal_()
-        model[0].entrance.gate[1] -= 100  # an expert without tokens
+        model[0].input_projection.gate.normal_()
+        model[0].input_projection.gate[1] -= 100  # an expert without tokens
     x = torch.randn(2, T, I, dtype=torch.float64) + 1
     expected, want, routing = gradients(model, x)
     dispatch_adapters(model, spec, torch.float64, looped=looped)

@@ -7,7 +7,7 @@ import torch
 from malora_dist.bench.local.peers.baselines import CONTESTANTS
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.errors import ConfigError
-from malora_dist.ops.triton_ready import missing_for_triton
+from malora_dist.ops.devices import missing_for_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TRITON = "malora_grouped_triton"

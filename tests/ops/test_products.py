@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from malora_dist.adapters.inject import adapter_parameters, inject_adapters
 from malora_dist.adapters.methods import METHODS, mixture_spec
-from malora_dist.ops.weight_copies import WeightCopies, kept_weight_copies
+from malora_dist.ops.products import WeightCopies, kept_weight_copies
 from tests.tiny_models import tiny_llama
 
 IDS = torch.arange(24)[None] % 61
@@ -55,7 +55,7 @@ def _two_passes(model: nn.Module) -> tuple[list[Tensor], dict[str, Tensor]]:
     return losses, {name: p.grad.clone() for name, p in adapter_parameters(model) if p.grad is not None}
 
 
-@pytest.mark.parametrize("options", [{}, {"computation": "grouped"}, {"fuse_siblings": False}])
+@pytest.mark.parametrize("options", [{}, {"computation": "grouped"}, {"fuse_projections": False}])
 @pytest.mark.parametrize("method", METHODS)
 def test_kept_copies_change_no_bit(method: str, options: dict[str, Any]) -> None:
     model = _model(method, **options)

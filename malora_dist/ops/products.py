@@ -1,4 +1,4 @@
-"""Weights in the dtype and layout of their products, made once and used by all products of an optimizer step."""
+"""Products with weights: their scale, and copies of weights in the dtype and layout that products read."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,6 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def scaled_product(left_MK: Tensor, right_KN: Tensor, alpha: float) -> Tensor:
+    """Compute alpha * left @ right, (M, N), rounded once."""
+    if alpha == 1:
+        return left_MK @ right_KN
+    # With beta = 0 nothing of the first argument is read.
+    return torch.addmm(left_MK.new_empty(1), left_MK, right_KN, beta=0, alpha=alpha)
 
 
 class WeightCopies:

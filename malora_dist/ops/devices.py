@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run on a device, and what is missing if they cannot."""
+"""Devices: copies to them, and whether Triton kernels can run there."""
 
 import importlib.util
 import os
@@ -8,9 +8,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # Below it Triton is not tested any more, and bf16 products do not exist.
 MIN_CAPABILITY = (8, 0)
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on `device`. CUDA copies without making the host wait only from pinned memory."""
+    if torch.device(device).type == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def triton_ready(device: torch.device) -> bool:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from malora_dist.adapters.kernels import require_triton
+from malora_dist.adapters.layer import require_triton
 from malora_dist.errors import ConfigError
-from malora_dist.ops.triton_ready import missing_for_c, missing_for_triton, triton_ready
+from malora_dist.ops.devices import missing_for_c, missing_for_triton, triton_ready
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -67,7 +67,7 @@ def test_the_launchers_need_a_c_compiler(monkeypatch: pytest.MonkeyPatch, machin
 
 
 def test_the_launchers_need_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("malora_dist.ops.triton_ready._python_headers", lambda: tmp_path)
+    monkeypatch.setattr("malora_dist.ops.devices._python_headers", lambda: tmp_path)
     assert f"there is no {tmp_path / 'Python.h'}" in str(missing_for_triton(GPU))
 
 
@@ -89,7 +89,9 @@ def test_a_compiled_graph_takes_the_plain_form() -> None:
 def test_the_error_names_the_setting_what_is_missing_and_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     require_triton(torch.device("cpu"))
-    wanted = "adapter.computation=grouped_triton needs a CUDA device, not 'meta'; choose adapter.computation=auto"
+    wanted = "computation=grouped_triton needs a CUDA device, not 'meta'; choose computation=auto"
     with pytest.raises(ConfigError) as error:
         require_triton(torch.device("meta"))
+    with pytest.raises(ConfigError, match="choose adapter.computation=auto"):
+        require_triton(torch.device("meta"), "adapter.computation")
     assert str(error.value) == wanted
