@@ -40,7 +40,7 @@ from malora_dist.training.process import run_as_process
 from malora_dist.training.run_folder import evaluation_file
 from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import engine_config
-from malora_dist.training.watchdog import Position, watched
+from malora_dist.training.watchdog import Watchdog, watched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,9 +65,9 @@ def _evaluate(target: EvaluationTarget) -> None:
     log.info("evaluating %s on %s %s", adapter.path, target.recipe, shlex.join(target.overrides))
     for note in check_device(config, world, trains=False):
         log.info("note: %s", note)
-    position = Position(world.rank)
-    with watched(position, config.parallel.timeout_seconds):
-        result = evaluate_adapter(config, adapter, world, position)
+    watchdog = Watchdog(world.rank)
+    with watched(watchdog, config.parallel.timeout_seconds):
+        result = evaluate_adapter(config, adapter, world, watchdog)
     if world.is_main:
         path = evaluation_file(target.folder, result)
         write_json(path, result)
@@ -75,7 +75,7 @@ def _evaluate(target: EvaluationTarget) -> None:
         console().print(print_results(result))
 
 
-def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, position: Position) -> dict[str, object]:
+def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, watchdog: Watchdog) -> dict[str, object]:
     """eval.json's content for an adapter on the recipe's base and tasks; on every process.
 
     Experts are not spread (`parallel.ep_size` is of no effect), so that any number of processes will do.
@@ -92,7 +92,7 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     lengths = position_notes(data, folder, trust_remote_code=trusted)
     for note in (*base.notes, *lengths, *check_memory(fitting, folder, world, None)):
         logging.getLogger(LOGGER).info("note: %s", note)
-    position.enter("loading the base model")
+    watchdog.mark_phase("loading the base model")
     settings = engine_config(fitting, world)
     model = base_model(config, folder, world, settings)
     put_adapter(model, adapter, gathered)
@@ -103,8 +103,8 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
         zero_stage=config.parallel.zero_stage,
         timeout_seconds=config.parallel.timeout_seconds,
     )
-    position.follow(engine.module)
-    position.enter("evaluation")
+    watchdog.attach(engine.module)
+    watchdog.mark_phase("evaluation")
     packing = check_packing(engine, world, samples=1, longest=data.longest)
     sides = {"base": config.evaluation.base, "tuned": config.evaluation.tuned}
     return {

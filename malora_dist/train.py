@@ -58,7 +58,7 @@ from malora_dist.training.setup import (
 )
 from malora_dist.training.step_metrics import Window
 from malora_dist.training.train_step import Stepper
-from malora_dist.training.watchdog import Position, watched
+from malora_dist.training.watchdog import Watchdog, watched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,11 +73,11 @@ def _start(arguments: Sequence[str]) -> None:
     check_trackers(config.train.report_to)
     if config.train.deterministic:
         use_deterministic_algorithms()
-    position = Position(place_of(os.environ)[0])
-    agreement = Agreement(alive=position.alive)
-    with watched(position, config.parallel.timeout_seconds, agreement.request):
+    watchdog = Watchdog(place_of(os.environ)[0])
+    agreement = Agreement(alive=watchdog.heartbeat)
+    with watched(watchdog, config.parallel.timeout_seconds, agreement.request):
         world = start_processes(config.parallel.timeout_seconds)
-        position.rank = world.rank
+        watchdog.rank = world.rank
         # Thousands of processes must not all ask Slurm.
         agreement.deadline = deadline_of(config.train.max_hours, started) if world.is_main else None
         nodes = check_consistency(world, start_facts(config_text(config)))
@@ -88,10 +88,10 @@ def _start(arguments: Sequence[str]) -> None:
         with Session(config, world) as session:
             agreement.join(world)
             with explained():
-                run(session, position, agreement)
+                run(session, watchdog, agreement)
 
 
-def run(session: Session, position: Position, agreement: Agreement) -> Path:
+def run(session: Session, watchdog: Watchdog, agreement: Agreement) -> Path:
     """One run, or the rest of one, on this process's part; returns the run's folder.
 
     Raises Preempted on every process, with everything saved, if the run is to end early.
@@ -122,7 +122,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     outputs.notes(unseen_tasks(config, data, loader))
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
-    stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
+    stepper, steps = _build(session, outputs, data, loader, folder, watchdog, agreement, new=checkpoint is None)
     packing = check_packing(stepper.engine, world, config.train.per_device_train_batch_size, data.longest)
     window = Window(stepper)
     checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
@@ -140,7 +140,7 @@ def run(session: Session, position: Position, agreement: Agreement) -> Path:
     except (Preempted, NonFiniteError):
         checkpoints.complete()
         raise
-    position.enter("finishing the report")
+    watchdog.mark_phase("finishing the report")
     outputs.finish()
     return outputs.folder
 
@@ -178,7 +178,7 @@ def _train(
         save=parts.checkpoints.save,
     )
     train_loop(parts.stepper, parts.loader, parts.window, settings, session.state, actions, agreement)
-    parts.stepper.position.enter("saving the adapter")
+    parts.stepper.watchdog.mark_phase("saving the adapter")
     outputs.adapter(parts.stepper.engine.module, "adapter")
     if session.config.evaluation.tuned:
         outputs.evaluation("tuned", measure("tuned"))
@@ -204,21 +204,21 @@ def _build(
     data: PreparedData,
     loader: TrainLoader,
     folder: Path,
-    position: Position,
+    watchdog: Watchdog,
     agreement: Agreement,
     *,
     new: bool,
 ) -> tuple[Stepper, int]:
     """Base, adapters and engine, and the number of optimizer steps; `new` adapters have their initial values."""
     config, world = session.config, session.world
-    position.enter("loading the base model")
+    watchdog.mark_phase("loading the base model")
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
     model = base_model(config, folder, world, settings, agreement.check)
     report, all_to_all = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
     outputs.injection(report)
     steps = total_steps(config, loader)
-    position.enter("starting DeepSpeed")
+    watchdog.mark_phase("starting DeepSpeed")
     engine = build_engine(
         model,
         settings,
@@ -228,7 +228,7 @@ def _build(
         expert_groups=groups,
     )
     outputs.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
-    return new_stepper(config, data, engine, world, all_to_all, position), steps
+    return new_stepper(config, data, engine, world, all_to_all, watchdog), steps
 
 
 def _baseline(config: RunConfig, data: PreparedData) -> Tasks | None:
@@ -265,7 +265,7 @@ class _Measurement:
         self.packing = packing
 
     def __call__(self, what: str, use_adapter: bool = True) -> dict[str, Any]:
-        self.stepper.position.enter(f"evaluation ({what})")
+        self.stepper.watchdog.mark_phase(f"evaluation ({what})")
         return evaluate_tasks(
             self.stepper.engine,
             self.data.evaluation["validation" if what == "validation" else self.config.evaluation.split],

@@ -31,7 +31,7 @@ import malora_dist.training.checkpoint_saver
 import malora_dist.training.checkpoints
 import malora_dist.training.process
 from malora_dist.training.preemption import Agreement
-from malora_dist.training.watchdog import Position
+from malora_dist.training.watchdog import Watchdog
 
 SHARD_BYTES = 20_000  # so that both ranks write
 HEARD = "heard.jsonl"
@@ -49,15 +49,15 @@ class Planted:
     def __init__(self, name: str, plants: dict[str, Any]) -> None:
         self.name, self.rank = name, own_rank()
         self.traps = [trap for trap in plants.get("traps", ()) if trap["rank"] == self.rank]
-        self.position = Position(self.rank)
+        self.watchdog = Watchdog(self.rank)
         self.deadline: float | None = None
         self.passed: Counter[tuple[str, str, int]] = Counter()
         self.told = threading.Event()
 
     def reach(self, kind: str, name: str) -> None:
-        place = (kind, name, self.position.step)
+        place = (kind, name, self.watchdog.step)
         for trap in self.traps:
-            wanted = (trap["on"], trap["at"], trap.get("step", self.position.step))
+            wanted = (trap["on"], trap["at"], trap.get("step", self.watchdog.step))
             if wanted == place and trap.get("count", 0) == self.passed[place]:
                 self._spring(trap)
         self.passed[place] += 1
@@ -76,8 +76,8 @@ class Planted:
                 time.sleep(0.02)
 
     def hear(self, code: int) -> None:
-        here = {"session": self.name, "rank": self.rank, "code": code, "phase": self.position.phase}
-        append(Path(HEARD), here | {"step": self.position.step})
+        here = {"session": self.name, "rank": self.rank, "code": code, "phase": self.watchdog.phase}
+        append(Path(HEARD), here | {"step": self.watchdog.step})
         self.told.set()
 
 
@@ -91,13 +91,13 @@ def train(name: str, plants: dict[str, Any], arguments: list[str]) -> int:
     """malora_dist.train with everything planted."""
     planted = Planted(name, plants)
 
-    class TellingPosition(Position):
+    class TellingWatchdog(Watchdog):
         def __init__(self, rank: int) -> None:
             super().__init__(rank)
-            planted.position = self
+            planted.watchdog = self
 
-        def enter(self, phase: str, step: int | None = None) -> None:
-            super().enter(phase, step)
+        def mark_phase(self, phase: str, step: int | None = None) -> None:
+            super().mark_phase(phase, step)
             append(Path(f"{name}.{self.rank}.entered"), {"phase": phase.split(" step-")[0]})
             planted.reach("phase", phase)
 
@@ -108,7 +108,7 @@ def train(name: str, plants: dict[str, Any], arguments: list[str]) -> int:
 
         def check(self) -> None:
             planted.deadline = self.deadline
-            planted.reach("check", str(planted.position.phase))
+            planted.reach("check", str(planted.watchdog.phase))
             super().check()
 
         def _look(self) -> None:
@@ -116,7 +116,7 @@ def train(name: str, plants: dict[str, Any], arguments: list[str]) -> int:
             super()._look()
 
     module: Any = malora_dist.train
-    module.Position, module.Agreement = TellingPosition, TellingAgreement
+    module.Watchdog, module.Agreement = TellingWatchdog, TellingAgreement
     module.watched = partial(_ready, name, module.watched)
     for called in {trap["at"] for trap in planted.traps if trap["on"] == "call"}:
         setattr(module, called, _after(partial(planted.reach, "call", called), getattr(module, called)))

@@ -25,7 +25,7 @@ from malora_dist.training.base_model import base_model
 from malora_dist.training.deepspeed_engine import build_engine
 from malora_dist.training.setup import add_adapters, engine_config, new_stepper, optimizer_settings
 from malora_dist.training.train_step import Stepper
-from malora_dist.training.watchdog import Position
+from malora_dist.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Subject:
         world: World,
         *,
         steps: int,
-        position: Position,
+        watchdog: Watchdog,
     ) -> "Subject":
         """Build the variant as a run of its own would be, for `steps` optimizer steps."""
         config, parallel = variant.of(recipe), variant.of(recipe).parallel
-        position.enter(f"building {variant.name}")
+        watchdog.mark_phase(f"building {variant.name}")
         settings = engine_config(config, world)
         groups = create_expert_groups(parallel.ep_size, parallel.timeout_seconds)
         model = base_model(config, folder, world, settings)
@@ -68,7 +68,7 @@ class Subject:
             expert_groups=groups,
         )
         kept = sum(resident_bytes(model).values())
-        stepper = new_stepper(config, data, engine, world, all_to_all, position)
+        stepper = new_stepper(config, data, engine, world, all_to_all, watchdog)
         return cls(variant, stepper, config.train.gradient_checkpointing, model.dtype, kept)
 
     def step(self, number: int, batches: Sequence[MicroBatch]) -> Record:

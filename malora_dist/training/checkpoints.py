@@ -44,7 +44,7 @@ class RunCheckpoints:
             save_total_limit=config.train.save_total_limit,
             asynchronous=config.train.async_save,
             saved=outputs.record,
-            waiting=stepper.position.alive,
+            waiting=stepper.watchdog.heartbeat,
         )
 
     def restore(self, checkpoint: Checkpoint, best_by: str) -> LoopState:
@@ -69,13 +69,13 @@ class RunCheckpoints:
 
     def save(self, state: LoopState, best: bool) -> None:
         """Begin to save the state after the last completed step."""
-        self.stepper.position.enter(f"saving {checkpoint_name(state.step)}")
+        self.stepper.watchdog.mark_phase(f"saving {checkpoint_name(state.step)}")
         content = training_state(self.stepper.engine, self.optimizer, self.stepper.balance, state, self.window)
         self.saver.save(state.step, {**content, **self.beside}, state.random, best=best)
 
     def complete(self) -> None:
         """Return when every save that has begun is a checkpoint."""
-        self.stepper.position.enter("finishing a checkpoint")
+        self.stepper.watchdog.mark_phase("finishing a checkpoint")
         self.saver.complete()
 
 

@@ -29,7 +29,7 @@ from malora_dist.training.preemption import ENOUGH_STEPS, Agreement, Preempted
 from malora_dist.training.random_state import random_state
 from malora_dist.training.step_metrics import Window
 from malora_dist.training.train_step import Stepper
-from malora_dist.training.watchdog import Position
+from malora_dist.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class _Loop:
     def step(self) -> None:
         """One optimizer step; until it is complete the state is that of the one before."""
         began, number = time.monotonic(), self.state.step + 1
-        batches = _next(self.loader, self.stepper.position, number, self.stepper.world.device)
+        batches = _next(self.loader, self.stepper.watchdog, number, self.stepper.world.device)
         self.window.add(self.stepper.step(number, batches), time.monotonic() - began)
         self.state.step, self.state.loader, self.state.random = number, self.loader.state_dict(), random_state()
         self.state.validated = not (self.is_last or _due(self.settings.eval_steps, number))
@@ -134,7 +134,7 @@ class _Loop:
         """A record of the steps since the last one, if it is due."""
         number = self.state.step
         if number % self.settings.logging_steps == 0 or number == 1 or self.is_last:
-            self.stepper.position.enter("logging")
+            self.stepper.watchdog.mark_phase("logging")
             record = self.window.close(number, number / self.settings.steps_per_epoch)
             self.actions.log(record)
             self._log(record)
@@ -146,7 +146,7 @@ class _Loop:
         number, best = self.state.step, False
         if _due(self.settings.eval_steps, number):
             best = self.state.best.offer(self.actions.validate(number), number)
-        self.stepper.position.enter("logging")
+        self.stepper.watchdog.mark_phase("logging")
         self.actions.log(self.window.routing(number))
         self.state.validated = True
         return best
@@ -174,8 +174,8 @@ class _Loop:
         )
 
 
-def _next(loader: TrainLoader, position: Position, number: int, device: torch.device) -> list[MicroBatch]:
-    position.enter("reading data", number)
+def _next(loader: TrainLoader, watchdog: Watchdog, number: int, device: torch.device) -> list[MicroBatch]:
+    watchdog.mark_phase("reading data", number)
     try:
         return [batch.to(device) for batch in next(loader)]
     except StopIteration:

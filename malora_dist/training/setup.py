@@ -21,7 +21,7 @@ from malora_dist.distributed.zero3 import gathered, partition_at_once
 from malora_dist.training.balance_loss import BalanceSettings
 from malora_dist.training.deepspeed_engine import OptimizerSettings
 from malora_dist.training.train_step import Stepper
-from malora_dist.training.watchdog import Position
+from malora_dist.training.watchdog import Watchdog
 
 
 def engine_config(config: RunConfig, world: World) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def unseen_tasks(config: RunConfig, data: PreparedData, loader: TrainLoader) -> 
 
 
 def new_stepper(
-    config: RunConfig, data: PreparedData, engine: Any, world: World, all_to_all: AllToAll | None, position: Position
+    config: RunConfig, data: PreparedData, engine: Any, world: World, all_to_all: AllToAll | None, watchdog: Watchdog
 ) -> Stepper:
     """What runs the recipe's optimizer steps on `engine`."""
     adapter = config.adapter
@@ -133,5 +133,5 @@ def new_stepper(
         max_grad_norm=config.train.max_grad_norm,
         seed=config.train.seed,
         all_to_all=all_to_all,
-        position=position,
+        watchdog=watchdog,
     )

@@ -19,7 +19,7 @@ from malora_dist.ops.loss import batch_counts, target_weights
 from malora_dist.ops.products import kept_weight_copies
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
 from malora_dist.training.nonfinite_guard import GradientGuard, first_nonfinite_layer, stop_if_nonfinite
-from malora_dist.training.watchdog import Position
+from malora_dist.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,18 @@ class Stepper:
         max_grad_norm: float,
         seed: int,
         all_to_all: AllToAll | None = None,
-        position: Position | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.all_to_all = all_to_all
-        self.position = position or Position(world.rank)
-        self.position.follow(engine.module)
+        self.watchdog = watchdog or Watchdog(world.rank)
+        self.watchdog.attach(engine.module)
         self.engine, self.world, self.task_names = engine, world, task_names
         self.balance = StepBalance(engine.module, balance, len(task_names), world.size, world.device)
         self.normalization, self.seed = normalization, seed
         self.zero_stage, self.max_grad_norm = zero_stage, max_grad_norm
         self.between: Callable[[], None] = lambda: None
         self.trained = [p for _, p in adapter_parameters(engine.module) if p.requires_grad]
-        self.guard = GradientGuard(engine.module, world.device, self.position.reach)
+        self.guard = GradientGuard(engine.module, world.device, self.watchdog.mark_layer)
 
     def step(self, number: int, batches: Sequence[MicroBatch]) -> StepResult:
         """Run optimizer step `number` (from 1) on this process's micro-batches.
@@ -86,7 +86,7 @@ class Stepper:
         Raises TrainingError, on every process alike, if a loss or gradient is not finite or if the processes have
         different numbers of micro-batches; the weights are then still those of the step before.
         """
-        self.position.enter("counting tokens", number)
+        self.watchdog.mark_phase("counting tokens", number)
         _need_equal(number, len(batches), self.world)
         self.engine.train()
         self.guard.clear()
@@ -102,7 +102,7 @@ class Stepper:
                 self.engine.step()
             self.between()
             self._backward(number, batches[-1], step_counts, len(batches), sums)
-        self.position.enter("optimizer step")
+        self.watchdog.mark_phase("optimizer step")
         totals = self._check(number, batches, sums, step_counts)
         norm = clip_gradients(self.trained, self.max_grad_norm) if self.zero_stage == 0 else None
         self.engine.step()
@@ -134,7 +134,7 @@ class Stepper:
     def _backward(
         self, number: int, batch: MicroBatch, step_counts: "_StepCounts", accumulation: int, sums: "_Sums"
     ) -> None:
-        self.position.enter("forward")
+        self.watchdog.mark_phase("forward")
         set_token_keys(self.engine.module, batch, self.seed, number)
         ce_N = cross_entropies(self.engine, batch)
         balance = self.balance.add(batch)
@@ -143,7 +143,7 @@ class Stepper:
         )
         loss = (ce_N * weights_N).sum()
         share = loss + self.balance.settings.coefficient * balance
-        self.position.enter("backward")
+        self.watchdog.mark_phase("backward")
         self.engine.backward(share * accumulation * self.world.size)
         self.guard.collect()
         sums.add(batch, ce_N.detach(), loss.detach())

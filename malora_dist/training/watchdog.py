@@ -21,7 +21,7 @@ STUCK_SHARE = 0.9
 STOP = 0
 
 
-class Position:
+class Watchdog:
     """Optimizer step, phase and adapted layer of this process. Every change is a sign of life.
 
     Nothing is said about a process before it has entered its first phase.
@@ -33,26 +33,26 @@ class Position:
         self.layer: str | None = None
         self.moved = time.monotonic()
 
-    def enter(self, phase: str, step: int | None = None) -> None:
+    def mark_phase(self, phase: str, step: int | None = None) -> None:
         """Begin a phase, of the given optimizer step or of the one before it."""
         self.step = self.step if step is None else step
         # The gradients begin at the layer where forward ended.
         self.phase, self.layer = phase, self.layer if phase == "backward" else None
         self.moved = time.monotonic()
 
-    def reach(self, layer: str) -> None:
+    def mark_layer(self, layer: str) -> None:
         """Come to an adapted layer, forward or backward."""
         self.layer, self.moved = layer, time.monotonic()
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         """Give a sign of life without a change of place."""
         self.moved = time.monotonic()
 
-    def follow(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module) -> None:
         """Note every adapted layer that a forward of `model` comes to, recomputation included."""
         for name, layer in mixture_layers(model):
             # Before DeepSpeed's own hook, which gathers the layer and may wait for others.
-            layer.register_forward_pre_hook(lambda _module, _inputs, name=name: self.reach(name), prepend=True)
+            layer.register_forward_pre_hook(lambda _module, _inputs, name=name: self.mark_layer(name), prepend=True)
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f", near layer {self.layer}"
@@ -61,21 +61,21 @@ class Position:
 
 @contextmanager
 def watched(
-    position: Position, timeout_seconds: float, on_signal: Callable[[int], None] | None = None
+    watchdog: Watchdog, timeout_seconds: float, on_signal: Callable[[int], None] | None = None
 ) -> Iterator[None]:
-    """Tell the position when it matters: in errors that leave this block, when it is stuck, when SIGTERM comes.
+    """Tell the watchdog when it matters: in errors that leave this block, when it is stuck, when SIGTERM comes.
 
     `on_signal` is called, in another thread, with each of STOP_SIGNALS. Without it SIGTERM ends the process; with it
-    any of them does if nothing moves from then on. Only for the main thread. An error gets the position as a note, but
+    any of them does if nothing moves from then on. Only for the main thread. An error gets the watchdog as a note, but
     not a mistake that is found before step 1.
     """
-    watch = _Watch(position, STUCK_SHARE * timeout_seconds, on_signal)
+    watch = _Watch(watchdog, STUCK_SHARE * timeout_seconds, on_signal)
     watch.start()
     try:
         yield
     except Exception as error:
-        if position.phase is not None and not (isinstance(error, MaloraError) and position.step == 0):
-            error.add_note(f"rank {position.rank} {position}")
+        if watchdog.phase is not None and not (isinstance(error, MaloraError) and watchdog.step == 0):
+            error.add_note(f"rank {watchdog.rank} {watchdog}")
         raise
     finally:
         watch.stop()
@@ -88,8 +88,8 @@ class _Watch:
     signals through a socket.
     """
 
-    def __init__(self, position: Position, limit_seconds: float, on_signal: Callable[[int], None] | None) -> None:
-        self.position, self.limit_seconds, self.on_signal = position, limit_seconds, on_signal
+    def __init__(self, watchdog: Watchdog, limit_seconds: float, on_signal: Callable[[int], None] | None) -> None:
+        self.watchdog, self.limit_seconds, self.on_signal = watchdog, limit_seconds, on_signal
         self.told: int | None = None
         self.told_at = 0.0
         self._signals = STOP_SIGNALS if on_signal is not None else (signal.SIGTERM,)
@@ -125,7 +125,7 @@ class _Watch:
             for number in self._signals:
                 if number in received:
                     self._hear(number)
-            moved = self.position.moved
+            moved = self.watchdog.moved
             if moved != said and self._is_stuck():
                 said = moved
             if self.told is not None and time.monotonic() - max(moved, self.told_at) >= self.limit_seconds:
@@ -133,18 +133,18 @@ class _Watch:
 
     def _is_stuck(self) -> bool:
         """Whether it is; says so."""
-        idle = time.monotonic() - self.position.moved
-        if self.position.phase is None or idle < self.limit_seconds:
+        idle = time.monotonic() - self.watchdog.moved
+        if self.watchdog.phase is None or idle < self.limit_seconds:
             return False
         say(
-            f"no progress for {idle:.0f} s: {self.position}, in {_main_function()}; "
+            f"no progress for {idle:.0f} s: {self.watchdog}, in {_main_function()}; "
             "a process that waits longer than parallel.timeout_seconds for another one gives up"
         )
         return True
 
     def _hear(self, number: int) -> None:
-        if number == signal.SIGTERM and self.position.phase is not None and self.told is None:
-            say(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.position}")
+        if number == signal.SIGTERM and self.watchdog.phase is not None and self.told is None:
+            say(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.watchdog}")
         if self.on_signal is None:
             self._end(number)
         else:

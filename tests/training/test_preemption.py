@@ -15,7 +15,7 @@ from malora_dist.training.preemption import (
     Preempted,
     deadline_of,
 )
-from malora_dist.training.watchdog import Position, watched
+from malora_dist.training.watchdog import Watchdog, watched
 from tests.multiprocess import run_distributed
 
 # Pieces of work of a twentieth of a second each.
@@ -38,7 +38,7 @@ def test_every_signal_is_heard_and_nothing_ends() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     for number in before:
         heard: list[int] = []
-        with watched(Position(), 60, heard.append):
+        with watched(Watchdog(), 60, heard.append):
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
             while not heard:
