@@ -18,7 +18,7 @@ from malora_dist.ops.devices import to_device
 from malora_dist.ops.loss import batch_counts, target_weights
 from malora_dist.ops.products import kept_weight_copies
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
-from malora_dist.training.nonfinite_guard import GradientGuard, first_nonfinite_layer, stop_if_nonfinite
+from malora_dist.training.nonfinite_check import NonFiniteCheck, first_nonfinite_layer, stop_if_nonfinite
 from malora_dist.training.watchdog import Watchdog
 
 
@@ -78,7 +78,7 @@ class Stepper:
         self.zero_stage, self.max_grad_norm = zero_stage, max_grad_norm
         self.between: Callable[[], None] = lambda: None
         self.trained = [p for _, p in adapter_parameters(engine.module) if p.requires_grad]
-        self.guard = GradientGuard(engine.module, world.device, self.watchdog.mark_layer)
+        self.nonfinite = NonFiniteCheck(engine.module, world.device, self.watchdog.mark_layer)
 
     def step(self, number: int, batches: Sequence[MicroBatch]) -> StepResult:
         """Run optimizer step `number` (from 1) on this process's micro-batches.
@@ -89,7 +89,7 @@ class Stepper:
         self.watchdog.mark_phase("counting tokens", number)
         _need_equal(number, len(batches), self.world)
         self.engine.train()
-        self.guard.clear()
+        self.nonfinite.clear()
         sent_before = self._sent_bytes()
         step_counts = self._step_counts(batches)
         self.balance.start(step_counts.tokens, len(batches))
@@ -145,14 +145,14 @@ class Stepper:
         share = loss + self.balance.settings.coefficient * balance
         self.watchdog.mark_phase("backward")
         self.engine.backward(share * accumulation * self.world.size)
-        self.guard.collect()
+        self.nonfinite.collect()
         sums.add(batch, ce_N.detach(), loss.detach())
 
     def _check(
         self, number: int, batches: Sequence[MicroBatch], sums: "_Sums", step_counts: "_StepCounts"
     ) -> "_Totals":
         """Read the step's sums over all processes on the host at once; raises if one of them is not finite."""
-        own = [sums.vector(), self.guard.norms_P, self.balance.sums()]
+        own = [sums.vector(), self.nonfinite.norms_P, self.balance.sums()]
         losses, norms, balance = sum_over_processes(torch.cat(own)).split([len(part) for part in own])
         aux, tokens = self.balance.finish(balance).reshape(1), step_counts.tokens.reshape(1)
         G = len(self.task_names)
@@ -165,7 +165,7 @@ class Stepper:
             self.task_names,
             where=lambda: first_nonfinite_layer(self.engine, batches, self.world.device, seed=self.seed, step=number),
         )
-        layer = self.guard.culprit(rest[G : -G - 1])
+        layer = self.nonfinite.first_bad_layer(rest[G : -G - 1])
         if layer is not None:
             tasks = sorted({self.task_names[t] for batch in batches for t in batch.task_ids.tolist()})
             raise NonFiniteError(

@@ -18,7 +18,7 @@ from malora_dist.evaluation.scoring import score_items, scores_of_questions, sum
 from malora_dist.evaluation.tasks import evaluate_tasks
 from malora_dist.training.deepspeed_engine import build_engine
 from tests.multiprocess import run_distributed
-from tests.training.nonfinite_guard_workers import deepspeed_settings
+from tests.training.nonfinite_check_workers import deepspeed_settings
 from tests.training.workers import build_model, make_model
 
 pytestmark = pytest.mark.distributed

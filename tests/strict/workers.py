@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from malora_dist.distributed.process_groups import World
 from malora_dist.training.train_step import Stepper
-from tests.training.nonfinite_guard_workers import failing_steps
+from tests.training.nonfinite_check_workers import failing_steps
 from tests.training.workers import new_stepper, run_steps
 
 STEPS = 2

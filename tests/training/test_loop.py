@@ -13,7 +13,7 @@ from malora_dist.training.loop import Actions, LoopSettings, LoopState, train_lo
 from malora_dist.training.preemption import Agreement, Preempted
 from malora_dist.training.step_metrics import Window
 from tests.multiprocess import run_distributed
-from tests.training.nonfinite_guard_workers import ACCUMULATION, TASKS, new_stepper
+from tests.training.nonfinite_check_workers import ACCUMULATION, TASKS, new_stepper
 from tests.training.workers import make_model
 
 pytestmark = pytest.mark.distributed

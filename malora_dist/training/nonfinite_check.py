@@ -17,7 +17,7 @@ from malora_dist.evaluation.packed_forward import cross_entropies, set_token_key
 HELD_BYTES = 2**25
 
 
-class GradientGuard:
+class NonFiniteCheck:
     """Takes the norm of every trained adapter gradient of this process, without waiting for the device.
 
     `norms_P` is the largest norm of each parameter since `clear`; an infinity or NaN of any micro-batch stays in it.
@@ -72,7 +72,7 @@ class GradientGuard:
         self._held, self._held_bytes, self._norms = [], 0, {}
         self.norms_P = torch.zeros_like(self.norms_P)
 
-    def culprit(self, norms_P: Sequence[float]) -> str | None:
+    def first_bad_layer(self, norms_P: Sequence[float]) -> str | None:
         """Return the layer nearest the loss among those with a norm that is not finite, where backward met it first."""
         bad = [layer for layer, norm in zip(self.layers, norms_P, strict=True) if not math.isfinite(norm)]
         return bad[-1] if bad else None
