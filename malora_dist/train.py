@@ -50,14 +50,14 @@ from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import (
     add_adapters,
     engine_config,
-    new_stepper,
+    new_train_step,
     optimizer_settings,
     total_steps,
     train_loader,
     unseen_tasks,
 )
 from malora_dist.training.step_metrics import Window
-from malora_dist.training.train_step import Stepper
+from malora_dist.training.train_step import TrainStep
 from malora_dist.training.watchdog import Watchdog, watched
 
 
@@ -122,10 +122,10 @@ def run(session: Session, watchdog: Watchdog, agreement: Agreement) -> Path:
     outputs.notes(unseen_tasks(config, data, loader))
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(session, base, data, loader)
-    stepper, steps = _build(session, outputs, data, loader, folder, watchdog, agreement, new=checkpoint is None)
-    packing = check_packing(stepper.engine, world, config.train.per_device_train_batch_size, data.longest)
-    window = Window(stepper)
-    checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
+    train_step, steps = _build(session, outputs, data, loader, folder, watchdog, agreement, new=checkpoint is None)
+    packing = check_packing(train_step.engine, world, config.train.per_device_train_batch_size, data.longest)
+    window = Window(train_step)
+    checkpoints = RunCheckpoints(outputs.config, outputs, train_step, loader, window, base, data.digests)
     agreement.background = checkpoints.saver
     best_by = f"{config.train.best_metric} {config.train.best_baseline or ''}".strip()
     session.state = LoopState(best=Best(by=best_by)) if checkpoint is None else checkpoints.restore(checkpoint, best_by)
@@ -133,10 +133,10 @@ def run(session: Session, watchdog: Watchdog, agreement: Agreement) -> Path:
         outputs.resumed(session.state.step, checkpoint, validated=session.state.validated)
     elif session.start.folder is not None:
         outputs.resumed(0, None)
-    measure = _Measurement(config, data, stepper, agreement, packing)
+    measure = _Measurement(config, data, train_step, agreement, packing)
     try:
         baseline = _measure_base(config, outputs, measure, baseline)
-        _train(session, outputs, measure, baseline, _Parts(stepper, loader, window, checkpoints), steps, agreement)
+        _train(session, outputs, measure, baseline, _Parts(train_step, loader, window, checkpoints), steps, agreement)
     except (Preempted, NonFiniteError):
         checkpoints.complete()
         raise
@@ -147,7 +147,7 @@ def run(session: Session, watchdog: Watchdog, agreement: Agreement) -> Path:
 
 @dataclass(frozen=True)
 class _Parts:
-    stepper: Stepper
+    train_step: TrainStep
     loader: TrainLoader
     window: Window
     checkpoints: RunCheckpoints
@@ -177,9 +177,9 @@ def _train(
         validate=lambda step: outputs.validation(step, measure("validation"), train.best_metric, baseline),
         save=parts.checkpoints.save,
     )
-    train_loop(parts.stepper, parts.loader, parts.window, settings, session.state, actions, agreement)
-    parts.stepper.watchdog.mark_phase("saving the adapter")
-    outputs.adapter(parts.stepper.engine.module, "adapter")
+    train_loop(parts.train_step, parts.loader, parts.window, settings, session.state, actions, agreement)
+    parts.train_step.watchdog.mark_phase("saving the adapter")
+    outputs.adapter(parts.train_step.engine.module, "adapter")
     if session.config.evaluation.tuned:
         outputs.evaluation("tuned", measure("tuned"))
     parts.checkpoints.complete()
@@ -208,7 +208,7 @@ def _build(
     agreement: Agreement,
     *,
     new: bool,
-) -> tuple[Stepper, int]:
+) -> tuple[TrainStep, int]:
     """Base, adapters and engine, and the number of optimizer steps; `new` adapters have their initial values."""
     config, world = session.config, session.world
     watchdog.mark_phase("loading the base model")
@@ -228,7 +228,7 @@ def _build(
         expert_groups=groups,
     )
     outputs.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
-    return new_stepper(config, data, engine, world, all_to_all, watchdog), steps
+    return new_train_step(config, data, engine, world, all_to_all, watchdog), steps
 
 
 def _baseline(config: RunConfig, data: PreparedData) -> Tasks | None:
@@ -259,17 +259,17 @@ class _Measurement:
     """Measures the engine on a split of the tasks."""
 
     def __init__(
-        self, config: RunConfig, data: PreparedData, stepper: Stepper, agreement: Agreement, packing: Packing
+        self, config: RunConfig, data: PreparedData, train_step: TrainStep, agreement: Agreement, packing: Packing
     ) -> None:
-        self.config, self.data, self.stepper, self.agreement = config, data, stepper, agreement
+        self.config, self.data, self.train_step, self.agreement = config, data, train_step, agreement
         self.packing = packing
 
     def __call__(self, what: str, use_adapter: bool = True) -> dict[str, Any]:
-        self.stepper.watchdog.mark_phase(f"evaluation ({what})")
+        self.train_step.watchdog.mark_phase(f"evaluation ({what})")
         return evaluate_tasks(
-            self.stepper.engine,
+            self.train_step.engine,
             self.data.evaluation["validation" if what == "validation" else self.config.evaluation.split],
-            self.stepper.world,
+            self.train_step.world,
             batch_tokens=self.config.evaluation.batch_tokens,
             title=f"evaluating ({what})",
             packing=self.packing,

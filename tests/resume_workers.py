@@ -22,7 +22,7 @@ from malora_dist.training.random_state import random_state
 from malora_dist.training.resume import open_checkpoint
 from malora_dist.training.step_metrics import Window
 from malora_dist.training.training_state import restore_training, training_state
-from tests.training.workers import ACCUMULATION, RecordingStepper, new_stepper
+from tests.training.workers import ACCUMULATION, RecordingTrainStep, new_train_step
 
 SAVED, LAST = 3, 5
 TASK_SIZES, GLOBAL_BATCH = [8, 6, 5], 8  # an epoch is 2.4 steps: the save is in the middle of one
@@ -33,20 +33,20 @@ class Run:
 
     def __init__(self, world: World, folder: str, case: dict[str, Any]) -> None:
         self.world, self.case = world, case
-        self.stepper: RecordingStepper = new_stepper(world, folder, {**case, "lr_scheduler_type": "linear"})
-        self.tensors = whole_tensors(self.stepper.engine.module)
-        self.optimizer = optimizer_state(self.stepper.engine, case["zero_stage"])
+        self.train_step: RecordingTrainStep = new_train_step(world, folder, {**case, "lr_scheduler_type": "linear"})
+        self.tensors = whole_tensors(self.train_step.engine.module)
+        self.optimizer = optimizer_state(self.train_step.engine, case["zero_stage"])
         self.results: list[dict[str, float]] = []
         self.start_anew()
 
     def start_anew(self) -> None:
-        self.loader, self.window, self.state = loader(self.world), Window(self.stepper), LoopState()
+        self.loader, self.window, self.state = loader(self.world), Window(self.train_step), LoopState()
 
     def train(self, last: int) -> None:
         """To step `last`, keeping what each step gave."""
         while self.state.step < last:
             number = self.state.step + 1
-            result = self.stepper.step(number, next(self.loader))
+            result = self.train_step.run(number, next(self.loader))
             self.window.add(result, 1.0)
             self.state = LoopState(number, True, self.loader.state_dict(), random_state(), Best(0.5, 1))
             numbers = (result.loss, result.aux_loss, result.grad_norm, result.learning_rate)
@@ -76,7 +76,7 @@ class Run:
 
     def json_state(self) -> dict[str, Any]:
         """What the manifest says of where the run is."""
-        return training_state(self.stepper.engine, self.optimizer, self.stepper.balance, self.state, self.window)
+        return training_state(self.train_step.engine, self.optimizer, self.train_step.balance, self.state, self.window)
 
     def restore(self, folder: str) -> None:
         """Become the run that was saved there."""
@@ -85,9 +85,9 @@ class Run:
         self.results = []
         self.state = restore_training(
             checkpoint,
-            self.stepper.engine,
+            self.train_step.engine,
             self.optimizer,
-            self.stepper.balance,
+            self.train_step.balance,
             self.tensors,
             self.loader,
             self.window,
@@ -100,7 +100,7 @@ class Run:
 
     def counts(self) -> dict[str, int]:
         """Steps by everything that counts them."""
-        engine, groups = self.stepper.engine, self.stepper.engine.optimizer.param_groups
+        engine, groups = self.train_step.engine, self.train_step.engine.optimizer.param_groups
         assert len({group["lr"] for group in groups}) == 1
         return {
             "optimizer": self.optimizer.step_count(),

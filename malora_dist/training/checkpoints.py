@@ -13,7 +13,7 @@ from malora_dist.training.checkpoint_saver import Description, Saver
 from malora_dist.training.loop import LoopState
 from malora_dist.training.run_logger import RunOutputs
 from malora_dist.training.step_metrics import Window
-from malora_dist.training.train_step import Stepper
+from malora_dist.training.train_step import TrainStep
 from malora_dist.training.training_state import restore_training, training_state
 
 
@@ -24,7 +24,7 @@ class RunCheckpoints:
         self,
         config: RunConfig,
         outputs: RunOutputs,
-        stepper: Stepper,
+        train_step: TrainStep,
         loader: TrainLoader,
         window: Window,
         base: dict[str, str | None],
@@ -32,19 +32,19 @@ class RunCheckpoints:
     ) -> None:
         """`digests` are those of the tasks' rows, by split and task."""
         self.beside = {"data": digests, "quantizer": base_quantizer(config)}
-        self.stepper, self.loader, self.window = stepper, loader, window
-        self.tensors = whole_tensors(stepper.engine.module)
-        self.optimizer = optimizer_state(stepper.engine, config.parallel.zero_stage)
+        self.train_step, self.loader, self.window = train_step, loader, window
+        self.tensors = whole_tensors(train_step.engine.module)
+        self.optimizer = optimizer_state(train_step.engine, config.parallel.zero_stage)
         self.saver = Saver(
             self.tensors,
             self.optimizer,
-            stepper.world,
+            train_step.world,
             outputs.folder / CHECKPOINTS,
-            _description(config, stepper.world.size, base, outputs.adapter_info()),
+            _description(config, train_step.world.size, base, outputs.adapter_info()),
             save_total_limit=config.train.save_total_limit,
             asynchronous=config.train.async_save,
             saved=outputs.record,
-            waiting=stepper.watchdog.heartbeat,
+            waiting=train_step.watchdog.heartbeat,
         )
 
     def restore(self, checkpoint: Checkpoint, best_by: str) -> LoopState:
@@ -54,13 +54,13 @@ class RunCheckpoints:
         """
         state = restore_training(
             checkpoint,
-            self.stepper.engine,
+            self.train_step.engine,
             self.optimizer,
-            self.stepper.balance,
+            self.train_step.balance,
             self.tensors,
             self.loader,
             self.window,
-            self.stepper.world,
+            self.train_step.world,
         )
         if state.best.by != best_by or not is_of_run(checkpoint.folder, self.saver.folder.parent):
             state.best = Best(by=best_by)
@@ -69,13 +69,13 @@ class RunCheckpoints:
 
     def save(self, state: LoopState, best: bool) -> None:
         """Begin to save the state after the last completed step."""
-        self.stepper.watchdog.mark_phase(f"saving {checkpoint_name(state.step)}")
-        content = training_state(self.stepper.engine, self.optimizer, self.stepper.balance, state, self.window)
+        self.train_step.watchdog.mark_phase(f"saving {checkpoint_name(state.step)}")
+        content = training_state(self.train_step.engine, self.optimizer, self.train_step.balance, state, self.window)
         self.saver.save(state.step, {**content, **self.beside}, state.random, best=best)
 
     def complete(self) -> None:
         """Return when every save that has begun is a checkpoint."""
-        self.stepper.watchdog.mark_phase("finishing a checkpoint")
+        self.train_step.watchdog.mark_phase("finishing a checkpoint")
         self.saver.complete()
 
 

@@ -28,7 +28,7 @@ from malora_dist.training.best_checkpoint import Best
 from malora_dist.training.preemption import ENOUGH_STEPS, Agreement, Preempted
 from malora_dist.training.random_state import random_state
 from malora_dist.training.step_metrics import Window
-from malora_dist.training.train_step import Stepper
+from malora_dist.training.train_step import TrainStep
 from malora_dist.training.watchdog import Watchdog
 
 
@@ -72,7 +72,7 @@ class Actions:
 
 
 def train_loop(
-    stepper: Stepper,
+    train_step: TrainStep,
     loader: TrainLoader,
     window: Window,
     settings: LoopSettings,
@@ -84,10 +84,10 @@ def train_loop(
 
     Raises Preempted, after a save of the last completed step, if the run is to end early.
     """
-    stepper.between = agreement.check
-    loop = _Loop(stepper, loader, window, settings, state, actions)
+    train_step.between = agreement.check
+    loop = _Loop(train_step, loader, window, settings, state, actions)
     try:
-        with Bar("training", settings.max_steps, stepper.world.is_main, after=0) as bar:
+        with Bar("training", settings.max_steps, train_step.world.is_main, after=0) as bar:
             if not state.validated:
                 loop.save(best=loop.validate())
             while state.step < settings.max_steps:
@@ -106,14 +106,14 @@ def train_loop(
 class _Loop:
     def __init__(
         self,
-        stepper: Stepper,
+        train_step: TrainStep,
         loader: TrainLoader,
         window: Window,
         settings: LoopSettings,
         state: LoopState,
         actions: Actions,
     ) -> None:
-        self.stepper, self.loader, self.window = stepper, loader, window
+        self.train_step, self.loader, self.window = train_step, loader, window
         self.settings, self.state, self.actions = settings, state, actions
         self.first_step, self.started = state.step, time.monotonic()
         state.loader, state.random = loader.state_dict(), random_state()
@@ -125,8 +125,8 @@ class _Loop:
     def step(self) -> None:
         """One optimizer step; until it is complete the state is that of the one before."""
         began, number = time.monotonic(), self.state.step + 1
-        batches = _next(self.loader, self.stepper.watchdog, number, self.stepper.world.device)
-        self.window.add(self.stepper.step(number, batches), time.monotonic() - began)
+        batches = _next(self.loader, self.train_step.watchdog, number, self.train_step.world.device)
+        self.window.add(self.train_step.run(number, batches), time.monotonic() - began)
         self.state.step, self.state.loader, self.state.random = number, self.loader.state_dict(), random_state()
         self.state.validated = not (self.is_last or _due(self.settings.eval_steps, number))
 
@@ -134,7 +134,7 @@ class _Loop:
         """A record of the steps since the last one, if it is due."""
         number = self.state.step
         if number % self.settings.logging_steps == 0 or number == 1 or self.is_last:
-            self.stepper.watchdog.mark_phase("logging")
+            self.train_step.watchdog.mark_phase("logging")
             record = self.window.close(number, number / self.settings.steps_per_epoch)
             self.actions.log(record)
             self._log(record)
@@ -146,7 +146,7 @@ class _Loop:
         number, best = self.state.step, False
         if _due(self.settings.eval_steps, number):
             best = self.state.best.offer(self.actions.validate(number), number)
-        self.stepper.watchdog.mark_phase("logging")
+        self.train_step.watchdog.mark_phase("logging")
         self.actions.log(self.window.routing(number))
         self.state.validated = True
         return best

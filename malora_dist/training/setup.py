@@ -20,7 +20,7 @@ from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.zero3 import gathered, partition_at_once
 from malora_dist.training.balance_loss import BalanceSettings
 from malora_dist.training.deepspeed_engine import OptimizerSettings
-from malora_dist.training.train_step import Stepper
+from malora_dist.training.train_step import TrainStep
 from malora_dist.training.watchdog import Watchdog
 
 
@@ -118,12 +118,12 @@ def unseen_tasks(config: RunConfig, data: PreparedData, loader: TrainLoader) -> 
     ]
 
 
-def new_stepper(
+def new_train_step(
     config: RunConfig, data: PreparedData, engine: Any, world: World, all_to_all: AllToAll | None, watchdog: Watchdog
-) -> Stepper:
+) -> TrainStep:
     """What runs the recipe's optimizer steps on `engine`."""
     adapter = config.adapter
-    return Stepper(
+    return TrainStep(
         engine,
         world,
         task_names=data.task_names,

@@ -46,7 +46,7 @@ class StepResult:
         return float(self.norm)
 
 
-class Stepper:
+class TrainStep:
     """Runs optimizer steps on an engine.
 
     loss = sum of weighted cross-entropies over the whole global batch (`ops.loss`) + coefficient x its balance
@@ -80,7 +80,7 @@ class Stepper:
         self.trained = [p for _, p in adapter_parameters(engine.module) if p.requires_grad]
         self.nonfinite = NonFiniteCheck(engine.module, world.device, self.watchdog.mark_layer)
 
-    def step(self, number: int, batches: Sequence[MicroBatch]) -> StepResult:
+    def run(self, number: int, batches: Sequence[MicroBatch]) -> StepResult:
         """Run optimizer step `number` (from 1) on this process's micro-batches.
 
         Raises TrainingError, on every process alike, if a loss or gradient is not finite or if the processes have
@@ -206,7 +206,7 @@ class _Totals:
 
 
 class _Sums:
-    """Running sums of a step on this process, on the device; `Stepper._check` adds up those of all processes."""
+    """Running sums of a step on this process, on the device; `TrainStep._check` adds up those of all processes."""
 
     def __init__(self, num_tasks: int, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
