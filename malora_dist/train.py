@@ -56,7 +56,7 @@ from malora_dist.training.setup import (
     train_loader,
     unseen_tasks,
 )
-from malora_dist.training.step_metrics import Window
+from malora_dist.training.step_metrics import StepMetrics
 from malora_dist.training.train_step import TrainStep
 from malora_dist.training.watchdog import Watchdog, watched
 
@@ -124,8 +124,8 @@ def run(session: Session, watchdog: Watchdog, agreement: Agreement) -> Path:
     checkpoint = _checkpoint(session, base, data, loader)
     train_step, steps = _build(session, outputs, data, loader, folder, watchdog, agreement, new=checkpoint is None)
     packing = check_packing(train_step.engine, world, config.train.per_device_train_batch_size, data.longest)
-    window = Window(train_step)
-    checkpoints = RunCheckpoints(outputs.config, outputs, train_step, loader, window, base, data.digests)
+    step_metrics = StepMetrics(train_step)
+    checkpoints = RunCheckpoints(outputs.config, outputs, train_step, loader, step_metrics, base, data.digests)
     agreement.background = checkpoints.saver
     best_by = f"{config.train.best_metric} {config.train.best_baseline or ''}".strip()
     session.state = LoopState(best=Best(by=best_by)) if checkpoint is None else checkpoints.restore(checkpoint, best_by)
@@ -136,7 +136,9 @@ def run(session: Session, watchdog: Watchdog, agreement: Agreement) -> Path:
     measure = _Measurement(config, data, train_step, agreement, packing)
     try:
         baseline = _measure_base(config, outputs, measure, baseline)
-        _train(session, outputs, measure, baseline, _Parts(train_step, loader, window, checkpoints), steps, agreement)
+        _train(
+            session, outputs, measure, baseline, _Parts(train_step, loader, step_metrics, checkpoints), steps, agreement
+        )
     except (Preempted, NonFiniteError):
         checkpoints.complete()
         raise
@@ -149,7 +151,7 @@ def run(session: Session, watchdog: Watchdog, agreement: Agreement) -> Path:
 class _Parts:
     train_step: TrainStep
     loader: TrainLoader
-    window: Window
+    step_metrics: StepMetrics
     checkpoints: RunCheckpoints
 
 
@@ -177,7 +179,7 @@ def _train(
         validate=lambda step: outputs.validation(step, measure("validation"), train.best_metric, baseline),
         save=parts.checkpoints.save,
     )
-    train_loop(parts.train_step, parts.loader, parts.window, settings, session.state, actions, agreement)
+    train_loop(parts.train_step, parts.loader, parts.step_metrics, settings, session.state, actions, agreement)
     parts.train_step.watchdog.mark_phase("saving the adapter")
     outputs.adapter(parts.train_step.engine.module, "adapter")
     if session.config.evaluation.tuned:

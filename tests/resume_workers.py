@@ -20,7 +20,7 @@ from malora_dist.training.checkpoint_saver import Description, Saver
 from malora_dist.training.loop import LoopState
 from malora_dist.training.random_state import random_state
 from malora_dist.training.resume import open_checkpoint
-from malora_dist.training.step_metrics import Window
+from malora_dist.training.step_metrics import StepMetrics
 from malora_dist.training.training_state import restore_training, training_state
 from tests.training.workers import ACCUMULATION, RecordingTrainStep, new_train_step
 
@@ -29,7 +29,7 @@ TASK_SIZES, GLOBAL_BATCH = [8, 6, 5], 8  # an epoch is 2.4 steps: the save is in
 
 
 class Run:
-    """An engine with its loader and window, as training has them."""
+    """An engine with its loader and metrics, as training has them."""
 
     def __init__(self, world: World, folder: str, case: dict[str, Any]) -> None:
         self.world, self.case = world, case
@@ -40,14 +40,14 @@ class Run:
         self.start_anew()
 
     def start_anew(self) -> None:
-        self.loader, self.window, self.state = loader(self.world), Window(self.train_step), LoopState()
+        self.loader, self.step_metrics, self.state = loader(self.world), StepMetrics(self.train_step), LoopState()
 
     def train(self, last: int) -> None:
         """To step `last`, keeping what each step gave."""
         while self.state.step < last:
             number = self.state.step + 1
             result = self.train_step.run(number, next(self.loader))
-            self.window.add(result, 1.0)
+            self.step_metrics.add(result, 1.0)
             self.state = LoopState(number, True, self.loader.state_dict(), random_state(), Best(0.5, 1))
             numbers = (result.loss, result.aux_loss, result.grad_norm, result.learning_rate)
             self.results.append(dict(zip(("loss", "aux_loss", "grad_norm", "learning_rate"), numbers, strict=True)))
@@ -76,7 +76,9 @@ class Run:
 
     def json_state(self) -> dict[str, Any]:
         """What the manifest says of where the run is."""
-        return training_state(self.train_step.engine, self.optimizer, self.train_step.balance, self.state, self.window)
+        return training_state(
+            self.train_step.engine, self.optimizer, self.train_step.balance, self.state, self.step_metrics
+        )
 
     def restore(self, folder: str) -> None:
         """Become the run that was saved there."""
@@ -90,7 +92,7 @@ class Run:
             self.train_step.balance,
             self.tensors,
             self.loader,
-            self.window,
+            self.step_metrics,
             self.world,
         )
 
@@ -143,7 +145,7 @@ def save_all(world: World, folder: str, output: str, cases: dict[str, dict[str, 
         state = run.whole_state()
         if world.is_main:
             save_file({key: tensor.contiguous() for key, tensor in state.items()}, f"{output}/{name}.safetensors")
-        share = run.window.routing(LAST)["share"]
+        share = run.step_metrics.routing(LAST)["share"]
         found[name] = {"steps": run.results, "records": records, "routing": share}
     return found
 
@@ -162,14 +164,14 @@ def go_on_from_all(
         wanted = own if case.get("alone") else load_file(f"{output}/{reference}.safetensors")
         for source in [name, *(other for other in sources if other != name and not case.get("alone"))]:
             run.restore(f"{output}/{source}/step-{SAVED:06d}")
-            counts, window = run.counts(), len(run.window.results)
+            counts, collected = run.counts(), len(run.step_metrics.results)
             run.train(LAST)
             state = run.whole_state()
             found[f"{source} -> {name}"] = {
                 "steps": run.results,
                 "counts": counts,
-                "window": window,
-                "routing": run.window.routing(LAST)["share"],
+                "window": collected,
+                "routing": run.step_metrics.routing(LAST)["share"],
                 "apart": distances(state, wanted),
                 "bit_equal": source == name and all(torch.equal(state[key], own[key]) for key in own),
             }

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: its engine, loader and window to disk and back."""
+"""The checkpoints of a run: its engine, loader and metrics to disk and back."""
 
 from malora_dist.adapters.io.folder import AdapterInfo
 from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name, is_of_run
@@ -12,7 +12,7 @@ from malora_dist.training.best_checkpoint import Best
 from malora_dist.training.checkpoint_saver import Description, Saver
 from malora_dist.training.loop import LoopState
 from malora_dist.training.run_logger import RunOutputs
-from malora_dist.training.step_metrics import Window
+from malora_dist.training.step_metrics import StepMetrics
 from malora_dist.training.train_step import TrainStep
 from malora_dist.training.training_state import restore_training, training_state
 
@@ -26,13 +26,13 @@ class RunCheckpoints:
         outputs: RunOutputs,
         train_step: TrainStep,
         loader: TrainLoader,
-        window: Window,
+        step_metrics: StepMetrics,
         base: dict[str, str | None],
         digests: dict[str, dict[str, str]],
     ) -> None:
         """`digests` are those of the tasks' rows, by split and task."""
         self.beside = {"data": digests, "quantizer": base_quantizer(config)}
-        self.train_step, self.loader, self.window = train_step, loader, window
+        self.train_step, self.loader, self.step_metrics = train_step, loader, step_metrics
         self.tensors = whole_tensors(train_step.engine.module)
         self.optimizer = optimizer_state(train_step.engine, config.parallel.zero_stage)
         self.saver = Saver(
@@ -48,7 +48,7 @@ class RunCheckpoints:
         )
 
     def restore(self, checkpoint: Checkpoint, best_by: str) -> LoopState:
-        """Put a checkpoint's state into engine, loader and window; where training goes on. See `restore_training`.
+        """Put a checkpoint's state into engine, loader and metrics; where training goes on. See `restore_training`.
 
         `best_by` is how this run scores; the best of one that scored otherwise, or in another folder, is forgotten.
         """
@@ -59,7 +59,7 @@ class RunCheckpoints:
             self.train_step.balance,
             self.tensors,
             self.loader,
-            self.window,
+            self.step_metrics,
             self.train_step.world,
         )
         if state.best.by != best_by or not is_of_run(checkpoint.folder, self.saver.folder.parent):
@@ -70,7 +70,9 @@ class RunCheckpoints:
     def save(self, state: LoopState, best: bool) -> None:
         """Begin to save the state after the last completed step."""
         self.train_step.watchdog.mark_phase(f"saving {checkpoint_name(state.step)}")
-        content = training_state(self.train_step.engine, self.optimizer, self.train_step.balance, state, self.window)
+        content = training_state(
+            self.train_step.engine, self.optimizer, self.train_step.balance, state, self.step_metrics
+        )
         self.saver.save(state.step, {**content, **self.beside}, state.random, best=best)
 
     def complete(self) -> None:

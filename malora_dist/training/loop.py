@@ -27,7 +27,7 @@ from malora_dist.tracking.metrics import (
 from malora_dist.training.best_checkpoint import Best
 from malora_dist.training.preemption import ENOUGH_STEPS, Agreement, Preempted
 from malora_dist.training.random_state import random_state
-from malora_dist.training.step_metrics import Window
+from malora_dist.training.step_metrics import StepMetrics
 from malora_dist.training.train_step import TrainStep
 from malora_dist.training.watchdog import Watchdog
 
@@ -74,7 +74,7 @@ class Actions:
 def train_loop(
     train_step: TrainStep,
     loader: TrainLoader,
-    window: Window,
+    step_metrics: StepMetrics,
     settings: LoopSettings,
     state: LoopState,
     actions: Actions,
@@ -85,7 +85,7 @@ def train_loop(
     Raises Preempted, after a save of the last completed step, if the run is to end early.
     """
     train_step.between = agreement.check
-    loop = _Loop(train_step, loader, window, settings, state, actions)
+    loop = _Loop(train_step, loader, step_metrics, settings, state, actions)
     try:
         with Bar("training", settings.max_steps, train_step.world.is_main, after=0) as bar:
             if not state.validated:
@@ -108,12 +108,12 @@ class _Loop:
         self,
         train_step: TrainStep,
         loader: TrainLoader,
-        window: Window,
+        step_metrics: StepMetrics,
         settings: LoopSettings,
         state: LoopState,
         actions: Actions,
     ) -> None:
-        self.train_step, self.loader, self.window = train_step, loader, window
+        self.train_step, self.loader, self.step_metrics = train_step, loader, step_metrics
         self.settings, self.state, self.actions = settings, state, actions
         self.first_step, self.started = state.step, time.monotonic()
         state.loader, state.random = loader.state_dict(), random_state()
@@ -126,7 +126,7 @@ class _Loop:
         """One optimizer step; until it is complete the state is that of the one before."""
         began, number = time.monotonic(), self.state.step + 1
         batches = _next(self.loader, self.train_step.watchdog, number, self.train_step.world.device)
-        self.window.add(self.train_step.run(number, batches), time.monotonic() - began)
+        self.step_metrics.add(self.train_step.run(number, batches), time.monotonic() - began)
         self.state.step, self.state.loader, self.state.random = number, self.loader.state_dict(), random_state()
         self.state.validated = not (self.is_last or _due(self.settings.eval_steps, number))
 
@@ -135,7 +135,7 @@ class _Loop:
         number = self.state.step
         if number % self.settings.logging_steps == 0 or number == 1 or self.is_last:
             self.train_step.watchdog.mark_phase("logging")
-            record = self.window.close(number, number / self.settings.steps_per_epoch)
+            record = self.step_metrics.record(number, number / self.settings.steps_per_epoch)
             self.actions.log(record)
             self._log(record)
 
@@ -147,7 +147,7 @@ class _Loop:
         if _due(self.settings.eval_steps, number):
             best = self.state.best.offer(self.actions.validate(number), number)
         self.train_step.watchdog.mark_phase("logging")
-        self.actions.log(self.window.routing(number))
+        self.actions.log(self.step_metrics.routing(number))
         self.state.validated = True
         return best
 

@@ -32,7 +32,7 @@ from malora_dist.tracking.metrics import (
 from malora_dist.training.train_step import StepResult, TrainStep
 
 
-class Window:
+class StepMetrics:
     """Collects step results and makes records of them, the same on every process."""
 
     def __init__(self, train_step: TrainStep) -> None:
@@ -48,8 +48,8 @@ class Window:
         self.seconds += seconds
         self.expert_counts_GLE = self.expert_counts_GLE + result.expert_counts_GLE
 
-    def close(self, step: int, epoch: float) -> Record:
-        """The window's record; starts a new window."""
+    def record(self, step: int, epoch: float) -> Record:
+        """Return the record of the steps since the last one, and forget them."""
         results, seconds = self.results, self.seconds
         n = len(results)
         peak, sent, norms = self._measured()

@@ -15,13 +15,13 @@ from malora_dist.training.balance_loss import StepBalance
 from malora_dist.training.best_checkpoint import Best
 from malora_dist.training.loop import LoopState
 from malora_dist.training.random_state import random_state, set_random_state
-from malora_dist.training.step_metrics import Window
+from malora_dist.training.step_metrics import StepMetrics
 
 GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 
 
 def training_state(
-    engine: Any, optimizer: OptimizerState, balance: StepBalance, loop: LoopState, window: Window
+    engine: Any, optimizer: OptimizerState, balance: StepBalance, loop: LoopState, step_metrics: StepMetrics
 ) -> dict[str, Any]:
     """Plain JSON of everything that decides how training goes on from here, alike on every process.
 
@@ -37,7 +37,7 @@ def training_state(
         "scheduler": {"last_epoch": engine.lr_scheduler.last_epoch},
         "balance": balance.state_dict(),
         "loader": loop.loader,
-        "window": window.state_dict(),
+        "window": step_metrics.state_dict(),
         "validated": loop.validated,
         "best": loop.best.as_dict(),
     }
@@ -50,10 +50,10 @@ def restore_training(
     balance: StepBalance,
     tensors: list[Whole],
     loader: TrainLoader,
-    window: Window,
+    step_metrics: StepMetrics,
     world: World,
 ) -> LoopState:
-    """Put a checkpoint's state into a fresh engine, loader and window; where training goes on.
+    """Put a checkpoint's state into a fresh engine, loader and metrics; where training goes on.
 
     Raises CheckpointError, on every process alike, if the checkpoint's tensors are not those of this model, if its
     optimizer or schedule is another one, or if its data are.
@@ -66,7 +66,7 @@ def restore_training(
     engine.global_steps, engine.global_samples = step, step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     _restore_balance(checkpoint, balance)
-    window.load_state_dict(state["window"])
+    step_metrics.load_state_dict(state["window"])
     set_random_state(_random_state_of(checkpoint, world.rank))
     return LoopState(step, state["validated"], loader.state_dict(), random_state(), Best(**state["best"]))
 
