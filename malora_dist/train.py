@@ -44,7 +44,7 @@ from malora_dist.training.loop import Actions, LoopSettings, LoopState, train_lo
 from malora_dist.training.preemption import Agreement, Preempted, deadline_of
 from malora_dist.training.process import run_as_process
 from malora_dist.training.resume import check_base, check_data, open_checkpoint
-from malora_dist.training.run_lifecycle import Session
+from malora_dist.training.run_lifecycle import RunLifecycle
 from malora_dist.training.run_logger import RunOutputs
 from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import (
@@ -85,18 +85,18 @@ def _start(arguments: Sequence[str]) -> None:
         # Half the timeout, so that it is not the others' wait that ends the run.
         seconds = min(SHARED_SECONDS, config.parallel.timeout_seconds / 2)
         check_shared_folder(world, Path(config.output_dir), nodes, seconds)
-        with Session(config, world) as session:
+        with RunLifecycle(config, world) as lifecycle:
             agreement.join(world)
             with explained():
-                run(session, watchdog, agreement)
+                run(lifecycle, watchdog, agreement)
 
 
-def run(session: Session, watchdog: Watchdog, agreement: Agreement) -> Path:
+def run(lifecycle: RunLifecycle, watchdog: Watchdog, agreement: Agreement) -> Path:
     """One run, or the rest of one, on this process's part; returns the run's folder.
 
     Raises Preempted on every process, with everything saved, if the run is to end early.
     """
-    config, world = session.config, session.world
+    config, world = lifecycle.config, lifecycle.world
     notes, dtype = check_device(config, world), base_dtype(config, world)
     with agreement.apart() as look:
         trusted = config.model.trust_remote_code
@@ -110,34 +110,42 @@ def run(session: Session, watchdog: Watchdog, agreement: Agreement) -> Path:
         lengths = position_notes(data, folder, trust_remote_code=trusted)
     baseline = run_on_rank0(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
-    outputs = session.open()
+    outputs = lifecycle.open()
     outputs.notes([*check_plan(config, world.size).notes, *notes, *base_facts.notes])
     outputs.data(data)
     outputs.notes(lengths)
 
     base = base_identity(config, folder, world)
-    if not session.start.goes_on:
+    if not lifecycle.resume_point.goes_on:
         outputs.measured_on({"recipe": decisive(plain_config(config)), "base": base, "rows": data.digests})
     loader = train_loader(config, data, world)
     outputs.notes(unseen_tasks(config, data, loader))
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
-    checkpoint = _checkpoint(session, base, data, loader)
-    train_step, steps = _build(session, outputs, data, loader, folder, watchdog, agreement, new=checkpoint is None)
+    checkpoint = _checkpoint(lifecycle, base, data, loader)
+    train_step, steps = _build(lifecycle, outputs, data, loader, folder, watchdog, agreement, new=checkpoint is None)
     packing = check_packing(train_step.engine, world, config.train.per_device_train_batch_size, data.longest)
     step_metrics = StepMetrics(train_step)
     checkpoints = RunCheckpoints(outputs.config, outputs, train_step, loader, step_metrics, base, data.digests)
     agreement.background = checkpoints.saver
     best_by = f"{config.train.best_metric} {config.train.best_baseline or ''}".strip()
-    session.state = LoopState(best=Best(by=best_by)) if checkpoint is None else checkpoints.restore(checkpoint, best_by)
+    lifecycle.state = (
+        LoopState(best=Best(by=best_by)) if checkpoint is None else checkpoints.restore(checkpoint, best_by)
+    )
     if checkpoint is not None:
-        outputs.resumed(session.state.step, checkpoint, validated=session.state.validated)
-    elif session.start.folder is not None:
+        outputs.resumed(lifecycle.state.step, checkpoint, validated=lifecycle.state.validated)
+    elif lifecycle.resume_point.folder is not None:
         outputs.resumed(0, None)
     measure = _Measurement(config, data, train_step, agreement, packing)
     try:
         baseline = _measure_base(config, outputs, measure, baseline)
         _train(
-            session, outputs, measure, baseline, _Parts(train_step, loader, step_metrics, checkpoints), steps, agreement
+            lifecycle,
+            outputs,
+            measure,
+            baseline,
+            _Parts(train_step, loader, step_metrics, checkpoints),
+            steps,
+            agreement,
         )
     except (Preempted, NonFiniteError):
         checkpoints.complete()
@@ -156,7 +164,7 @@ class _Parts:
 
 
 def _train(
-    session: Session,
+    lifecycle: RunLifecycle,
     outputs: RunOutputs,
     measure: "_Measurement",
     baseline: Tasks | None,
@@ -165,7 +173,7 @@ def _train(
     agreement: Agreement,
 ) -> None:
     """The steps that are left, the adapter, and what it is worth."""
-    train = session.config.train
+    train = lifecycle.config.train
     settings = LoopSettings(
         max_steps=steps,
         steps_per_epoch=parts.loader.steps_per_epoch,
@@ -179,21 +187,21 @@ def _train(
         validate=lambda step: outputs.validation(step, measure("validation"), train.best_metric, baseline),
         save=parts.checkpoints.save,
     )
-    train_loop(parts.train_step, parts.loader, parts.step_metrics, settings, session.state, actions, agreement)
+    train_loop(parts.train_step, parts.loader, parts.step_metrics, settings, lifecycle.state, actions, agreement)
     parts.train_step.watchdog.mark_phase("saving the adapter")
     outputs.adapter(parts.train_step.engine.module, "adapter")
-    if session.config.evaluation.tuned:
+    if lifecycle.config.evaluation.tuned:
         outputs.evaluation("tuned", measure("tuned"))
     parts.checkpoints.complete()
 
 
 def _checkpoint(
-    session: Session, base: Mapping[str, str | None], data: PreparedData, loader: TrainLoader
+    lifecycle: RunLifecycle, base: Mapping[str, str | None], data: PreparedData, loader: TrainLoader
 ) -> Checkpoint | None:
     """What the run goes on from, checked before any weight is loaded; `loader` then begins where it was saved."""
-    if session.start.checkpoint is None:
+    if lifecycle.resume_point.checkpoint is None:
         return None
-    checkpoint = open_checkpoint(Path(session.start.checkpoint), session.world)
+    checkpoint = open_checkpoint(Path(lifecycle.resume_point.checkpoint), lifecycle.world)
     check_base(checkpoint.manifest, base)
     check_data(checkpoint.manifest, data.digests)
     loader.load_state_dict(checkpoint.manifest.state["loader"])
@@ -201,7 +209,7 @@ def _checkpoint(
 
 
 def _build(
-    session: Session,
+    lifecycle: RunLifecycle,
     outputs: RunOutputs,
     data: PreparedData,
     loader: TrainLoader,
@@ -212,7 +220,7 @@ def _build(
     new: bool,
 ) -> tuple[TrainStep, int]:
     """Base, adapters and engine, and the number of optimizer steps; `new` adapters have their initial values."""
-    config, world = session.config, session.world
+    config, world = lifecycle.config, lifecycle.world
     watchdog.mark_phase("loading the base model")
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)

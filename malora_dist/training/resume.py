@@ -17,7 +17,7 @@ from malora_dist.training.base_model import base_quantizer
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a run starts. `folder` is the run folder it goes on in, None for a new one; `checkpoint` its state."""
 
     folder: str | None = None
@@ -32,7 +32,7 @@ class Start:
         return is_of_run(Path(self.checkpoint), Path(self.folder))
 
 
-def find_start(config: RunConfig) -> Start:
+def find_resume_point(config: RunConfig) -> ResumePoint:
     """Read train.resume_from_checkpoint and what is on the disk; for the main process, which holds output_dir's lock.
 
     A run without a checkpoint starts again, also by another recipe. Raises ConfigError if the run in output_dir is
@@ -41,9 +41,9 @@ def find_start(config: RunConfig) -> Start:
     """
     wanted, run = config.train.resume_from_checkpoint, Path(config.output_dir)
     if wanted is None:
-        return Start()
+        return ResumePoint()
     if wanted == "auto":
-        return _go_on(config, run) if is_run(run) else Start()
+        return _go_on(config, run) if is_run(run) else ResumePoint()
     begun = is_run(run)
     if begun and (is_finished(run) or CheckpointStore(run / CHECKPOINTS).latest() is not None):
         _check_begun_from(Path(wanted), run)
@@ -55,7 +55,9 @@ def find_start(config: RunConfig) -> Start:
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     again = (_again(run),) if begun else ()
-    return Start(str(run) if begun else None, str(folder), (*_compare_with_checkpoint(config, before, where), *again))
+    return ResumePoint(
+        str(run) if begun else None, str(folder), (*_compare_with_checkpoint(config, before, where), *again)
+    )
 
 
 def is_run(folder: Path) -> bool:
@@ -79,7 +81,7 @@ def _check_begun_from(path: Path, run: Path) -> None:
         )
 
 
-def _go_on(config: RunConfig, run: Path) -> Start:
+def _go_on(config: RunConfig, run: Path) -> ResumePoint:
     newest = CheckpointStore(run / CHECKPOINTS).latest()
     if is_finished(run) or (newest is None and _is_of_old(run)):
         again = f" Or give train.resume_from_checkpoint={newest} and another output_dir." if newest else ""
@@ -89,9 +91,9 @@ def _go_on(config: RunConfig, run: Path) -> Start:
         )
     if newest is None:
         # Nothing is lost, whatever has changed: most often the mistake that ended the start before.
-        return Start(str(run), None, (*_changed_since(config, run), _again(run)))
+        return ResumePoint(str(run), None, (*_changed_since(config, run), _again(run)))
     notes = _compare_with_checkpoint(config, Checkpoint.open(newest).manifest, f"output_dir={run}")
-    return Start(str(run), str(newest), notes)
+    return ResumePoint(str(run), str(newest), notes)
 
 
 def _is_of_old(run: Path) -> bool:

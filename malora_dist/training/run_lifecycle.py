@@ -25,12 +25,12 @@ from malora_dist.files.exit_status import (
 from malora_dist.training.loop import LoopState
 from malora_dist.training.preemption import Preempted
 from malora_dist.training.process import code_of
-from malora_dist.training.resume import Start, find_start, is_finished, is_run
+from malora_dist.training.resume import ResumePoint, find_resume_point, is_finished, is_run
 from malora_dist.training.run_folder import claim_run_folder, lock_run_folder, lock_seconds
 from malora_dist.training.run_logger import RunOutputs
 
 
-class Session:
+class RunLifecycle:
     """From the look for a run to go on with to exit.json. Every process makes one; all leave it alike.
 
     Raises ConfigError, CheckpointError or TrainingError on all if the run cannot start here; exit.json of a run that
@@ -41,23 +41,23 @@ class Session:
         self.config, self.world, self.state = config, world, LoopState()
         self.outputs: RunOutputs | None = None
         self._lock: BaseFileLock | None = None
-        self.start: Start = run_on_rank0(self._find_start, world)
+        self.resume_point: ResumePoint = run_on_rank0(self._find_resume_point, world)
 
-    def _find_start(self) -> Start:
+    def _find_resume_point(self) -> ResumePoint:
         """Under the lock, since a process that is about to end may still be saving."""
         run = Path(self.config.output_dir)
         if self.config.train.resume_from_checkpoint is None or not is_run(run):
-            return find_start(self.config)
+            return find_resume_point(self.config)
         self._lock = lock_run_folder(run, lock_seconds(os.environ, self.config.parallel.timeout_seconds))
         try:
-            start = find_start(self.config)
+            point = find_resume_point(self.config)
         except MaloraError as error:
             if not is_finished(run):
                 self._write(run, FAILED, code_of(error), str(error))
             self._release()
             raise
         clear_exit_status(run)
-        return start
+        return point
 
     def open(self) -> RunOutputs:
         """The run's folder to write in: that of the run that goes on, or a new one."""
@@ -67,16 +67,16 @@ class Session:
         if self.config.train.resume_from_checkpoint is None:
             changes["train"] = self.config.train.model_copy(update={"resume_from_checkpoint": "auto"})
         self.outputs = RunOutputs(self.config.model_copy(update=changes), Path(folder), self.world)
-        self.outputs.notes(self.start.notes)
+        self.outputs.notes(self.resume_point.notes)
         return self.outputs
 
     def _folder(self) -> str:
-        if self.start.folder is not None:
-            return self.start.folder
+        if self.resume_point.folder is not None:
+            return self.resume_point.folder
         folder, self._lock = claim_run_folder(self.config.output_dir)
         return str(folder)
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> "RunLifecycle":
         return self
 
     def __exit__(
@@ -113,10 +113,10 @@ class Session:
     def _written_to(self) -> Path | None:
         if self.outputs is not None:
             return self.outputs.folder
-        return None if self.start.folder is None else Path(self.start.folder)
+        return None if self.resume_point.folder is None else Path(self.resume_point.folder)
 
     def _write(self, folder: Path | None, outcome: str, code: int, reason: str) -> int:
-        """The last completed step: that of the newest checkpoint, if the session ended before it was restored."""
+        """The last completed step: that of the newest checkpoint, if the lifecycle ended before it was restored."""
         assert folder is not None
         steps = CheckpointStore(folder / CHECKPOINTS).steps()
         step = max([self.state.step, *steps])

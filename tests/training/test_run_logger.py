@@ -11,7 +11,7 @@ from malora_dist.distributed.process_groups import World
 from malora_dist.files.atomic import write_json
 from malora_dist.files.exit_status import MEASURED_ON
 from malora_dist.tracking.metrics import MetricsWriter, read_metrics
-from malora_dist.training.resume import find_start
+from malora_dist.training.resume import find_resume_point
 from malora_dist.training.run_logger import RunOutputs
 from tests.multiprocess import run_distributed
 from tests.training.test_resume import begun, config
@@ -22,12 +22,12 @@ MEASURED = {"tasks": {"a": {"n": 1, "accuracy": 0.9}}, "average": 0.9}
 def go_on(world: World, run: str, wanted: str) -> dict[str, Any]:
     """Begin as `malora_dist.train` does, from what is wanted; what is then in the folder."""
     its_config = config(Path(run), resume_from_checkpoint=wanted)
-    start = find_start(its_config)
+    point = find_resume_point(its_config)
     outputs = RunOutputs(its_config, Path(run), world)
-    if not start.goes_on:
+    if not point.goes_on:
         outputs.measured_on({"recipe": {"train.seed": 42}})
-    assert start.checkpoint is not None
-    outputs.resumed(3, Checkpoint.open(start.checkpoint))
+    assert point.checkpoint is not None
+    outputs.resumed(3, Checkpoint.open(point.checkpoint))
     outputs.close()
     return {
         "evaluations": outputs.evaluations,
