@@ -41,7 +41,7 @@ from malora_dist.training.deepspeed_engine import build_engine
 from malora_dist.training.deterministic import explained, use_deterministic_algorithms
 from malora_dist.training.device_check import check_device, check_memory, first_lengths
 from malora_dist.training.loop import Actions, LoopSettings, LoopState, train_loop
-from malora_dist.training.preemption import Agreement, Preempted, deadline_of
+from malora_dist.training.preemption import Preempted, PreemptionCoordinator, deadline_of
 from malora_dist.training.process import run_as_process
 from malora_dist.training.resume import check_base, check_data, open_checkpoint
 from malora_dist.training.run_lifecycle import RunLifecycle
@@ -74,31 +74,31 @@ def _start(arguments: Sequence[str]) -> None:
     if config.train.deterministic:
         use_deterministic_algorithms()
     watchdog = Watchdog(place_of(os.environ)[0])
-    agreement = Agreement(alive=watchdog.heartbeat)
-    with watched(watchdog, config.parallel.timeout_seconds, agreement.request):
+    preemption = PreemptionCoordinator(alive=watchdog.heartbeat)
+    with watched(watchdog, config.parallel.timeout_seconds, preemption.request):
         world = start_processes(config.parallel.timeout_seconds)
         watchdog.rank = world.rank
         # Thousands of processes must not all ask Slurm.
-        agreement.deadline = deadline_of(config.train.max_hours, started) if world.is_main else None
+        preemption.deadline = deadline_of(config.train.max_hours, started) if world.is_main else None
         nodes = check_consistency(world, start_facts(config_text(config)))
         check_plan(config, world.size)
         # Half the timeout, so that it is not the others' wait that ends the run.
         seconds = min(SHARED_SECONDS, config.parallel.timeout_seconds / 2)
         check_shared_folder(world, Path(config.output_dir), nodes, seconds)
         with RunLifecycle(config, world) as lifecycle:
-            agreement.join(world)
+            preemption.join(world)
             with explained():
-                run(lifecycle, watchdog, agreement)
+                run(lifecycle, watchdog, preemption)
 
 
-def run(lifecycle: RunLifecycle, watchdog: Watchdog, agreement: Agreement) -> Path:
+def run(lifecycle: RunLifecycle, watchdog: Watchdog, preemption: PreemptionCoordinator) -> Path:
     """One run, or the rest of one, on this process's part; returns the run's folder.
 
     Raises Preempted on every process, with everything saved, if the run is to end early.
     """
     config, world = lifecycle.config, lifecycle.world
     notes, dtype = check_device(config, world), base_dtype(config, world)
-    with agreement.apart() as look:
+    with preemption.apart() as look:
         trusted = config.model.trust_remote_code
         folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
         model_config = read_model_config(folder, trust_remote_code=trusted)
@@ -122,11 +122,11 @@ def run(lifecycle: RunLifecycle, watchdog: Watchdog, agreement: Agreement) -> Pa
     outputs.notes(unseen_tasks(config, data, loader))
     outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(lifecycle, base, data, loader)
-    train_step, steps = _build(lifecycle, outputs, data, loader, folder, watchdog, agreement, new=checkpoint is None)
+    train_step, steps = _build(lifecycle, outputs, data, loader, folder, watchdog, preemption, new=checkpoint is None)
     packing = check_packing(train_step.engine, world, config.train.per_device_train_batch_size, data.longest)
     step_metrics = StepMetrics(train_step)
     checkpoints = RunCheckpoints(outputs.config, outputs, train_step, loader, step_metrics, base, data.digests)
-    agreement.background = checkpoints.saver
+    preemption.background = checkpoints.saver
     best_by = f"{config.train.best_metric} {config.train.best_baseline or ''}".strip()
     lifecycle.state = (
         LoopState(best=Best(by=best_by)) if checkpoint is None else checkpoints.restore(checkpoint, best_by)
@@ -135,7 +135,7 @@ def run(lifecycle: RunLifecycle, watchdog: Watchdog, agreement: Agreement) -> Pa
         outputs.resumed(lifecycle.state.step, checkpoint, validated=lifecycle.state.validated)
     elif lifecycle.resume_point.folder is not None:
         outputs.resumed(0, None)
-    measure = _Measurement(config, data, train_step, agreement, packing)
+    measure = _Measurement(config, data, train_step, preemption, packing)
     try:
         baseline = _measure_base(config, outputs, measure, baseline)
         _train(
@@ -145,7 +145,7 @@ def run(lifecycle: RunLifecycle, watchdog: Watchdog, agreement: Agreement) -> Pa
             baseline,
             _Parts(train_step, loader, step_metrics, checkpoints),
             steps,
-            agreement,
+            preemption,
         )
     except (Preempted, NonFiniteError):
         checkpoints.complete()
@@ -170,7 +170,7 @@ def _train(
     baseline: Tasks | None,
     parts: _Parts,
     steps: int,
-    agreement: Agreement,
+    preemption: PreemptionCoordinator,
 ) -> None:
     """The steps that are left, the adapter, and what it is worth."""
     train = lifecycle.config.train
@@ -187,7 +187,7 @@ def _train(
         validate=lambda step: outputs.validation(step, measure("validation"), train.best_metric, baseline),
         save=parts.checkpoints.save,
     )
-    train_loop(parts.train_step, parts.loader, parts.step_metrics, settings, lifecycle.state, actions, agreement)
+    train_loop(parts.train_step, parts.loader, parts.step_metrics, settings, lifecycle.state, actions, preemption)
     parts.train_step.watchdog.mark_phase("saving the adapter")
     outputs.adapter(parts.train_step.engine.module, "adapter")
     if lifecycle.config.evaluation.tuned:
@@ -215,7 +215,7 @@ def _build(
     loader: TrainLoader,
     folder: Path,
     watchdog: Watchdog,
-    agreement: Agreement,
+    preemption: PreemptionCoordinator,
     *,
     new: bool,
 ) -> tuple[TrainStep, int]:
@@ -224,8 +224,8 @@ def _build(
     watchdog.mark_phase("loading the base model")
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
-    model = base_model(config, folder, world, settings, agreement.check)
-    report, all_to_all = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
+    model = base_model(config, folder, world, settings, preemption.check)
+    report, all_to_all = add_adapters(model, config, settings, groups, preemption.check, init_weights=new)
     outputs.injection(report)
     steps = total_steps(config, loader)
     watchdog.mark_phase("starting DeepSpeed")
@@ -269,9 +269,14 @@ class _Measurement:
     """Measures the engine on a split of the tasks."""
 
     def __init__(
-        self, config: RunConfig, data: PreparedData, train_step: TrainStep, agreement: Agreement, packing: Packing
+        self,
+        config: RunConfig,
+        data: PreparedData,
+        train_step: TrainStep,
+        preemption: PreemptionCoordinator,
+        packing: Packing,
     ) -> None:
-        self.config, self.data, self.train_step, self.agreement = config, data, train_step, agreement
+        self.config, self.data, self.train_step, self.preemption = config, data, train_step, preemption
         self.packing = packing
 
     def __call__(self, what: str, use_adapter: bool = True) -> dict[str, Any]:
@@ -284,7 +289,7 @@ class _Measurement:
             title=f"evaluating ({what})",
             packing=self.packing,
             use_adapter=use_adapter,
-            between=self.agreement.check,
+            between=self.preemption.check,
         )
 
 

@@ -25,7 +25,7 @@ from malora_dist.tracking.metrics import (
     Record,
 )
 from malora_dist.training.best_checkpoint import Best
-from malora_dist.training.preemption import ENOUGH_STEPS, Agreement, Preempted
+from malora_dist.training.preemption import ENOUGH_STEPS, Preempted, PreemptionCoordinator
 from malora_dist.training.random_state import random_state
 from malora_dist.training.step_metrics import StepMetrics
 from malora_dist.training.train_step import TrainStep
@@ -78,13 +78,13 @@ def train_loop(
     settings: LoopSettings,
     state: LoopState,
     actions: Actions,
-    agreement: Agreement,
+    preemption: PreemptionCoordinator,
 ) -> None:
     """Train from `state` to the last step, keeping `state` up to date.
 
     Raises Preempted, after a save of the last completed step, if the run is to end early.
     """
-    train_step.between = agreement.check
+    train_step.between = preemption.check
     loop = _Loop(train_step, loader, step_metrics, settings, state, actions)
     try:
         with Bar("training", settings.max_steps, train_step.world.is_main, after=0) as bar:

@@ -1,4 +1,4 @@
-"""When a run ends early: signals, a time limit, and the agreement of all processes to save and leave together."""
+"""When a run ends early: signals, a time limit, and the preemption of all processes to save and leave together."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ class Background(Protocol):
         """End it on all processes together. Raises if it failed on one."""
 
 
-class Agreement:
+class PreemptionCoordinator:
     """What all processes must know of each other between two pieces of work. Only the main thread may ask.
 
     `request` may be called from any thread; nothing happens before the main thread asks.

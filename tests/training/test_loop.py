@@ -10,7 +10,7 @@ from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.process_groups import World
 from malora_dist.training.loop import Actions, LoopSettings, LoopState, train_loop
-from malora_dist.training.preemption import Agreement, Preempted
+from malora_dist.training.preemption import Preempted, PreemptionCoordinator
 from malora_dist.training.step_metrics import StepMetrics
 from tests.multiprocess import run_distributed
 from tests.training.nonfinite_check_workers import ACCUMULATION, TASKS, new_train_step
@@ -61,12 +61,12 @@ def train_run(world: World, folder: str, name: str) -> dict[str, Any]:
     def save(state: LoopState, best: bool) -> None:
         calls.append(("save", state.step, best))
 
-    agreement = Agreement()
-    agreement.join(world)
+    preemption = PreemptionCoordinator()
+    preemption.join(world)
     actions = Actions(log=records.append, validate=validate, save=save)
     ended, began = "whole", time.monotonic()
     try:
-        train_loop(train_step, loader(), StepMetrics(train_step), settings, LoopState(), actions, agreement)
+        train_loop(train_step, loader(), StepMetrics(train_step), settings, LoopState(), actions, preemption)
     except Preempted as stop:
         ended = stop.reason
     seconds = time.monotonic() - began

@@ -11,8 +11,8 @@ from malora_dist.distributed.process_groups import World, gather_lists
 from malora_dist.training.preemption import (
     ENOUGH_STEPS,
     TIME_IS_UP,
-    Agreement,
     Preempted,
+    PreemptionCoordinator,
     deadline_of,
 )
 from malora_dist.training.watchdog import Watchdog, watched
@@ -62,26 +62,26 @@ class Writer:
 
 def agree(world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    agreement = Agreement()
-    agreement.join(world)
+    preemption = PreemptionCoordinator()
+    preemption.join(world)
     # Rank 1 is busy for two checks; all complete together, at the third.
-    agreement.background = writer = Writer([(world.rank == 1 and number < 2, False) for number in range(3)])
+    preemption.background = writer = Writer([(world.rank == 1 and number < 2, False) for number in range(3)])
     counts = []
     for _ in range(3):
-        agreement.check()
+        preemption.check()
         counts.append(writer.completed)
     found["busy"] = counts
-    agreement.background = writer = Writer([(True, world.rank == 1)])
-    agreement.check()
+    preemption.background = writer = Writer([(True, world.rank == 1)])
+    preemption.check()
     found["failed"] = writer.completed
     # Rank 1 alone is told, while it works apart from rank 0, which hears of it soon.
-    agreement.background = None
+    preemption.background = None
     found["worked"] = 0
     try:
-        with agreement.apart() as look:
+        with preemption.apart() as look:
             if world.rank == 1:
-                agreement.request(signal.SIGUSR2)
-                agreement.request(signal.SIGTERM)
+                preemption.request(signal.SIGUSR2)
+                preemption.request(signal.SIGTERM)
             while found["worked"] < WORK:
                 found["worked"] += 1
                 time.sleep(0.05)
@@ -89,7 +89,7 @@ def agree(world: World) -> dict[str, Any]:
     except Preempted as stop:
         found["reason"] = stop.reason
     # Only the main process's clock counts.
-    late = Agreement(deadline=time.time() - 1 if world.is_main else None)
+    late = PreemptionCoordinator(deadline=time.time() - 1 if world.is_main else None)
     late.world = world
     try:
         late.check()
