@@ -45,7 +45,7 @@ from malora_dist.training.preemption import Preempted, PreemptionCoordinator, de
 from malora_dist.training.process import run_as_process
 from malora_dist.training.resume import check_base, check_data, open_checkpoint
 from malora_dist.training.run_lifecycle import RunLifecycle
-from malora_dist.training.run_logger import RunOutputs
+from malora_dist.training.run_logger import RunLogger
 from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import (
     add_adapters,
@@ -110,37 +110,37 @@ def run(lifecycle: RunLifecycle, watchdog: Watchdog, preemption: PreemptionCoord
         lengths = position_notes(data, folder, trust_remote_code=trusted)
     baseline = run_on_rank0(lambda: _baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
-    outputs = lifecycle.open()
-    outputs.notes([*check_plan(config, world.size).notes, *notes, *base_facts.notes])
-    outputs.data(data)
-    outputs.notes(lengths)
+    logger = lifecycle.open()
+    logger.notes([*check_plan(config, world.size).notes, *notes, *base_facts.notes])
+    logger.data(data)
+    logger.notes(lengths)
 
     base = base_identity(config, folder, world)
     if not lifecycle.resume_point.goes_on:
-        outputs.measured_on({"recipe": decisive(plain_config(config)), "base": base, "rows": data.digests})
+        logger.measured_on({"recipe": decisive(plain_config(config)), "base": base, "rows": data.digests})
     loader = train_loader(config, data, world)
-    outputs.notes(unseen_tasks(config, data, loader))
-    outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
+    logger.notes(unseen_tasks(config, data, loader))
+    logger.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
     checkpoint = _checkpoint(lifecycle, base, data, loader)
-    train_step, steps = _build(lifecycle, outputs, data, loader, folder, watchdog, preemption, new=checkpoint is None)
+    train_step, steps = _build(lifecycle, logger, data, loader, folder, watchdog, preemption, new=checkpoint is None)
     packing = check_packing(train_step.engine, world, config.train.per_device_train_batch_size, data.longest)
     step_metrics = StepMetrics(train_step)
-    checkpoints = RunCheckpoints(outputs.config, outputs, train_step, loader, step_metrics, base, data.digests)
+    checkpoints = RunCheckpoints(logger.config, logger, train_step, loader, step_metrics, base, data.digests)
     preemption.background = checkpoints.saver
     best_by = f"{config.train.best_metric} {config.train.best_baseline or ''}".strip()
     lifecycle.state = (
         LoopState(best=Best(by=best_by)) if checkpoint is None else checkpoints.restore(checkpoint, best_by)
     )
     if checkpoint is not None:
-        outputs.resumed(lifecycle.state.step, checkpoint, validated=lifecycle.state.validated)
+        logger.resumed(lifecycle.state.step, checkpoint, validated=lifecycle.state.validated)
     elif lifecycle.resume_point.folder is not None:
-        outputs.resumed(0, None)
+        logger.resumed(0, None)
     measure = _Measurement(config, data, train_step, preemption, packing)
     try:
-        baseline = _measure_base(config, outputs, measure, baseline)
+        baseline = _measure_base(config, logger, measure, baseline)
         _train(
             lifecycle,
-            outputs,
+            logger,
             measure,
             baseline,
             _Parts(train_step, loader, step_metrics, checkpoints),
@@ -151,8 +151,8 @@ def run(lifecycle: RunLifecycle, watchdog: Watchdog, preemption: PreemptionCoord
         checkpoints.complete()
         raise
     watchdog.mark_phase("finishing the report")
-    outputs.finish()
-    return outputs.folder
+    logger.finish()
+    return logger.folder
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class _Parts:
 
 def _train(
     lifecycle: RunLifecycle,
-    outputs: RunOutputs,
+    logger: RunLogger,
     measure: "_Measurement",
     baseline: Tasks | None,
     parts: _Parts,
@@ -183,15 +183,15 @@ def _train(
         stop_after_steps=train.stop_after_steps,
     )
     actions = Actions(
-        log=outputs.record,
-        validate=lambda step: outputs.validation(step, measure("validation"), train.best_metric, baseline),
+        log=logger.record,
+        validate=lambda step: logger.validation(step, measure("validation"), train.best_metric, baseline),
         save=parts.checkpoints.save,
     )
     train_loop(parts.train_step, parts.loader, parts.step_metrics, settings, lifecycle.state, actions, preemption)
     parts.train_step.watchdog.mark_phase("saving the adapter")
-    outputs.adapter(parts.train_step.engine.module, "adapter")
+    logger.adapter(parts.train_step.engine.module, "adapter")
     if lifecycle.config.evaluation.tuned:
-        outputs.evaluation("tuned", measure("tuned"))
+        logger.evaluation("tuned", measure("tuned"))
     parts.checkpoints.complete()
 
 
@@ -210,7 +210,7 @@ def _checkpoint(
 
 def _build(
     lifecycle: RunLifecycle,
-    outputs: RunOutputs,
+    logger: RunLogger,
     data: PreparedData,
     loader: TrainLoader,
     folder: Path,
@@ -226,7 +226,7 @@ def _build(
     groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
     model = base_model(config, folder, world, settings, preemption.check)
     report, all_to_all = add_adapters(model, config, settings, groups, preemption.check, init_weights=new)
-    outputs.injection(report)
+    logger.injection(report)
     steps = total_steps(config, loader)
     watchdog.mark_phase("starting DeepSpeed")
     engine = build_engine(
@@ -237,7 +237,7 @@ def _build(
         timeout_seconds=config.parallel.timeout_seconds,
         expert_groups=groups,
     )
-    outputs.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
+    logger.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
     return new_train_step(config, data, engine, world, all_to_all, watchdog), steps
 
 
@@ -254,14 +254,14 @@ def _baseline(config: RunConfig, data: PreparedData) -> Tasks | None:
 
 
 def _measure_base(
-    config: RunConfig, outputs: RunOutputs, measure: "_Measurement", baseline: Tasks | None
+    config: RunConfig, logger: RunLogger, measure: "_Measurement", baseline: Tasks | None
 ) -> Tasks | None:
     """Measure the untouched model, unless a start before this one has; the baseline of best_metric."""
-    if config.evaluation.base and "base" not in outputs.evaluations:
-        outputs.evaluation("base", measure("base", use_adapter=False))
+    if config.evaluation.base and "base" not in logger.evaluations:
+        logger.evaluation("base", measure("base", use_adapter=False))
     if config.train.eval_steps is None or config.train.best_metric != "worst_drop" or baseline is not None:
         return baseline
-    tasks: Tasks = outputs.kept("baseline.json", lambda: measure("validation", use_adapter=False))["tasks"]
+    tasks: Tasks = logger.kept("baseline.json", lambda: measure("validation", use_adapter=False))["tasks"]
     return tasks
 
 

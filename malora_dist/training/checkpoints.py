@@ -11,7 +11,7 @@ from malora_dist.training.base_model import base_quantizer
 from malora_dist.training.best_checkpoint import Best
 from malora_dist.training.checkpoint_saver import Description, Saver
 from malora_dist.training.loop import LoopState
-from malora_dist.training.run_logger import RunOutputs
+from malora_dist.training.run_logger import RunLogger
 from malora_dist.training.step_metrics import StepMetrics
 from malora_dist.training.train_step import TrainStep
 from malora_dist.training.training_state import restore_training, training_state
@@ -23,7 +23,7 @@ class RunCheckpoints:
     def __init__(
         self,
         config: RunConfig,
-        outputs: RunOutputs,
+        logger: RunLogger,
         train_step: TrainStep,
         loader: TrainLoader,
         step_metrics: StepMetrics,
@@ -39,11 +39,11 @@ class RunCheckpoints:
             self.tensors,
             self.optimizer,
             train_step.world,
-            outputs.folder / CHECKPOINTS,
-            _description(config, train_step.world.size, base, outputs.adapter_info()),
+            logger.folder / CHECKPOINTS,
+            _description(config, train_step.world.size, base, logger.adapter_info()),
             save_total_limit=config.train.save_total_limit,
             asynchronous=config.train.async_save,
-            saved=outputs.record,
+            saved=logger.record,
             waiting=train_step.watchdog.heartbeat,
         )
 

@@ -57,15 +57,15 @@ def run_as_process(work: Callable[[], None]) -> int:
         if place_of(os.environ)[0] != 0:
             # Leaving at once would make the launcher end the main rank before it has spoken.
             time.sleep(PATIENCE_SECONDS)
-        say("\n  ".join([str(error), *_notes(error)]))
+        log_error("\n  ".join([str(error), *_notes(error)]))
         return _leave(_left_word(code_of(error)))
     except Exception as error:
         lost = _lost_peer(error)
         if lost is None:
-            say(traceback.format_exc())
+            log_error(traceback.format_exc())
         # Who is told to end before its time has only its place in the run to add to what the others say.
         elif not _told_to_end(PATIENCE_SECONDS) or _notes(error):
-            say(lost)
+            log_error(lost)
         return _leave(code_of(error))
     return _leave(_left_word(code))
 
@@ -129,7 +129,7 @@ def _told_to_end(seconds: float) -> bool:
     return bool(told)
 
 
-def say(message: str) -> None:
+def log_error(message: str) -> None:
     """Say an error of this process, with its rank if there are several, on stderr and in the run's log."""
     rank, size = place_of(os.environ)
     where = f"[rank {rank}] " if size > 1 else ""

@@ -27,7 +27,7 @@ from malora_dist.training.preemption import Preempted
 from malora_dist.training.process import code_of
 from malora_dist.training.resume import ResumePoint, find_resume_point, is_finished, is_run
 from malora_dist.training.run_folder import claim_run_folder, lock_run_folder, lock_seconds
-from malora_dist.training.run_logger import RunOutputs
+from malora_dist.training.run_logger import RunLogger
 
 
 class RunLifecycle:
@@ -39,7 +39,7 @@ class RunLifecycle:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world, self.state = config, world, LoopState()
-        self.outputs: RunOutputs | None = None
+        self.logger: RunLogger | None = None
         self._lock: BaseFileLock | None = None
         self.resume_point: ResumePoint = run_on_rank0(self._find_resume_point, world)
 
@@ -59,16 +59,16 @@ class RunLifecycle:
         clear_exit_status(run)
         return point
 
-    def open(self) -> RunOutputs:
+    def open(self) -> RunLogger:
         """The run's folder to write in: that of the run that goes on, or a new one."""
         folder = run_on_rank0(self._folder, self.world)
         # The config written there names that folder, and is one to go on with.
         changes: dict[str, object] = {"output_dir": folder}
         if self.config.train.resume_from_checkpoint is None:
             changes["train"] = self.config.train.model_copy(update={"resume_from_checkpoint": "auto"})
-        self.outputs = RunOutputs(self.config.model_copy(update=changes), Path(folder), self.world)
-        self.outputs.notes(self.resume_point.notes)
-        return self.outputs
+        self.logger = RunLogger(self.config.model_copy(update=changes), Path(folder), self.world)
+        self.logger.notes(self.resume_point.notes)
+        return self.logger
 
     def _folder(self) -> str:
         if self.resume_point.folder is not None:
@@ -91,10 +91,10 @@ class RunLifecycle:
         self._release()
 
     def _preempted(self, stop: Preempted) -> None:
-        outputs = self.outputs or self.open()
-        outputs.close()
-        step = run_on_rank0(lambda: self._write(outputs.folder, PREEMPTED, EXIT_PREEMPTED, stop.reason), self.world)
-        other = "" if str(outputs.folder) == self.config.output_dir else f" with --output_dir {outputs.folder}"
+        logger = self.logger or self.open()
+        logger.close()
+        step = run_on_rank0(lambda: self._write(logger.folder, PREEMPTED, EXIT_PREEMPTED, stop.reason), self.world)
+        other = "" if str(logger.folder) == self.config.output_dir else f" with --output_dir {logger.folder}"
         other += " and without --new-run" if self.config.train.resume_from_checkpoint is None else ""
         logging.getLogger(LOGGER).info(
             "ended early after step %d: %s; the same command%s goes on from there", step, stop.reason, other
@@ -111,8 +111,8 @@ class RunLifecycle:
             error.add_note(str(second))
 
     def _written_to(self) -> Path | None:
-        if self.outputs is not None:
-            return self.outputs.folder
+        if self.logger is not None:
+            return self.logger.folder
         return None if self.resume_point.folder is None else Path(self.resume_point.folder)
 
     def _write(self, folder: Path | None, outcome: str, code: int, reason: str) -> int:

@@ -55,7 +55,7 @@ from malora_dist.training.best_checkpoint import Tasks, score
 from malora_dist.training.run_folder import forget_evaluations, read_evaluations, read_measured_on
 
 
-class RunOutputs:
+class RunLogger:
     """The files of one run folder: config.yaml, data.json, metrics.jsonl, eval.json, adapter/, report/, train.log.
 
     A run that goes on adds to what its folder holds.

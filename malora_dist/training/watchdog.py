@@ -14,7 +14,7 @@ from torch import nn
 from malora_dist.adapters.inject import mixture_layers
 from malora_dist.errors import MaloraError
 from malora_dist.training.preemption import STOP_SIGNALS
-from malora_dist.training.process import say
+from malora_dist.training.process import log_error
 
 # Said this early, the others have not given up yet; NCCL's watchdog then ends a process without a Python exception.
 STUCK_SHARE = 0.9
@@ -136,7 +136,7 @@ class _Watch:
         idle = time.monotonic() - self.watchdog.moved
         if self.watchdog.phase is None or idle < self.limit_seconds:
             return False
-        say(
+        log_error(
             f"no progress for {idle:.0f} s: {self.watchdog}, in {_main_function()}; "
             "a process that waits longer than parallel.timeout_seconds for another one gives up"
         )
@@ -144,7 +144,7 @@ class _Watch:
 
     def _hear(self, number: int) -> None:
         if number == signal.SIGTERM and self.watchdog.phase is not None and self.told is None:
-            say(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.watchdog}")
+            log_error(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.watchdog}")
         if self.on_signal is None:
             self._end(number)
         else:

@@ -12,7 +12,7 @@ from malora_dist.files.atomic import write_json
 from malora_dist.files.exit_status import MEASURED_ON
 from malora_dist.tracking.metrics import MetricsWriter, read_metrics
 from malora_dist.training.resume import find_resume_point
-from malora_dist.training.run_logger import RunOutputs
+from malora_dist.training.run_logger import RunLogger
 from tests.multiprocess import run_distributed
 from tests.training.test_resume import begun, config
 
@@ -23,14 +23,14 @@ def go_on(world: World, run: str, wanted: str) -> dict[str, Any]:
     """Begin as `malora_dist.train` does, from what is wanted; what is then in the folder."""
     its_config = config(Path(run), resume_from_checkpoint=wanted)
     point = find_resume_point(its_config)
-    outputs = RunOutputs(its_config, Path(run), world)
+    logger = RunLogger(its_config, Path(run), world)
     if not point.goes_on:
-        outputs.measured_on({"recipe": {"train.seed": 42}})
+        logger.measured_on({"recipe": {"train.seed": 42}})
     assert point.checkpoint is not None
-    outputs.resumed(3, Checkpoint.open(point.checkpoint))
-    outputs.close()
+    logger.resumed(3, Checkpoint.open(point.checkpoint))
+    logger.close()
     return {
-        "evaluations": outputs.evaluations,
+        "evaluations": logger.evaluations,
         "files": sorted(path.name for path in Path(run).glob("*.json")),
         "records": [
             f"{record['kind']} {record.get('step', '')}" for record in read_metrics(Path(run) / "metrics.jsonl")

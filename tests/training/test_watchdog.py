@@ -150,7 +150,7 @@ def test_a_killed_rank_ends_the_launch(folder: Path) -> None:
 
 def test_the_watch_speaks_once_about_a_place_and_only_when_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(watchdog, "say", said.append)
+    monkeypatch.setattr(watchdog, "log_error", said.append)
     here, before = Watchdog(rank=5), signal.getsignal(signal.SIGTERM)
     with watched(here, 2):
         time.sleep(2.5)  # not in a phase yet
