@@ -4,8 +4,8 @@
 Files in its folder tell when it is ready for signals, which phases it has entered, and which signals it has heard.
 
 Plants: `traps`, a list of objects with `rank` and the place where something happens to that rank: `on` an entered
-"phase", a "check" of the preemption, a "look" while tokenising, or the "call" of a function of malora_dist.train; `at`
-the name of it, with `step` and `count` (from 0) where it comes more than once. What happens is a `signal` from the
+"phase", a "poll" of all processes, a "poll alone" while tokenising, or the "call" of a function of malora_dist.train;
+`at` the name of it, with `step` and `count` (from 0) where it comes more than once. What happens is a `signal` from the
 process to itself, a `wait` until any rank has heard a signal from outside, or a `sleep` until the run's time limit is
 near, on rank 0, which alone knows it. `write_seconds`: what the first shard of each rank takes to write;
 `collective_seconds`: what a collective may take from then on; `while_writing`: the signals that come meanwhile.
@@ -30,7 +30,7 @@ import malora_dist.train
 import malora_dist.training.checkpoint_saver
 import malora_dist.training.checkpoints
 import malora_dist.training.process
-from malora_dist.training.preemption import PreemptionCoordinator
+from malora_dist.training.preemption import PreemptionCoordinator, StopRequest
 from malora_dist.training.watchdog import Watchdog
 
 SHARD_BYTES = 20_000  # so that both ranks write
@@ -101,22 +101,24 @@ def train(name: str, plants: dict[str, Any], arguments: list[str]) -> int:
             append(Path(f"{name}.{self.rank}.entered"), {"phase": phase.split(" step-")[0]})
             planted.reach("phase", phase)
 
-    class TellingCoordinator(PreemptionCoordinator):
-        def request(self, code: int) -> None:
-            super().request(code)
+    class TellingStop(StopRequest):
+        def set(self, code: int) -> None:
+            super().set(code)
             planted.hear(code)
 
-        def check(self) -> None:
+    class TellingCoordinator(PreemptionCoordinator):
+        def poll(self) -> None:
             planted.deadline = self.deadline
-            planted.reach("check", str(planted.watchdog.phase))
-            super().check()
+            planted.reach("poll", str(planted.watchdog.phase))
+            super().poll()
 
-        def _look(self) -> None:
-            planted.reach("look", "tokenising")
-            super()._look()
+        def _poll_alone(self) -> None:
+            planted.reach("poll alone", "tokenising")
+            super()._poll_alone()
 
     module: Any = malora_dist.train
-    module.Watchdog, module.PreemptionCoordinator = TellingWatchdog, TellingCoordinator
+    module.Watchdog, module.StopRequest = TellingWatchdog, TellingStop
+    module.PreemptionCoordinator = TellingCoordinator
     module.watched = partial(_ready, name, module.watched)
     for called in {trap["at"] for trap in planted.traps if trap["on"] == "call"}:
         setattr(module, called, _after(partial(planted.reach, "call", called), getattr(module, called)))

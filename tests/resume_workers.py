@@ -1,5 +1,6 @@
 """What the processes of the resume proof do: save in every topology, and go on in every other one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,14 @@ from malora_dist.adapters.io.folder import AdapterInfo
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
-from malora_dist.distributed.optimizer_state import optimizer_state
 from malora_dist.distributed.process_groups import World
-from malora_dist.distributed.snapshot import snapshot, whole_tensors
+from malora_dist.distributed.snapshot import snapshot
 from malora_dist.training.best_checkpoint import Best
 from malora_dist.training.checkpoint_saver import Description, Saver
-from malora_dist.training.loop import LoopState
 from malora_dist.training.random_state import random_state
 from malora_dist.training.resume import open_checkpoint
 from malora_dist.training.step_metrics import StepMetrics
-from malora_dist.training.training_state import restore_training, training_state
+from malora_dist.training.training_state import LoopState, TrainingParts, restore_training, training_state
 from tests.training.workers import ACCUMULATION, RecordingTrainStep, new_train_step
 
 SAVED, LAST = 3, 5
@@ -34,13 +33,14 @@ class Run:
     def __init__(self, world: World, folder: str, case: dict[str, Any]) -> None:
         self.world, self.case = world, case
         self.train_step: RecordingTrainStep = new_train_step(world, folder, {**case, "lr_scheduler_type": "linear"})
-        self.tensors = whole_tensors(self.train_step.engine.module)
-        self.optimizer = optimizer_state(self.train_step.engine, case["zero_stage"])
-        self.results: list[dict[str, float]] = []
+        self.parts = TrainingParts.of(self.train_step, loader(world))
+        self.tensors, self.optimizer = self.parts.tensors, self.parts.optimizer
         self.start_anew()
 
     def start_anew(self) -> None:
+        self.results: list[dict[str, float]] = []
         self.loader, self.step_metrics, self.state = loader(self.world), StepMetrics(self.train_step), LoopState()
+        self.parts = replace(self.parts, loader=self.loader, step_metrics=self.step_metrics)
 
     def train(self, last: int) -> None:
         """To step `last`, keeping what each step gave."""
@@ -76,25 +76,13 @@ class Run:
 
     def json_state(self) -> dict[str, Any]:
         """What the manifest says of where the run is."""
-        return training_state(
-            self.train_step.engine, self.optimizer, self.train_step.balance, self.state, self.step_metrics
-        )
+        return training_state(self.parts, self.state)
 
     def restore(self, folder: str) -> None:
         """Become the run that was saved there."""
         checkpoint = open_checkpoint(Path(folder), self.world)
         self.start_anew()
-        self.results = []
-        self.state = restore_training(
-            checkpoint,
-            self.train_step.engine,
-            self.optimizer,
-            self.train_step.balance,
-            self.tensors,
-            self.loader,
-            self.step_metrics,
-            self.world,
-        )
+        restore_training(checkpoint, self.parts, self.state)
 
     def whole_state(self) -> dict[str, Tensor]:
         """Weights and moments, whole, on every process."""

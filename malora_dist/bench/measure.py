@@ -23,6 +23,7 @@ from malora_dist.distributed.zero3 import resident_bytes
 from malora_dist.plan.communication import ExchangeBytes, exchange_bytes, rows_per_token
 from malora_dist.training.base_model import base_model
 from malora_dist.training.deepspeed_engine import build_engine
+from malora_dist.training.run_context import RunContext
 from malora_dist.training.setup import add_adapters, engine_config, new_train_step, optimizer_settings
 from malora_dist.training.train_step import TrainStep
 from malora_dist.training.watchdog import Watchdog
@@ -55,8 +56,9 @@ class Subject:
         watchdog.mark_phase(f"building {variant.name}")
         settings = engine_config(config, world)
         groups = create_expert_groups(parallel.ep_size, parallel.timeout_seconds)
-        model = base_model(config, folder, world, settings)
-        _, all_to_all = add_adapters(model, config, settings, groups)
+        context = RunContext(config, world, watchdog)
+        model = base_model(context, folder, settings)
+        _, all_to_all = add_adapters(model, context, settings, groups)
         if groups is not None:
             all_to_all = connect_experts(model, groups, overlap=variant.overlap, share=variant.share)
         engine = build_engine(
@@ -68,10 +70,10 @@ class Subject:
             expert_groups=groups,
         )
         kept = sum(resident_bytes(model).values())
-        train_step = new_train_step(config, data, engine, world, all_to_all, watchdog)
+        train_step = new_train_step(context, data, engine, all_to_all)
         return cls(variant, train_step, config.train.gradient_checkpointing, model.dtype, kept)
 
-    def run(self, number: int, batches: Sequence[MicroBatch]) -> Record:
+    def step(self, number: int, batches: Sequence[MicroBatch]) -> Record:
         """Run optimizer step `number`; the same record on every process."""
         all_to_all, world = self.train_step.all_to_all, self.train_step.world
         before = Counter() if all_to_all is None else Counter(all_to_all.sent_bytes)

@@ -62,13 +62,13 @@ class FaultyWatchdog(Watchdog):
 
     def mark_phase(self, phase: str, step: int | None = None) -> None:
         super().mark_phase(phase, step)
-        self._look()
+        self._fail_here()
 
     def mark_layer(self, layer: str) -> None:
         super().mark_layer(layer)
-        self._look()
+        self._fail_here()
 
-    def _look(self) -> None:
+    def _fail_here(self) -> None:
         if (self.step, self.phase, self.layer) == (2, self.where, self.at):
             self.fault()
 

@@ -15,7 +15,7 @@ from malora_dist.distributed.zero3 import gathered_adapter_state
 from malora_dist.errors import TrainingError
 from malora_dist.training.balance_loss import BalanceSettings
 from malora_dist.training.deepspeed_engine import OptimizerSettings, build_engine
-from malora_dist.training.train_step import TrainStep
+from malora_dist.training.train_step import StepSettings, TrainStep
 from tests.training.workers import build_model
 
 TASKS = ["a", "b", "c"]
@@ -57,16 +57,10 @@ def new_train_step(world: World, folder: str, case: dict[str, Any], *, total_ste
     model = build_model(folder, case, world, settings, groups)
     engine = build_engine(model, settings, schedule, zero_stage=stage, timeout_seconds=60, expert_groups=groups)
     balance = BalanceSettings(0.01, "mean", "global")
-    return TrainStep(
-        engine,
-        world,
-        task_names=TASKS,
-        balance=balance,
-        normalization="token",
-        zero_stage=stage,
-        max_grad_norm=1.0,
-        seed=7,
+    step = StepSettings(
+        task_names=TASKS, balance=balance, normalization="token", zero_stage=stage, max_grad_norm=1.0, seed=7
     )
+    return TrainStep(engine, world, step)
 
 
 def batches(world: World, step: int) -> list[MicroBatch]:

@@ -9,9 +9,9 @@ import pytest
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.process_groups import World
-from malora_dist.training.loop import Actions, LoopSettings, LoopState, train_loop
+from malora_dist.training.loop import Actions, LoopSettings, train_loop
 from malora_dist.training.preemption import Preempted, PreemptionCoordinator
-from malora_dist.training.step_metrics import StepMetrics
+from malora_dist.training.training_state import LoopState, TrainingParts
 from tests.multiprocess import run_distributed
 from tests.training.nonfinite_check_workers import ACCUMULATION, TASKS, new_train_step
 from tests.training.workers import make_model
@@ -61,12 +61,11 @@ def train_run(world: World, folder: str, name: str) -> dict[str, Any]:
     def save(state: LoopState, best: bool) -> None:
         calls.append(("save", state.step, best))
 
-    preemption = PreemptionCoordinator()
-    preemption.join(world)
+    preemption = PreemptionCoordinator(world)
     actions = Actions(log=records.append, validate=validate, save=save)
     ended, began = "whole", time.monotonic()
     try:
-        train_loop(train_step, loader(), StepMetrics(train_step), settings, LoopState(), actions, preemption)
+        train_loop(TrainingParts.of(train_step, loader()), settings, LoopState(), actions, preemption.poll)
     except Preempted as stop:
         ended = stop.reason
     seconds = time.monotonic() - began

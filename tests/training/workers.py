@@ -35,7 +35,7 @@ from malora_dist.models.loss_head import install_loss_head
 from malora_dist.training import train_step as step_module
 from malora_dist.training.balance_loss import BalanceSettings
 from malora_dist.training.deepspeed_engine import OptimizerSettings, build_engine
-from malora_dist.training.train_step import StepResult, TrainStep
+from malora_dist.training.train_step import StepResult, StepSettings, TrainStep
 from tests.multiprocess import group_timeouts
 from tests.tiny_models import tiny_config
 
@@ -151,12 +151,14 @@ def new_train_step(world: World, folder: str, case: dict[str, Any], kind: type[T
     return (kind or RecordingTrainStep)(
         build_engine(model, config, settings, zero_stage=stage, timeout_seconds=60, expert_groups=groups),
         world,
-        task_names=["a", "b", "c"],
-        balance=BalanceSettings(COEFFICIENT, "mean", "global"),
-        normalization=case.get("normalization", "token"),
-        zero_stage=stage,
-        max_grad_norm=MAX_NORM,
-        seed=SEED,
+        StepSettings(
+            task_names=["a", "b", "c"],
+            balance=BalanceSettings(COEFFICIENT, "mean", "global"),
+            normalization=case.get("normalization", "token"),
+            zero_stage=stage,
+            max_grad_norm=MAX_NORM,
+            seed=SEED,
+        ),
     )
 
 
@@ -224,12 +226,12 @@ class RecordingTrainStep(TrainStep):
 def gathered_moments(train_step: TrainStep) -> Iterator[tuple[str, Tensor]]:
     """Both moments of every trained adapter tensor, whole: `exp_avg.<name>`, `exp_avg_sq.<name>`."""
     optimizer = train_step.engine.optimizer
-    if train_step.zero_stage in (1, 2):
+    if train_step.settings.zero_stage in (1, 2):
         link_optimizer_state(optimizer)
     for name, parameter in adapter_parameters(train_step.engine.module):
         if parameter.requires_grad:
             for key in ("exp_avg", "exp_avg_sq"):
-                if train_step.zero_stage == 0:
+                if train_step.settings.zero_stage == 0:
                     moment = optimizer.state[parameter][key]
                 else:
                     moment = safe_get_full_optimizer_state(parameter, key)
