@@ -1,4 +1,4 @@
-"""Sums over the steps since the last log record, and expert counts since the last routing record."""
+"""Metrics of the steps since the last log record, and expert counts since the last routing record."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +33,7 @@ from malora_dist.training.train_step import StepResult, TrainStep
 
 
 class StepMetrics:
-    """Collects step results and makes records of them, the same on every process."""
+    """Collects the results of steps and makes records of them, the same on every process."""
 
     def __init__(self, train_step: TrainStep) -> None:
         self.train_step = train_step
@@ -43,7 +43,7 @@ class StepMetrics:
         self.expert_counts_GLE: Tensor = torch.zeros(())
 
     def add(self, result: StepResult, seconds: float) -> None:
-        """One more step, which took `seconds`."""
+        """Add a step, which took `seconds`."""
         self.results.append(result)
         self.seconds += seconds
         self.expert_counts_GLE = self.expert_counts_GLE + result.expert_counts_GLE
@@ -75,7 +75,7 @@ class StepMetrics:
         return record
 
     def _measured(self) -> tuple[float, list[float], list[float]]:
-        """Return the most memory any process took; bytes all exchanged, and gradient norm, of each step. Waits once."""
+        """Return the peak memory of all processes in GiB, and of each step the bytes sent and the gradient norm."""
         device, n = self.train_step.world.device, len(self.results)
         peak = max_over_processes(to_device(torch.tensor([peak_memory_gib(device)], dtype=torch.float64), device))
         sent = to_device(torch.tensor([r.exchange_bytes for r in self.results], dtype=torch.float64), device)
@@ -84,7 +84,7 @@ class StepMetrics:
         return highest, values[:n], values[n:]
 
     def routing(self, step: int) -> Record:
-        """Share of each task's choices that went to each expert, by layer; starts a new count."""
+        """Return the share of each task's choices that fell on each expert, by layer, and forget the counts."""
         counts_GLE = self._counts().cpu()
         self.expert_counts_GLE = torch.zeros(())
         share_GLE = counts_GLE / counts_GLE.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -100,7 +100,7 @@ class StepMetrics:
         return sum_over_processes(self.expert_counts_GLE.clone(memory_format=torch.contiguous_format))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON of what has been collected by all processes; every process must call it."""
+        """Return plain JSON of what all processes have collected; every process must call it."""
         _, sent, norms = self._measured() if self.results else (0.0, [], [])
         results = [
             {**_numbers(result), "grad_norm": norm, "exchange_bytes": int(total)}
@@ -114,7 +114,7 @@ class StepMetrics:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave, on any number of processes: the main one stands for all that did it."""
+        """Restore what `state_dict` gave, on any number of processes: the main one then holds the sums of all."""
         is_main = self.train_step.world.is_main
         self.results = [_result(row, is_main) for row in state["results"]]
         self.seconds = state["seconds"]
