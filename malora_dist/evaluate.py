@@ -20,10 +20,9 @@ from malora_dist.config.evaluation_target import EvaluationTarget
 from malora_dist.console.log import LOGGER, console, start_logging
 from malora_dist.data.build import build_data
 from malora_dist.distributed.consistency import check_consistency, start_facts
-from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.zero3 import gathered
 from malora_dist.evaluation.packing import check_packing
-from malora_dist.evaluation.tasks import evaluate_tasks
+from malora_dist.evaluation.tasks import TaskEvaluator
 from malora_dist.files.atomic import write_json
 from malora_dist.launch.entry_point import run_malora
 from malora_dist.models.attention import attention_for
@@ -37,10 +36,11 @@ from malora_dist.training.base_support import check_support
 from malora_dist.training.deepspeed_engine import build_engine
 from malora_dist.training.device_check import check_device, check_memory
 from malora_dist.training.process import run_as_process
+from malora_dist.training.run_context import RunContext
 from malora_dist.training.run_folder import evaluation_file
 from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import engine_config
-from malora_dist.training.watchdog import Position, watched
+from malora_dist.training.watchdog import Watchdog, watched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,9 +65,9 @@ def _evaluate(target: EvaluationTarget) -> None:
     log.info("evaluating %s on %s %s", adapter.path, target.recipe, shlex.join(target.overrides))
     for note in check_device(config, world, trains=False):
         log.info("note: %s", note)
-    position = Position(world.rank)
-    with watched(position, config.parallel.timeout_seconds):
-        result = evaluate_adapter(config, adapter, world, position)
+    context = RunContext(config, world, Watchdog(world.rank))
+    with watched(context.watchdog, config.parallel.timeout_seconds):
+        result = evaluate_adapter(context, adapter)
     if world.is_main:
         path = evaluation_file(target.folder, result)
         write_json(path, result)
@@ -75,11 +75,19 @@ def _evaluate(target: EvaluationTarget) -> None:
         console().print(print_results(result))
 
 
-def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, position: Position) -> dict[str, object]:
-    """eval.json's content for an adapter on the recipe's base and tasks; on every process.
+def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, object]:
+    """Evaluate an adapter on the recipe's base and tasks.
 
     Experts are not spread (`parallel.ep_size` is of no effect), so that any number of processes will do.
+
+    Args:
+        context: the recipe and the processes.
+        adapter: its opened folder.
+
+    Returns:
+        The content of eval.json, on every process.
     """
+    config, world, watchdog = context.config, context.world, context.watchdog
     trusted, dtype = config.model.trust_remote_code, base_dtype(config, world)
     folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
     model_config = read_model_config(folder, trust_remote_code=trusted)
@@ -92,9 +100,9 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
     lengths = position_notes(data, folder, trust_remote_code=trusted)
     for note in (*base.notes, *lengths, *check_memory(fitting, folder, world, None)):
         logging.getLogger(LOGGER).info("note: %s", note)
-    position.enter("loading the base model")
+    watchdog.mark_phase("loading the base model")
     settings = engine_config(fitting, world)
-    model = base_model(config, folder, world, settings)
+    model = base_model(context, folder, settings)
     put_adapter(model, adapter, gathered)
     engine = build_engine(
         model,
@@ -103,27 +111,21 @@ def evaluate_adapter(config: RunConfig, adapter: AdapterTensors, world: World, p
         zero_stage=config.parallel.zero_stage,
         timeout_seconds=config.parallel.timeout_seconds,
     )
-    position.follow(engine.module)
-    position.enter("evaluation")
+    watchdog.attach(engine.module)
+    watchdog.mark_phase("evaluation")
     packing = check_packing(engine, world, samples=1, longest=data.longest)
     sides = {"base": config.evaluation.base, "tuned": config.evaluation.tuned}
+    evaluator = TaskEvaluator(engine, world, config.evaluation.batch_tokens, packing)
+    rows = data.evaluation[config.evaluation.split]
     return {
-        side: evaluate_tasks(
-            engine,
-            data.evaluation[config.evaluation.split],
-            world,
-            batch_tokens=config.evaluation.batch_tokens,
-            title=f"evaluating ({side})",
-            packing=packing,
-            use_adapter=side == "tuned",
-        )
+        side: evaluator.evaluate(rows, f"evaluating ({side})", use_adapter=side == "tuned")
         for side, wanted in sides.items()
         if wanted
     }
 
 
 def _with_fitting_batch(config: RunConfig, world_size: int) -> RunConfig:
-    """The recipe, with a global batch that fits if its own does not: evaluation draws no training batch."""
+    """Return the recipe, with a global batch that fits if its own does not: evaluation draws no training batch."""
     if world_size in suggest_world_sizes(config):
         return config
     size = config.train.per_device_train_batch_size * world_size

@@ -1,4 +1,4 @@
-"""`malora prepare RECIPE [--section.key value ...]`: everything a run would otherwise fetch and compute at its start.
+"""`malora prepare RECIPE [--section.key value ...]`: do in advance what a run would fetch and compute at its start.
 
 One process without GPU, launcher or DeepSpeed, on a machine that has the network: the model is downloaded or converted,
 the tasks are tokenised, and the base is quantised. Runs of the recipe find all three, with or without network.
@@ -27,7 +27,7 @@ from malora_dist.training.sequence_lengths import position_notes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare what the recipe names. Raises ConfigError or DataError for a mistake in it."""
+    """Prepare what the recipe names; return the exit code 0. Raises ConfigError or DataError for a mistake in it."""
     recipe, overrides = split_arguments(sys.argv[1:] if arguments is None else arguments)
     config = load_config(recipe, overrides)
     console = Console()
@@ -66,14 +66,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepared_dtype(config: RunConfig) -> torch.dtype:
-    """model.dtype; `auto` is bfloat16, as on GPUs, since this machine is not the one that will compute."""
+    """Return model.dtype; `auto` is bfloat16, as on GPUs, since this machine is not the one that will compute."""
     return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
 
 
 def prepare_base(config: RunConfig, folder: Path, dtype: torch.dtype) -> tuple[Path, bool]:
-    """The folder of the prepared 4-bit base, and whether it was written now rather than found.
+    """Quantise the base, unless that was done before.
 
-    Raises ConfigError if the model's weights are damaged or stored in a format that is not read.
+    Args:
+        config: the recipe.
+        folder: of the model.
+        dtype: in which runs will compute.
+
+    Returns:
+        The folder of the prepared 4-bit base, and whether it was written now.
+
+    Raises:
+        ConfigError: the model's weights are damaged, or stored in a format that is not read.
     """
     double_quant, trusted = config.model.bnb_4bit_use_double_quant, config.model.trust_remote_code
     model, weights = build_empty_model(folder, dtype=dtype, trust_remote_code=trusted), CheckpointWeights(folder)

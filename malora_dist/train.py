@@ -10,22 +10,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from malora_dist.checkpoint.read import Checkpoint
-from malora_dist.config import RunConfig, config_text, load_config, plain_config, split_arguments
+from malora_dist.config import config_text, load_config, plain_config, split_arguments
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.resume_compatibility import decisive
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.loader import TrainLoader
-from malora_dist.data.packed_row import Packing
 from malora_dist.distributed.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
 from malora_dist.distributed.expert_groups import create_expert_groups
 from malora_dist.distributed.process_groups import run_on_rank0, start_processes
 from malora_dist.distributed.zero3 import resident_bytes
-from malora_dist.errors import ConfigError, NonFiniteError
+from malora_dist.errors import NonFiniteError
 from malora_dist.evaluation.packing import check_packing
-from malora_dist.evaluation.tasks import evaluate_tasks
 from malora_dist.launch.ranks import place_of
 from malora_dist.models.attention import attention_for
 from malora_dist.models.config import read_model_config
@@ -35,34 +32,37 @@ from malora_dist.models.vocabulary import check_tokens
 from malora_dist.tracking.trackers import check_trackers
 from malora_dist.training.base_model import base_dtype, base_identity, base_model
 from malora_dist.training.base_support import check_support
-from malora_dist.training.best_checkpoint import Best, Tasks, read_baseline
+from malora_dist.training.best_checkpoint import Tasks
 from malora_dist.training.checkpoints import RunCheckpoints
 from malora_dist.training.deepspeed_engine import build_engine
 from malora_dist.training.deterministic import explained, use_deterministic_algorithms
 from malora_dist.training.device_check import check_device, check_memory, first_lengths
-from malora_dist.training.loop import Actions, LoopSettings, LoopState, train_loop
-from malora_dist.training.preemption import Agreement, Preempted, deadline_of
+from malora_dist.training.evaluations import RunEvaluations, stored_baseline
+from malora_dist.training.loop import Actions, train_loop
+from malora_dist.training.preemption import Preempted, PreemptionCoordinator, StopRequest, deadline_of
 from malora_dist.training.process import run_as_process
 from malora_dist.training.resume import check_base, check_data, open_checkpoint
-from malora_dist.training.run_lifecycle import Session
-from malora_dist.training.run_logger import RunOutputs
+from malora_dist.training.run_context import RunContext
+from malora_dist.training.run_lifecycle import RunLifecycle
+from malora_dist.training.run_logger import RunLogger
 from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import (
     add_adapters,
     engine_config,
-    new_stepper,
+    loop_settings,
+    new_train_step,
     optimizer_settings,
     total_steps,
     train_loader,
     unseen_tasks,
 )
-from malora_dist.training.step_metrics import Window
-from malora_dist.training.train_step import Stepper
-from malora_dist.training.watchdog import Position, watched
+from malora_dist.training.train_step import TrainStep
+from malora_dist.training.training_state import TrainingParts
+from malora_dist.training.watchdog import Watchdog, watched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the recipe says. Returns the exit code, see docs/checkpoints.md."""
+    """Train as the recipe says; return the exit code, see docs/checkpoints.md."""
     return run_as_process(lambda: _start(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -73,125 +73,97 @@ def _start(arguments: Sequence[str]) -> None:
     check_trackers(config.train.report_to)
     if config.train.deterministic:
         use_deterministic_algorithms()
-    position = Position(place_of(os.environ)[0])
-    agreement = Agreement(alive=position.alive)
-    with watched(position, config.parallel.timeout_seconds, agreement.request):
+    watchdog, stop = Watchdog(place_of(os.environ)[0]), StopRequest()
+    with watched(watchdog, config.parallel.timeout_seconds, stop.set):
         world = start_processes(config.parallel.timeout_seconds)
-        position.rank = world.rank
-        # Thousands of processes must not all ask Slurm.
-        agreement.deadline = deadline_of(config.train.max_hours, started) if world.is_main else None
+        # Thousands of processes must not all ask the scheduler.
+        deadline = deadline_of(config.train.max_hours, started) if world.is_main else None
         nodes = check_consistency(world, start_facts(config_text(config)))
         check_plan(config, world.size)
         # Half the timeout, so that it is not the others' wait that ends the run.
         seconds = min(SHARED_SECONDS, config.parallel.timeout_seconds / 2)
         check_shared_folder(world, Path(config.output_dir), nodes, seconds)
-        with Session(config, world) as session:
-            agreement.join(world)
+        with RunLifecycle(config, world) as lifecycle:
+            preemption = PreemptionCoordinator(world, stop, deadline, heartbeat=watchdog.heartbeat)
+            context = RunContext(config, world, watchdog, preemption)
+            context.poll()
             with explained():
-                run(session, position, agreement)
+                run(lifecycle, context)
 
 
-def run(session: Session, position: Position, agreement: Agreement) -> Path:
-    """One run, or the rest of one, on this process's part; returns the run's folder.
+def run(lifecycle: RunLifecycle, context: RunContext) -> Path:
+    """Run the recipe, or what is left of a run of it; return the run's folder.
 
-    Raises Preempted on every process, with everything saved, if the run is to end early.
+    Raises:
+        Preempted: on every process, with everything saved, if the run is to stop early.
     """
-    config, world = session.config, session.world
+    config, world = context.config, context.world
+    notes, inputs = _read_inputs(context)
+    data, folder = inputs.data, inputs.folder
+    baseline = run_on_rank0(lambda: stored_baseline(config, data), world)
+    # Opened only now, so that a mistake in the tasks does not use up the run's name.
+    logger = lifecycle.open()
+    logger.notes([*check_plan(config, world.size).notes, *notes])
+    logger.data(data)
+    logger.notes(inputs.notes)
+
+    base = base_identity(config, folder, world)
+    if not lifecycle.resume_point.goes_on:
+        logger.measured_on({"recipe": decisive(plain_config(config)), "base": base, "rows": data.digests})
+    loader = train_loader(config, data, world)
+    logger.notes(unseen_tasks(config, data, loader))
+    logger.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
+    checkpoint = _open_checkpoint(lifecycle, base, data, loader)
+    train_step = _build(context, logger, inputs, loader, init_weights=checkpoint is None)
+    packing = check_packing(train_step.engine, world, config.train.per_device_train_batch_size, data.longest)
+    parts = TrainingParts.of(train_step, loader)
+    checkpoints = RunCheckpoints(logger, parts, base, data.digests)
+    context = context.with_background(checkpoints.saver)
+    _resume(lifecycle, logger, checkpoints, checkpoint)
+    evaluations = RunEvaluations(context, data, train_step, packing, logger)
+    try:
+        _train(lifecycle, context, parts, checkpoints, evaluations, baseline)
+    except (Preempted, NonFiniteError):
+        checkpoints.complete()
+        raise
+    context.watchdog.mark_phase("finishing the report")
+    logger.finish()
+    return logger.folder
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads: the folder of its base model, its data, and notes on their lengths."""
+
+    folder: Path
+    data: PreparedData
+    notes: list[str]
+
+
+def _read_inputs(context: RunContext) -> tuple[list[str], _Inputs]:
+    """Find the base model, check it and the device, and prepare the data; return notes on the first, and all of it."""
+    config, world = context.config, context.world
     notes, dtype = check_device(config, world), base_dtype(config, world)
-    with agreement.apart() as look:
+    with context.while_waiting() as poll:
         trusted = config.model.trust_remote_code
         folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
         model_config = read_model_config(folder, trust_remote_code=trusted)
         attention_for(config.model.attn_implementation, model_config, dtype, world.device)
         tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
         base_facts = check_support(config, folder, tokenizer, dtype)
-        data = build_data(config.data, tokenizer, look)
+        data = build_data(config.data, tokenizer, poll)
         check_tokens(data, base_facts.spare_tokens)
         lengths = position_notes(data, folder, trust_remote_code=trusted)
-    baseline = run_on_rank0(lambda: _baseline(config, data), world)
-    # Opened only now, so that a mistake in the tasks does not use up the run's name.
-    outputs = session.open()
-    outputs.notes([*check_plan(config, world.size).notes, *notes, *base_facts.notes])
-    outputs.data(data)
-    outputs.notes(lengths)
-
-    base = base_identity(config, folder, world)
-    if not session.start.goes_on:
-        outputs.measured_on({"recipe": decisive(plain_config(config)), "base": base, "rows": data.digests})
-    loader = train_loader(config, data, world)
-    outputs.notes(unseen_tasks(config, data, loader))
-    outputs.notes(check_memory(config, folder, world, first_lengths(loader, data.train)))
-    checkpoint = _checkpoint(session, base, data, loader)
-    stepper, steps = _build(session, outputs, data, loader, folder, position, agreement, new=checkpoint is None)
-    packing = check_packing(stepper.engine, world, config.train.per_device_train_batch_size, data.longest)
-    window = Window(stepper)
-    checkpoints = RunCheckpoints(outputs.config, outputs, stepper, loader, window, base, data.digests)
-    agreement.background = checkpoints.saver
-    best_by = f"{config.train.best_metric} {config.train.best_baseline or ''}".strip()
-    session.state = LoopState(best=Best(by=best_by)) if checkpoint is None else checkpoints.restore(checkpoint, best_by)
-    if checkpoint is not None:
-        outputs.resumed(session.state.step, checkpoint, validated=session.state.validated)
-    elif session.start.folder is not None:
-        outputs.resumed(0, None)
-    measure = _Measurement(config, data, stepper, agreement, packing)
-    try:
-        baseline = _measure_base(config, outputs, measure, baseline)
-        _train(session, outputs, measure, baseline, _Parts(stepper, loader, window, checkpoints), steps, agreement)
-    except (Preempted, NonFiniteError):
-        checkpoints.complete()
-        raise
-    position.enter("finishing the report")
-    outputs.finish()
-    return outputs.folder
+    return [*notes, *base_facts.notes], _Inputs(folder, data, lengths)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    stepper: Stepper
-    loader: TrainLoader
-    window: Window
-    checkpoints: RunCheckpoints
-
-
-def _train(
-    session: Session,
-    outputs: RunOutputs,
-    measure: "_Measurement",
-    baseline: Tasks | None,
-    parts: _Parts,
-    steps: int,
-    agreement: Agreement,
-) -> None:
-    """The steps that are left, the adapter, and what it is worth."""
-    train = session.config.train
-    settings = LoopSettings(
-        max_steps=steps,
-        steps_per_epoch=parts.loader.steps_per_epoch,
-        logging_steps=train.logging_steps,
-        eval_steps=train.eval_steps,
-        save_steps=train.save_steps,
-        stop_after_steps=train.stop_after_steps,
-    )
-    actions = Actions(
-        log=outputs.record,
-        validate=lambda step: outputs.validation(step, measure("validation"), train.best_metric, baseline),
-        save=parts.checkpoints.save,
-    )
-    train_loop(parts.stepper, parts.loader, parts.window, settings, session.state, actions, agreement)
-    parts.stepper.position.enter("saving the adapter")
-    outputs.adapter(parts.stepper.engine.module, "adapter")
-    if session.config.evaluation.tuned:
-        outputs.evaluation("tuned", measure("tuned"))
-    parts.checkpoints.complete()
-
-
-def _checkpoint(
-    session: Session, base: Mapping[str, str | None], data: PreparedData, loader: TrainLoader
+def _open_checkpoint(
+    lifecycle: RunLifecycle, base: Mapping[str, str | None], data: PreparedData, loader: TrainLoader
 ) -> Checkpoint | None:
-    """What the run goes on from, checked before any weight is loaded; `loader` then begins where it was saved."""
-    if session.start.checkpoint is None:
+    """Open what the run goes on from, checked before any weight is loaded; `loader` then begins where it was saved."""
+    if lifecycle.resume_point.checkpoint is None:
         return None
-    checkpoint = open_checkpoint(Path(session.start.checkpoint), session.world)
+    checkpoint = open_checkpoint(Path(lifecycle.resume_point.checkpoint), lifecycle.world)
     check_base(checkpoint.manifest, base)
     check_data(checkpoint.manifest, data.digests)
     loader.load_state_dict(checkpoint.manifest.state["loader"])
@@ -199,26 +171,18 @@ def _checkpoint(
 
 
 def _build(
-    session: Session,
-    outputs: RunOutputs,
-    data: PreparedData,
-    loader: TrainLoader,
-    folder: Path,
-    position: Position,
-    agreement: Agreement,
-    *,
-    new: bool,
-) -> tuple[Stepper, int]:
-    """Base, adapters and engine, and the number of optimizer steps; `new` adapters have their initial values."""
-    config, world = session.config, session.world
-    position.enter("loading the base model")
+    context: RunContext, logger: RunLogger, inputs: _Inputs, loader: TrainLoader, *, init_weights: bool
+) -> TrainStep:
+    """Load the base, add adapters, with initial values or to be restored, and start DeepSpeed's engine."""
+    config, world = context.config, context.world
+    context.watchdog.mark_phase("loading the base model")
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
-    model = base_model(config, folder, world, settings, agreement.check)
-    report, all_to_all = add_adapters(model, config, settings, groups, agreement.check, init_weights=new)
-    outputs.injection(report)
+    model = base_model(context, inputs.folder, settings)
+    report, all_to_all = add_adapters(model, context, settings, groups, init_weights=init_weights)
+    logger.injection(report)
     steps = total_steps(config, loader)
-    position.enter("starting DeepSpeed")
+    context.watchdog.mark_phase("starting DeepSpeed")
     engine = build_engine(
         model,
         settings,
@@ -227,55 +191,42 @@ def _build(
         timeout_seconds=config.parallel.timeout_seconds,
         expert_groups=groups,
     )
-    outputs.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
-    return new_stepper(config, data, engine, world, all_to_all, position), steps
+    logger.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
+    return new_train_step(context, inputs.data, engine, all_to_all)
 
 
-def _baseline(config: RunConfig, data: PreparedData) -> Tasks | None:
-    """What best_metric compares with, if that is a file. Raises ConfigError for what cannot be validated."""
-    if config.train.eval_steps is None:
-        return None
-    measured = [task for task, rows in data.evaluation["validation"].items() if rows]
-    if not measured:
-        raise ConfigError(f"train.eval_steps={config.train.eval_steps}: no task has validation rows to evaluate on")
-    if config.train.best_baseline is None:
-        return None
-    return read_baseline(Path(config.train.best_baseline), measured)
+def _resume(
+    lifecycle: RunLifecycle, logger: RunLogger, checkpoints: RunCheckpoints, checkpoint: Checkpoint | None
+) -> None:
+    """Restore the run from a checkpoint, if there is one, and let its records go on from there."""
+    if checkpoint is not None:
+        checkpoints.restore(checkpoint, lifecycle.state)
+        logger.resumed(lifecycle.state.step, checkpoint, validated=lifecycle.state.validated)
+    elif lifecycle.resume_point.folder is not None:
+        logger.resumed(0, None)
 
 
-def _measure_base(
-    config: RunConfig, outputs: RunOutputs, measure: "_Measurement", baseline: Tasks | None
-) -> Tasks | None:
-    """Measure the untouched model, unless a start before this one has; the baseline of best_metric."""
-    if config.evaluation.base and "base" not in outputs.evaluations:
-        outputs.evaluation("base", measure("base", use_adapter=False))
-    if config.train.eval_steps is None or config.train.best_metric != "worst_drop" or baseline is not None:
-        return baseline
-    tasks: Tasks = outputs.kept("baseline.json", lambda: measure("validation", use_adapter=False))["tasks"]
-    return tasks
-
-
-class _Measurement:
-    """Measures the engine on a split of the tasks."""
-
-    def __init__(
-        self, config: RunConfig, data: PreparedData, stepper: Stepper, agreement: Agreement, packing: Packing
-    ) -> None:
-        self.config, self.data, self.stepper, self.agreement = config, data, stepper, agreement
-        self.packing = packing
-
-    def __call__(self, what: str, use_adapter: bool = True) -> dict[str, Any]:
-        self.stepper.position.enter(f"evaluation ({what})")
-        return evaluate_tasks(
-            self.stepper.engine,
-            self.data.evaluation["validation" if what == "validation" else self.config.evaluation.split],
-            self.stepper.world,
-            batch_tokens=self.config.evaluation.batch_tokens,
-            title=f"evaluating ({what})",
-            packing=self.packing,
-            use_adapter=use_adapter,
-            between=self.agreement.check,
-        )
+def _train(
+    lifecycle: RunLifecycle,
+    context: RunContext,
+    parts: TrainingParts,
+    checkpoints: RunCheckpoints,
+    evaluations: RunEvaluations,
+    baseline: Tasks | None,
+) -> None:
+    """Measure the base, take the steps that are left, and save and measure the adapter."""
+    logger, baseline = evaluations.logger, evaluations.evaluate_base(baseline)
+    actions = Actions(
+        log=logger.record,
+        validate=lambda step: evaluations.validate(step, baseline),
+        save=checkpoints.save,
+    )
+    settings = loop_settings(context.config, parts.loader)
+    train_loop(parts, settings, lifecycle.state, actions, context.poll)
+    context.watchdog.mark_phase("saving the adapter")
+    logger.adapter(parts.train_step.engine.module, "adapter")
+    evaluations.evaluate_tuned()
+    checkpoints.complete()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 Files in its folder tell when it is ready for signals, which phases it has entered, and which signals it has heard.
 
 Plants: `traps`, a list of objects with `rank` and the place where something happens to that rank: `on` an entered
-"phase", a "check" of the agreement, a "look" while tokenising, or the "call" of a function of malora_dist.train; `at`
-the name of it, with `step` and `count` (from 0) where it comes more than once. What happens is a `signal` from the
+"phase", a "poll" of all processes, a "poll alone" while tokenising, or the "call" of a function of malora_dist.train;
+`at` the name of it, with `step` and `count` (from 0) where it comes more than once. What happens is a `signal` from the
 process to itself, a `wait` until any rank has heard a signal from outside, or a `sleep` until the run's time limit is
 near, on rank 0, which alone knows it. `write_seconds`: what the first shard of each rank takes to write;
 `collective_seconds`: what a collective may take from then on; `while_writing`: the signals that come meanwhile.
@@ -30,8 +30,8 @@ import malora_dist.train
 import malora_dist.training.checkpoint_saver
 import malora_dist.training.checkpoints
 import malora_dist.training.process
-from malora_dist.training.preemption import Agreement
-from malora_dist.training.watchdog import Position
+from malora_dist.training.preemption import PreemptionCoordinator, StopRequest
+from malora_dist.training.watchdog import Watchdog
 
 SHARD_BYTES = 20_000  # so that both ranks write
 HEARD = "heard.jsonl"
@@ -49,15 +49,15 @@ class Planted:
     def __init__(self, name: str, plants: dict[str, Any]) -> None:
         self.name, self.rank = name, own_rank()
         self.traps = [trap for trap in plants.get("traps", ()) if trap["rank"] == self.rank]
-        self.position = Position(self.rank)
+        self.watchdog = Watchdog(self.rank)
         self.deadline: float | None = None
         self.passed: Counter[tuple[str, str, int]] = Counter()
         self.told = threading.Event()
 
     def reach(self, kind: str, name: str) -> None:
-        place = (kind, name, self.position.step)
+        place = (kind, name, self.watchdog.step)
         for trap in self.traps:
-            wanted = (trap["on"], trap["at"], trap.get("step", self.position.step))
+            wanted = (trap["on"], trap["at"], trap.get("step", self.watchdog.step))
             if wanted == place and trap.get("count", 0) == self.passed[place]:
                 self._spring(trap)
         self.passed[place] += 1
@@ -76,8 +76,8 @@ class Planted:
                 time.sleep(0.02)
 
     def hear(self, code: int) -> None:
-        here = {"session": self.name, "rank": self.rank, "code": code, "phase": self.position.phase}
-        append(Path(HEARD), here | {"step": self.position.step})
+        here = {"session": self.name, "rank": self.rank, "code": code, "phase": self.watchdog.phase}
+        append(Path(HEARD), here | {"step": self.watchdog.step})
         self.told.set()
 
 
@@ -91,32 +91,34 @@ def train(name: str, plants: dict[str, Any], arguments: list[str]) -> int:
     """malora_dist.train with everything planted."""
     planted = Planted(name, plants)
 
-    class TellingPosition(Position):
+    class TellingWatchdog(Watchdog):
         def __init__(self, rank: int) -> None:
             super().__init__(rank)
-            planted.position = self
+            planted.watchdog = self
 
-        def enter(self, phase: str, step: int | None = None) -> None:
-            super().enter(phase, step)
+        def mark_phase(self, phase: str, step: int | None = None) -> None:
+            super().mark_phase(phase, step)
             append(Path(f"{name}.{self.rank}.entered"), {"phase": phase.split(" step-")[0]})
             planted.reach("phase", phase)
 
-    class TellingAgreement(Agreement):
-        def request(self, code: int) -> None:
-            super().request(code)
+    class TellingStop(StopRequest):
+        def set(self, code: int) -> None:
+            super().set(code)
             planted.hear(code)
 
-        def check(self) -> None:
+    class TellingCoordinator(PreemptionCoordinator):
+        def poll(self) -> None:
             planted.deadline = self.deadline
-            planted.reach("check", str(planted.position.phase))
-            super().check()
+            planted.reach("poll", str(planted.watchdog.phase))
+            super().poll()
 
-        def _look(self) -> None:
-            planted.reach("look", "tokenising")
-            super()._look()
+        def _poll_alone(self) -> None:
+            planted.reach("poll alone", "tokenising")
+            super()._poll_alone()
 
     module: Any = malora_dist.train
-    module.Position, module.Agreement = TellingPosition, TellingAgreement
+    module.Watchdog, module.StopRequest = TellingWatchdog, TellingStop
+    module.PreemptionCoordinator = TellingCoordinator
     module.watched = partial(_ready, name, module.watched)
     for called in {trap["at"] for trap in planted.traps if trap["on"] == "call"}:
         setattr(module, called, _after(partial(planted.reach, "call", called), getattr(module, called)))

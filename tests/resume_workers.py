@@ -1,5 +1,6 @@
 """What the processes of the resume proof do: save in every topology, and go on in every other one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +13,41 @@ from malora_dist.adapters.io.folder import AdapterInfo
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
-from malora_dist.distributed.optimizer_state import optimizer_state
 from malora_dist.distributed.process_groups import World
-from malora_dist.distributed.snapshot import snapshot, whole_tensors
+from malora_dist.distributed.snapshot import snapshot
 from malora_dist.training.best_checkpoint import Best
 from malora_dist.training.checkpoint_saver import Description, Saver
-from malora_dist.training.loop import LoopState
 from malora_dist.training.random_state import random_state
 from malora_dist.training.resume import open_checkpoint
-from malora_dist.training.step_metrics import Window
-from malora_dist.training.training_state import restore_training, training_state
-from tests.training.workers import ACCUMULATION, RecordingStepper, new_stepper
+from malora_dist.training.step_metrics import StepMetrics
+from malora_dist.training.training_state import LoopState, TrainingParts, restore_training, training_state
+from tests.training.workers import ACCUMULATION, RecordingTrainStep, new_train_step
 
 SAVED, LAST = 3, 5
 TASK_SIZES, GLOBAL_BATCH = [8, 6, 5], 8  # an epoch is 2.4 steps: the save is in the middle of one
 
 
 class Run:
-    """An engine with its loader and window, as training has them."""
+    """An engine with its loader and metrics, as training has them."""
 
     def __init__(self, world: World, folder: str, case: dict[str, Any]) -> None:
         self.world, self.case = world, case
-        self.stepper: RecordingStepper = new_stepper(world, folder, {**case, "lr_scheduler_type": "linear"})
-        self.tensors = whole_tensors(self.stepper.engine.module)
-        self.optimizer = optimizer_state(self.stepper.engine, case["zero_stage"])
-        self.results: list[dict[str, float]] = []
+        self.train_step: RecordingTrainStep = new_train_step(world, folder, {**case, "lr_scheduler_type": "linear"})
+        self.parts = TrainingParts.of(self.train_step, loader(world))
+        self.tensors, self.optimizer = self.parts.tensors, self.parts.optimizer
         self.start_anew()
 
     def start_anew(self) -> None:
-        self.loader, self.window, self.state = loader(self.world), Window(self.stepper), LoopState()
+        self.results: list[dict[str, float]] = []
+        self.loader, self.step_metrics, self.state = loader(self.world), StepMetrics(self.train_step), LoopState()
+        self.parts = replace(self.parts, loader=self.loader, step_metrics=self.step_metrics)
 
     def train(self, last: int) -> None:
         """To step `last`, keeping what each step gave."""
         while self.state.step < last:
             number = self.state.step + 1
-            result = self.stepper.step(number, next(self.loader))
-            self.window.add(result, 1.0)
+            result = self.train_step.run(number, next(self.loader))
+            self.step_metrics.add(result, 1.0)
             self.state = LoopState(number, True, self.loader.state_dict(), random_state(), Best(0.5, 1))
             numbers = (result.loss, result.aux_loss, result.grad_norm, result.learning_rate)
             self.results.append(dict(zip(("loss", "aux_loss", "grad_norm", "learning_rate"), numbers, strict=True)))
@@ -76,23 +76,13 @@ class Run:
 
     def json_state(self) -> dict[str, Any]:
         """What the manifest says of where the run is."""
-        return training_state(self.stepper.engine, self.optimizer, self.stepper.balance, self.state, self.window)
+        return training_state(self.parts, self.state)
 
     def restore(self, folder: str) -> None:
         """Become the run that was saved there."""
         checkpoint = open_checkpoint(Path(folder), self.world)
         self.start_anew()
-        self.results = []
-        self.state = restore_training(
-            checkpoint,
-            self.stepper.engine,
-            self.optimizer,
-            self.stepper.balance,
-            self.tensors,
-            self.loader,
-            self.window,
-            self.world,
-        )
+        restore_training(checkpoint, self.parts, self.state)
 
     def whole_state(self) -> dict[str, Tensor]:
         """Weights and moments, whole, on every process."""
@@ -100,7 +90,7 @@ class Run:
 
     def counts(self) -> dict[str, int]:
         """Steps by everything that counts them."""
-        engine, groups = self.stepper.engine, self.stepper.engine.optimizer.param_groups
+        engine, groups = self.train_step.engine, self.train_step.engine.optimizer.param_groups
         assert len({group["lr"] for group in groups}) == 1
         return {
             "optimizer": self.optimizer.step_count(),
@@ -143,7 +133,7 @@ def save_all(world: World, folder: str, output: str, cases: dict[str, dict[str, 
         state = run.whole_state()
         if world.is_main:
             save_file({key: tensor.contiguous() for key, tensor in state.items()}, f"{output}/{name}.safetensors")
-        share = run.window.routing(LAST)["share"]
+        share = run.step_metrics.routing(LAST)["share"]
         found[name] = {"steps": run.results, "records": records, "routing": share}
     return found
 
@@ -162,14 +152,14 @@ def go_on_from_all(
         wanted = own if case.get("alone") else load_file(f"{output}/{reference}.safetensors")
         for source in [name, *(other for other in sources if other != name and not case.get("alone"))]:
             run.restore(f"{output}/{source}/step-{SAVED:06d}")
-            counts, window = run.counts(), len(run.window.results)
+            counts, collected = run.counts(), len(run.step_metrics.results)
             run.train(LAST)
             state = run.whole_state()
             found[f"{source} -> {name}"] = {
                 "steps": run.results,
                 "counts": counts,
-                "window": window,
-                "routing": run.window.routing(LAST)["share"],
+                "window": collected,
+                "routing": run.step_metrics.routing(LAST)["share"],
                 "apart": distances(state, wanted),
                 "bit_equal": source == name and all(torch.equal(state[key], own[key]) for key in own),
             }

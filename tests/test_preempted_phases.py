@@ -21,23 +21,23 @@ def trap(rank: int, on: str, at: str, sent: str, **where: int) -> dict[str, Any]
 # What is planted in each session of one run, one after another, and after which steps it may end.
 STAGES: list[tuple[str, dict[str, Any], set[int]]] = [
     # Whichever rank tokenises.
-    ("tokenising", {"traps": [trap(rank, "look", "tokenising", "SIGTERM", count=2) for rank in (0, 1)]}, {0}),
-    ("the base", {"traps": [trap(0, "check", "loading the base model", "SIGUSR1", count=3)]}, {0}),
+    ("tokenising", {"traps": [trap(rank, "poll alone", "tokenising", "SIGTERM", count=2) for rank in (0, 1)]}, {0}),
+    ("the base", {"traps": [trap(0, "poll", "loading the base model", "SIGUSR1", count=3)]}, {0}),
     ("adapters", {"traps": [trap(1, "call", "add_adapters", "SIGUSR2")]}, {0}),
     ("DeepSpeed", {"traps": [trap(0, "phase", "starting DeepSpeed", "SIGTERM")]}, {0}),
-    ("base evaluation", {"traps": [trap(1, "check", "evaluation (base)", "SIGUSR1", count=1)]}, {0}),
+    ("base evaluation", {"traps": [trap(1, "poll", "evaluation (base)", "SIGUSR1", count=1)]}, {0}),
     ("first forward", {"traps": [trap(0, "phase", "forward", "SIGUSR2", step=1)]}, {0}),
-    ("accumulation", {"traps": [trap(1, "check", "backward", "SIGTERM", step=2)]}, {1, 2}),
+    ("accumulation", {"traps": [trap(1, "poll", "backward", "SIGTERM", step=2)]}, {1, 2}),
     ("optimizer step", {"traps": [trap(0, "phase", "optimizer step", "SIGUSR1", step=3)]}, {3}),
-    ("validation", {"traps": [trap(1, "check", "evaluation (validation)", "SIGUSR2", step=4, count=1)]}, {4}),
+    ("validation", {"traps": [trap(1, "poll", "evaluation (validation)", "SIGUSR2", step=4, count=1)]}, {4}),
     # Its checkpoint says that the validation is still to be done, and stays as it is.
     ("after it", {"traps": [trap(0, "phase", "forward", "SIGTERM", step=5)]}, {4}),
     # Before the state is restored: the run is as far as its newest checkpoint all the same.
-    ("the base again", {"traps": [trap(1, "check", "loading the base model", "SIGUSR2", count=3)]}, {4}),
+    ("the base again", {"traps": [trap(1, "poll", "loading the base model", "SIGUSR2", count=3)]}, {4}),
     ("saving", {"while_writing": ["SIGUSR1", "SIGTERM", "SIGTERM"]}, {5, 6, 7, 8}),
     ("leaving", {"traps": [trap(1, "phase", "forward", "SIGUSR1", step=9)], "leave_seconds": 0.5}, {8}),
-    ("the limit", {"traps": [{"rank": 0, "on": "check", "at": "backward", "step": 11, "sleep": True}]}, {8, 9, 10}),
-    ("tuned evaluation", {"traps": [trap(1, "check", "evaluation (tuned)", "SIGUSR2", count=1)]}, {12}),
+    ("the limit", {"traps": [{"rank": 0, "on": "poll", "at": "backward", "step": 11, "sleep": True}]}, {8, 9, 10}),
+    ("tuned evaluation", {"traps": [trap(1, "poll", "evaluation (tuned)", "SIGUSR2", count=1)]}, {12}),
     ("the report", {"traps": [trap(0, "phase", "finishing the report", "SIGTERM")]}, {12}),
 ]
 

@@ -23,9 +23,10 @@ from malora_dist.distributed.zero3 import resident_bytes
 from malora_dist.plan.communication import ExchangeBytes, exchange_bytes, rows_per_token
 from malora_dist.training.base_model import base_model
 from malora_dist.training.deepspeed_engine import build_engine
-from malora_dist.training.setup import add_adapters, engine_config, new_stepper, optimizer_settings
-from malora_dist.training.train_step import Stepper
-from malora_dist.training.watchdog import Position
+from malora_dist.training.run_context import RunContext
+from malora_dist.training.setup import add_adapters, engine_config, new_train_step, optimizer_settings
+from malora_dist.training.train_step import TrainStep
+from malora_dist.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Subject:
     """A variant's engine with all it needs; `kept_bytes` of parameters stay on this process between steps."""
 
     variant: Variant
-    stepper: Stepper
+    train_step: TrainStep
     recompute: bool
     dtype: torch.dtype
     kept_bytes: int
@@ -48,15 +49,16 @@ class Subject:
         world: World,
         *,
         steps: int,
-        position: Position,
+        watchdog: Watchdog,
     ) -> "Subject":
         """Build the variant as a run of its own would be, for `steps` optimizer steps."""
         config, parallel = variant.of(recipe), variant.of(recipe).parallel
-        position.enter(f"building {variant.name}")
+        watchdog.mark_phase(f"building {variant.name}")
         settings = engine_config(config, world)
         groups = create_expert_groups(parallel.ep_size, parallel.timeout_seconds)
-        model = base_model(config, folder, world, settings)
-        _, all_to_all = add_adapters(model, config, settings, groups)
+        context = RunContext(config, world, watchdog)
+        model = base_model(context, folder, settings)
+        _, all_to_all = add_adapters(model, context, settings, groups)
         if groups is not None:
             all_to_all = connect_experts(model, groups, overlap=variant.overlap, share=variant.share)
         engine = build_engine(
@@ -68,17 +70,17 @@ class Subject:
             expert_groups=groups,
         )
         kept = sum(resident_bytes(model).values())
-        stepper = new_stepper(config, data, engine, world, all_to_all, position)
-        return cls(variant, stepper, config.train.gradient_checkpointing, model.dtype, kept)
+        train_step = new_train_step(context, data, engine, all_to_all)
+        return cls(variant, train_step, config.train.gradient_checkpointing, model.dtype, kept)
 
     def step(self, number: int, batches: Sequence[MicroBatch]) -> Record:
         """Run optimizer step `number`; the same record on every process."""
-        all_to_all, world = self.stepper.all_to_all, self.stepper.world
+        all_to_all, world = self.train_step.all_to_all, self.train_step.world
         before = Counter() if all_to_all is None else Counter(all_to_all.sent_bytes)
         wait_for_all()
         started, cpu_started = time.perf_counter(), time.process_time()
         with timed_messages(all_to_all) as watch:
-            result = self.stepper.step(number, batches)
+            result = self.train_step.run(number, batches)
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)
         own = {
@@ -102,8 +104,8 @@ class Subject:
     def _uniform_bytes(self, batches: Sequence[MicroBatch]) -> Counter[str]:
         """What this process would send by phase if every set of top_k experts were equally likely."""
         total: Counter[str] = Counter()
-        if self.stepper.all_to_all is not None:
-            for _, layer in mixture_layers(self.stepper.engine.module):
+        if self.train_step.all_to_all is not None:
+            for _, layer in mixture_layers(self.train_step.engine.module):
                 for batch in batches:
                     total.update(asdict(self._layer_bytes(layer, batch.input_ids.numel())))
         return total

@@ -30,7 +30,7 @@ from malora_dist.training.device_check import check_device, check_memory, first_
 from malora_dist.training.process import run_as_process
 from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import train_loader
-from malora_dist.training.watchdog import Position, watched
+from malora_dist.training.watchdog import Watchdog, watched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,9 +57,9 @@ def bench(options: EpOptions, config: RunConfig, world: World) -> None:
     selection = select(config, world.size, options.topics)
     for note in check_device(config, world):
         _log(world, f"note: {note}")
-    position = Position(world.rank)
-    with watched(position, config.parallel.timeout_seconds):
-        result = _measure(options, config, world, selection, position)
+    watchdog = Watchdog(world.rank)
+    with watched(watchdog, config.parallel.timeout_seconds):
+        result = _measure(options, config, world, selection, watchdog)
     if not world.is_main:
         return
     for sheet in sheets(result):
@@ -71,7 +71,7 @@ def bench(options: EpOptions, config: RunConfig, world: World) -> None:
         write_text(options.markdown, markdown(result, options.command(world.size)))
 
 
-def _measure(options: EpOptions, config: RunConfig, world: World, selection: Selection, position: Position) -> Result:
+def _measure(options: EpOptions, config: RunConfig, world: World, selection: Selection, watchdog: Watchdog) -> Result:
     for sentence in selection.left_out:
         _log(world, f"left out: {sentence}")
     load = os.getloadavg()[0]
@@ -88,7 +88,7 @@ def _measure(options: EpOptions, config: RunConfig, world: World, selection: Sel
     subjects = []
     for variant in selection.variants:
         _log(world, f"building {variant.name}")
-        subjects.append(Subject.build(variant, config, folder, data, world, steps=length, position=position))
+        subjects.append(Subject.build(variant, config, folder, data, world, steps=length, watchdog=watchdog))
     records = _take_turns(subjects, loader, steps, world)
     facts = {
         **_facts(config, world),

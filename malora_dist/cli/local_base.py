@@ -11,7 +11,7 @@ def family_targets(model: str) -> tuple[str, ...] | None:
     """Return the linears of a model for a new recipe, None if that cannot be known here."""
     if local_config(model) is None or find_spec("torch") is None:
         return None
-    targets: tuple[str, ...] | None = import_module("malora_dist.training.target_families").family_targets(model)
+    targets: tuple[str, ...] | None = import_module("malora_dist.training.base_support").family_targets(model)
     return targets
 
 

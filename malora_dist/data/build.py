@@ -88,12 +88,12 @@ class PreparedData:
 
 
 def build_data(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, look: Callable[[], None] = lambda: None
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, poll: Callable[[], None] = lambda: None
 ) -> PreparedData:
     """Read, check, split and tokenise all tasks, or load them from the cache. Safe to call on all ranks at once.
 
-    `look` is called often; it may raise to end the work, of which finished tasks are kept. The process that does it
-    shows how far it is.
+    `poll` is called often; it may raise to end the work, of which finished tasks are kept. The process that does it
+    shows its progress.
     Raises DataError as `malora_dist.data.tasks.load_task` does.
     """
     cache_dir = expanded("data.cache_dir", data.cache_dir) if data.cache_dir is not None else default_cache_dir()
@@ -107,7 +107,7 @@ def build_data(
                 task.prompt_template,
                 task.response_template,
                 task.scoring,
-                partial(_watch, look, bar, task.name),
+                partial(_watch, poll, bar, task.name),
                 data.on_bad_row == "skip",
             )
             folder, _ = prepare_task(_task_settings(data, task), encoder, cache_dir, tokenizer_key=tokenizer_key)
@@ -116,8 +116,8 @@ def build_data(
     return _prepared(data, tasks)
 
 
-def _watch(look: Callable[[], None], bar: Bar, task: str, work: str, done: int, total: int) -> None:
-    look()
+def _watch(poll: Callable[[], None], bar: Bar, task: str, work: str, done: int, total: int) -> None:
+    poll()
     # Of the processes that wait, or all do the same, one at most may say so.
     alone = (done or total) and work != READING_FILES
     if alone or os.environ.get("RANK", "0") == "0":

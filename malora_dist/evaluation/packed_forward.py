@@ -19,7 +19,7 @@ from malora_dist.ops.dropout import token_keys
 
 
 def cross_entropies(engine: Callable[..., Any], row: PackedRow) -> Tensor:
-    """(N,) fp32 cross-entropy of each supervised token; logits exist only where there is one.
+    """Compute the fp32 cross-entropy (N,) of each supervised token; logits exist only where there is one.
 
     With a `models.loss_head.LossHead` they exist a chunk of tokens at a time, and backward needs none. The cache is
     off; `models.packed_attention` keeps the packed samples apart.
@@ -57,7 +57,7 @@ def accepted(model: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_token_keys(model: nn.Module, batch: MicroBatch, seed: int, step: int) -> None:
-    """Tell every adapted layer which samples the next forward sees, and to keep the routing of each of its calls.
+    """Set the dropout keys of the next forward on every adapted layer, and let it keep the routing of each call.
 
     Dropout masks then do not depend on ranks.
     """

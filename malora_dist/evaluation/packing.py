@@ -1,4 +1,4 @@
-"""What a model takes in one row so that each sample gets what it gets alone: by its class, and asked of the model."""
+"""What a model takes in one row so that each sample gets the same losses as alone: by its class, and measured."""
 
 import logging
 import math
@@ -72,11 +72,19 @@ def _check_lengths(config: Any, samples: int, longest: int) -> None:
 
 
 def check_packing(engine: Any, world: World, samples: int, longest: int = 0) -> Packing:
-    """Return what the base takes in one row, the same on every process; `samples` are to be trained in one.
+    """Measure what the base takes in one row. Every process calls.
 
-    longest: tokens of the longest sample.
+    Args:
+        engine: the model under DeepSpeed.
+        world: all processes.
+        samples: how many are to be trained in one row.
+        longest: tokens of the longest sample.
 
-    Every process calls. Raises ConfigError, on every process alike, for a base that cannot do what it must.
+    Returns:
+        The packing, the same on every process.
+
+    Raises:
+        ConfigError: on every process alike, if the base cannot take that many, or is not causal.
     """
     model = engine.module
     with evaluating(engine, use_adapter=False):
@@ -144,7 +152,7 @@ def tolerance(found: Differences, dtype: torch.dtype) -> float:
 
 
 def visible_tolerance(found: Differences, dtype: torch.dtype) -> float:
-    """As `tolerance`, for a sample at the same place of a row of the same shape: less, but for experts that others use.
+    """Return the tolerance for a sample at the same place of a row of the same shape: less, but for shared experts.
 
     Experts multiply as many tokens at a time as have chosen them, and round by how many these are.
     """

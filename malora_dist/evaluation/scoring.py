@@ -47,7 +47,7 @@ def row_tokens(batch_tokens: int | str, device: torch.device | str, masked: bool
 
 
 def plan_rows(items: Sequence[ChoiceItem], batch_tokens: int, share_prompt: bool) -> list[tuple[int, ...]]:
-    """Which questions share a row: neighbours in length, as many as fit, at least one."""
+    """Return which questions share a row: neighbours in length, as many as fit, at least one."""
     cost = [_tokens(item, share_prompt) for item in items]
     rows: list[list[int]] = []
     filled = batch_tokens
@@ -66,7 +66,7 @@ def _tokens(item: ChoiceItem, share_prompt: bool) -> int:
 
 
 def build_row(items: Sequence[ChoiceItem], members: tuple[int, ...], share_prompt: bool) -> Row:
-    """The packed row of `members`. A choice's last token is predicted, never fed."""
+    """Pack the questions `members` into a row. A choice's last token is predicted, never fed."""
     ids: list[int] = []
     positions: list[int] = []
     sequence_of: list[int] = []
@@ -136,10 +136,22 @@ def score_items(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, float]:
-    """Scores of this process's part of the choices, by their number, counted through all questions.
+    """Score this process's part of the choices of all questions.
 
     Every process makes the same number of forwards, as ZeRO-3 needs: one that has no row left repeats another's and
     drops the result.
+
+    Args:
+        forward: the model.
+        items: all questions.
+        batch_tokens: tokens of a row.
+        packing: what the model takes in one row.
+        rank, world_size: which rows are this process's.
+        device: of the model.
+        progress: called after each forward with the number done and that of all.
+
+    Returns:
+        Summed log-likelihoods by the number of the choice, counted through all questions.
     """
     share_prompt = packing is Packing.TREES
     if packing is Packing.ALONE:
@@ -177,10 +189,16 @@ def check_scores(task: str, scores: Sequence[Sequence[float]]) -> None:
 
 
 def task_result(items: Sequence[ChoiceItem], scores: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Record of one task: n and mean loss per token of the right answer; for multiple choice also accuracies.
+    """Compute the record of one task.
 
-    accuracy takes the largest summed log-likelihood, accuracy_norm the largest per character, stderr belongs to
-    accuracy, majority is what always giving the commonest answer (by text or by position) would reach.
+    Args:
+        items: its questions.
+        scores: summed log-likelihoods of each question's choices.
+
+    Returns:
+        `n` and mean `loss` per token of the right answer; for multiple choice also `accuracy`, which takes the largest
+        summed log-likelihood, `accuracy_norm`, which takes the largest per character, `stderr` of the accuracy, and
+        `majority`, the accuracy of always giving the commonest answer (by text or by position).
     """
     n = len(items)
     loss = sum(-row[item.label] / len(item.choice_ids[item.label]) for item, row in zip(items, scores, strict=True)) / n
@@ -207,6 +225,6 @@ def _best(values: Sequence[float]) -> int:
 
 
 def summarise(tasks: dict[str, dict[str, float]]) -> dict[str, object]:
-    """One side of eval.json: {"tasks": ..., "average": mean accuracy over the multiple-choice tasks or None}."""
+    """Return one side of eval.json: {"tasks": ..., "average": mean accuracy over the multiple-choice tasks or None}."""
     accuracies = [record["accuracy"] for record in tasks.values() if "accuracy" in record]
     return {"tasks": tasks, "average": sum(accuracies) / len(accuracies) if accuracies else None}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,56 +27,76 @@ from malora_dist.evaluation.scoring import (
 from malora_dist.models.packed_attention import is_masked
 from malora_dist.ops.products import kept_weight_copies
 
+Rows = Mapping[str, Sequence[ChoiceItem] | Sequence[Sample]]
 
-def evaluate_tasks(
-    engine: Any,
-    evaluation: Mapping[str, Sequence[ChoiceItem] | Sequence[Sample]],
-    world: World,
-    *,
-    batch_tokens: int | str,
-    title: str,
-    packing: Packing,
-    use_adapter: bool = True,
-    between: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """One side of eval.json, the same on every process; tasks without rows are left out.
 
-    All tasks' questions are scored in one pass, so that rows are full and processes evenly loaded. `batch_tokens` may
-    be `auto`. packing: what `evaluation.packing` found that the model takes. `between` is called after each forward, as
-    often on every process; what it raises leaves the engine as it was. Raises NonFiniteError on all for scores that are
-    not numbers.
+@dataclass(frozen=True)
+class TaskEvaluator:
+    """Measures an engine on the held-out rows of tasks.
+
+    Attributes:
+        engine: the model under DeepSpeed.
+        world: the processes that share the rows.
+        batch_tokens: tokens of a packed row, or `auto`.
+        packing: what the model takes in one row (`evaluation.packing`).
+        poll: called after each forward, as often on every process; what it raises leaves the engine as it was.
     """
-    questions = {task: [as_question(row) for row in rows] for task, rows in evaluation.items() if rows}
-    items = [item for rows in questions.values() for item in rows]
 
-    def progress(done: int, total: int) -> None:
-        bar.update(done, total)
-        between()
+    engine: Any
+    world: World
+    batch_tokens: int | str
+    packing: Packing
+    poll: Callable[[], None] = lambda: None
 
-    with evaluating(engine, use_adapter), Bar(title, active=world.is_main) as bar:
-        mine = score_items(
-            forward_of(engine),
-            items,
-            batch_tokens=row_tokens(batch_tokens, world.device, is_masked(engine.module)),
-            packing=packing,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            progress=progress,
-        )
-    scores = scores_of_questions(items, dict(gather_lists(list(mine.items()))))
-    results, start = {}, 0
-    for task, rows in questions.items():
-        of_task = scores[start : start + len(rows)]
-        check_scores(task, of_task)
-        results[task] = task_result(rows, of_task)
-        start += len(rows)
-    return summarise(results)
+    def evaluate(self, rows: Rows, title: str, *, use_adapter: bool = True) -> dict[str, Any]:
+        """Score the questions of all tasks in one pass, so that rows are full and processes evenly loaded.
+
+        Args:
+            rows: those of each task; tasks without rows are left out.
+            title: of the progress bar.
+            use_adapter: False for the untouched base.
+
+        Returns:
+            One side of eval.json, the same on every process.
+
+        Raises:
+            NonFiniteError: on all processes, for scores that are not numbers.
+        """
+        questions = {task: [as_question(row) for row in of_task] for task, of_task in rows.items() if of_task}
+        scores = self._scores([item for of_task in questions.values() for item in of_task], title, use_adapter)
+        results, start = {}, 0
+        for task, items in questions.items():
+            of_task = scores[start : start + len(items)]
+            check_scores(task, of_task)
+            results[task] = task_result(items, of_task)
+            start += len(items)
+        return summarise(results)
+
+    def _scores(self, items: Sequence[ChoiceItem], title: str, use_adapter: bool) -> list[list[float]]:
+        """Return the scores of each question's choices, gathered from all processes."""
+
+        def progress(done: int, total: int) -> None:
+            bar.update(done, total)
+            self.poll()
+
+        engine, world = self.engine, self.world
+        with evaluating(engine, use_adapter), Bar(title, active=world.is_main) as bar:
+            mine = score_items(
+                forward_of(engine),
+                items,
+                batch_tokens=row_tokens(self.batch_tokens, world.device, is_masked(engine.module)),
+                packing=self.packing,
+                rank=world.rank,
+                world_size=world.size,
+                device=world.device,
+                progress=progress,
+            )
+        return scores_of_questions(items, dict(gather_lists(list(mine.items()))))
 
 
 @contextmanager
 def evaluating(engine: Any, use_adapter: bool) -> Iterator[None]:
-    """Put the engine in evaluation mode, with or without its adapters, for as long as the block lasts."""
+    """Keep the engine in evaluation mode for a block, with or without its adapters."""
     training = engine.module.training
     engine.eval()
     set_adapter(engine.module, use_adapter)
@@ -88,7 +109,7 @@ def evaluating(engine: Any, use_adapter: bool) -> Iterator[None]:
 
 
 def forward_of(engine: Any) -> Forward:
-    """The engine as the function that `scoring` calls."""
+    """Return the engine as the function that `scoring` calls."""
     return torch.no_grad()(partial(cross_entropies, engine))
 
 
@@ -99,7 +120,7 @@ def set_adapter(model: nn.Module, enabled: bool) -> None:
 
 
 def as_question(row: ChoiceItem | Sample) -> ChoiceItem:
-    """A completion is a question with one choice: only its loss is measured."""
+    """Return a row as a question: a completion has one choice, of which only the loss is measured."""
     if isinstance(row, ChoiceItem):
         return row
     ids = tuple(int(i) for i in row.input_ids)

@@ -28,17 +28,17 @@ def expanded(key: str, path: str) -> Path:
         raise ConfigError(f"{key}={short(path)}: whose home that is is not known on this machine") from error
 
 
-def build_once(folder: Path, build: Callable[[Path], None], waiting: Callable[[], None] = lambda: None) -> bool:
+def build_once(folder: Path, build: Callable[[Path], None], poll: Callable[[], None] = lambda: None) -> bool:
     """Let `build` fill an empty folder that then becomes `folder`, unless that exists; whether it was built now.
 
     Of many processes one builds, under a lock that a killed process releases. A folder is whole and on disk, or not
-    there, and is never changed. `waiting` is called several times a second while another process builds; what it
+    there, and is never changed. `poll` is called several times a second while another process builds; what it
     raises ends the wait. Raises OSError if it cannot be written.
     """
     if folder.is_dir():
         return False
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _held(lock_at(Path(f"{folder}.lock")), waiting):
+    with _held(lock_at(Path(f"{folder}.lock")), poll):
         if folder.is_dir():
             return False
         partial = folder.with_name(f"{folder.name}.partial")
@@ -56,13 +56,13 @@ def build_once(folder: Path, build: Callable[[Path], None], waiting: Callable[[]
 
 
 @contextmanager
-def _held(lock: BaseFileLock, waiting: Callable[[], None]) -> Iterator[None]:
+def _held(lock: BaseFileLock, poll: Callable[[], None]) -> Iterator[None]:
     while True:
         try:
             lock.acquire(timeout=WAIT_SECONDS)
             break
         except Timeout:
-            waiting()
+            poll()
     try:
         yield
     finally:

@@ -40,3 +40,12 @@ def target_weights(
         present = (task_counts > 0).sum().clamp(min=1)
         weights_B = 1 / (task_counts.clamp(min=1) * present)[task_ids_B]
     return weights_B[target_sample_N].float()
+
+
+def sum_by_group(value_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
+    """Sum each group's values in fp64 in a fixed order, (num_groups,); the order of CUDA's `index_add` varies.
+
+    For few groups: it reads every value once for each.
+    """
+    groups_G = torch.arange(num_groups, device=group_N.device)
+    return torch.where(group_N == groups_G[:, None], value_N, 0).sum(dim=1, dtype=torch.float64)

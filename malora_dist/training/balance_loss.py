@@ -1,4 +1,4 @@
-"""The balance loss of optimizer steps, and the counts of chosen experts that it is made of.
+"""The balance loss of optimizer steps, and the counts of chosen experts that it is computed from.
 
 With scope `global` it is the loss of all tokens of a step, E * sum_e f_e P_e, however they are dealt to processes and
 micro-batches. The share f_e of choices that fell on expert e is known only after the last forward of the step, when
@@ -55,7 +55,7 @@ def take_statistics(model: nn.Module, batch: MicroBatch, num_tasks: int) -> Expe
 
 
 def _of_layers(statistics: ExpertStatistics, calls: list[int]) -> ExpertStatistics:
-    """Bring those of each call together by layer."""
+    """Combine the statistics of several calls of one layer."""
     if max(calls) == 1:
         return statistics
     counts = [part_GCE.sum(dim=1) for part_GCE in statistics.counts_GLE.split(calls, dim=1)]
@@ -64,7 +64,7 @@ def _of_layers(statistics: ExpertStatistics, calls: list[int]) -> ExpertStatisti
 
 
 def _take_routings(name: str, layer: Any, tokens: int) -> list[Routing]:
-    """Return what a layer has decided in each call of the last forward."""
+    """Return the routing of each call of a layer in the last forward."""
     last = [] if layer.routing is None else [layer.routing]
     routings: list[Routing] = layer.routings or last
     layer.routing = layer.routings = None
@@ -83,7 +83,7 @@ def _take_routings(name: str, layer: Any, tokens: int) -> list[Routing]:
 
 
 class StepBalance:
-    """Gives each micro-batch its share of the step's balance loss; the shares of all add up to what is trained on.
+    """Computes each micro-batch's share of the step's balance loss; all shares add up to the loss that is trained on.
 
     Every process has one. `start`, then `add` after each forward; `sums`, added up over the processes, go to `finish`.
     """
@@ -143,18 +143,18 @@ class StepBalance:
         return self._reduce(balance_of_shares(self._shares_before_LE, mean_prob_LE))
 
     def _before(self, counts_LE: Tensor) -> None:
-        """Let these be the choices of all tokens in the step before."""
+        """Keep these as the choices of all tokens in the step before."""
         self._counts_before_LE, self._shares_before_LE = counts_LE, choice_shares(counts_LE)
 
     def _reduce(self, losses_L: Tensor) -> Tensor:
         return losses_L.mean() if self.settings.reduction == "mean" else losses_L.sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain JSON of what the next step takes from this one, the same on every process."""
+        """Return plain JSON of what the next step needs from this one, the same on every process."""
         return {"expert_counts": [[int(count) for count in row] for row in self._counts_before_LE.tolist()]}
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
-        """Take up what `state_dict` gave. Raises CheckpointError, naming `source`, if it is not of these layers."""
+        """Restore what `state_dict` gave. Raises CheckpointError, naming `source`, if it is not of these layers."""
         counts = state.get("expert_counts")
         L, E = self._zeros_LE.shape
         fits = isinstance(counts, list) and len(counts) == L and all(_are_counts(row, E) for row in counts)

@@ -1,4 +1,4 @@
-"""The frozen base of a run: where it is read from, by whom, and where it goes."""
+"""The frozen base of a run: where it is read from, by which process, and where it is placed."""
 
 import logging
 from collections.abc import Callable
@@ -23,28 +23,29 @@ from malora_dist.models.weights.checkpoint import CheckpointWeights
 from malora_dist.models.weights.fingerprint import base_fingerprint
 from malora_dist.models.weights.prepared import PreparedWeights, prepared_folder
 from malora_dist.ops.nf4 import QUANTIZER
+from malora_dist.training.run_context import RunContext
 
 
-def base_model(
-    config: RunConfig,
-    folder: Path,
-    world: World,
-    deepspeed_settings: dict[str, Any],
-    between: Callable[[], None] = lambda: None,
-) -> Any:
-    """The frozen base, placed as the ZeRO stage wants it while it is being read.
+def base_model(context: RunContext, folder: Path, deepspeed_settings: dict[str, Any]) -> Any:
+    """Load the frozen base, and place it as the ZeRO stage wants it while it is being read.
 
     Under ZeRO-3 every process reads its own part of a base that is prepared, or that is not to be quantised. Otherwise
     one process of each node reads whole tensors, quantises them, and the others of its node get them from it. The head
-    can give the loss itself (`models.loss_head`), where the model returns plain logits.
-    `between` is called before each tensor is placed, by every process alike; it may raise.
+    can give the loss itself (`models.loss_head`), where the model returns plain logits. The context is polled before
+    each tensor is placed.
+
+    Args:
+        context: of the run.
+        folder: of the base model.
+        deepspeed_settings: those of `setup.engine_config`.
     """
+    config, world = context.config, context.world
     dtype, trusted = base_dtype(config, world), config.model.trust_remote_code
     model_config = read_model_config(folder, trust_remote_code=trusted)
     attention = attention_for(config.model.attn_implementation, model_config, dtype, world.device)
     weights, where = _weights(config, folder, dtype, world)
     with Bar("reading the base model, tensors", active=world.is_main) as bar:
-        before = _after(between, bar.advance)
+        before = _after(context.poll, bar.advance)
         model = load_base_model(
             folder,
             dtype=dtype,
@@ -55,7 +56,7 @@ def base_model(
             device=world.device,
             weights=weights,
             agree=lambda find: run_on_rank0(find, world),
-            **_placement(config, world, deepspeed_settings, before, in_parts=isinstance(weights, PreparedWeights)),
+            **_placement(context, deepspeed_settings, before, in_parts=isinstance(weights, PreparedWeights)),
         )
     logging.getLogger(LOGGER).info("base model: %s; this process read %.1f MiB", where, weights.bytes_read / 2**20)
     logging.getLogger(LOGGER).info("attention: %s%s", attention, _why(config, model, attention))
@@ -68,14 +69,14 @@ def base_model(
 
 
 def _why(config: RunConfig, model: Any, attention: str) -> str:
-    """What the log adds where `auto` is less than elsewhere."""
+    """Return what the log adds where `auto` means less than for other models."""
     if config.model.attn_implementation != "auto" or attention != "eager":
         return ""
     return f", as {type(model).__name__} has no other here"
 
 
 def _weights(config: RunConfig, folder: Path, dtype: torch.dtype, world: World) -> tuple[Weights, str]:
-    """Where the base is read from, alike on all processes, and a sentence about it."""
+    """Return where the base is read from, the same on all processes, and a sentence about it."""
     if not config.model.load_in_4bit:
         return CheckpointWeights(folder, world.device), str(folder)
     prepared = Path(broadcast_object(str(_prepared_folder(config, folder, dtype)) if world.is_main else None))
@@ -89,21 +90,17 @@ def _prepared_folder(config: RunConfig, folder: Path, dtype: torch.dtype) -> Pat
 
 
 def _placement(
-    config: RunConfig,
-    world: World,
-    deepspeed_settings: dict[str, Any],
-    between: Callable[[], None],
-    *,
-    in_parts: bool,
+    context: RunContext, deepspeed_settings: dict[str, Any], before: Callable[[], None], *, in_parts: bool
 ) -> dict[str, Any]:
-    """Arguments of `load_base_model` that say who reads and what becomes of it."""
+    """Return the arguments of `load_base_model` that say which process reads, and where tensors are placed."""
+    config, world = context.config, context.world
     partitioned = config.parallel.zero_stage == 3
     offload = deepspeed_settings["zero_optimization"].get("offload_param", {}).get("device")
     if partitioned and (in_parts or not config.model.load_in_4bit) and offload != "nvme":
-        return {"place_part": _after(between, partition_parts(deepspeed_settings))}
+        return {"place_part": _after(before, partition_parts(deepspeed_settings))}
     node = this_node(world, config.parallel.timeout_seconds)
     place = partition_at_once(deepspeed_settings, node.share) if partitioned else node.share
-    return {"reader": world.rank == node.reader_rank, "place": _after(between, place)}
+    return {"reader": world.rank == node.reader_rank, "place": _after(before, place)}
 
 
 def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +112,7 @@ def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[...,
 
 
 def base_identity(config: RunConfig, folder: Path, world: World) -> dict[str, str | None]:
-    """What a checkpoint says of the base instead of a copy: name, revision, fingerprint and dtype, on all processes."""
+    """Return what identifies the base in a checkpoint: name, revision, fingerprint and dtype, on all processes."""
     return {
         "name": config.model.name_or_path,
         "revision": config.model.revision,
@@ -130,7 +127,7 @@ def base_quantizer(config: RunConfig) -> str | None:
 
 
 def base_dtype(config: RunConfig, world: World) -> torch.dtype:
-    """model.dtype; `auto` is what the main process computes natively, on all processes."""
+    """Return model.dtype; `auto` is what the main process computes natively, on all processes."""
     if config.model.dtype == "auto":
         dtype: torch.dtype = broadcast_object(native_dtype(world.device))
         return dtype

@@ -1,4 +1,4 @@
-"""What can be said of a base before its weights are read: by its configuration, tokenizer and files' headers."""
+"""Checks of a base before its weights are read: by its configuration, tokenizer and files' headers."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from malora_dist.adapters.targets import check_targets
-from malora_dist.config import RunConfig
+from malora_dist.adapters.targets import all_linear, check_targets, plain_names
+from malora_dist.config import AdapterConfig, RunConfig
 from malora_dist.config.summary import adapter_spec
 from malora_dist.errors import ConfigError
 from malora_dist.evaluation.packing import check_rows
@@ -19,6 +19,7 @@ from malora_dist.models.resolve import local_model
 from malora_dist.models.vocabulary import check_vocabulary, embedding_rows
 from malora_dist.models.weights.checkpoint import CheckpointWeights
 from malora_dist.models.weights.prequantized import check_stored_format
+from malora_dist.ops.target_names import ALL_LINEAR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What `check_support` found: sentences for the log, and tokens for which the model has no row (`vocabulary`)."""
+    """Findings of `check_support`: sentences for the log, and tokens for which the model has no row (`vocabulary`)."""
 
     notes: tuple[str, ...] = ()
     spare_tokens: dict[int, str] = field(default_factory=dict)
@@ -42,10 +43,18 @@ def check_support(
     *,
     trains: bool = True,
 ) -> BaseFacts:
-    """Check a base against what is supported, its files and its tokenizer. Reads no weight.
+    """Check a base against what is supported, its files and its tokenizer, without reading a weight.
 
-    Raises ConfigError for a family that is not supported, weights that are not there, cut short, of another size or
-    stored in a format that is not read, and tokens beyond the embedding.
+    Args:
+        config: the recipe.
+        folder: of the model.
+        tokenizer: that of the model.
+        dtype: in which the base will compute.
+        trains: False for an evaluation, which needs less.
+
+    Raises:
+        ConfigError: the family is not supported, weights are missing, cut short, of another size or stored in a format
+            that is not read, or tokens are beyond the embedding.
     """
     model, unwritten, unknown = _empty_base(config, folder, dtype, trains)
     _check_weights(model, folder, unwritten)
@@ -54,7 +63,7 @@ def check_support(
 
 
 def check_local_support(config: RunConfig) -> tuple[str, ...]:
-    """As `check_support`, for what of the model is on this machine; sentences for the terminal. Downloads nothing."""
+    """Check as `check_support` what of the model is on this machine, and download nothing; return notes."""
     settings = config.model
     trusted = settings.trust_remote_code
     folder = local_model(settings.name_or_path, settings.revision, trust_remote_code=trusted)
@@ -69,10 +78,28 @@ def check_local_support(config: RunConfig) -> tuple[str, ...]:
     return check_support(config, folder, load_tokenizer(folder, trust_remote_code=trusted)).notes
 
 
+def family_targets(name_or_path: str) -> tuple[str, ...] | None:
+    """Return the default targets where a model has all of them, else all linears but the head; None if it is not here.
+
+    Nothing is downloaded, no weight is read. Raises ConfigError for a model that is not supported.
+    """
+    folder = local_model(name_or_path)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    model = build_empty_model(folder, dtype=torch.float32)
+    names = all_linear(model)
+    default: tuple[str, ...] = AdapterConfig.model_fields["target_modules"].default
+    if {name.rpartition(".")[2] for name in names}.issuperset(default):
+        return default
+    found = plain_names(model, {ALL_LINEAR: names})
+    # Whole names would be one line for each layer.
+    return found if all("." not in name for name in found) else (ALL_LINEAR,)
+
+
 def _empty_base(
     config: RunConfig, folder: Path, dtype: torch.dtype, trains: bool
 ) -> tuple["PreTrainedModel", set[str], list[str]]:
-    """The base without weights, the buffers that a checkpoint must hold, and what is not known of its targets.
+    """Return the base without weights, the buffers that a checkpoint must hold, and what is not known of its targets.
 
     Raises ConfigError for what is not supported, and for targets of adapters that it does not have.
     """

@@ -1,4 +1,4 @@
-"""Saving an engine's state while it trains: snapshot to memory, write behind, complete together."""
+"""Saving an engine's state while it trains: snapshot to memory, write in a thread, complete on all together."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ from malora_dist.errors import CheckpointError
 from malora_dist.files.durable import write_text
 from malora_dist.tracking.metrics import BYTES, CHECKPOINT, KIND, SECONDS, STALL_SECONDS, STEP
 
-# Up to this, one process writes all.
+# Largest state that one process writes alone; larger ones are sharded.
 SHARD_BYTES = 512 * 2**20
 POLL_SECONDS = 0.05
 
@@ -87,14 +87,25 @@ class Saver:
         asynchronous: bool = True,
         shard_bytes: int = SHARD_BYTES,
         saved: Callable[[dict[str, Any]], None] = lambda record: None,
-        waiting: Callable[[], None] = lambda: None,
+        poll: Callable[[], None] = lambda: None,
     ) -> None:
-        """`saved` gets a record about each finished checkpoint, on every process; `waiting` is called while one is
-        written and nothing else is done.
+        """Prepare to save into `folder`.
+
+        Args:
+            tensors: those of the adapter.
+            state: the optimizer's state of them.
+            world: all processes.
+            folder: where the checkpoints are.
+            description: what their manifests say alike.
+            save_total_limit: how many are kept; None for all.
+            asynchronous: whether `save` returns before the files are written.
+            shard_bytes: see SHARD_BYTES.
+            saved: takes a record of each finished checkpoint, on every process.
+            poll: called again and again while `complete` waits for files.
         """
         self.tensors, self.state, self.world, self.description = tensors, state, world, description
         self.store = CheckpointStore(folder, save_total_limit)
-        self.folder, self.asynchronous, self.saved, self.waiting = folder, asynchronous, saved, waiting
+        self.folder, self.asynchronous, self.saved, self.poll = folder, asynchronous, saved, poll
         self.shards = plan_shards({whole.name: whole.num_bytes for whole in tensors}, world.size, shard_bytes)
         writers = [number * world.size // len(self.shards) for number in range(len(self.shards))]
         self.mine = writers.index(world.rank) if world.rank in writers else None
@@ -104,9 +115,14 @@ class Saver:
     def save(self, step: int, state: Mapping[str, Any], random: Mapping[str, Tensor], *, best: bool = False) -> None:
         """Begin to save the state after `step` optimizer steps; a finished checkpoint of it is left as it is.
 
-        `state` is the manifest's, alike on all; `random` the state of this process's generators.
+        Args:
+            step: optimizer steps so far.
+            state: that of the manifest, the same on all processes.
+            random: the state of this process's generators.
+            best: whether it is the best checkpoint so far.
 
-        Raises CheckpointError on all processes if this or the save before it cannot be written.
+        Raises:
+            CheckpointError: on all processes, if this or the save before it cannot be written.
         """
         self.complete()
         began = time.monotonic()
@@ -128,12 +144,12 @@ class Saver:
         return None
 
     def point_at_best(self, step: int | None) -> None:
-        """Let `best` name this step's checkpoint, if there is one: a killed process may have saved it and no more."""
+        """Mark this step's checkpoint as the best, if there is one: a killed process may have saved it and no more."""
         if step is not None:
             run_on_rank0(lambda: self.store.mark_best(step) if step in self.store.steps() else None, self.world)
 
     def _gather(self, random: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The files this process writes, with their tensors."""
+        """Return the files that this process writes, with their tensors."""
         mine = set() if self.mine is None else set(self.shards[self.mine])
         files: dict[str, dict[str, Tensor]] = {}
         for kind, name, tensor in snapshot(self.tensors, self.state, mine.__contains__):
@@ -146,7 +162,7 @@ class Saver:
 
     @staticmethod
     def _files_of_tensors(files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, str]]:
-        """The file of every tensor of all processes, by kind, which is how a file's name begins."""
+        """Return the file of every tensor of all processes, by kind, which is how a file's name begins."""
         result: dict[str, dict[str, str]] = {"adapter": {}, "optimizer": {}, "rng": {}}
         for name, file in gather_lists([(name, file) for file, tensors in files.items() for name in tensors]):
             kind = next(kind for kind in result if file.startswith(kind))
@@ -154,7 +170,7 @@ class Saver:
         return result
 
     def _write(self, folder: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, FileRecord]:
-        """Runs beside the training."""
+        """Write this process's files, in a thread beside training."""
         records = {file: write_shard(folder / file, tensors) for file, tensors in files.items()}
         if self.world.is_main:
             config = folder / ADAPTER_CONFIG
@@ -163,7 +179,7 @@ class Saver:
         return records
 
     def progress(self) -> tuple[bool, bool]:
-        """Whether this process is still writing, and whether it has failed to."""
+        """Return whether this process is still writing, and whether it has failed to."""
         if self._job is None:
             return False, False
         done = self._job.files.done()
@@ -177,7 +193,7 @@ class Saver:
         waited = time.monotonic()
         # Nobody waits in a collective, which has a timeout, for as long as a disk takes.
         while max_over_control([int(not job.files.done())], self.world)[0]:
-            self.waiting()
+            self.poll()
             time.sleep(POLL_SECONDS)
         error, records = None, {}
         try:

@@ -1,4 +1,4 @@
-"""Operations that give the same bits every time, on GPUs too, where PyTorch's fastest add numbers up in any order."""
+"""Deterministic algorithms: the same bits each time, also on GPUs, where PyTorch's fastest sums have no fixed order."""
 
 import os
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ import torch
 from malora_dist.errors import TrainingError
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-# How PyTorch words that an operation exists in no such form.
+# PyTorch's message for an operation without a deterministic implementation.
 NO_FORM = " does not have a deterministic implementation"
 
 
 def use_deterministic_algorithms() -> None:
-    """Let this process use no other operations from now on. To be called before anything is computed on a GPU.
+    """Use deterministic algorithms only, from now on. To be called before anything is computed on a GPU.
 
-    A CUBLAS_WORKSPACE_CONFIG of the user's stays, and PyTorch refuses those that do not do.
+    A CUBLAS_WORKSPACE_CONFIG of the user's is kept; PyTorch refuses values that are not deterministic.
     """
     os.environ.setdefault(CUBLAS, ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -26,7 +26,7 @@ def use_deterministic_algorithms() -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn PyTorch's error about an operation without a deterministic form into one for people."""
+    """Replace PyTorch's error about an operation that has no deterministic form by one that names the setting."""
     try:
         yield
     except RuntimeError as error:

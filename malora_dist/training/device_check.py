@@ -1,4 +1,4 @@
-"""Whether the processes' devices can do what a recipe asks, before any weight is loaded."""
+"""Checks that the processes' devices can do what a recipe asks, before any weight is loaded."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,11 +27,16 @@ PLAN_ERROR = 0.15
 
 
 def check_device(config: RunConfig, world: World, *, trains: bool = True) -> list[str]:
-    """Check every process's device for what the recipe asks of it; notes for the log.
+    """Check that every process's device can do what the recipe asks; return notes for the log. Every process calls.
 
-    Every process calls; adapter.computation counts only where the run `trains`. Raises ConfigError on all of them if a
-    GPU is too old for model.dtype, if this build of torch holds no code for it, or if the kernels that
-    adapter.computation names cannot run.
+    Args:
+        config: the recipe.
+        world: all processes.
+        trains: whether adapter.computation is of effect.
+
+    Raises:
+        ConfigError: on all processes, if a GPU is too old for model.dtype, if this build of torch holds no code for it,
+            or if the kernels that adapter.computation names cannot run.
     """
     dtype = base_dtype(config, world)
     error: ConfigError | None = None
@@ -83,10 +88,19 @@ def first_lengths(loader: TrainLoader, samples: Sequence[Sample]) -> Lengths:
 
 
 def check_memory(config: RunConfig, folder: Path, world: World, lengths: Lengths | None) -> list[str]:
-    """Compare the memory that `malora plan` counts with that of every process's GPU; a note for the log, or none.
+    """Compare the memory that `malora plan` counts with that of every process's GPU. Every process calls.
 
-    Every process calls; `folder` holds the base's config.json. Without `lengths` nothing is trained. Raises ConfigError
-    on all if the plan exceeds a whole GPU by more than `PLAN_ERROR`.
+    Args:
+        config: the recipe.
+        folder: of the base's config.json.
+        world: all processes.
+        lengths: mean lengths of samples; None if nothing is trained.
+
+    Returns:
+        A note for the log, or none.
+
+    Raises:
+        ConfigError: on all processes, if the plan exceeds a whole GPU by more than `PLAN_ERROR`.
     """
     if world.device.type != "cuda":
         return []
@@ -131,7 +145,7 @@ def memory_notes(
 
 
 def _as_it_runs(config: RunConfig, dtype: torch.dtype, *, trains: bool) -> RunConfig:
-    """The recipe with the precision that `auto` stands for here; evaluation does not spread experts."""
+    """Return the recipe with the precision that `auto` stands for here; evaluation does not spread experts."""
     model = config.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     parallel = config.parallel if trains else config.parallel.model_copy(update={"ep_size": 1})
     return config.model_copy(update={"model": model, "parallel": parallel})

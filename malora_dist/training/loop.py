@@ -1,13 +1,11 @@
-"""The training loop: steps, log records, validation and checkpoints in between, and an early end."""
+"""The training loop: steps, with log records, validations and checkpoints in between, and an early stop."""
 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from malora_dist.console.log import LOGGER, time_left
 from malora_dist.console.progress import Bar
@@ -24,17 +22,15 @@ from malora_dist.tracking.metrics import (
     TOKENS_PER_SECOND,
     Record,
 )
-from malora_dist.training.best_checkpoint import Best
-from malora_dist.training.preemption import ENOUGH_STEPS, Agreement, Preempted
+from malora_dist.training.preemption import ENOUGH_STEPS, Preempted
 from malora_dist.training.random_state import random_state
-from malora_dist.training.step_metrics import Window
-from malora_dist.training.train_step import Stepper
-from malora_dist.training.watchdog import Position
+from malora_dist.training.training_state import LoopState, TrainingParts
+from malora_dist.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """Lengths and intervals, in optimizer steps; None switches an interval off."""
+    """Lengths and intervals in optimizer steps; None switches an interval off."""
 
     max_steps: int
     steps_per_epoch: float
@@ -44,26 +40,14 @@ class LoopSettings:
     stop_after_steps: int | None
 
 
-@dataclass
-class LoopState:
-    """How far a run has come: after `step` optimizer steps.
-
-    validated: nothing that is due after `step` is left to do. loader: where the next batch begins. random: the state
-    of this process's generators then.
-    """
-
-    step: int = 0
-    validated: bool = True
-    loader: dict[str, Any] = field(default_factory=dict)
-    random: dict[str, Tensor] = field(default_factory=dict)
-    best: Best = field(default_factory=Best)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Actions:
-    """What the loop has done by others; every process calls each at the same steps.
+    """What the loop calls; every process calls each at the same steps.
 
-    validate gives the score of a validation. save takes the loop's state and whether it is the best so far.
+    Attributes:
+        log: takes a record.
+        validate: takes a step and returns the score of its validation.
+        save: takes the loop's state, and whether it is the best so far.
     """
 
     log: Callable[[Record], None]
@@ -72,22 +56,23 @@ class Actions:
 
 
 def train_loop(
-    stepper: Stepper,
-    loader: TrainLoader,
-    window: Window,
-    settings: LoopSettings,
-    state: LoopState,
-    actions: Actions,
-    agreement: Agreement,
+    parts: TrainingParts, settings: LoopSettings, state: LoopState, actions: Actions, poll: Callable[[], None]
 ) -> None:
     """Train from `state` to the last step, keeping `state` up to date.
 
-    Raises Preempted, after a save of the last completed step, if the run is to end early.
+    Args:
+        parts: what a step changes.
+        settings: lengths and intervals.
+        state: where training begins.
+        actions: what is logged, validated and saved with.
+        poll: called before each micro-batch, by every process alike; it may raise Preempted.
+
+    Raises:
+        Preempted: after a save of the last completed step, if the run is to stop early.
     """
-    stepper.between = agreement.check
-    loop = _Loop(stepper, loader, window, settings, state, actions)
+    loop = _Loop(parts, settings, state, actions, poll)
     try:
-        with Bar("training", settings.max_steps, stepper.world.is_main, after=0) as bar:
+        with Bar("training", settings.max_steps, parts.train_step.world.is_main, after=0) as bar:
             if not state.validated:
                 loop.save(best=loop.validate())
             while state.step < settings.max_steps:
@@ -106,53 +91,54 @@ def train_loop(
 class _Loop:
     def __init__(
         self,
-        stepper: Stepper,
-        loader: TrainLoader,
-        window: Window,
+        parts: TrainingParts,
         settings: LoopSettings,
         state: LoopState,
         actions: Actions,
+        poll: Callable[[], None],
     ) -> None:
-        self.stepper, self.loader, self.window = stepper, loader, window
-        self.settings, self.state, self.actions = settings, state, actions
+        self.parts, self.settings, self.state, self.actions, self.poll = parts, settings, state, actions, poll
+        self.watchdog = parts.train_step.watchdog
         self.first_step, self.started = state.step, time.monotonic()
-        state.loader, state.random = loader.state_dict(), random_state()
+        state.loader, state.random = parts.loader.state_dict(), random_state()
 
     @property
     def is_last(self) -> bool:
+        """Return whether the last step was that of the whole run."""
         return self.state.step == self.settings.max_steps
 
     def step(self) -> None:
-        """One optimizer step; until it is complete the state is that of the one before."""
+        """Run one optimizer step; until it is complete the state is that of the step before."""
         began, number = time.monotonic(), self.state.step + 1
-        batches = _next(self.loader, self.stepper.position, number, self.stepper.world.device)
-        self.window.add(self.stepper.step(number, batches), time.monotonic() - began)
-        self.state.step, self.state.loader, self.state.random = number, self.loader.state_dict(), random_state()
+        train_step, loader = self.parts.train_step, self.parts.loader
+        batches = _next(loader, self.watchdog, number, train_step.world.device)
+        self.parts.step_metrics.add(train_step.run(number, batches, self.poll), time.monotonic() - began)
+        self.state.step, self.state.loader, self.state.random = number, loader.state_dict(), random_state()
         self.state.validated = not (self.is_last or _due(self.settings.eval_steps, number))
 
     def log(self) -> None:
-        """A record of the steps since the last one, if it is due."""
+        """Log a record of the steps since the last one, if it is due."""
         number = self.state.step
         if number % self.settings.logging_steps == 0 or number == 1 or self.is_last:
-            self.stepper.position.enter("logging")
-            record = self.window.close(number, number / self.settings.steps_per_epoch)
+            self.watchdog.mark_phase("logging")
+            record = self.parts.step_metrics.record(number, number / self.settings.steps_per_epoch)
             self.actions.log(record)
             self._log(record)
 
     def validate(self) -> bool:
-        """The validation and the routing record of this step, if they are still to be done; whether it is the best."""
+        """Do the validation and the routing record of this step, if they are due; return whether it is the best."""
         if self.state.validated:
             return False
         number, best = self.state.step, False
         if _due(self.settings.eval_steps, number):
             best = self.state.best.offer(self.actions.validate(number), number)
-        self.stepper.position.enter("logging")
-        self.actions.log(self.window.routing(number))
+        self.watchdog.mark_phase("logging")
+        self.actions.log(self.parts.step_metrics.routing(number))
         self.state.validated = True
         return best
 
     def save(self, best: bool) -> None:
-        """A checkpoint, if one is due."""
+        """Save a checkpoint, if one is due."""
         if best or self.is_last or _due(self.settings.save_steps, self.state.step):
             self.actions.save(self.state, best)
 
@@ -174,8 +160,8 @@ class _Loop:
         )
 
 
-def _next(loader: TrainLoader, position: Position, number: int, device: torch.device) -> list[MicroBatch]:
-    position.enter("reading data", number)
+def _next(loader: TrainLoader, watchdog: Watchdog, number: int, device: torch.device) -> list[MicroBatch]:
+    watchdog.mark_phase("reading data", number)
     try:
         return [batch.to(device) for batch in next(loader)]
     except StopIteration:

@@ -1,10 +1,11 @@
-"""When a run ends early: signals, a time limit, and the agreement of all processes to save and leave together."""
+"""Stopping a run early: by a signal or a time limit, on all processes at the same point, with everything saved."""
 
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from malora_dist.distributed.process_groups import World, broadcast_stop, max_over_control, stop_requested
@@ -12,13 +13,13 @@ from malora_dist.launch.schedulers import end_time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_IS_UP, ENOUGH_STEPS = 1000, 1001
-LOOK_SECONDS = 0.3
+POLL_SECONDS = 0.3
 # How much of a job's remaining time is kept for the last step and save, at most and at least.
 KEPT_SECONDS, KEPT_SHARE = 300.0, 0.1
 
 
 class Preempted(Exception):
-    """Raised on every process alike when one was told to end early. Not a failure."""
+    """Raised on every process alike when one was asked to stop early. Not a failure."""
 
     def __init__(self, code: int) -> None:
         reasons = {TIME_IS_UP: "the time limit is near", ENOUGH_STEPS: "train.stop_after_steps is reached"}
@@ -26,88 +27,95 @@ class Preempted(Exception):
         super().__init__(self.reason)
 
 
-class Background(Protocol):
-    """Work that goes on beside the main thread (`training.checkpoint_saver`)."""
+class StopRequest:
+    """The first reason for which this process is to stop. Any thread may set it; nothing happens before a poll."""
 
-    def progress(self) -> tuple[bool, bool]:
-        """Whether this process is still at it, and whether it has failed."""
-
-    def complete(self) -> None:
-        """End it on all processes together. Raises if it failed on one."""
-
-
-class Agreement:
-    """What all processes must know of each other between two pieces of work. Only the main thread may ask.
-
-    `request` may be called from any thread; nothing happens before the main thread asks.
-    """
-
-    def __init__(self, deadline: float | None = None, alive: Callable[[], None] = lambda: None) -> None:
-        """`deadline` is a `time.time()` at which this process asks all to end; `alive` is called at every look."""
-        self.deadline, self.alive = deadline, alive
+    def __init__(self) -> None:
         self.code = 0
-        self.world: World | None = None
-        self.background: Background | None = None
-        self._looked = 0.0
 
-    def join(self, world: World) -> None:
-        """Now the process is one of `world`."""
-        self.world = world
-        self.check()
-
-    def request(self, code: int) -> None:
-        """Ask all processes to save and end; the first request stands."""
+    def set(self, code: int) -> None:
+        """Ask all processes to save and stop: the number of a signal, TIME_IS_UP or ENOUGH_STEPS. The first stands."""
         self.code = self.code or code
 
-    def check(self) -> None:
-        """Called by every process at the same point. Raises Preempted on all if one was told to end.
 
-        A checkpoint whose files are all written is completed here; raises if one could not be written.
+class Background(Protocol):
+    """Work beside the main thread (`training.checkpoint_saver`)."""
+
+    def progress(self) -> tuple[bool, bool]:
+        """Return whether this process is still at work, and whether it has failed."""
+
+    def complete(self) -> None:
+        """Finish the work on all processes together. Raises if it failed on one."""
+
+
+@dataclass
+class PreemptionCoordinator:
+    """Stops all processes of a run at the same point once one of them was asked to. For the main thread only.
+
+    Attributes:
+        world: all processes.
+        stop: what this process was asked.
+        deadline: the `time.time()` at which this process asks all to stop; None for none.
+        background: a checkpoint in flight, which `poll` completes once all its files are written.
+        heartbeat: called at every poll.
+    """
+
+    world: World
+    stop: StopRequest = field(default_factory=StopRequest)
+    deadline: float | None = None
+    background: Background | None = None
+    heartbeat: Callable[[], None] = lambda: None
+    _polled: float = field(default=0.0, init=False)
+
+    def poll(self) -> None:
+        """Stop if any process was asked to. To be called by every process at the same point.
+
+        Raises:
+            Preempted: on all processes, if one was asked to stop.
+            CheckpointError: on all processes, if the checkpoint in flight could not be written.
         """
-        assert self.world is not None
-        self._watch_the_clock()
+        self._check_deadline()
         busy, failed = self.background.progress() if self.background is not None else (False, False)
-        code, any_busy, any_failed = max_over_control([self.code, int(busy), int(failed)], self.world)
+        code, any_busy, any_failed = max_over_control([self.stop.code, int(busy), int(failed)], self.world)
         if self.background is not None and (any_failed or not any_busy):
             self.background.complete()
         if code:
-            self.code = code
+            self.stop.code = code
             raise Preempted(code)
 
     @contextmanager
-    def apart(self) -> Iterator[Callable[[], None]]:
-        """For work in which processes are not in step: gives `look`, to be called often.
+    def while_waiting(self) -> Iterator[Callable[[], None]]:
+        """Give a `poll` for work in which processes are not in step, as where one prepares what others wait for.
 
-        `look` leaves the block on this process soon after one that is still in it was told to end; all agree at the
-        block's end.
+        This `poll` may be called at any time. It leaves the block soon after any process that is still in it was asked
+        to stop. All processes agree at the end of the block, which raises as `PreemptionCoordinator.poll` does.
         """
         try:
-            yield self._look
+            yield self._poll_alone
         except _Abandoned:
             pass
-        self.check()
+        self.poll()
 
-    def _look(self) -> None:
-        assert self.world is not None
+    def _poll_alone(self) -> None:
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if now - self._polled < POLL_SECONDS:
             return
-        self._looked = now
-        self._watch_the_clock()
-        if self.code:
+        self._polled = now
+        self._check_deadline()
+        if self.stop.code:
             broadcast_stop()
             raise _Abandoned
         if stop_requested():
             raise _Abandoned
 
-    def _watch_the_clock(self) -> None:
-        self.alive()
+    def _check_deadline(self) -> None:
+        self.heartbeat()
         if self.deadline is not None and time.time() >= self.deadline:
-            self.request(TIME_IS_UP)
+            self.stop.set(TIME_IS_UP)
 
 
 class _Abandoned(Exception):
-    """Leaves work that is of no use any more."""
+    """Leaves a block of `while_waiting` whose work is no longer needed."""
 
 
 def deadline_of(max_hours: float | None, started: float) -> float | None:

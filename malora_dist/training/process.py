@@ -1,4 +1,4 @@
-"""A rank as a process: one clear message when it fails, a clean end when it does not."""
+"""A rank as a process: one clear message and an exit code when it fails, a clean end when it does not."""
 
 import logging
 import os
@@ -17,9 +17,9 @@ from malora_dist.files.exit_status import EXIT_FAILED, EXIT_MISTAKE, EXIT_OK, EX
 from malora_dist.launch.ranks import place_of
 from malora_dist.training.preemption import STOP_SIGNALS, Preempted
 
-# How long a rank leaves the word to the one that knows more, whose end makes the launcher end all.
+# Seconds that ranks other than 0, or with a less useful message, wait before they print an error.
 PATIENCE_SECONDS = 5
-# How gloo, NCCL and the store that the first process keeps word that another process is gone or late.
+# Messages of gloo, NCCL and the first process's store when another process is gone or late.
 LOST_PEER = (
     "Timed out waiting",
     "Connection closed by peer",
@@ -32,16 +32,18 @@ LOST_PEER = (
 
 
 def run_as_process(work: Callable[[], None]) -> int:
-    """Run a rank's work; its exit code, as docs/checkpoints.md lists them. Errors are said on stderr and in the log.
-
-    0: done. 75: told to end early, and saved. 2: a mistake in recipe, data or topology. 1: anything else.
+    """Run a rank's work. Errors are logged to stderr and the run's log.
 
     A rank that fails ends; its launcher then ends the others, and without a launcher their next collective fails within
-    the run's timeout. Errors for people are mostly found by all ranks alike, and then said by the main one only.
+    the run's timeout. Errors for people are mostly found by all ranks alike, and then printed by the main one only.
 
-    In a job script of `malora launch slurm` 75 is left in a file, and the process ends with 0.
+    In a job script of `malora launch slurm` 75 is written to a file, and the process ends with 0.
 
-    Once the work is done, STOP_SIGNALS are ignored, for good: the code is decided.
+    Once the work is done, STOP_SIGNALS are ignored from then on: the exit code is decided.
+
+    Returns:
+        The exit code (docs/checkpoints.md). 0: done. 75: stopped early, and saved. 2: a mistake in recipe, data or
+        topology. 1: any other failure.
     """
     code = EXIT_OK
     forgive_output()
@@ -55,25 +57,25 @@ def run_as_process(work: Callable[[], None]) -> int:
         _leave_groups()
     except MaloraError as error:
         if place_of(os.environ)[0] != 0:
-            # Leaving at once would make the launcher end the main rank before it has spoken.
+            # Leaving at once would make the launcher end the main rank before it has printed its error.
             time.sleep(PATIENCE_SECONDS)
-        say("\n  ".join([str(error), *_notes(error)]))
-        return _leave(_left_word(code_of(error)))
+        log_error("\n  ".join([str(error), *_notes(error)]))
+        return _leave(_write_code(code_of(error)))
     except Exception as error:
         lost = _lost_peer(error)
         if lost is None:
-            say(traceback.format_exc())
-        # Who is told to end before its time has only its place in the run to add to what the others say.
+            log_error(traceback.format_exc())
+        # A process that a launcher ends meanwhile only adds its place in the run to what the others print.
         elif not _told_to_end(PATIENCE_SECONDS) or _notes(error):
-            say(lost)
+            log_error(lost)
         return _leave(code_of(error))
-    return _leave(_left_word(code))
+    return _leave(_write_code(code))
 
 
-def _left_word(code: int) -> int:
-    """Write an exit code of note to the file $MALORA_EXIT_CODE, for a job script; the code to exit with.
+def _write_code(code: int) -> int:
+    """Write exit codes 2 and 75 to the file $MALORA_EXIT_CODE, for a job script; return the code to exit with.
 
-    Launchers hand no code on, and take 75 for a crash: they would end the other processes, and say so at length.
+    Launchers do not pass exit codes on, and take 75 for a crash: they would end the other processes.
     """
     path = os.environ.get("MALORA_EXIT_CODE")
     if not path or code not in (EXIT_MISTAKE, EXIT_PREEMPTED):
@@ -84,12 +86,12 @@ def _left_word(code: int) -> int:
 
 
 def code_of(error: Exception) -> int:
-    """The exit code of a process that ends by this error."""
+    """Return the exit code of a process that ends by this error."""
     return EXIT_MISTAKE if isinstance(error, ConfigError | DataError | TopologyError) else EXIT_FAILED
 
 
 def _lost_peer(error: Exception) -> str | None:
-    """A sentence if the error only means that another rank is gone: tracebacks of all others would bury its message."""
+    """Return a sentence if the error only means that another rank is gone, whose message tracebacks would bury."""
     if not isinstance(error, RuntimeError) or not any(words in str(error) for words in LOST_PEER):
         return None
     notes = _notes(error)
@@ -102,12 +104,12 @@ def _lost_peer(error: Exception) -> str | None:
 
 
 def _notes(error: Exception) -> list[str]:
-    """Where it happened, the whole first: the process's place in its run, then the group of processes."""
+    """Return where it happened: the process's place in its run, then the group of processes."""
     return list(reversed(getattr(error, "__notes__", [])))
 
 
 def _group(error: Exception) -> str:
-    """The group whose collective failed, as far as the frames of PyTorch and DeepSpeed tell."""
+    """Return the group whose collective failed, as far as the frames of PyTorch and DeepSpeed tell."""
     from torch.distributed import ProcessGroup, get_process_group_ranks, get_world_size
 
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
@@ -119,7 +121,7 @@ def _group(error: Exception) -> str:
 
 
 def _told_to_end(seconds: float) -> bool:
-    """Wait; whether SIGTERM came meanwhile, as from a launcher that ends all because of one."""
+    """Wait, and return whether SIGTERM came, as from a launcher that ends all processes because of one."""
     told: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _frame: told.append(number))
     until = time.monotonic() + seconds
@@ -129,8 +131,8 @@ def _told_to_end(seconds: float) -> bool:
     return bool(told)
 
 
-def say(message: str) -> None:
-    """Say an error of this process, with its rank if there are several, on stderr and in the run's log."""
+def log_error(message: str) -> None:
+    """Log an error of this process, with its rank if there are several, to stderr and the run's log."""
     rank, size = place_of(os.environ)
     where = f"[rank {rank}] " if size > 1 else ""
     logger = logging.getLogger(LOGGER)

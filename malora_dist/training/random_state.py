@@ -1,4 +1,4 @@
-"""The state of every random number generator of a process as tensors, so that a file of it needs no pickle."""
+"""The state of all random number generators of a process as tensors, which files hold without pickle."""
 
 import random
 import struct
@@ -11,7 +11,11 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Tensor]:
-    """`torch` and, with a GPU, `cuda` (uint8); `python` and `numpy` (int64: words, and the bits of a kept normal)."""
+    """Return the state of all generators.
+
+    Returns:
+        `torch` and, with a GPU, `cuda` (uint8); `python` and `numpy` (int64: words, and the bits of a kept normal).
+    """
     _, words, normal = random.getstate()
     legacy: Any = np.random.get_state(legacy=False)
     twister = legacy["state"]
@@ -28,7 +32,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Put back what `random_state` gave; a generator that is not in it is left alone."""
+    """Restore what `random_state` returned; generators that are not in it stay as they are."""
     if "torch" in state:
         torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Where a run starts: anew, or from a checkpoint of a run that may go on."""
+"""Where a run starts: from its beginning, or from a checkpoint that fits its recipe, base and data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,14 @@ from malora_dist.training.base_model import base_quantizer
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run starts. `folder` is the run folder it goes on in, None for a new one; `checkpoint` its state."""
+class ResumePoint:
+    """Where a run starts.
+
+    Attributes:
+        folder: the run folder that it goes on in; None for a new one.
+        checkpoint: the folder of the state that it goes on from; None from the beginning.
+        notes: for the log.
+    """
 
     folder: str | None = None
     checkpoint: str | None = None
@@ -26,24 +32,28 @@ class Start:
 
     @property
     def goes_on(self) -> bool:
-        """Whether it goes on with work of its own folder, and so with what was measured and recorded there."""
+        """Return whether it goes on with work of its own folder, and so with what was measured and recorded there."""
         if self.folder is None or self.checkpoint is None:
             return False
         return is_of_run(Path(self.checkpoint), Path(self.folder))
 
 
-def find_start(config: RunConfig) -> Start:
-    """Read train.resume_from_checkpoint and what is on the disk; for the main process, which holds output_dir's lock.
+def find_resume_point(config: RunConfig) -> ResumePoint:
+    """Find where a run starts, by train.resume_from_checkpoint and what is on the disk.
 
-    A run without a checkpoint starts again, also by another recipe. Raises ConfigError if the run in output_dir is
-    finished or was begun elsewhere, or if the recipe differs from the checkpoint's in what the result depends on;
-    CheckpointError if a checkpoint is damaged.
+    For the main process, which holds output_dir's lock. A run without a checkpoint starts again, also by another
+    recipe.
+
+    Raises:
+        ConfigError: the run in output_dir is finished or was begun elsewhere, or the recipe differs from the
+            checkpoint's in what the result depends on.
+        CheckpointError: a checkpoint is damaged.
     """
     wanted, run = config.train.resume_from_checkpoint, Path(config.output_dir)
     if wanted is None:
-        return Start()
+        return ResumePoint()
     if wanted == "auto":
-        return _go_on(config, run) if is_run(run) else Start()
+        return _go_on(config, run) if is_run(run) else ResumePoint()
     begun = is_run(run)
     if begun and (is_finished(run) or CheckpointStore(run / CHECKPOINTS).latest() is not None):
         _check_begun_from(Path(wanted), run)
@@ -55,22 +65,24 @@ def find_start(config: RunConfig) -> Start:
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     again = (_again(run),) if begun else ()
-    return Start(str(run) if begun else None, str(folder), (*_compare_with_checkpoint(config, before, where), *again))
+    return ResumePoint(
+        str(run) if begun else None, str(folder), (*_compare_with_checkpoint(config, before, where), *again)
+    )
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is the folder of a run."""
+    """Return whether it is the folder of a run."""
     return (folder / "config.yaml").is_file()
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run there has said so. Raises CheckpointError if exit.json is damaged."""
+    """Return whether the exit.json there says so. Raises CheckpointError if it is damaged."""
     outcome = read_exit_status(run)
     return outcome is not None and outcome["outcome"] == FINISHED
 
 
 def _check_begun_from(path: Path, run: Path) -> None:
-    """The same command again, in a requeued job, finds the run that it began; any other run is in the way."""
+    """Raise ConfigError unless the run there is the one that this command, of a requeued job, began."""
     begun_from = load_config(run / "config.yaml").train.resume_from_checkpoint
     if begun_from in (None, "auto") or Path(begun_from).resolve() != path.resolve() or is_finished(run):
         raise ConfigError(
@@ -79,7 +91,7 @@ def _check_begun_from(path: Path, run: Path) -> None:
         )
 
 
-def _go_on(config: RunConfig, run: Path) -> Start:
+def _go_on(config: RunConfig, run: Path) -> ResumePoint:
     newest = CheckpointStore(run / CHECKPOINTS).latest()
     if is_finished(run) or (newest is None and _is_of_old(run)):
         again = f" Or give train.resume_from_checkpoint={newest} and another output_dir." if newest else ""
@@ -89,18 +101,18 @@ def _go_on(config: RunConfig, run: Path) -> Start:
         )
     if newest is None:
         # Nothing is lost, whatever has changed: most often the mistake that ended the start before.
-        return Start(str(run), None, (*_changed_since(config, run), _again(run)))
+        return ResumePoint(str(run), None, (*_changed_since(config, run), _again(run)))
     notes = _compare_with_checkpoint(config, Checkpoint.open(newest).manifest, f"output_dir={run}")
-    return Start(str(run), str(newest), notes)
+    return ResumePoint(str(run), str(newest), notes)
 
 
 def _is_of_old(run: Path) -> bool:
-    """Whether a version without checkpoints has finished there; one of now may be killed once it has its adapter."""
+    """Return whether a version without checkpoints has finished there; later ones may be killed after the adapter."""
     return (run / "adapter").is_dir() and not (run / MEASURED_ON).exists()
 
 
 def _changed_since(config: RunConfig, run: Path) -> tuple[str, ...]:
-    """Notes on how the recipe differs from that of a start before; none if that one cannot be read any more."""
+    """Return notes on how the recipe differs from that of an earlier start; none if that cannot be read any more."""
     try:
         before = plain_config(load_config(run / "config.yaml"))
     except ConfigError:
@@ -113,7 +125,7 @@ def _again(run: Path) -> str:
 
 
 def _newest_in(path: Path) -> Path:
-    """A checkpoint's folder, or the newest one of a run."""
+    """Return a checkpoint's folder, or the newest one of a run."""
     if (path / CHECKPOINTS).is_dir():
         newest = CheckpointStore(path / CHECKPOINTS).latest()
         if newest is None:
@@ -123,7 +135,7 @@ def _newest_in(path: Path) -> Path:
 
 
 def _compare_with_checkpoint(config: RunConfig, before: Manifest, where: str) -> tuple[str, ...]:
-    """Note what is different. Raises ConfigError for another recipe, CheckpointError for other 4-bit codes."""
+    """Return notes on what differs. Raises ConfigError for another recipe, CheckpointError for other 4-bit codes."""
     notes = _compare(config, before.config, where)
     name, found, wanted = checkpoint_name(before.step), before.state.get("quantizer"), base_quantizer(config)
     if wanted is None or found == wanted:
@@ -140,7 +152,7 @@ def _compare_with_checkpoint(config: RunConfig, before: Manifest, where: str) ->
 
 
 def _compare(config: RunConfig, before: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Notes on what is different. Raises ConfigError where it would change the result."""
+    """Return notes on what differs. Raises ConfigError where it would change the result."""
     found = changes(_completed(before), plain_config(config))
     refused = [change for change in found if change.kind == "refused"]
     if refused:
@@ -157,7 +169,7 @@ def _notes(found: Sequence[Change]) -> tuple[str, ...]:
 
 
 def _completed(before: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A stored config with the defaults of keys that did not exist when it was stored."""
+    """Complete a stored config with the defaults of keys that did not exist when it was stored."""
     try:
         completed: Mapping[str, Any] = plain_config(config_from_dict(before))
         return completed
@@ -170,9 +182,10 @@ def _note(change: Change) -> str:
 
 
 def open_checkpoint(folder: Path, world: World) -> Checkpoint:
-    """A checkpoint whose files are as they were written; the processes share the work of checking.
+    """Open a checkpoint, and check that its files are as they were written; the processes share the work.
 
-    Raises CheckpointError on all processes, naming the file.
+    Raises:
+        CheckpointError: on all processes, naming the file.
     """
     error = None
     try:

@@ -1,13 +1,15 @@
 """The folder of a run: claimed once, never overwritten, every file whole or absent."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, Timeout
+from safetensors import SafetensorError
 
+from malora_dist.distributed.process_groups import World, broadcast_object
 from malora_dist.errors import CheckpointError, ConfigError, TrainingError
 from malora_dist.files.exit_status import RUN_FILES
 from malora_dist.files.json_text import parse_json
@@ -19,10 +21,16 @@ LOCK_SECONDS, LOCK_SHARE = 30, 0.8
 
 
 def claim_run_folder(output_dir: str | Path) -> tuple[Path, BaseFileLock]:
-    """Make `output_dir` the folder of a new run, or `output_dir-2`, `-3`, ... if it is taken; with its lock, held.
+    """Make `output_dir` the folder of a new run, or `output_dir-2`, `-3`, ... if it is taken.
 
-    A folder that holds nothing of a run is taken over with what is in it: a job's log file, or nothing because the run
-    before was killed at once. Raises ConfigError if it cannot be written.
+    A folder that holds no file of a run is used as it is: with a job's log file, or empty because an earlier run was
+    killed at once.
+
+    Returns:
+        The folder and its lock, which is held.
+
+    Raises:
+        ConfigError: it cannot be written.
     """
     wanted = Path(output_dir)
     if wanted.name in ("", ".."):
@@ -48,10 +56,11 @@ def _is_taken(folder: Path) -> bool:
 
 
 def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> BaseFileLock:
-    """Hold the folder against a second run in it until the lock is released or this process ends.
+    """Lock the folder against a second run in it, until the lock is released or this process ends.
 
-    Raises TrainingError if another process has it for `seconds` more: one that was killed may take a while to be gone,
-    and one whose node is lost until it gives up waiting for the others.
+    Raises:
+        TrainingError: another process holds it for `seconds` more. One that was killed may take a while to end, and
+            one that has lost its peers ends when it gives up waiting for them.
     """
     lock = _lock(folder, seconds)
     if lock is None:
@@ -62,10 +71,10 @@ def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> BaseFileLock
 
 
 def lock_seconds(environment: Mapping[str, str], timeout_seconds: float) -> float:
-    """How long a start waits for the lock, while its other processes wait in a collective.
+    """Return how long a start waits for the lock, while its other processes wait in a collective.
 
-    Of a job that was requeued, long enough for the main process of the start before: on a node that was lost it
-    waits for its peers for `timeout_seconds` in all.
+    In a job that was requeued this is long enough for the main process of the start before, which waits for the peers
+    of a lost node for `timeout_seconds` in all.
     """
     return LOCK_SHARE * timeout_seconds if is_requeued(environment) else min(LOCK_SECONDS, LOCK_SHARE * timeout_seconds)
 
@@ -81,8 +90,27 @@ def _lock(folder: Path, seconds: float) -> BaseFileLock | None:
     return lock
 
 
+def write_on_rank0(write: Callable[[], None], folder: Path, world: World) -> None:
+    """Write into the folder on the main process while the others wait.
+
+    Raises:
+        TrainingError: on all processes, if the files cannot be written.
+    """
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            write()
+        except Exception as caught:
+            error = caught
+    problem = broadcast_object(None if error is None else f"{folder} cannot be written: {error}")
+    if error is not None and not isinstance(error, OSError | SafetensorError):
+        raise error
+    if problem is not None:
+        raise TrainingError(problem) from error
+
+
 def read_evaluations(folder: Path) -> dict[str, Any]:
-    """eval.json of a run that goes on, {} without one. Raises CheckpointError if it is damaged."""
+    """Read eval.json of a run that goes on; {} without one. Raises CheckpointError if it is damaged."""
     path = folder / "eval.json"
     if not path.exists():
         return {}
@@ -93,7 +121,7 @@ def read_evaluations(folder: Path) -> dict[str, Any]:
 
 
 def read_measured_on(path: Path) -> Any:
-    """What the evaluations in a run's folder were measured on; None if that is not known."""
+    """Read what the evaluations in a run's folder were measured on; None if that is not known."""
     if not path.exists():
         return None
     return _read_json(path)
@@ -106,10 +134,10 @@ def forget_evaluations(folder: Path) -> None:
 
 
 def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
-    """Where `result` belongs: eval.json, or eval-2.json, -3, ... if the file says something that `result` does not.
+    """Return the file for `result`: eval.json, or eval-2.json, -3, ... if that holds what `result` does not.
 
-    So a measurement that comes out the same rewrites its file, one that was interrupted is completed, and one with
-    other tasks, rows or numbers (beyond rounding) goes beside it.
+    So the same measurement rewrites its file, an interrupted one is completed, and one with other tasks, rows or
+    numbers (beyond rounding) gets a file of its own.
     """
     for number in count(1):
         path = folder / ("eval.json" if number == 1 else f"eval-{number}.json")

@@ -1,4 +1,4 @@
-"""One start of a run: which folder it works in, from where it goes on, and how it ended."""
+"""One start of a run: the folder it works in, the checkpoint it goes on from, and how it ended."""
 
 import logging
 import os
@@ -22,61 +22,68 @@ from malora_dist.files.exit_status import (
     clear_exit_status,
     write_exit_status,
 )
-from malora_dist.training.loop import LoopState
+from malora_dist.training.best_checkpoint import Best, scored_by
 from malora_dist.training.preemption import Preempted
 from malora_dist.training.process import code_of
-from malora_dist.training.resume import Start, find_start, is_finished, is_run
+from malora_dist.training.resume import ResumePoint, find_resume_point, is_finished, is_run
 from malora_dist.training.run_folder import claim_run_folder, lock_run_folder, lock_seconds
-from malora_dist.training.run_logger import RunOutputs
+from malora_dist.training.run_logger import RunLogger
+from malora_dist.training.training_state import LoopState
 
 
-class Session:
-    """From the look for a run to go on with to exit.json. Every process makes one; all leave it alike.
+class RunLifecycle:
+    """A context from the search for a run to go on with until exit.json is written. Every process enters and leaves it.
 
-    Raises ConfigError, CheckpointError or TrainingError on all if the run cannot start here; exit.json of a run that
-    could have gone on then says so.
+    Raises ConfigError, CheckpointError or TrainingError on all processes if the run cannot start here; exit.json of a
+    run that could have gone on then says so.
+
+    Attributes:
+        resume_point: where the run starts.
+        state: how far it has come; the loop updates it.
+        logger: what writes the run's folder, once it is open.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world, self.state = config, world, LoopState()
-        self.outputs: RunOutputs | None = None
+        self.config, self.world = config, world
+        self.state = LoopState(best=Best(by=scored_by(config.train)))
+        self.logger: RunLogger | None = None
         self._lock: BaseFileLock | None = None
-        self.start: Start = run_on_rank0(self._find_start, world)
+        self.resume_point: ResumePoint = run_on_rank0(self._find_resume_point, world)
 
-    def _find_start(self) -> Start:
-        """Under the lock, since a process that is about to end may still be saving."""
+    def _find_resume_point(self) -> ResumePoint:
+        """Find it under the run's lock: a process that is about to end may still be saving."""
         run = Path(self.config.output_dir)
         if self.config.train.resume_from_checkpoint is None or not is_run(run):
-            return find_start(self.config)
+            return find_resume_point(self.config)
         self._lock = lock_run_folder(run, lock_seconds(os.environ, self.config.parallel.timeout_seconds))
         try:
-            start = find_start(self.config)
+            point = find_resume_point(self.config)
         except MaloraError as error:
             if not is_finished(run):
                 self._write(run, FAILED, code_of(error), str(error))
             self._release()
             raise
         clear_exit_status(run)
-        return start
+        return point
 
-    def open(self) -> RunOutputs:
-        """The run's folder to write in: that of the run that goes on, or a new one."""
+    def open(self) -> RunLogger:
+        """Open the folder of the run that goes on, or of a new one, and return what writes there."""
         folder = run_on_rank0(self._folder, self.world)
         # The config written there names that folder, and is one to go on with.
         changes: dict[str, object] = {"output_dir": folder}
         if self.config.train.resume_from_checkpoint is None:
             changes["train"] = self.config.train.model_copy(update={"resume_from_checkpoint": "auto"})
-        self.outputs = RunOutputs(self.config.model_copy(update=changes), Path(folder), self.world)
-        self.outputs.notes(self.start.notes)
-        return self.outputs
+        self.logger = RunLogger(self.config.model_copy(update=changes), Path(folder), self.world)
+        self.logger.notes(self.resume_point.notes)
+        return self.logger
 
     def _folder(self) -> str:
-        if self.start.folder is not None:
-            return self.start.folder
+        if self.resume_point.folder is not None:
+            return self.resume_point.folder
         folder, self._lock = claim_run_folder(self.config.output_dir)
         return str(folder)
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> "RunLifecycle":
         return self
 
     def __exit__(
@@ -91,10 +98,10 @@ class Session:
         self._release()
 
     def _preempted(self, stop: Preempted) -> None:
-        outputs = self.outputs or self.open()
-        outputs.close()
-        step = run_on_rank0(lambda: self._write(outputs.folder, PREEMPTED, EXIT_PREEMPTED, stop.reason), self.world)
-        other = "" if str(outputs.folder) == self.config.output_dir else f" with --output_dir {outputs.folder}"
+        logger = self.logger or self.open()
+        logger.close()
+        step = run_on_rank0(lambda: self._write(logger.folder, PREEMPTED, EXIT_PREEMPTED, stop.reason), self.world)
+        other = "" if str(logger.folder) == self.config.output_dir else f" with --output_dir {logger.folder}"
         other += " and without --new-run" if self.config.train.resume_from_checkpoint is None else ""
         logging.getLogger(LOGGER).info(
             "ended early after step %d: %s; the same command%s goes on from there", step, stop.reason, other
@@ -107,16 +114,16 @@ class Session:
         try:
             self._write(folder, FAILED, code_of(error), str(error).strip() or repr(error))
         except CheckpointError as second:
-            # What has happened before is the news.
+            # Keep the original exception.
             error.add_note(str(second))
 
     def _written_to(self) -> Path | None:
-        if self.outputs is not None:
-            return self.outputs.folder
-        return None if self.start.folder is None else Path(self.start.folder)
+        if self.logger is not None:
+            return self.logger.folder
+        return None if self.resume_point.folder is None else Path(self.resume_point.folder)
 
     def _write(self, folder: Path | None, outcome: str, code: int, reason: str) -> int:
-        """The last completed step: that of the newest checkpoint, if the session ended before it was restored."""
+        """Write exit.json; return the last completed step: that of the newest checkpoint, if not restored yet."""
         assert folder is not None
         steps = CheckpointStore(folder / CHECKPOINTS).steps()
         step = max([self.state.step, *steps])

@@ -1,6 +1,6 @@
-"""Everything a run writes, and what it says on the terminal. Only the main process writes, and all must call.
+"""The files that a run writes, and its log. Only the main process writes; all must call.
 
-What it cannot write ends the run on all processes alike.
+What cannot be written ends the run on all processes.
 """
 
 import logging
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.text import Text
-from safetensors import SafetensorError
 from torch import nn
 
 from malora_dist.adapters.inject import InjectionReport
@@ -21,13 +20,11 @@ from malora_dist.config import RunConfig, config_text
 from malora_dist.config.summary import adapter_spec
 from malora_dist.console.log import LOGGER, console, start_logging
 from malora_dist.data.build import PreparedData
-from malora_dist.distributed.process_groups import World, broadcast_object, run_on_rank0
+from malora_dist.distributed.process_groups import World, run_on_rank0
 from malora_dist.distributed.zero3 import gathered_adapter_state
-from malora_dist.errors import TrainingError
 from malora_dist.files.atomic import write_json, write_text
 from malora_dist.files.exit_status import MEASURED_ON
 from malora_dist.files.json_text import parse_json
-from malora_dist.models.config import KEY
 from malora_dist.report import print_results, write_report
 from malora_dist.tracking.metrics import (
     BASE_DTYPE,
@@ -52,10 +49,11 @@ from malora_dist.tracking.metrics import (
 )
 from malora_dist.tracking.trackers import open_trackers
 from malora_dist.training.best_checkpoint import Tasks, score
-from malora_dist.training.run_folder import forget_evaluations, read_evaluations, read_measured_on
+from malora_dist.training.run_folder import forget_evaluations, read_evaluations, read_measured_on, write_on_rank0
+from malora_dist.training.run_summary import injection_lines, next_steps, placement_lines
 
 
-class RunOutputs:
+class RunLogger:
     """The files of one run folder: config.yaml, data.json, metrics.jsonl, eval.json, adapter/, report/, train.log.
 
     A run that goes on adds to what its folder holds.
@@ -67,7 +65,7 @@ class RunOutputs:
         self.evaluations: dict[str, Any] = run_on_rank0(lambda: read_evaluations(folder), world)
         self.report: InjectionReport | None = None
         start_logging(None)
-        self._on_main(self._open)
+        self._run_on_rank0(self._open)
         self.log.info(
             "run folder %s, %d process%s on %s", folder, world.size, "es" if world.size > 1 else "", world.device.type
         )
@@ -79,62 +77,34 @@ class RunOutputs:
         self.trackers = open_trackers(self.config.train.report_to, self.folder, self.config.model_dump(mode="json"))
 
     def notes(self, notes: Sequence[str]) -> None:
-        """What a reader should know about the plan."""
+        """Log what a reader should know about the run."""
         for note in notes:
             self.log.info("note: %s", note)
 
     def data(self, data: PreparedData) -> None:
-        """data.json: what was read, skipped and removed, by task."""
+        """Write data.json: what was read, skipped and removed, by task."""
         self.notes(data.warnings())
         self._write("data.json", data.counts)
         sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
         self.log.info("training samples: %s", sizes)
 
     def injection(self, report: InjectionReport) -> None:
-        """Which modules were adapted, and how much of the base is quantised and adapted."""
+        """Log which modules were adapted."""
         self.report = report
-        for row in report.rows:
-            self.log.info(
-                "adapted %3d x %-10s %5d -> %-5d  %11s trainable",
-                row.modules,
-                row.target,
-                row.in_features,
-                row.out_features,
-                f"{row.trainable_parameters:,}",
-            )
-        base = report.base_parameters
-        self.log.info(
-            "trainable %s of %s base parameters (%.2f %%); 4-bit: %.1f %% of the base, adapted: %.1f %%",
-            f"{report.trainable_parameters:,}",
-            f"{base:,}",
-            100 * report.trainable_parameters / base,
-            100 * report.quantized_parameters / base,
-            100 * report.adapted_parameters / base,
-        )
-        if report.fused_experts:
-            self.log.info(
-                "not adapted, because they are no linears: experts kept as one parameter, %s and %d more",
-                report.fused_experts[0],
-                len(report.fused_experts) - 1,
-            )
+        for line in injection_lines(report):
+            self.log.info("%s", line)
 
     def placement(self, dtype: str, resident: dict[str, int], steps: int, steps_per_epoch: float) -> None:
-        """What this process holds once DeepSpeed has placed everything."""
-        self.log.info(
-            "ZeRO-%d: this process keeps %.1f MiB of base and %.1f MiB of adapter weights",
-            self.config.parallel.zero_stage,
-            resident["base"] / 2**20,
-            resident["adapter"] / 2**20,
-        )
-        if self.config.parallel.ep_size > 1:
-            experts, ep_size = self.config.adapter.num_experts, self.config.parallel.ep_size
-            self.log.info(
-                "expert parallelism: groups of %d processes exchange tokens, each owns %d of %d experts of a layer",
-                ep_size,
-                experts // ep_size,
-                experts,
-            )
-        self.log.info("training for %d steps, %.1f steps an epoch", steps, steps_per_epoch)
+        """Log what this process holds once DeepSpeed has placed everything, and record the facts of the run.
+
+        Args:
+            dtype: of the base.
+            resident: bytes of `base` and `adapter` weights on this process.
+            steps: optimizer steps of the whole run.
+            steps_per_epoch: of one epoch.
+        """
+        for line in placement_lines(self.config, resident, steps, steps_per_epoch):
+            self.log.info("%s", line)
         assert self.report is not None
         self.record(
             {
@@ -157,16 +127,18 @@ class RunOutputs:
             for tracker in self.trackers:
                 tracker.log(record)
 
-        self._on_main(append)
+        self._run_on_rank0(append)
 
     def resumed(self, step: int, checkpoint: Checkpoint | None, *, validated: bool = True) -> None:
-        """Take the records of lost work out of metrics.jsonl, and add one that training goes on after `step`.
+        """Remove the records of lost work from metrics.jsonl, and add one that training goes on after `step`.
 
-        From a checkpoint of another run, all that this folder has recorded was lost. Unless the step is `validated`,
-        its validation will be recorded once more.
+        Args:
+            step: optimizer steps so far.
+            checkpoint: where they come from. None, or one of another run, for a run whose own records are all lost.
+            validated: False if the validation of the step is still to be done, and so to be recorded again.
         """
         own = checkpoint is not None and is_of_run(checkpoint.folder, self.folder)
-        self._on_main(lambda: self.metrics.cut(step if own else 0, () if validated else (EVAL, ROUTING)))
+        self._run_on_rank0(lambda: self.metrics.cut(step if own else 0, () if validated else (EVAL, ROUTING)))
         folder = None
         if checkpoint is not None:
             folder = str(checkpoint.folder)
@@ -182,18 +154,18 @@ class RunOutputs:
             self.record({KIND: CHECKPOINT, STEP: step, BYTES: sum(record.bytes for record in files)})
 
     def measured_on(self, what: Mapping[str, Any]) -> None:
-        """Forget the evaluations of a start of this run that trained something else: another recipe, base or rows."""
+        """Forget the evaluations of an earlier start of this run that had another recipe, base or rows."""
         path = self.folder / MEASURED_ON
         before = run_on_rank0(lambda: read_measured_on(path), self.world)
         if before is not None and before != what and self.evaluations:
             self.notes(["an earlier start of this run was of another recipe, base or rows: evaluations are done again"])
         if before != what:
             self.evaluations = {}
-            self._on_main(lambda: forget_evaluations(self.folder))
+            self._run_on_rank0(lambda: forget_evaluations(self.folder))
             self._write(MEASURED_ON, what)
 
     def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The content of a JSON file of the folder, which is measured and written by the first start of a run."""
+        """Return the content of a JSON file of the folder, which the first start of a run measures and writes."""
         path = self.folder / name
         if not run_on_rank0(path.exists, self.world):
             self._write(name, measure())
@@ -201,7 +173,7 @@ class RunOutputs:
         return content
 
     def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:
-        """An evaluation during training: a record of `eval/<task>/accuracy` and `/loss`; its score by `metric`."""
+        """Record a validation, as `eval/<task>/accuracy` and `/loss`; return its score by `metric`."""
         value = score(metric, result["tasks"], baseline)
         names = {"accuracy": eval_accuracy, "loss": eval_loss}
         values = {
@@ -215,7 +187,7 @@ class RunOutputs:
         return value
 
     def evaluation(self, side: str, result: dict[str, Any]) -> None:
-        """Add the `base` or `tuned` side to eval.json."""
+        """Write the `base` or `tuned` side of eval.json."""
         self.evaluations[side] = result
         self._write("eval.json", self.evaluations)
         if result["average"] is not None:
@@ -225,11 +197,11 @@ class RunOutputs:
     def adapter(self, model: nn.Module, name: str) -> None:
         """Write the adapter folder `name`; gathers the weights, so every process must call it."""
         state = dict(gathered_adapter_state(model))
-        self._on_main(lambda: save_adapter(self.folder / name, self.adapter_info(), state, self._card()))
+        self._run_on_rank0(lambda: save_adapter(self.folder / name, self.adapter_info(), state, self._card()))
         self.log.info("saved %s", self.folder / name)
 
     def adapter_info(self) -> AdapterInfo:
-        """What adapter_config.json says."""
+        """Return what adapter_config.json says."""
         adapter = self.config.adapter
         return AdapterInfo(
             spec=adapter_spec(self.config),
@@ -243,8 +215,8 @@ class RunOutputs:
         return model_card(self.adapter_info(), [task.name for task in self.config.data.tasks], self.evaluations)
 
     def close(self) -> None:
-        """End the files of a run that is to go on later."""
-        self._on_main(self._close)
+        """Close the files of a run that is to go on later."""
+        self._run_on_rank0(self._close)
 
     def _close(self) -> None:
         self.metrics.close()
@@ -252,8 +224,8 @@ class RunOutputs:
             tracker.close()
 
     def finish(self) -> None:
-        """Write the report, put the accuracies into the adapter's card, and say what to look at next."""
-        self._on_main(self._finish)
+        """Write the report and the adapter's model card, and print what to look at next."""
+        self._run_on_rank0(self._finish)
 
     def _finish(self) -> None:
         write_text(self.folder / "adapter" / "README.md", self._card())
@@ -266,28 +238,11 @@ class RunOutputs:
         terminal = console()
         if self.evaluations:
             terminal.print(print_results(self.evaluations))
-        trust = f" --{KEY} true" if self.config.model.trust_remote_code else ""
-        next_steps = (
-            f"\nLook next at\n"
-            f"  {self.folder}/report/index.html   pictures: losses, accuracies, routing of tasks to experts\n"
-            f"  {self.folder}/adapter/            the adapter, {self.folder}/metrics.jsonl the numbers\n"
-            f"  malora evaluate {self.folder}{trust}     measures it again, on any number of processes"
-        )
-        terminal.print(Text(next_steps), soft_wrap=True)
+        text = next_steps(self.folder, trust_remote_code=self.config.model.trust_remote_code)
+        terminal.print(Text(text), soft_wrap=True)
 
     def _write(self, name: str, value: Any) -> None:
-        self._on_main(lambda: write_json(self.folder / name, value))
+        self._run_on_rank0(lambda: write_json(self.folder / name, value))
 
-    def _on_main(self, write: Callable[[], None]) -> None:
-        """Let the main process write while the others wait. Raises TrainingError on all if that fails."""
-        error: Exception | None = None
-        if self.world.is_main:
-            try:
-                write()
-            except Exception as caught:
-                error = caught
-        problem = broadcast_object(None if error is None else f"{self.folder} cannot be written: {error}")
-        if error is not None and not isinstance(error, OSError | SafetensorError):
-            raise error
-        if problem is not None:
-            raise TrainingError(problem) from error
+    def _run_on_rank0(self, write: Callable[[], None]) -> None:
+        write_on_rank0(write, self.folder, self.world)

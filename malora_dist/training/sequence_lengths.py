@@ -1,4 +1,4 @@
-"""Whether the tasks' samples fit the positions that a base model knows."""
+"""Checks that samples are no longer than the positions that a base model was made for."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ FIXED_DISTANCES = ("mpt",)
 def position_notes(data: PreparedData, folder: Path, *, trust_remote_code: bool = False) -> list[str]:
     """Return a note on each task with samples longer than the model of the folder was made for.
 
-    Raises ConfigError if that model looks positions up in a table, which then has none for them, or if its rotations
-    would change with what they stand behind.
+    Raises:
+        ConfigError: the model looks positions up in a table, which has none for such samples, or its rotations would
+            depend on earlier samples.
     """
     config: Any = read_model_config(folder, trust_remote_code=trust_remote_code)
     check_rotations(config, data.longest)

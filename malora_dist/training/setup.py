@@ -1,7 +1,6 @@
-"""From a recipe to the parts of a run: data, adapters, engine, steps. The last places that read the recipe."""
+"""From a recipe to the parts of a run: data, adapters, engine, steps."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -20,12 +19,13 @@ from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.zero3 import gathered, partition_at_once
 from malora_dist.training.balance_loss import BalanceSettings
 from malora_dist.training.deepspeed_engine import OptimizerSettings
-from malora_dist.training.train_step import Stepper
-from malora_dist.training.watchdog import Position
+from malora_dist.training.loop import LoopSettings
+from malora_dist.training.run_context import RunContext
+from malora_dist.training.train_step import StepSettings, TrainStep
 
 
 def engine_config(config: RunConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's configuration of this run."""
+    """Return DeepSpeed's configuration of this run."""
     result = deepspeed_config(config, world.size)
     # DeepSpeed would replace F.linear for the whole process by one that breaks non-reentrant recomputation.
     result["zero_optimization"].setdefault("memory_efficient_linear", False)
@@ -36,24 +36,33 @@ def engine_config(config: RunConfig, world: World) -> dict[str, Any]:
 
 def add_adapters(
     model: nn.Module,
-    config: RunConfig,
+    context: RunContext,
     deepspeed_settings: dict[str, Any],
     groups: ExpertGroups | None,
-    between: Callable[[], None] = lambda: None,
     init_weights: bool = True,
 ) -> tuple[InjectionReport, AllToAll | None]:
-    """Inject the recipe's mixture; with expert groups each process keeps its own experts, joined by an AllToAll.
+    """Inject the recipe's mixture; with expert groups each process keeps its own experts.
 
     Every process draws the same whole layer before it keeps its part, and does so before the next layer is drawn: step
-    0 does not depend on the topology, and no process ever holds more than one whole layer at ZeRO-3. `between` is
-    called at each layer, by every process alike; it may raise. Without `init_weights` nothing is drawn: a checkpoint
-    will be restored.
+    0 does not depend on the topology, and no process ever holds more than one whole layer at ZeRO-3. The context is
+    polled at each layer.
+
+    Args:
+        model: the base.
+        context: of the run.
+        deepspeed_settings: those of `engine_config`.
+        groups: the processes that share one set of experts; None without expert parallelism.
+        init_weights: whether to draw initial values; not where a checkpoint will be restored.
+
+    Returns:
+        What was adapted, and what exchanges tokens between the processes of a group.
     """
+    config = context.config
     adapter = config.adapter
     partition = partition_at_once(deepspeed_settings, share=None) if config.parallel.zero_stage == 3 else None
 
     def place(layer: MixtureLinear) -> None:
-        between()
+        context.poll()
         if groups is not None:
             keep_local_experts(layer, groups)
         if partition is not None:
@@ -75,7 +84,7 @@ def add_adapters(
 
 
 def optimizer_settings(config: RunConfig, total_steps: int) -> OptimizerSettings:
-    """AdamW and schedule; warm-up is rounded up to whole steps, as transformers does."""
+    """Return AdamW and schedule; warm-up is rounded up to whole steps, as transformers does."""
     train = config.train
     return OptimizerSettings(
         learning_rate=train.learning_rate,
@@ -89,7 +98,7 @@ def optimizer_settings(config: RunConfig, total_steps: int) -> OptimizerSettings
 
 
 def train_loader(config: RunConfig, data: PreparedData, world: World) -> TrainLoader:
-    """This process's micro-batches of the training data."""
+    """Return this process's micro-batches of the training data."""
     return TrainLoader(
         data.train,
         task_sizes=data.train_sizes,
@@ -108,6 +117,19 @@ def total_steps(config: RunConfig, loader: TrainLoader) -> int:
     return config.train.max_steps or loader.steps_for(config.train.num_train_epochs or 0)
 
 
+def loop_settings(config: RunConfig, loader: TrainLoader) -> LoopSettings:
+    """Return the length of the run and its intervals."""
+    train = config.train
+    return LoopSettings(
+        max_steps=total_steps(config, loader),
+        steps_per_epoch=loader.steps_per_epoch,
+        logging_steps=train.logging_steps,
+        eval_steps=train.eval_steps,
+        save_steps=train.save_steps,
+        stop_after_steps=train.stop_after_steps,
+    )
+
+
 def unseen_tasks(config: RunConfig, data: PreparedData, loader: TrainLoader) -> list[str]:
     """Return a note on each task of which the run draws no sample."""
     steps = total_steps(config, loader)
@@ -118,20 +140,15 @@ def unseen_tasks(config: RunConfig, data: PreparedData, loader: TrainLoader) -> 
     ]
 
 
-def new_stepper(
-    config: RunConfig, data: PreparedData, engine: Any, world: World, all_to_all: AllToAll | None, position: Position
-) -> Stepper:
-    """What runs the recipe's optimizer steps on `engine`."""
-    adapter = config.adapter
-    return Stepper(
-        engine,
-        world,
+def new_train_step(context: RunContext, data: PreparedData, engine: Any, all_to_all: AllToAll | None) -> TrainStep:
+    """Return what runs the recipe's optimizer steps on `engine`."""
+    adapter, train = context.config.adapter, context.config.train
+    settings = StepSettings(
         task_names=data.task_names,
         balance=BalanceSettings(adapter.router_aux_loss_coef, adapter.router_aux_loss_reduction, adapter.balance_scope),
-        normalization=config.train.loss_normalization,
-        zero_stage=config.parallel.zero_stage,
-        max_grad_norm=config.train.max_grad_norm,
-        seed=config.train.seed,
-        all_to_all=all_to_all,
-        position=position,
+        normalization=train.loss_normalization,
+        zero_stage=context.config.parallel.zero_stage,
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
     )
+    return TrainStep(engine, context.world, settings, all_to_all=all_to_all, watchdog=context.watchdog)

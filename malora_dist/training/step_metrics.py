@@ -1,4 +1,4 @@
-"""Sums over the steps since the last log record, and expert counts since the last routing record."""
+"""Metrics of the steps since the last log record, and expert counts since the last routing record."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,27 +29,27 @@ from malora_dist.tracking.metrics import (
     Record,
     train_loss,
 )
-from malora_dist.training.train_step import Stepper, StepResult
+from malora_dist.training.train_step import StepResult, TrainStep
 
 
-class Window:
-    """Collects step results and makes records of them, the same on every process."""
+class StepMetrics:
+    """Collects the results of steps and makes records of them, the same on every process."""
 
-    def __init__(self, stepper: Stepper) -> None:
-        self.stepper = stepper
-        self.layers = [name for name, layer in mixture_layers(stepper.engine.module) if layer.balanced]
+    def __init__(self, train_step: TrainStep) -> None:
+        self.train_step = train_step
+        self.layers = [name for name, layer in mixture_layers(train_step.engine.module) if layer.balanced]
         self.results: list[StepResult] = []
         self.seconds = 0.0
         self.expert_counts_GLE: Tensor = torch.zeros(())
 
     def add(self, result: StepResult, seconds: float) -> None:
-        """One more step, which took `seconds`."""
+        """Add a step, which took `seconds`."""
         self.results.append(result)
         self.seconds += seconds
         self.expert_counts_GLE = self.expert_counts_GLE + result.expert_counts_GLE
 
-    def close(self, step: int, epoch: float) -> Record:
-        """The window's record; starts a new window."""
+    def record(self, step: int, epoch: float) -> Record:
+        """Return the record of the steps since the last one, and forget them."""
         results, seconds = self.results, self.seconds
         n = len(results)
         peak, sent, norms = self._measured()
@@ -65,9 +65,9 @@ class Window:
             STEP_SECONDS: seconds / n,
             PEAK_MEMORY_GIB: peak,
         }
-        if self.stepper.all_to_all is not None:
+        if self.train_step.all_to_all is not None:
             record[EXCHANGE_BYTES] = sum(sent) / n
-        for task, name in enumerate(self.stepper.task_names):
+        for task, name in enumerate(self.train_step.task_names):
             count = sum(result.task_token_counts[task] for result in results)
             if count > 0:
                 record[train_loss(name)] = sum(result.task_loss_sums[task] for result in results) / count
@@ -75,8 +75,8 @@ class Window:
         return record
 
     def _measured(self) -> tuple[float, list[float], list[float]]:
-        """Return the most memory any process took; bytes all exchanged, and gradient norm, of each step. Waits once."""
-        device, n = self.stepper.world.device, len(self.results)
+        """Return the peak memory of all processes in GiB, and of each step the bytes sent and the gradient norm."""
+        device, n = self.train_step.world.device, len(self.results)
         peak = max_over_processes(to_device(torch.tensor([peak_memory_gib(device)], dtype=torch.float64), device))
         sent = to_device(torch.tensor([r.exchange_bytes for r in self.results], dtype=torch.float64), device)
         norms = [r.norm.to(device, torch.float64, non_blocking=True) for r in self.results]
@@ -84,11 +84,11 @@ class Window:
         return highest, values[:n], values[n:]
 
     def routing(self, step: int) -> Record:
-        """Share of each task's choices that went to each expert, by layer; starts a new count."""
+        """Return the share of each task's choices that fell on each expert, by layer, and forget the counts."""
         counts_GLE = self._counts().cpu()
         self.expert_counts_GLE = torch.zeros(())
         share_GLE = counts_GLE / counts_GLE.sum(dim=-1, keepdim=True).clamp(min=1)
-        tasks = list(self.stepper.task_names)
+        tasks = list(self.train_step.task_names)
         shares = share_GLE.tolist() if self.layers else [[] for _ in tasks]
         share = {task: dict(zip(self.layers, rows, strict=True)) for task, rows in zip(tasks, shares, strict=True)}
         return {KIND: ROUTING, STEP: step, TASKS: tasks, SHARE: share}
@@ -100,7 +100,7 @@ class Window:
         return sum_over_processes(self.expert_counts_GLE.clone(memory_format=torch.contiguous_format))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON of what has been collected by all processes; every process must call it."""
+        """Return plain JSON of what all processes have collected; every process must call it."""
         _, sent, norms = self._measured() if self.results else (0.0, [], [])
         results = [
             {**_numbers(result), "grad_norm": norm, "exchange_bytes": int(total)}
@@ -114,12 +114,12 @@ class Window:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave, on any number of processes: the main one stands for all that did it."""
-        is_main = self.stepper.world.is_main
+        """Restore what `state_dict` gave, on any number of processes: the main one then holds the sums of all."""
+        is_main = self.train_step.world.is_main
         self.results = [_result(row, is_main) for row in state["results"]]
         self.seconds = state["seconds"]
         if state["expert_counts"] is not None:
-            counts = torch.tensor(state["expert_counts"], device=self.stepper.world.device)
+            counts = torch.tensor(state["expert_counts"], device=self.train_step.world.device)
             self.expert_counts_GLE = counts if is_main else torch.zeros_like(counts)
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step over all processes, with a loss that does not depend on how samples were dealt to them."""
+"""One optimizer step over all processes, with a loss that does not depend on which process got which samples."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,19 +16,22 @@ from malora_dist.distributed.zero012 import clip_gradients
 from malora_dist.errors import NonFiniteError, TrainingError
 from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
 from malora_dist.ops.devices import to_device
-from malora_dist.ops.loss import batch_counts, target_weights
+from malora_dist.ops.loss import batch_counts, sum_by_group, target_weights
 from malora_dist.ops.products import kept_weight_copies
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
-from malora_dist.training.nonfinite_guard import GradientGuard, first_nonfinite_layer, stop_if_nonfinite
-from malora_dist.training.watchdog import Position
+from malora_dist.training.nonfinite_check import NonFiniteCheck, first_nonfinite_layer, stop_if_nonfinite
+from malora_dist.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives, equal on every process; but `expert_counts_GLE` and `exchange_bytes` are this process's own.
+    """The result of a step, equal on every process except for `expert_counts_GLE` and `exchange_bytes`.
 
-    norm: the L2 norm of all gradients before clipping, on the device, which may still be busy with it.
-    exchange_bytes: what it sent to other processes for expert parallelism.
+    Attributes:
+        norm: L2 norm of all gradients before clipping, on the device, which may still compute it.
+        tokens: of the global batch, prompts included.
+        expert_counts_GLE: choices of each expert by task and layer, on this process.
+        exchange_bytes: bytes that this process sent to others for expert parallelism.
     """
 
     loss: float
@@ -43,55 +46,74 @@ class StepResult:
 
     @property
     def grad_norm(self) -> float:
-        """Return `norm` on the host: waits for the device."""
+        """Return `norm` on the host; waits for the device."""
         return float(self.norm)
 
 
-class Stepper:
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """How a step computes, clips and reports.
+
+    Attributes:
+        task_names: names of the tasks, by their number.
+        balance: the balance loss.
+        normalization: of the loss, see `ops.loss.target_weights`.
+        zero_stage: that of the engine.
+        max_grad_norm: the norm to which gradients are clipped.
+        seed: of dropout masks.
+    """
+
+    task_names: Sequence[str]
+    balance: BalanceSettings
+    normalization: str
+    zero_stage: int
+    max_grad_norm: float
+    seed: int
+
+
+class TrainStep:
     """Runs optimizer steps on an engine.
 
     loss = sum of weighted cross-entropies over the whole global batch (`ops.loss`) + coefficient x its balance
     loss (`training.balance_loss`). DeepSpeed divides by the accumulation steps and averages over processes, so each
-    process back-propagates its weighted sum times both. `between` is called before each micro-batch; what it raises
-    leaves the step undone. The host waits for the device once a step, when the numbers that must be finite are read.
+    process back-propagates its weighted sum times both. The host waits for the device once a step, when the numbers
+    that must be finite are read.
     """
 
     def __init__(
         self,
         engine: Any,
         world: World,
+        settings: StepSettings,
         *,
-        task_names: Sequence[str],
-        balance: BalanceSettings,
-        normalization: str,
-        zero_stage: int,
-        max_grad_norm: float,
-        seed: int,
         all_to_all: AllToAll | None = None,
-        position: Position | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        self.all_to_all = all_to_all
-        self.position = position or Position(world.rank)
-        self.position.follow(engine.module)
-        self.engine, self.world, self.task_names = engine, world, task_names
-        self.balance = StepBalance(engine.module, balance, len(task_names), world.size, world.device)
-        self.normalization, self.seed = normalization, seed
-        self.zero_stage, self.max_grad_norm = zero_stage, max_grad_norm
-        self.between: Callable[[], None] = lambda: None
+        self.engine, self.world, self.settings, self.all_to_all = engine, world, settings, all_to_all
+        self.task_names = settings.task_names
+        self.watchdog = watchdog or Watchdog(world.rank)
+        self.watchdog.attach(engine.module)
+        self.balance = StepBalance(engine.module, settings.balance, len(self.task_names), world.size, world.device)
         self.trained = [p for _, p in adapter_parameters(engine.module) if p.requires_grad]
-        self.guard = GradientGuard(engine.module, world.device, self.position.reach)
+        self.nonfinite = NonFiniteCheck(engine.module, world.device, self.watchdog.mark_layer)
 
-    def step(self, number: int, batches: Sequence[MicroBatch]) -> StepResult:
-        """Run optimizer step `number` (from 1) on this process's micro-batches.
+    def run(self, number: int, batches: Sequence[MicroBatch], poll: Callable[[], None] = lambda: None) -> StepResult:
+        """Run one optimizer step.
 
-        Raises TrainingError, on every process alike, if a loss or gradient is not finite or if the processes have
-        different numbers of micro-batches; the weights are then still those of the step before.
+        Args:
+            number: of the step, from 1.
+            batches: this process's micro-batches.
+            poll: called before each micro-batch; what it raises leaves the step undone.
+
+        Raises:
+            TrainingError: on every process alike, if a loss or gradient is not finite or if the processes have
+                different numbers of micro-batches; the weights are then still those of the step before.
         """
-        self.position.enter("counting tokens", number)
+        self.watchdog.mark_phase("counting tokens", number)
         _need_equal(number, len(batches), self.world)
         self.engine.train()
         train_adapters(self.engine.module)
-        self.guard.clear()
+        self.nonfinite.clear()
         sent_before = self._sent_bytes()
         step_counts = self._step_counts(batches)
         self.balance.start(step_counts.tokens, len(batches))
@@ -99,14 +121,14 @@ class Stepper:
         sums = _Sums(len(self.task_names), self.world.device)
         with kept_weight_copies(self.engine.module):
             for batch in batches[:-1]:
-                self.between()
+                poll()
                 self._backward(number, batch, step_counts, len(batches), sums)
                 self.engine.step()
-            self.between()
+            poll()
             self._backward(number, batches[-1], step_counts, len(batches), sums)
-        self.position.enter("optimizer step")
+        self.watchdog.mark_phase("optimizer step")
         totals = self._check(number, batches, sums, step_counts)
-        norm = clip_gradients(self.trained, self.max_grad_norm) if self.zero_stage == 0 else None
+        norm = clip_gradients(self.trained, self.settings.max_grad_norm) if self.settings.zero_stage == 0 else None
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         return StepResult(
@@ -136,25 +158,29 @@ class Stepper:
     def _backward(
         self, number: int, batch: MicroBatch, step_counts: "_StepCounts", accumulation: int, sums: "_Sums"
     ) -> None:
-        self.position.enter("forward")
-        set_token_keys(self.engine.module, batch, self.seed, number)
+        self.watchdog.mark_phase("forward")
+        set_token_keys(self.engine.module, batch, self.settings.seed, number)
         ce_N = cross_entropies(self.engine, batch)
         balance = self.balance.add(batch)
         weights_N = target_weights(
-            batch.target_sample, batch.task_ids, batch.target_counts, step_counts.supervised, self.normalization
+            batch.target_sample,
+            batch.task_ids,
+            batch.target_counts,
+            step_counts.supervised,
+            self.settings.normalization,
         )
         loss = (ce_N * weights_N).sum()
         share = loss + self.balance.settings.coefficient * balance
-        self.position.enter("backward")
+        self.watchdog.mark_phase("backward")
         self.engine.backward(share * accumulation * self.world.size)
-        self.guard.collect()
+        self.nonfinite.collect()
         sums.add(batch, ce_N.detach(), loss.detach())
 
     def _check(
         self, number: int, batches: Sequence[MicroBatch], sums: "_Sums", step_counts: "_StepCounts"
     ) -> "_Totals":
-        """Read the step's sums over all processes on the host at once; raises if one of them is not finite."""
-        own = [sums.vector(), self.guard.norms_P, self.balance.sums()]
+        """Add the step's sums up over all processes and read them on the host; raises if one is not finite."""
+        own = [sums.vector(), self.nonfinite.norms_P, self.balance.sums()]
         losses, norms, balance = sum_over_processes(torch.cat(own)).split([len(part) for part in own])
         aux, tokens = self.balance.finish(balance).reshape(1), step_counts.tokens.reshape(1)
         G = len(self.task_names)
@@ -165,9 +191,11 @@ class Stepper:
             (loss, aux_loss),
             totals.task_loss_sums,
             self.task_names,
-            where=lambda: first_nonfinite_layer(self.engine, batches, self.world.device, seed=self.seed, step=number),
+            where=lambda: first_nonfinite_layer(
+                self.engine, batches, self.world.device, seed=self.settings.seed, step=number
+            ),
         )
-        layer = self.guard.culprit(rest[G : -G - 1])
+        layer = self.nonfinite.first_bad_layer(rest[G : -G - 1])
         if layer is not None:
             tasks = sorted({self.task_names[t] for batch in batches for t in batch.task_ids.tolist()})
             raise NonFiniteError(
@@ -177,9 +205,9 @@ class Stepper:
 
 
 def _need_equal(number: int, micro_batches: int, world: World) -> None:
-    """Raise TrainingError at once: in the middle of a step, the process that has one less would be waited for.
+    """Raise TrainingError unless all processes have as many micro-batches: later, the others would wait for one.
 
-    Asked over the hosts, so that no process waits for its device.
+    Compared between hosts, so that no process waits for its device.
     """
     own = [micro_batches if rank == world.rank else 0 for rank in range(world.size)]
     ranks: dict[int, list[int]] = {}
@@ -208,24 +236,17 @@ class _Totals:
 
 
 class _Sums:
-    """Running sums of a step on this process, on the device; `Stepper._check` adds up those of all processes."""
+    """Running sums of a step on this process, on the device; `TrainStep._check` adds them up over processes."""
 
     def __init__(self, num_tasks: int, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.task_loss_G = torch.zeros(num_tasks, dtype=torch.float64, device=device)
 
     def add(self, batch: MicroBatch, ce_N: Tensor, loss: Tensor) -> None:
+        """Add a micro-batch: cross-entropies of its targets, and its part of the loss."""
         self.loss += loss
         self.task_loss_G += sum_by_group(ce_N, batch.task_ids[batch.target_sample], len(self.task_loss_G))
 
     def vector(self) -> Tensor:
+        """Return the sums as one vector (1 + G,)."""
         return torch.cat([self.loss.reshape(1), self.task_loss_G])
-
-
-def sum_by_group(value_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
-    """Sum each group's values in fp64 in one order, (num_groups,); `index_add` on CUDA has a new one each time.
-
-    For few groups: it reads every value once for each.
-    """
-    groups_G = torch.arange(num_groups, device=group_N.device)
-    return torch.where(group_N == groups_G[:, None], value_N, 0).sum(dim=1, dtype=torch.float64)

@@ -1,32 +1,77 @@
-"""What a checkpoint says beside tensors, taken from an engine and put back into one of any topology."""
+"""The state of training: what a checkpoint holds beside tensors, and how an engine of any topology is restored."""
 
 import logging
 import math
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.console.log import LOGGER
 from malora_dist.data.loader import TrainLoader
-from malora_dist.distributed.optimizer_state import OptimizerState
-from malora_dist.distributed.process_groups import World
-from malora_dist.distributed.snapshot import Whole, restore
+from malora_dist.distributed.optimizer_state import OptimizerState, optimizer_state
+from malora_dist.distributed.snapshot import Whole, restore, whole_tensors
 from malora_dist.errors import CheckpointError
 from malora_dist.training.balance_loss import StepBalance
 from malora_dist.training.best_checkpoint import Best
-from malora_dist.training.loop import LoopState
 from malora_dist.training.random_state import random_state, set_random_state
-from malora_dist.training.step_metrics import Window
+from malora_dist.training.step_metrics import StepMetrics
+from malora_dist.training.train_step import TrainStep
 
 GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 
 
-def training_state(
-    engine: Any, optimizer: OptimizerState, balance: StepBalance, loop: LoopState, window: Window
-) -> dict[str, Any]:
-    """Plain JSON of everything that decides how training goes on from here, alike on every process.
+@dataclass
+class LoopState:
+    """How far a run has come: after `step` optimizer steps.
+
+    Attributes:
+        validated: nothing that is due after `step` is left to do.
+        loader: where the next batch begins.
+        random: the state of this process's generators after `step`.
+        best: the best validation so far.
+    """
+
+    step: int = 0
+    validated: bool = True
+    loader: dict[str, Any] = field(default_factory=dict)
+    random: dict[str, Tensor] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """The parts of a run that steps change and checkpoints restore.
+
+    Attributes:
+        train_step: the engine with its balance loss.
+        loader: this process's batches.
+        step_metrics: what the steps since the last records have measured.
+        tensors: all tensors of the adapter.
+        optimizer: the optimizer's state of them.
+    """
+
+    train_step: TrainStep
+    loader: TrainLoader
+    step_metrics: StepMetrics
+    tensors: list[Whole]
+    optimizer: OptimizerState
+
+    @classmethod
+    def of(cls, train_step: TrainStep, loader: TrainLoader) -> "TrainingParts":
+        """Return the parts of a run whose engine was just built."""
+        engine = train_step.engine
+        optimizer = optimizer_state(engine, train_step.settings.zero_stage)
+        return cls(train_step, loader, StepMetrics(train_step), whole_tensors(engine.module), optimizer)
+
+
+def training_state(parts: TrainingParts, state: LoopState) -> dict[str, Any]:
+    """Return plain JSON of everything that decides how training goes on, the same on every process.
 
     Every process must call it.
     """
+    engine, optimizer = parts.train_step.engine, parts.optimizer
     group = engine.optimizer.param_groups[0]
     return {
         "optimizer": {
@@ -35,40 +80,34 @@ def training_state(
             **{key: list(group[key]) if key == "betas" else group[key] for key in GROUP_KEYS},
         },
         "scheduler": {"last_epoch": engine.lr_scheduler.last_epoch},
-        "balance": balance.state_dict(),
-        "loader": loop.loader,
-        "window": window.state_dict(),
-        "validated": loop.validated,
-        "best": loop.best.as_dict(),
+        "balance": parts.train_step.balance.state_dict(),
+        "loader": state.loader,
+        "window": parts.step_metrics.state_dict(),
+        "validated": state.validated,
+        "best": state.best.as_dict(),
     }
 
 
-def restore_training(
-    checkpoint: Checkpoint,
-    engine: Any,
-    optimizer: OptimizerState,
-    balance: StepBalance,
-    tensors: list[Whole],
-    loader: TrainLoader,
-    window: Window,
-    world: World,
-) -> LoopState:
-    """Put a checkpoint's state into a fresh engine, loader and window; where training goes on.
+def restore_training(checkpoint: Checkpoint, parts: TrainingParts, state: LoopState) -> None:
+    """Restore fresh `parts` and `state` from a checkpoint of any topology.
 
-    Raises CheckpointError, on every process alike, if the checkpoint's tensors are not those of this model, if its
-    optimizer or schedule is another one, or if its data are.
+    Raises:
+        CheckpointError: on every process alike, if the checkpoint's tensors are not those of this model, or if its
+            optimizer, schedule or data are others.
     """
-    step, state = checkpoint.manifest.step, checkpoint.manifest.state
-    check_tensors(checkpoint, tensors)
-    loader.load_state_dict(state["loader"])
-    restore(tensors, optimizer, step, checkpoint.read_elements)
-    _restore_schedule(checkpoint, engine, optimizer)
+    step, saved = checkpoint.manifest.step, checkpoint.manifest.state
+    engine = parts.train_step.engine
+    check_tensors(checkpoint, parts.tensors)
+    parts.loader.load_state_dict(saved["loader"])
+    restore(parts.tensors, parts.optimizer, step, checkpoint.read_elements)
+    _restore_schedule(checkpoint, engine, parts.optimizer)
     engine.global_steps, engine.global_samples = step, step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
-    _restore_balance(checkpoint, balance)
-    window.load_state_dict(state["window"])
-    set_random_state(_random_state_of(checkpoint, world.rank))
-    return LoopState(step, state["validated"], loader.state_dict(), random_state(), Best(**state["best"]))
+    _restore_balance(checkpoint, parts.train_step.balance)
+    parts.step_metrics.load_state_dict(saved["window"])
+    set_random_state(_random_state_of(checkpoint, parts.train_step.world.rank))
+    state.step, state.validated, state.best = step, saved["validated"], Best(**saved["best"])
+    state.loader, state.random = parts.loader.state_dict(), random_state()
 
 
 def check_tensors(checkpoint: Checkpoint, tensors: list[Whole]) -> None:
@@ -88,7 +127,7 @@ def check_tensors(checkpoint: Checkpoint, tensors: list[Whole]) -> None:
 
 
 def _restore_balance(checkpoint: Checkpoint, balance: StepBalance) -> None:
-    """Take up the expert counts of the last step. Older checkpoints have none: then as before step 1."""
+    """Restore the expert counts of the last step. Older checkpoints have none: then as before step 1."""
     if "balance" in checkpoint.manifest.state:
         balance.load_state_dict(checkpoint.manifest.state["balance"], str(checkpoint.folder))
     else:
@@ -120,6 +159,6 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _random_state_of(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
-    """The generators' state of that rank; empty if the run had fewer processes."""
+    """Return the generators' state of a rank; empty if the run had fewer processes."""
     own = [name for name in checkpoint.names("rng") if name.startswith(f"{rank}.")]
     return {name.partition(".")[2]: checkpoint.read("rng", name) for name in own}

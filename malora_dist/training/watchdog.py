@@ -1,4 +1,4 @@
-"""Where a process is in its run: step, phase and layer, for the message when it fails, is stuck or is told to end."""
+"""Where a process is in its run: step, phase and layer, for the message when it fails, hangs or is told to end."""
 
 import os
 import signal
@@ -14,17 +14,17 @@ from torch import nn
 from malora_dist.adapters.inject import mixture_layers
 from malora_dist.errors import MaloraError
 from malora_dist.training.preemption import STOP_SIGNALS
-from malora_dist.training.process import say
+from malora_dist.training.process import log_error
 
 # Said this early, the others have not given up yet; NCCL's watchdog then ends a process without a Python exception.
 STUCK_SHARE = 0.9
 STOP = 0
 
 
-class Position:
-    """Optimizer step, phase and adapted layer of this process. Every change is a sign of life.
+class Watchdog:
+    """Optimizer step, phase and adapted layer of this process. Every change is a heartbeat.
 
-    Nothing is said about a process before it has entered its first phase.
+    A process that is in no phase yet is not reported.
     """
 
     def __init__(self, rank: int = 0) -> None:
@@ -33,26 +33,26 @@ class Position:
         self.layer: str | None = None
         self.moved = time.monotonic()
 
-    def enter(self, phase: str, step: int | None = None) -> None:
-        """Begin a phase, of the given optimizer step or of the one before it."""
+    def mark_phase(self, phase: str, step: int | None = None) -> None:
+        """Begin a phase of optimizer step `step`, of the same step as the last phase by default."""
         self.step = self.step if step is None else step
         # The gradients begin at the layer where forward ended.
         self.phase, self.layer = phase, self.layer if phase == "backward" else None
         self.moved = time.monotonic()
 
-    def reach(self, layer: str) -> None:
-        """Come to an adapted layer, forward or backward."""
+    def mark_layer(self, layer: str) -> None:
+        """Record that forward or backward has reached an adapted layer."""
         self.layer, self.moved = layer, time.monotonic()
 
-    def alive(self) -> None:
-        """Give a sign of life without a change of place."""
+    def heartbeat(self) -> None:
+        """Record progress within a phase."""
         self.moved = time.monotonic()
 
-    def follow(self, model: nn.Module) -> None:
-        """Note every adapted layer that a forward of `model` comes to, recomputation included."""
+    def attach(self, model: nn.Module) -> None:
+        """Mark every adapted layer that a forward of `model` reaches, recomputation included."""
         for name, layer in mixture_layers(model):
             # Before DeepSpeed's own hook, which gathers the layer and may wait for others.
-            layer.register_forward_pre_hook(lambda _module, _inputs, name=name: self.reach(name), prepend=True)
+            layer.register_forward_pre_hook(lambda _module, _inputs, name=name: self.mark_layer(name), prepend=True)
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f", near layer {self.layer}"
@@ -61,41 +61,46 @@ class Position:
 
 @contextmanager
 def watched(
-    position: Position, timeout_seconds: float, on_signal: Callable[[int], None] | None = None
+    watchdog: Watchdog, timeout_seconds: float, on_signal: Callable[[int], None] | None = None
 ) -> Iterator[None]:
-    """Tell the position when it matters: in errors that leave this block, when it is stuck, when SIGTERM comes.
+    """Report where the process is: in errors that leave this block, when nothing moves, and at SIGTERM.
 
-    `on_signal` is called, in another thread, with each of STOP_SIGNALS. Without it SIGTERM ends the process; with it
-    any of them does if nothing moves from then on. Only for the main thread. An error gets the position as a note, but
-    not a mistake that is found before step 1.
+    For the main thread only. An error gets the place as a note, but for mistakes that are found before step 1.
+
+    Args:
+        watchdog: where the process is.
+        timeout_seconds: after which collectives fail; the report comes a tenth earlier.
+        on_signal: called in another thread with each of STOP_SIGNALS, any of which ends the process if nothing moves
+            from then on. By default SIGTERM ends the process.
     """
-    watch = _Watch(position, STUCK_SHARE * timeout_seconds, on_signal)
-    watch.start()
+    thread = _WatchThread(watchdog, STUCK_SHARE * timeout_seconds, on_signal)
+    thread.start()
     try:
         yield
     except Exception as error:
-        if position.phase is not None and not (isinstance(error, MaloraError) and position.step == 0):
-            error.add_note(f"rank {position.rank} {position}")
+        if watchdog.phase is not None and not (isinstance(error, MaloraError) and watchdog.step == 0):
+            error.add_note(f"rank {watchdog.rank} {watchdog}")
         raise
     finally:
-        watch.stop()
+        thread.stop()
 
 
-class _Watch:
-    """A thread that says once where this process is when it has not moved for `limit_seconds`, and kills nothing.
+class _WatchThread:
+    """A thread that reports once where this process is when it has not moved for `limit_seconds`, and ends nothing.
 
-    The main thread may be waiting inside PyTorch or CUDA, where no signal handler of Python runs. So the thread hears
+    The main thread may be waiting inside PyTorch or CUDA, where Python runs no signal handler. So the thread receives
     signals through a socket.
     """
 
-    def __init__(self, position: Position, limit_seconds: float, on_signal: Callable[[int], None] | None) -> None:
-        self.position, self.limit_seconds, self.on_signal = position, limit_seconds, on_signal
-        self.told: int | None = None
-        self.told_at = 0.0
+    def __init__(self, watchdog: Watchdog, limit_seconds: float, on_signal: Callable[[int], None] | None) -> None:
+        self.watchdog, self.limit_seconds, self.on_signal = watchdog, limit_seconds, on_signal
+        self.stop_signal: int | None = None
+        self.stopped_at = 0.0
         self._signals = STOP_SIGNALS if on_signal is not None else (signal.SIGTERM,)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
+        """Install the handlers of signals and start the thread."""
         self._inbox, self._outbox = socket.socketpair()
         self._outbox.setblocking(False)
         self._inbox.settimeout(self.limit_seconds / 20)
@@ -105,6 +110,7 @@ class _Watch:
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread and restore the handlers."""
         self._outbox.send(bytes([STOP]))
         self._thread.join()
         signal.set_wakeup_fd(self._old_wakeup)
@@ -114,7 +120,7 @@ class _Watch:
         self._outbox.close()
 
     def _run(self) -> None:
-        said = None
+        reported = None
         while True:
             try:
                 received = self._inbox.recv(64)
@@ -124,32 +130,32 @@ class _Watch:
                 return
             for number in self._signals:
                 if number in received:
-                    self._hear(number)
-            moved = self.position.moved
-            if moved != said and self._is_stuck():
-                said = moved
-            if self.told is not None and time.monotonic() - max(moved, self.told_at) >= self.limit_seconds:
-                self._end(self.told)
+                    self._on_signal(number)
+            moved = self.watchdog.moved
+            if moved != reported and self._is_stuck():
+                reported = moved
+            if self.stop_signal is not None and time.monotonic() - max(moved, self.stopped_at) >= self.limit_seconds:
+                self._end(self.stop_signal)
 
     def _is_stuck(self) -> bool:
-        """Whether it is; says so."""
-        idle = time.monotonic() - self.position.moved
-        if self.position.phase is None or idle < self.limit_seconds:
+        """Return whether the process has not moved for too long, and report it."""
+        idle = time.monotonic() - self.watchdog.moved
+        if self.watchdog.phase is None or idle < self.limit_seconds:
             return False
-        say(
-            f"no progress for {idle:.0f} s: {self.position}, in {_main_function()}; "
+        log_error(
+            f"no progress for {idle:.0f} s: {self.watchdog}, in {_main_function()}; "
             "a process that waits longer than parallel.timeout_seconds for another one gives up"
         )
         return True
 
-    def _hear(self, number: int) -> None:
-        if number == signal.SIGTERM and self.position.phase is not None and self.told is None:
-            say(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.position}")
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGTERM and self.watchdog.phase is not None and self.stop_signal is None:
+            log_error(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.watchdog}")
         if self.on_signal is None:
             self._end(number)
         else:
-            if self.told is None:
-                self.told, self.told_at = number, time.monotonic()
+            if self.stop_signal is None:
+                self.stop_signal, self.stopped_at = number, time.monotonic()
             self.on_signal(number)
 
     @staticmethod
@@ -160,7 +166,7 @@ class _Watch:
 
 
 def _forget() -> None:
-    """Keep a forked child, which shares the socket, from passing its own SIGTERM to its parent's watch."""
+    """Keep a forked child, which shares the socket, from sending its own SIGTERM to its parent's thread."""
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)

@@ -24,7 +24,7 @@ def recorded_bench(world: World, options: EpOptions) -> dict[str, Any]:
     sent: dict[str, list[int]] = {}
 
     def step(subject: Subject, number: int, batches: Sequence[MicroBatch]) -> Record:
-        engine, all_to_all = subject.stepper.engine, subject.stepper.all_to_all
+        engine, all_to_all = subject.train_step.engine, subject.train_step.all_to_all
         spread = [layer for _, layer in mixture_layers(engine.module) if layer.dispatcher]
         dispatches = {id(layer.shared_input if layer.dispatcher.share else layer) for layer in spread}
         found[subject.variant.name] = {

@@ -13,7 +13,7 @@ from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.zero3 import gathered_adapter_state
 from malora_dist.errors import TopologyError
-from tests.training.workers import STEPS, build_model, gathered_moments, new_stepper, run_steps
+from tests.training.workers import STEPS, build_model, gathered_moments, new_train_step, run_steps
 
 CASE: dict[str, Any] = {"zero_stage": 3, "ep_size": 2}
 PROMPT_LENGTHS = [5, 9]
@@ -33,7 +33,7 @@ def find_out(world: World, folder: str) -> dict[str, Any]:
 def owned(world: World, folder: str) -> dict[str, bool]:
     """Whether this rank holds its own half of every expert tensor that one process would build, and all else whole."""
     full = dict(adapter_state_dict(build_model(folder, CASE, None, {})))
-    own = dict(adapter_state_dict(new_stepper(world, folder, {"zero_stage": 0, "ep_size": 2}).engine.module))
+    own = dict(adapter_state_dict(new_train_step(world, folder, {"zero_stage": 0, "ep_size": 2}).engine.module))
     halves = {name: tensor.chunk(2)[world.rank] for name, tensor in full.items() if name.endswith((".P", ".B"))}
     return {name: torch.equal(own[name], halves.get(name, full[name])) for name in full}
 
@@ -49,16 +49,16 @@ def repeats(world: World, folder: str) -> dict[str, bool]:
 
 
 def end_of_run(world: World, folder: str, case: dict[str, Any]) -> dict[str, torch.Tensor]:
-    stepper = new_stepper(world, folder, case)
-    run_steps(stepper, case, range(1, STEPS + 1))
-    return dict(gathered_adapter_state(stepper.engine.module)) | dict(gathered_moments(stepper))
+    train_step = new_train_step(world, folder, case)
+    run_steps(train_step, case, range(1, STEPS + 1))
+    return dict(gathered_adapter_state(train_step.engine.module)) | dict(gathered_moments(train_step))
 
 
 def generated(world: World, folder: str) -> dict[str, Any]:
     """Greedy continuations of other lengths on each rank, and those of one process with the same weights."""
-    stepper = new_stepper(world, folder, CASE)
-    run_steps(stepper, CASE, [1, 2])
-    model = stepper.engine.module.eval()
+    train_step = new_train_step(world, folder, CASE)
+    run_steps(train_step, CASE, [1, 2])
+    model = train_step.engine.module.eval()
     ids = torch.arange(PROMPT_LENGTHS[world.rank])[None]
     ours = generate(model, ids, NEW_TOKENS - 7 * world.rank)
     alone = build_model(folder, CASE, None, {}).eval()
@@ -93,7 +93,7 @@ def refusals(world: World, folder: str) -> dict[str, str]:
     def say(mark: Callable[..., None], case: dict[str, Any]) -> str:
         apply.mark_expert_parameter = mark
         try:
-            new_stepper(world, folder, case)
+            new_train_step(world, folder, case)
         except (TopologyError, KeyError, AssertionError) as error:
             return f"{type(error).__name__}: {error}"
         finally:
@@ -108,12 +108,12 @@ def refusals(world: World, folder: str) -> dict[str, str]:
 
 def resumed(world: World, folder: str) -> dict[str, Any]:
     """DeepSpeed's own checkpoint at the same topology: moments come back, and the next steps are the same."""
-    stepper = new_stepper(world, folder, CASE)
-    run_steps(stepper, CASE, [1, 2])
-    stepper.engine.save_checkpoint(str(Path(folder, "native")), tag="two")
-    moments, balance = dict(gathered_moments(stepper)), stepper.balance.state_dict()
-    wanted = [result.loss for result in run_steps(stepper, CASE, [3, 4])]
-    fresh = new_stepper(world, folder, CASE)
+    train_step = new_train_step(world, folder, CASE)
+    run_steps(train_step, CASE, [1, 2])
+    train_step.engine.save_checkpoint(str(Path(folder, "native")), tag="two")
+    moments, balance = dict(gathered_moments(train_step)), train_step.balance.state_dict()
+    wanted = [result.loss for result in run_steps(train_step, CASE, [3, 4])]
+    fresh = new_train_step(world, folder, CASE)
     fresh.engine.load_checkpoint(str(Path(folder, "native")), tag="two")
     fresh.balance.load_state_dict(balance, "native")
     restored = dict(gathered_moments(fresh))

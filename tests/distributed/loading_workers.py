@@ -26,7 +26,9 @@ from malora_dist.models.weights.prepared import PreparedWeights, prepared_folder
 from malora_dist.models.weights.reader import INDEX
 from malora_dist.models.weights.ties import untie
 from malora_dist.training.base_model import base_model
+from malora_dist.training.run_context import RunContext
 from malora_dist.training.setup import engine_config
+from malora_dist.training.watchdog import Watchdog
 from tests.config.recipes import RECIPES
 from tests.distributed.workers import CONFIG, DTYPES, highest_memory, make_large_model, same_bits, values
 from tests.multiprocess import group_timeouts, run_distributed
@@ -213,7 +215,8 @@ def base_of_a_run(world: World, folder: Path, *cache_dirs: Path) -> dict[str, An
         options = {"model.name_or_path": folder, "model.dtype": "bfloat16", "parallel.zero_stage": stage}
         options["train.per_device_train_batch_size"] = 1
         config = load_config(RECIPES / "demo.yaml", [f"{key}={value}" for key, value in options.items()])
-        model = base_model(config, folder, world, engine_config(config, world))
+        context = RunContext(config, world, Watchdog(world.rank))
+        model = base_model(context, folder, engine_config(config, world))
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
             pairs = zip(model.parameters(), wanted.parameters(), strict=True)
             same = all(same_bits(a.data, b.data) for a, b in pairs)

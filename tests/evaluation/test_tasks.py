@@ -15,10 +15,10 @@ from malora_dist.data.encode import ChoiceItem, Sample
 from malora_dist.data.packed_row import PackedRow, Packing
 from malora_dist.distributed.process_groups import World
 from malora_dist.evaluation.scoring import score_items, scores_of_questions, summarise, task_result
-from malora_dist.evaluation.tasks import evaluate_tasks
+from malora_dist.evaluation.tasks import TaskEvaluator
 from malora_dist.training.deepspeed_engine import build_engine
 from tests.multiprocess import run_distributed
-from tests.training.nonfinite_guard_workers import deepspeed_settings
+from tests.training.nonfinite_check_workers import deepspeed_settings
 from tests.training.workers import build_model, make_model
 
 pytestmark = pytest.mark.distributed
@@ -72,9 +72,9 @@ def evaluate_cases(world: World, folder: str) -> dict[str, dict[str, Any]]:
             engine.train(training)
             for name, (sizes, batch_tokens) in SIZES.items():
                 packing = Packing.TREES if training else PACKING[name]
-                options = {"batch_tokens": batch_tokens, "packing": packing, "title": name}
+                evaluator = TaskEvaluator(engine, world, batch_tokens, packing)
                 sides = [
-                    evaluate_tasks(engine, questions(sizes), world, use_adapter=use_adapter, **options)
+                    evaluator.evaluate(questions(sizes), name, use_adapter=use_adapter)
                     for use_adapter in (True, False, True)
                 ]
                 on = [layer.adapter_enabled for _, layer in mixture_layers(engine.module)]

@@ -114,12 +114,15 @@ def run_case(world: Any, config: RunConfig) -> dict[str, Any]:
     from malora_dist.evaluation.packed_forward import cross_entropies
     from malora_dist.training.base_model import base_model
     from malora_dist.training.deepspeed_engine import build_engine
+    from malora_dist.training.run_context import RunContext
     from malora_dist.training.setup import add_adapters, engine_config, optimizer_settings
+    from malora_dist.training.watchdog import Watchdog
 
+    context = RunContext(config, world, Watchdog(world.rank))
     settings = engine_config(config, world)
     groups = create_expert_groups(config.parallel.ep_size, 60)
-    model = base_model(config, Path(config.model.name_or_path), world, settings)
-    add_adapters(model, config, settings, groups)
+    model = base_model(context, Path(config.model.name_or_path), settings)
+    add_adapters(model, context, settings, groups)
     stage = config.parallel.zero_stage
     optimizer = optimizer_settings(config, STEPS)
     engine = build_engine(model, settings, optimizer, zero_stage=stage, timeout_seconds=60, expert_groups=groups)

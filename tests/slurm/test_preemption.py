@@ -13,7 +13,7 @@ from tests.slurm.conftest import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow("jobs of a real Slurm, which counts its limits in minutes")]
 
-WAIT = {"rank": 1, "on": "check", "at": "backward", "step": 4, "wait": True}
+WAIT = {"rank": 1, "on": "poll", "at": "backward", "step": 4, "wait": True}
 # What is started by Slurm's daemons is no child of srun.
 IDLE = 300
 LIMIT = "import malora_dist.launch.schedulers as s, os, time; print('left', s.end_time(os.environ) - time.time())"

@@ -22,9 +22,9 @@ from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.counts import KINDS
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.distributed.process_groups import World
-from malora_dist.training.train_step import Stepper
+from malora_dist.training.train_step import TrainStep
 from tests.multiprocess import run_distributed
-from tests.training.workers import make_model, new_stepper, run_steps
+from tests.training.workers import make_model, new_train_step, run_steps
 
 FILE = Path(__file__).with_name("counts.json")
 HIDDEN, TOKENS = 64, 16
@@ -96,10 +96,10 @@ def count_steps(world: World, folders: list[str], cases: dict[str, dict[str, Any
 def _count_step(world: World, folder: str, case: dict[str, Any]) -> dict[str, int]:
     """The third step, of one micro-batch: DeepSpeed learns the order of modules in the first two."""
     device, case = StrictDevice.active[-1], case | {"accumulation": 1}
-    stepper = new_stepper(world, folder, case, Stepper)
-    run_steps(stepper, case, [1, 2])
+    train_step = new_train_step(world, folder, case, TrainStep)
+    run_steps(train_step, case, [1, 2])
     device.counts.reset()
-    run_steps(stepper, case, [3])
+    run_steps(train_step, case, [3])
     return _kinds(device.counts.totals())
 
 

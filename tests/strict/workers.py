@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 
 from malora_dist.distributed.process_groups import World
-from malora_dist.training.train_step import Stepper
-from tests.training.nonfinite_guard_workers import failing_steps
-from tests.training.workers import new_stepper, run_steps
+from malora_dist.training.train_step import TrainStep
+from tests.training.nonfinite_check_workers import failing_steps
+from tests.training.workers import new_train_step, run_steps
 
 STEPS = 2
 
@@ -46,9 +46,9 @@ def _said(group: Any, tensor: torch.Tensor) -> str:
 
 def first_steps(world: World, folder: str, case: dict[str, Any]) -> dict[str, list[float]]:
     """Losses, balance losses and gradient norms."""
-    stepper = new_stepper(world, folder, case, Stepper)
-    assert {parameter.device for parameter in stepper.trained} == {world.device} or case["zero_stage"] == 3
-    results = run_steps(stepper, case, range(1, STEPS + 1))
+    train_step = new_train_step(world, folder, case, TrainStep)
+    assert {parameter.device for parameter in train_step.trained} == {world.device} or case["zero_stage"] == 3
+    results = run_steps(train_step, case, range(1, STEPS + 1))
     return {
         "losses": [result.loss for result in results],
         "aux_losses": [result.aux_loss for result in results],

@@ -17,7 +17,7 @@ import malora_dist.training.setup
 from malora_dist.adapters.input_projection import FusedProjection
 from malora_dist.data.loader import MicroBatch, TrainLoader
 from malora_dist.training import process
-from malora_dist.training.watchdog import Position
+from malora_dist.training.watchdog import Watchdog
 
 GATE, UP = (f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up"))
 
@@ -51,7 +51,7 @@ FAULTS: dict[str, tuple[str, str | None, Callable[[], None]]] = {
 }
 
 
-class FaultyPosition(Position):
+class FaultyWatchdog(Watchdog):
     """The place of a rank, at one of which a fault waits."""
 
     def __init__(self, rank: int, case: str) -> None:
@@ -60,15 +60,15 @@ class FaultyPosition(Position):
         self.where, self.at, self.fault = FAULTS.get(case, ("", None, sleep_long))
         self.where = self.where if rank == faulty else ""
 
-    def enter(self, phase: str, step: int | None = None) -> None:
-        super().enter(phase, step)
-        self._look()
+    def mark_phase(self, phase: str, step: int | None = None) -> None:
+        super().mark_phase(phase, step)
+        self._fail_here()
 
-    def reach(self, layer: str) -> None:
-        super().reach(layer)
-        self._look()
+    def mark_layer(self, layer: str) -> None:
+        super().mark_layer(layer)
+        self._fail_here()
 
-    def _look(self) -> None:
+    def _fail_here(self) -> None:
         if (self.step, self.phase, self.layer) == (2, self.where, self.at):
             self.fault()
 
@@ -91,7 +91,7 @@ def train(case: str, arguments: list[str]) -> int:
     """A run in which the fault waits."""
     FaultyLoader.case = case
     process.PATIENCE_SECONDS = 2
-    malora_dist.train.Position = partial(FaultyPosition, case=case)  # type: ignore[assignment, misc]
+    malora_dist.train.Watchdog = partial(FaultyWatchdog, case=case)  # type: ignore[assignment, misc]
     malora_dist.training.setup.TrainLoader = FaultyLoader  # type: ignore[misc]
     return malora_dist.train.main(arguments)
 

@@ -9,11 +9,11 @@ import pytest
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.process_groups import World
-from malora_dist.training.loop import Actions, LoopSettings, LoopState, train_loop
-from malora_dist.training.preemption import Agreement, Preempted
-from malora_dist.training.step_metrics import Window
+from malora_dist.training.loop import Actions, LoopSettings, train_loop
+from malora_dist.training.preemption import Preempted, PreemptionCoordinator
+from malora_dist.training.training_state import LoopState, TrainingParts
 from tests.multiprocess import run_distributed
-from tests.training.nonfinite_guard_workers import ACCUMULATION, TASKS, new_stepper
+from tests.training.nonfinite_check_workers import ACCUMULATION, TASKS, new_train_step
 from tests.training.workers import make_model
 
 pytestmark = pytest.mark.distributed
@@ -48,7 +48,7 @@ def train_runs(world: World, folder: str) -> dict[str, dict[str, Any]]:
 
 def train_run(world: World, folder: str, name: str) -> dict[str, Any]:
     method = name if name in ("lora", "hydralora") else "malora"
-    stepper = new_stepper(world, folder, {"zero_stage": 2, "method": method}, total_steps=STEPS)
+    train_step = new_train_step(world, folder, {"zero_stage": 2, "method": method}, total_steps=STEPS)
     settings = LoopSettings(max_steps=STEPS, steps_per_epoch=3.5, **RUNS[name])
     records: list[dict[str, Any]] = []
     calls: list[tuple[Any, ...]] = []
@@ -61,19 +61,18 @@ def train_run(world: World, folder: str, name: str) -> dict[str, Any]:
     def save(state: LoopState, best: bool) -> None:
         calls.append(("save", state.step, best))
 
-    agreement = Agreement()
-    agreement.join(world)
+    preemption = PreemptionCoordinator(world)
     actions = Actions(log=records.append, validate=validate, save=save)
     ended, began = "whole", time.monotonic()
     try:
-        train_loop(stepper, loader(), Window(stepper), settings, LoopState(), actions, agreement)
+        train_loop(TrainingParts.of(train_step, loader()), settings, LoopState(), actions, preemption.poll)
     except Preempted as stop:
         ended = stop.reason
     seconds = time.monotonic() - began
     return {
         "records": records,
         "calls": calls,
-        "steps": stepper.engine.global_steps,
+        "steps": train_step.engine.global_steps,
         "ended": ended,
         "seconds": seconds,
     }

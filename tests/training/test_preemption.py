@@ -11,11 +11,11 @@ from malora_dist.distributed.process_groups import World, gather_lists
 from malora_dist.training.preemption import (
     ENOUGH_STEPS,
     TIME_IS_UP,
-    Agreement,
     Preempted,
+    PreemptionCoordinator,
     deadline_of,
 )
-from malora_dist.training.watchdog import Position, watched
+from malora_dist.training.watchdog import Watchdog, watched
 from tests.multiprocess import run_distributed
 
 # Pieces of work of a twentieth of a second each.
@@ -38,7 +38,7 @@ def test_every_signal_is_heard_and_nothing_ends() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     for number in before:
         heard: list[int] = []
-        with watched(Position(), 60, heard.append):
+        with watched(Watchdog(), 60, heard.append):
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
             while not heard:
@@ -48,7 +48,7 @@ def test_every_signal_is_heard_and_nothing_ends() -> None:
 
 
 class Writer:
-    """Stands for a checkpoint in flight: busy on one rank, failed on another, for some checks."""
+    """Stands for a checkpoint in flight: busy on one rank, failed on another, for some polls."""
 
     def __init__(self, states: list[tuple[bool, bool]]) -> None:
         self.states, self.completed = states, 0
@@ -62,37 +62,35 @@ class Writer:
 
 def agree(world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    agreement = Agreement()
-    agreement.join(world)
-    # Rank 1 is busy for two checks; all complete together, at the third.
-    agreement.background = writer = Writer([(world.rank == 1 and number < 2, False) for number in range(3)])
+    # Rank 1 is busy for two polls; all complete together, at the third.
+    writer = Writer([(world.rank == 1 and number < 2, False) for number in range(3)])
+    writing = PreemptionCoordinator(world, background=writer)
     counts = []
     for _ in range(3):
-        agreement.check()
+        writing.poll()
         counts.append(writer.completed)
     found["busy"] = counts
-    agreement.background = writer = Writer([(True, world.rank == 1)])
-    agreement.check()
+    writer = Writer([(True, world.rank == 1)])
+    PreemptionCoordinator(world, background=writer).poll()
     found["failed"] = writer.completed
-    # Rank 1 alone is told, while it works apart from rank 0, which hears of it soon.
-    agreement.background = None
+    # Rank 1 alone is asked, out of step with rank 0, which learns of it soon.
+    preemption = PreemptionCoordinator(world)
     found["worked"] = 0
     try:
-        with agreement.apart() as look:
+        with preemption.while_waiting() as poll:
             if world.rank == 1:
-                agreement.request(signal.SIGUSR2)
-                agreement.request(signal.SIGTERM)
+                preemption.stop.set(signal.SIGUSR2)
+                preemption.stop.set(signal.SIGTERM)
             while found["worked"] < WORK:
                 found["worked"] += 1
                 time.sleep(0.05)
-                look()
+                poll()
     except Preempted as stop:
         found["reason"] = stop.reason
     # Only the main process's clock counts.
-    late = Agreement(deadline=time.time() - 1 if world.is_main else None)
-    late.world = world
+    late = PreemptionCoordinator(world, deadline=time.time() - 1 if world.is_main else None)
     try:
-        late.check()
+        late.poll()
     except Preempted as stop:
         found["late"] = stop.reason
     found["same"] = gather_lists([found["reason"]])

@@ -21,7 +21,7 @@ from malora_dist.files.exit_status import (
 )
 from malora_dist.ops.nf4 import QUANTIZER
 from malora_dist.training.base_model import base_quantizer
-from malora_dist.training.resume import Start, check_base, check_data, find_start, open_checkpoint
+from malora_dist.training.resume import ResumePoint, check_base, check_data, find_resume_point, open_checkpoint
 from tests.checkpoint.samples import manifest_of, tensors_of, write_files
 from tests.config.recipes import recipe
 from tests.multiprocess import run_distributed
@@ -51,10 +51,10 @@ def begun(
 
 
 def test_without_a_run_a_new_one_starts(tmp_path: Path) -> None:
-    assert find_start(config(tmp_path / "run")) == Start()
+    assert find_resume_point(config(tmp_path / "run")) == ResumePoint()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("not a run")
-    assert find_start(config(tmp_path / "other")) == Start()
+    assert find_resume_point(config(tmp_path / "other")) == ResumePoint()
 
 
 @pytest.mark.parametrize("outcome", [None, PREEMPTED, FAILED])
@@ -63,29 +63,29 @@ def test_an_unfinished_run_goes_on_from_its_newest_checkpoint(outcome: str | Non
     its_config = begun(run, (5, 10), outcome)
     # `latest` is for people: a kill may have left it behind.
     (run / "checkpoints" / "latest").write_text("step-000005\n")
-    assert find_start(its_config) == Start(str(run), str(run / "checkpoints" / "step-000010"), ())
+    assert find_resume_point(its_config) == ResumePoint(str(run), str(run / "checkpoints" / "step-000010"), ())
 
 
 def test_a_run_that_has_saved_nothing_starts_again_in_its_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    start = find_start(begun(run, (), PREEMPTED))
-    assert (start.folder, start.checkpoint) == (str(run), None) and "no checkpoint yet" in start.notes[0]
+    point = find_resume_point(begun(run, (), PREEMPTED))
+    assert (point.folder, point.checkpoint) == (str(run), None) and "no checkpoint yet" in point.notes[0]
 
 
 def test_a_start_that_failed_does_not_use_up_the_run(tmp_path: Path) -> None:
     """Without a checkpoint the corrected recipe starts again there, whatever it changes."""
     run = tmp_path / "run"
     begun(run, (), FAILED)
-    start = find_start(config(run, learning_rate=0.1, save_steps=5))
-    assert (start.folder, start.checkpoint) == (str(run), None)
+    point = find_resume_point(config(run, learning_rate=0.1, save_steps=5))
+    assert (point.folder, point.checkpoint) == (str(run), None)
     changed = ["train.learning_rate: 0.0005 -> 0.1", "train.save_steps: None -> 5"]
-    assert [note for note in start.notes if "changed" in note] == [f"changed since: {text}" for text in changed]
+    assert [note for note in point.notes if "changed" in note] == [f"changed since: {text}" for text in changed]
     # Also from elsewhere, and where what the failed start left cannot be read.
     begun(tmp_path / "other", (3,))
-    elsewhere = find_start(config(run, resume_from_checkpoint=str(tmp_path / "other")))
+    elsewhere = find_resume_point(config(run, resume_from_checkpoint=str(tmp_path / "other")))
     assert (elsewhere.folder, str(elsewhere.checkpoint)[-11:]) == (str(run), "step-000003")
     (run / "config.yaml").write_text("train: {lr: [")
-    assert find_start(config(run)).folder == str(run)
+    assert find_resume_point(config(run)).folder == str(run)
 
 
 def test_a_finished_run_is_an_error_with_ways_out(tmp_path: Path) -> None:
@@ -94,27 +94,27 @@ def test_a_finished_run_is_an_error_with_ways_out(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="is finished. --new-run starts another.*=.*step-000010 and another output_dir"
     ):
-        find_start(its_config)
-    assert find_start(config(run, resume_from_checkpoint=None)) == Start()
+        find_resume_point(its_config)
+    assert find_resume_point(config(run, resume_from_checkpoint=None)) == ResumePoint()
     # A run of a version without checkpoints left its adapter and no more.
     begun(tmp_path / "old")
     (tmp_path / "old" / "adapter").mkdir()
     with pytest.raises(ConfigError, match="is finished"):
-        find_start(config(tmp_path / "old"))
+        find_resume_point(config(tmp_path / "old"))
     # Killed between its adapter and its only checkpoint.
     (tmp_path / "old" / "measured_on.json").write_text("{}")
-    assert find_start(config(tmp_path / "old")).folder == str(tmp_path / "old")
+    assert find_resume_point(config(tmp_path / "old")).folder == str(tmp_path / "old")
 
 
 def test_another_recipe_is_refused_and_harmless_changes_are_reported(tmp_path: Path) -> None:
     run = tmp_path / "run"
     begun(run, (10,))
     with pytest.raises(ConfigError) as error:
-        find_start(config(run, learning_rate=0.1, seed=3, save_steps=5))
+        find_resume_point(config(run, learning_rate=0.1, seed=3, save_steps=5))
     for said in (f"output_dir={run}", "train.learning_rate: 0.0005 -> 0.1", "train.seed: 42 -> 3", "--new-run"):
         assert said in str(error.value)
     assert "save_steps" not in str(error.value)
-    notes = find_start(config(run, save_steps=5, per_device_train_batch_size=2)).notes
+    notes = find_resume_point(config(run, save_steps=5, per_device_train_batch_size=2)).notes
     assert notes == (
         "changed since: train.per_device_train_batch_size: 4 -> 2 (same numbers to rounding)",
         "changed since: train.save_steps: None -> 5",
@@ -125,9 +125,9 @@ def test_a_base_quantised_otherwise_is_refused_and_one_of_an_older_version_is_re
     with pytest.raises(
         CheckpointError, match="step-000010 was trained on a base quantised by another, this .* by nf4-"
     ):
-        find_start(begun(tmp_path / "another", (10,), quantizer="another"))
+        find_resume_point(begun(tmp_path / "another", (10,), quantizer="another"))
     older = begun(tmp_path / "older", (10,), quantizer=None)
-    assert find_start(older).notes == (
+    assert find_resume_point(older).notes == (
         f"step-000010 does not tell how its 4-bit base was quantised: here by {QUANTIZER}, a few codes may differ",
     )
     plain = config_from_dict({**recipe(model={"load_in_4bit": False}), "output_dir": "run"})
@@ -138,25 +138,25 @@ def test_a_path_is_a_new_run_from_there(tmp_path: Path) -> None:
     run, new = tmp_path / "run", tmp_path / "new"
     begun(run, (5, 10), FINISHED)
     for path, step in ((run, 10), (run / "checkpoints" / "step-000005", 5)):
-        start = find_start(config(new, resume_from_checkpoint=str(path)))
-        assert (start.folder, start.checkpoint) == (None, str(run / "checkpoints" / f"step-{step:06d}"))
+        point = find_resume_point(config(new, resume_from_checkpoint=str(path)))
+        assert (point.folder, point.checkpoint) == (None, str(run / "checkpoints" / f"step-{step:06d}"))
     with pytest.raises(ConfigError, match="train.resume_from_checkpoint=.*another recipe"):
-        find_start(config(new, resume_from_checkpoint=str(run), seed=1))
+        find_resume_point(config(new, resume_from_checkpoint=str(run), seed=1))
     # The same command again, in a requeued job, goes on with the run that it began.
     begun(new, (), PREEMPTED, resume_from_checkpoint=str(run))
-    assert "no checkpoint yet" in find_start(config(new, resume_from_checkpoint=str(run))).notes[-1]
+    assert "no checkpoint yet" in find_resume_point(config(new, resume_from_checkpoint=str(run))).notes[-1]
     with pytest.raises(ConfigError, match=f"output_dir={run} holds a run already; give another output_dir"):
-        find_start(config(run, resume_from_checkpoint=str(run)))
-    start = find_start(config(new, resume_from_checkpoint=str(run)))
-    assert (start.folder, start.checkpoint) == (str(new), str(run / "checkpoints" / "step-000010"))
+        find_resume_point(config(run, resume_from_checkpoint=str(run)))
+    point = find_resume_point(config(new, resume_from_checkpoint=str(run)))
+    assert (point.folder, point.checkpoint) == (str(new), str(run / "checkpoints" / "step-000010"))
     begun(tmp_path / "later", (11,), PREEMPTED, resume_from_checkpoint=str(run))
-    start = find_start(config(tmp_path / "later", resume_from_checkpoint=str(run)))
-    assert start.checkpoint == str(tmp_path / "later" / "checkpoints" / "step-000011")
+    point = find_resume_point(config(tmp_path / "later", resume_from_checkpoint=str(run)))
+    assert point.checkpoint == str(tmp_path / "later" / "checkpoints" / "step-000011")
     begun(tmp_path / "empty")
     (tmp_path / "empty" / "checkpoints").mkdir()
     for path, said in ((tmp_path / "empty", "holds no checkpoint"), (tmp_path / "no", "is not a checkpoint")):
         with pytest.raises(CheckpointError, match=f"train.resume_from_checkpoint={path}: .*{said}"):
-            find_start(config(tmp_path / "newer", resume_from_checkpoint=str(path)))
+            find_resume_point(config(tmp_path / "newer", resume_from_checkpoint=str(path)))
 
 
 def test_the_outcome_is_read_back_or_refused(tmp_path: Path) -> None:

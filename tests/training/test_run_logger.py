@@ -11,8 +11,8 @@ from malora_dist.distributed.process_groups import World
 from malora_dist.files.atomic import write_json
 from malora_dist.files.exit_status import MEASURED_ON
 from malora_dist.tracking.metrics import MetricsWriter, read_metrics
-from malora_dist.training.resume import find_start
-from malora_dist.training.run_logger import RunOutputs
+from malora_dist.training.resume import find_resume_point
+from malora_dist.training.run_logger import RunLogger
 from tests.multiprocess import run_distributed
 from tests.training.test_resume import begun, config
 
@@ -22,15 +22,15 @@ MEASURED = {"tasks": {"a": {"n": 1, "accuracy": 0.9}}, "average": 0.9}
 def go_on(world: World, run: str, wanted: str) -> dict[str, Any]:
     """Begin as `malora_dist.train` does, from what is wanted; what is then in the folder."""
     its_config = config(Path(run), resume_from_checkpoint=wanted)
-    start = find_start(its_config)
-    outputs = RunOutputs(its_config, Path(run), world)
-    if not start.goes_on:
-        outputs.measured_on({"recipe": {"train.seed": 42}})
-    assert start.checkpoint is not None
-    outputs.resumed(3, Checkpoint.open(start.checkpoint))
-    outputs.close()
+    point = find_resume_point(its_config)
+    logger = RunLogger(its_config, Path(run), world)
+    if not point.goes_on:
+        logger.measured_on({"recipe": {"train.seed": 42}})
+    assert point.checkpoint is not None
+    logger.resumed(3, Checkpoint.open(point.checkpoint))
+    logger.close()
     return {
-        "evaluations": outputs.evaluations,
+        "evaluations": logger.evaluations,
         "files": sorted(path.name for path in Path(run).glob("*.json")),
         "records": [
             f"{record['kind']} {record.get('step', '')}" for record in read_metrics(Path(run) / "metrics.jsonl")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from malora_dist.training.train_step import sum_by_group
+from malora_dist.ops.loss import sum_by_group
 from tests.multiprocess import run_distributed
 from tests.training.one_process import reference_run
 from tests.training.workers import STEPS, make_model, step_samples

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from malora_dist.errors import ConfigError
-from malora_dist.training import watchdog as position
-from malora_dist.training.watchdog import Position, watched
+from malora_dist.training import watchdog as watchdog
+from malora_dist.training.watchdog import Watchdog, watched
 from tests.e2e import RECIPE, deepspeed, launch, make_folder
 from tests.processes import start_ranks, wait
 from tests.training.hang_workers import GATE, UP
@@ -150,13 +150,13 @@ def test_a_killed_rank_ends_the_launch(folder: Path) -> None:
 
 def test_the_watch_speaks_once_about_a_place_and_only_when_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(position, "say", said.append)
-    here, before = Position(rank=5), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(watchdog, "log_error", said.append)
+    here, before = Watchdog(rank=5), signal.getsignal(signal.SIGTERM)
     with watched(here, 2):
         time.sleep(2.5)  # not in a phase yet
-        here.enter("forward", 7)
+        here.mark_phase("forward", 7)
         for layer in range(25):
-            here.reach(f"layers.{layer}")
+            here.mark_layer(f"layers.{layer}")
             time.sleep(0.1)
         assert said == []
         while not said:
@@ -168,7 +168,7 @@ def test_the_watch_speaks_once_about_a_place_and_only_when_nothing_moves(monkeyp
 
 
 def test_a_signal_to_a_forked_child_is_not_taken_for_the_parents() -> None:
-    with watched(Position(), 2):
+    with watched(Watchdog(), 2):
         ready, begun = os.pipe()
         child = os.fork()
         if child == 0:
@@ -185,8 +185,8 @@ def test_a_signal_to_a_forked_child_is_not_taken_for_the_parents() -> None:
 
 def test_a_mistake_found_before_the_first_step_needs_no_place() -> None:
     for error, notes in ((ConfigError("no"), []), (OSError("no"), ["rank 1 at step 0, loading the base model"])):
-        here = Position(rank=1)
+        here = Watchdog(rank=1)
         with pytest.raises(type(error)) as caught, watched(here, 2):
-            here.enter("loading the base model")
+            here.mark_phase("loading the base model")
             raise error
         assert getattr(caught.value, "__notes__", []) == notes

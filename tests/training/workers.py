@@ -35,7 +35,7 @@ from malora_dist.models.loss_head import install_loss_head
 from malora_dist.training import train_step as step_module
 from malora_dist.training.balance_loss import BalanceSettings
 from malora_dist.training.deepspeed_engine import OptimizerSettings, build_engine
-from malora_dist.training.train_step import Stepper, StepResult
+from malora_dist.training.train_step import StepResult, StepSettings, TrainStep
 from tests.multiprocess import group_timeouts
 from tests.tiny_models import tiny_config
 
@@ -118,8 +118,8 @@ def build_model(
     return model
 
 
-def new_stepper(world: World, folder: str, case: dict[str, Any], kind: type[Stepper] | None = None) -> Any:
-    """The case's model, adapters and engine, before the first step; a RecordingStepper, or of another kind."""
+def new_train_step(world: World, folder: str, case: dict[str, Any], kind: type[TrainStep] | None = None) -> Any:
+    """The case's model, adapters and engine, before the first step; a RecordingTrainStep, or of another kind."""
     accumulation, stage = case.get("accumulation", ACCUMULATION), case["zero_stage"]
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": len(LENGTHS) // accumulation // world.size,
@@ -148,38 +148,40 @@ def new_stepper(world: World, folder: str, case: dict[str, Any], kind: type[Step
         total_steps=STEPS,
     )
     model = build_model(folder, case, world, config, groups)
-    return (kind or RecordingStepper)(
+    return (kind or RecordingTrainStep)(
         build_engine(model, config, settings, zero_stage=stage, timeout_seconds=60, expert_groups=groups),
         world,
-        task_names=["a", "b", "c"],
-        balance=BalanceSettings(COEFFICIENT, "mean", "global"),
-        normalization=case.get("normalization", "token"),
-        zero_stage=stage,
-        max_grad_norm=MAX_NORM,
-        seed=SEED,
+        StepSettings(
+            task_names=["a", "b", "c"],
+            balance=BalanceSettings(COEFFICIENT, "mean", "global"),
+            normalization=case.get("normalization", "token"),
+            zero_stage=stage,
+            max_grad_norm=MAX_NORM,
+            seed=SEED,
+        ),
     )
 
 
-def run_steps(stepper: Stepper, case: dict[str, Any], steps: Iterable[int]) -> list[StepResult]:
+def run_steps(train_step: TrainStep, case: dict[str, Any], steps: Iterable[int]) -> list[StepResult]:
     """Those steps on this process's share of their batches."""
     results = []
     for step in steps:
         samples = step_samples(step, case.get("lengths", LENGTHS))
-        results.append(stepper.step(step, _share(samples, stepper.world, case.get("accumulation", ACCUMULATION))))
+        results.append(train_step.run(step, _share(samples, train_step.world, case.get("accumulation", ACCUMULATION))))
         if case.get("evaluation_between"):
-            evaluate_between(stepper.engine, step)
+            evaluate_between(train_step.engine, step)
     return results
 
 
 def train_case(world: World, folder: str, output: str, case: dict[str, Any]) -> dict[str, Any]:
     """Five steps of one case; weights, gradients and moments go to a file."""
-    stepper = new_stepper(world, folder, case)
-    model = stepper.engine.module
+    train_step = new_train_step(world, folder, case)
+    model = train_step.engine.module
     kept = (lambda _: nullcontext()) if case.get("no_copies") else step_module.kept_weight_copies
     with mock.patch.object(step_module, "kept_weight_copies", kept):
-        results = run_steps(stepper, case, range(1, STEPS + 1))
-    tensors = dict(gathered_adapter_state(model)) | dict(gathered_moments(stepper))
-    tensors |= {f"gradient.{step}.{name}": g for step, name, g in stepper.gradients}
+        results = run_steps(train_step, case, range(1, STEPS + 1))
+    tensors = dict(gathered_adapter_state(model)) | dict(gathered_moments(train_step))
+    tensors |= {f"gradient.{step}.{name}": g for step, name, g in train_step.gradients}
     if world.is_main:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)
     return {
@@ -205,7 +207,7 @@ def _share(samples: Sequence[Sample], world: World, accumulation: int) -> list[A
     return [collate(samples[start : start + size]).to(world.device) for start in first]
 
 
-class RecordingStepper(Stepper):
+class RecordingTrainStep(TrainStep):
     """Keeps every gradient of every step as it is before clipping: (step, name, whole tensor)."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -221,15 +223,15 @@ class RecordingStepper(Stepper):
         return totals
 
 
-def gathered_moments(stepper: Stepper) -> Iterator[tuple[str, Tensor]]:
+def gathered_moments(train_step: TrainStep) -> Iterator[tuple[str, Tensor]]:
     """Both moments of every trained adapter tensor, whole: `exp_avg.<name>`, `exp_avg_sq.<name>`."""
-    optimizer = stepper.engine.optimizer
-    if stepper.zero_stage in (1, 2):
+    optimizer = train_step.engine.optimizer
+    if train_step.settings.zero_stage in (1, 2):
         link_optimizer_state(optimizer)
-    for name, parameter in adapter_parameters(stepper.engine.module):
+    for name, parameter in adapter_parameters(train_step.engine.module):
         if parameter.requires_grad:
             for key in ("exp_avg", "exp_avg_sq"):
-                if stepper.zero_stage == 0:
+                if train_step.settings.zero_stage == 0:
                     moment = optimizer.state[parameter][key]
                 else:
                     moment = safe_get_full_optimizer_state(parameter, key)

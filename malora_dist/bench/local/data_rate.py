@@ -25,7 +25,7 @@ from malora_dist.models.load import load_tokenizer
 from malora_dist.models.resolve import resolve_model
 from malora_dist.training.process import run_as_process
 from malora_dist.training.setup import train_loader
-from malora_dist.training.watchdog import Position, watched
+from malora_dist.training.watchdog import Watchdog, watched
 
 LOADER, TRAINING = "loader", "training"
 
@@ -57,21 +57,21 @@ def _start(options: DataOptions, output: Output) -> None:
     start_logging(None)
     world = start_processes(config.parallel.timeout_seconds)
     machine = describe(world.device)
-    position = Position(world.rank)
-    with watched(position, config.parallel.timeout_seconds):
-        records = _measure(options, config, world, position)
+    watchdog = Watchdog(world.rank)
+    with watched(watchdog, config.parallel.timeout_seconds):
+        records = _measure(options, config, world, watchdog)
     output.put(Report(machine, options.command, records))
 
 
-def _measure(options: DataOptions, config: RunConfig, world: World, position: Position) -> list[Record]:
+def _measure(options: DataOptions, config: RunConfig, world: World, watchdog: Watchdog) -> list[Record]:
     trusted = config.model.trust_remote_code
     folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-    position.enter("preparing the data")
+    watchdog.mark_phase("preparing the data")
     data, preparing = prepare_twice(config.data, tokenizer)
     loader = train_loader(config, data, world)
     steps = options.warmup + options.repeats
-    subject = Subject.build(recipe_variant(config), config, folder, data, world, steps=steps + 1, position=position)
+    subject = Subject.build(recipe_variant(config), config, folder, data, world, steps=steps + 1, watchdog=watchdog)
     drawn = Drawn(loader, world)
     training = Training(drawn, subject)
     times = interleave(

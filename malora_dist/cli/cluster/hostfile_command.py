@@ -79,7 +79,7 @@ def deepspeed_verb(
     command = hosts_command(
         TRAIN, arguments, hostfile=hostfile, selection=selection, place=place, launcher=launcher_path()
     )
-    raise typer.Exit(_run_on_hosts(command, chosen, check_ssh=not no_ssh_check, dry_run=dry_run))
+    raise typer.Exit(_run_on_hosts(command, chosen, try_ssh=not no_ssh_check, dry_run=dry_run))
 
 
 def torchrun_verb(
@@ -148,7 +148,7 @@ def _visible(slots: Sequence[int]) -> dict[str, str]:
     return {} if list(slots) == list(range(len(slots))) else {VISIBLE_DEVICES[0]: ",".join(map(str, slots))}
 
 
-def _run_on_hosts(command: Sequence[str], chosen: Slots, *, check_ssh: bool, dry_run: bool) -> int:
+def _run_on_hosts(command: Sequence[str], chosen: Slots, *, try_ssh: bool, dry_run: bool) -> int:
     """Run it with the variables that the processes need, once all hosts are there; its exit code.
 
     Raises ConfigError, before anything starts, if pdsh or a host is missing.
@@ -158,7 +158,7 @@ def _run_on_hosts(command: Sequence[str], chosen: Slots, *, check_ssh: bool, dry
     if not dry_run:
         if shutil.which("pdsh") is None:
             raise ConfigError("pdsh is not installed here: deepspeed starts the processes of other hosts with it")
-        if check_ssh:
+        if try_ssh:
             check_hosts(list(chosen), Path.cwd())
     with tempfile.TemporaryDirectory(prefix="malora-") as folder:
         file = Path(folder) / "environment"

@@ -15,7 +15,7 @@ from malora_dist.distributed.zero3 import gathered_adapter_state
 from malora_dist.errors import TrainingError
 from malora_dist.training.balance_loss import BalanceSettings
 from malora_dist.training.deepspeed_engine import OptimizerSettings, build_engine
-from malora_dist.training.train_step import Stepper
+from malora_dist.training.train_step import StepSettings, TrainStep
 from tests.training.workers import build_model
 
 TASKS = ["a", "b", "c"]
@@ -40,8 +40,8 @@ def deepspeed_settings(zero_stage: int, offload: bool = False) -> dict[str, Any]
     }
 
 
-def new_stepper(world: World, folder: str, case: dict[str, Any], *, total_steps: int = 6) -> Stepper:
-    """A stepper over the tiny model: linear schedule of `total_steps` with two steps of warm-up, dropout on."""
+def new_train_step(world: World, folder: str, case: dict[str, Any], *, total_steps: int = 6) -> TrainStep:
+    """A TrainStep over the tiny model: linear schedule of `total_steps` with two steps of warm-up, dropout on."""
     stage = case["zero_stage"]
     settings = deepspeed_settings(stage, case.get("offload", False))
     schedule = OptimizerSettings(
@@ -57,16 +57,10 @@ def new_stepper(world: World, folder: str, case: dict[str, Any], *, total_steps:
     model = build_model(folder, case, world, settings, groups)
     engine = build_engine(model, settings, schedule, zero_stage=stage, timeout_seconds=60, expert_groups=groups)
     balance = BalanceSettings(0.01, "mean", "global")
-    return Stepper(
-        engine,
-        world,
-        task_names=TASKS,
-        balance=balance,
-        normalization="token",
-        zero_stage=stage,
-        max_grad_norm=1.0,
-        seed=7,
+    step = StepSettings(
+        task_names=TASKS, balance=balance, normalization="token", zero_stage=stage, max_grad_norm=1.0, seed=7
     )
+    return TrainStep(engine, world, step)
 
 
 def batches(world: World, step: int) -> list[MicroBatch]:
@@ -135,17 +129,17 @@ def failing_steps(world: World, folder: str, cases: dict[str, dict[str, Any]]) -
 
 def failing_step(world: World, folder: str, case: dict[str, Any]) -> dict[str, Any]:
     """One good step, then the fault, then a step that must fail."""
-    stepper = new_stepper(world, folder, case)
-    model = stepper.engine.module
+    train_step = new_train_step(world, folder, case)
+    model = train_step.engine.module
     start = dict(gathered_adapter_state(model))
-    stepper.step(1, batches(world, 1))  # at learning rate 0, the first of the warm-up
-    stepper.step(2, batches(world, 2))
+    train_step.run(1, batches(world, 1))  # at learning rate 0, the first of the warm-up
+    train_step.run(2, batches(world, 2))
     before = dict(gathered_adapter_state(model))
     if case["fault"] not in ON_ONE_RANK or world.rank == 1:
         FAULTS[case["fault"]](model)
     error = ""
     try:
-        stepper.step(3, batches(world, 3))
+        train_step.run(3, batches(world, 3))
     except TrainingError as caught:
         error = str(caught)
     after = dict(gathered_adapter_state(model))
@@ -153,5 +147,5 @@ def failing_step(world: World, folder: str, case: dict[str, Any]) -> dict[str, A
         "error": error,
         "moved by the good step": not all(torch.equal(start[name], before[name]) for name in start),
         "moved by the bad step": not all(torch.equal(before[name], after[name]) for name in before),
-        "steps": stepper.engine.global_steps,
+        "steps": train_step.engine.global_steps,
     }

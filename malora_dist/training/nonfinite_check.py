@@ -1,4 +1,4 @@
-"""Finding out that, and where, a number stopped being finite, before the optimizer spreads it into every weight."""
+"""Finding numbers that are not finite, and the layer they come from, before the optimizer uses them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from malora_dist.evaluation.packed_forward import cross_entropies, set_token_key
 HELD_BYTES = 2**25
 
 
-class GradientGuard:
+class NonFiniteCheck:
     """Takes the norm of every trained adapter gradient of this process, without waiting for the device.
 
     `norms_P` is the largest norm of each parameter since `clear`; an infinity or NaN of any micro-batch stays in it.
     Norms are taken of many gradients at a time: a micro-batch starts a handful of kernels, however many layers there
-    are. `collect` after each backward. Calls `reached` with the name of each layer that backward comes to.
+    are. Call `collect` after each backward. `reached` is called with the name of each layer that backward reaches.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, reached: Callable[[str], None]) -> None:
@@ -51,7 +51,7 @@ class GradientGuard:
         return record
 
     def _measure(self) -> None:
-        """Take the norms of the gradients that are held, and let go of them."""
+        """Take the norms of the gradients that are held, and release them."""
         if self._held:
             norms = torch._foreach_norm([gradient for _, gradient in self._held])
             for (index, _), norm in zip(self._held, norms, strict=True):
@@ -72,8 +72,8 @@ class GradientGuard:
         self._held, self._held_bytes, self._norms = [], 0, {}
         self.norms_P = torch.zeros_like(self.norms_P)
 
-    def culprit(self, norms_P: Sequence[float]) -> str | None:
-        """Return the layer nearest the loss among those with a norm that is not finite, where backward met it first."""
+    def first_bad_layer(self, norms_P: Sequence[float]) -> str | None:
+        """Return the layer nearest the loss among those with a norm that is not finite: backward reached it first."""
         bad = [layer for layer, norm in zip(self.layers, norms_P, strict=True) if not math.isfinite(norm)]
         return bad[-1] if bad else None
 
@@ -81,9 +81,18 @@ class GradientGuard:
 def first_nonfinite_layer(
     engine: Any, batches: Sequence[MicroBatch], device: torch.device, *, seed: int, step: int
 ) -> str:
-    """Run the step's micro-batches forward again, as they were, and name the first adapted layer that is not finite.
+    """Run the step's micro-batches forward again, with the same dropout, and find the first layer that is not finite.
 
-    Every process must call it. Falls back to `the loss` if all layers are finite.
+    Every process must call it.
+
+    Args:
+        engine: of the step.
+        batches: this process's micro-batches.
+        device: of the engine.
+        seed, step: those of the dropout masks.
+
+    Returns:
+        The name of the adapted layer, or `the loss` if the outputs of all layers are finite.
     """
     layers = list(mixture_layers(engine.module))
     first = torch.tensor([-len(layers)], dtype=torch.int64, device=device)
@@ -109,7 +118,15 @@ def first_nonfinite_layer(
 def stop_if_nonfinite(
     step: int, sums: Sequence[float], task_sums: Sequence[float], task_names: Sequence[str], where: Callable[[], str]
 ) -> None:
-    """Raise NonFiniteError naming step, task and layer if a summed loss is not finite; the same on every process."""
+    """Raise NonFiniteError if a summed loss is not finite; the same on every process.
+
+    Args:
+        step: the number of the step, for the message.
+        sums: losses over all processes.
+        task_sums: the same by task.
+        task_names: names of the tasks.
+        where: finds the layer, for the message.
+    """
     if all(map(math.isfinite, [*sums, *task_sums])):
         return
     bad = [name for name, total in zip(task_names, task_sums, strict=True) if not math.isfinite(total)]

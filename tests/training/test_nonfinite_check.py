@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from malora_dist.adapters.inject import adapter_parameters, mixture_layers
-from malora_dist.training.nonfinite_guard import GradientGuard
+from malora_dist.training.nonfinite_check import NonFiniteCheck
 from tests.multiprocess import run_distributed
-from tests.training.nonfinite_guard_workers import TASKS
+from tests.training.nonfinite_check_workers import TASKS
 from tests.training.workers import build_model, make_model
 
 CASES: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ FIRST, V_PROJ, GATE_PROJ = (
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("guard")
     make_model(folder)
-    return run_distributed("tests.training.nonfinite_guard_workers:failing_steps", 2, folder=str(folder), cases=CASES)
+    return run_distributed("tests.training.nonfinite_check_workers:failing_steps", 2, folder=str(folder), cases=CASES)
 
 
 @pytest.mark.distributed
@@ -95,7 +95,7 @@ def _backward(model: nn.Module, seed: int) -> int:
 def test_norms_of_all_gradients_at_a_handful_of_operations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_bytes: int
 ) -> None:
-    monkeypatch.setattr("malora_dist.training.nonfinite_guard.HELD_BYTES", held_bytes)
+    monkeypatch.setattr("malora_dist.training.nonfinite_check.HELD_BYTES", held_bytes)
     make_model(tmp_path)
     model = build_model(str(tmp_path), {"zero_stage": 0}, None, {})
     for _, layer in mixture_layers(model):
@@ -103,22 +103,22 @@ def test_norms_of_all_gradients_at_a_handful_of_operations(
     parameters = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
     unwatched = _backward(model, 1)
     reached: list[str] = []
-    guard = GradientGuard(model, torch.device("cpu"), reached.append)
+    check = NonFiniteCheck(model, torch.device("cpu"), reached.append)
     largest_P = torch.zeros(len(parameters))
     for seed in (1, 2):
         for parameter in parameters:
             parameter.grad = None
         started = _backward(model, seed)
         with _Operations() as operations:
-            guard.collect()
+            check.collect()
         if held_bytes > 1:
             assert started == unwatched and operations.count == 3
         largest_P = torch.maximum(largest_P, torch.stack([p.grad.norm() for p in parameters if p.grad is not None]))
-    torch.testing.assert_close(guard.norms_P, largest_P)
+    torch.testing.assert_close(check.norms_P, largest_P)
     names = [name for name, _ in mixture_layers(model)]
     assert list(dict.fromkeys(reached))[::-1] == names and len(reached) == 2 * len(parameters)
-    assert guard.culprit(guard.norms_P.tolist()) is None
-    bad = [math.nan if layer in names[3:5] else 1.0 for layer in guard.layers]
-    assert guard.culprit(bad) == names[4]
-    guard.clear()
-    assert not guard.norms_P.any()
+    assert check.first_bad_layer(check.norms_P.tolist()) is None
+    bad = [math.nan if layer in names[3:5] else 1.0 for layer in check.layers]
+    assert check.first_bad_layer(bad) == names[4]
+    check.clear()
+    assert not check.norms_P.any()
