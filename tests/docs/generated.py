@@ -126,7 +126,13 @@ def methods_table() -> str:
     ]
     for name, structure in METHODS.items():
         spec = mixture_spec(name)
-        down = "shared, then each its own" if structure.core else "shared" if structure.shared_down else "each its own"
+        down = (
+            "shared, then each its own"
+            if structure.expert_down
+            else "shared"
+            if structure.shared_down
+            else "each its own"
+        )
         chosen = "one expert, no router" if not structure.routed else "all" if structure.dense else "`top_k`"
         equal = match_budget(name, LLAMA_7B * BLOCKS, malora).r
         lines.append(
