@@ -98,14 +98,14 @@ def run(lifecycle: RunLifecycle, context: RunContext) -> Path:
         Preempted: on every process, with everything saved, if the run is to stop early.
     """
     config, world = context.config, context.world
-    notes, inputs = _read_inputs(context)
+    inputs = _read_inputs(context)
     data, folder = inputs.data, inputs.folder
     baseline = run_on_rank0(lambda: stored_baseline(config, data), world)
     # Opened only now, so that a mistake in the tasks does not use up the run's name.
     logger = lifecycle.open()
-    logger.notes([*check_plan(config, world.size).notes, *notes])
+    logger.notes([*check_plan(config, world.size).notes, *inputs.notes])
     logger.data(data)
-    logger.notes(inputs.notes)
+    logger.notes(inputs.data_notes)
 
     base = base_identity(config, folder, world)
     if not lifecycle.resume_point.goes_on:
@@ -133,15 +133,16 @@ def run(lifecycle: RunLifecycle, context: RunContext) -> Path:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run reads: the folder of its base model, its data, and notes on their lengths."""
+    """What a run reads: the folder of its base model, and its data; with notes on device and base, and on the data."""
 
     folder: Path
     data: PreparedData
     notes: list[str]
+    data_notes: list[str]
 
 
-def _read_inputs(context: RunContext) -> tuple[list[str], _Inputs]:
-    """Find the base model, check it and the device, and prepare the data; return notes on the first, and all of it."""
+def _read_inputs(context: RunContext) -> _Inputs:
+    """Check the device, find and check the base model, and prepare the data."""
     config, world = context.config, context.world
     notes, dtype = check_device(config, world), base_dtype(config, world)
     with context.while_waiting() as poll:
@@ -154,7 +155,7 @@ def _read_inputs(context: RunContext) -> tuple[list[str], _Inputs]:
         data = build_data(config.data, tokenizer, poll)
         check_tokens(data, base_facts.spare_tokens)
         lengths = position_notes(data, folder, trust_remote_code=trusted)
-    return [*notes, *base_facts.notes], _Inputs(folder, data, lengths)
+    return _Inputs(folder, data, [*notes, *base_facts.notes], lengths)
 
 
 def _open_checkpoint(
