@@ -25,7 +25,7 @@ from tests.preemption import (
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow("real launchers, of which deepspeed gives its ranks 30 seconds to end")]
 
-WAIT = {"on": "check", "at": "backward", "wait": True}
+WAIT = {"on": "poll", "at": "backward", "wait": True}
 LAUNCHED = "tests.preemption_workers"
 TORCHRUN: list[str | Path] = [SCRIPTS / "torchrun", "--standalone", "--nproc_per_node", "2", "-m", LAUNCHED]
 
