@@ -80,7 +80,7 @@ def _weight(base_layer: Any) -> Tensor | None:
     weight: Tensor = base_layer.weight
     if hasattr(weight, "ds_id") and not weight.numel():
         raise ConfigError(
-            "adapter.method=dora measures the base's weights, which ZeRO-3 keeps in parts: inject_adapters(..., "
+            "method='dora' measures the base's weights, which ZeRO-3 keeps in parts: inject_adapters(..., "
             "whole=malora_dist.distributed.zero3.gathered)"
         )
     state = getattr(weight, "quant_state", None)

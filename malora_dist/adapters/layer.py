@@ -10,7 +10,7 @@ from malora_dist.adapters.dora import Magnitude
 from malora_dist.adapters.input_projection import Entrance
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.adapters.protocols import AddExperts, Dispatcher, Entered, EntersTogether
-from malora_dist.adapters.recompute import is_recomputing, refuse_reentrant
+from malora_dist.adapters.recompute import DeferredBalance, in_reentrant_checkpoint, is_recomputing, refuse_reentrant
 from malora_dist.ops.cost import prefer_grouped
 from malora_dist.ops.dense import dense_experts
 from malora_dist.ops.dropout import keyed_dropout
@@ -76,6 +76,7 @@ class MixtureLinear(nn.Module):
         self.dispatcher: Dispatcher | None = None
         self.siblings: EntersTogether | None = None
         self.routing = None
+        self.deferred_balance: DeferredBalance | None = None
         self.token_keys: Tensor | None = None
         if not self.B.is_meta and self.dora is not None:
             self.dora.measure(base_layer)
@@ -101,7 +102,13 @@ class MixtureLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has, or a pickle: everything but what belongs to the last forward."""
-        return self.__dict__ | {"routing": None, "token_keys": None, "weight_copies": None}
+        deferred = None if self.deferred_balance is None else DeferredBalance()
+        return self.__dict__ | {
+            "routing": None,
+            "token_keys": None,
+            "weight_copies": None,
+            "deferred_balance": deferred,
+        }
 
     def set_experts(self, core: nn.Parameter | None, B: nn.Parameter) -> None:
         """Hold these experts, all or a slice of them."""
@@ -172,12 +179,11 @@ class MixtureLinear(nn.Module):
         """What the layer makes of its input (..., I) before the experts; `routing` keeps the routing."""
         if self.siblings is not None:
             entered = self.siblings.enter(self, x)
-            self._keep(entered.routing)
-            return entered
+            return entered._replace(routing=self._keep(entered.routing))
         x_TI = autocast(x).reshape(-1, self.in_features)
         keys_T = self.entrance.dropout_keys(x_TI, self.token_keys)
         base_TI, h, routing = self.entrance(x_TI, keys_T)
-        self._keep(routing)
+        routing = self._keep(routing)
         salt, p = self.entrance.input_salt, self.entrance.dropout
         if h is not None:
             return Entered(base_TI, h, routing)
@@ -186,14 +192,19 @@ class MixtureLinear(nn.Module):
             return Entered(base_TI, h, routing, through_A)
         return Entered(base_TI, x_TI if keys_T is None else keyed_dropout(x_TI, keys_T, salt, p), routing)
 
-    def _keep(self, routing: Routing | None) -> None:
-        # Recomputation in backward must not: its routing would keep a block's graph alive until the next forward.
-        if torch.compiler.is_compiling():
-            self.routing = routing
-        elif not is_recomputing():
-            if self.balanced:
-                refuse_reentrant(self.training)
-            self.routing = routing
+    def _keep(self, routing: Routing | None) -> Routing | None:
+        """Note the routing of a forward, and return it; that of a recomputation takes up its deferred gradient."""
+        if not torch.compiler.is_compiling() and is_recomputing():
+            # Not noted: it would keep a block's graph alive until the next forward.
+            deferred = self.deferred_balance
+            return routing if deferred is None or routing is None else deferred.attach(routing)
+        if not torch.compiler.is_compiling() and self.balanced and self.training and in_reentrant_checkpoint():
+            if self.deferred_balance is None:
+                refuse_reentrant()
+            else:
+                self.deferred_balance.waiting = True
+        self.routing = routing
+        return routing
 
     def _start(self, x: Tensor) -> tuple[Tensor, AddExperts]:
         entered = self.enter(x, through_A=self.core_name == "A" and not self.grouped and self.dora is None)

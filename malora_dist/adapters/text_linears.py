@@ -39,7 +39,8 @@ def _twin(model: Any) -> nn.Module:
     config._attn_implementation = "eager"
     config._experts_implementation = "batched_mm"
     with torch.device("meta"):
-        twin: nn.Module = type(model)(config)
+        # Of an adapted model (`adapters.malora_model`) the class that it was made of.
+        twin: nn.Module = getattr(type(model), "base_class", type(model))(config)
     return twin.requires_grad_(False).eval()
 
 

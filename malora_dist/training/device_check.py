@@ -49,7 +49,7 @@ def _check_one(config: RunConfig, device: torch.device, dtype: torch.dtype, trai
         if problems:
             raise ConfigError("\n  ".join(problems))
     if trains and uses_triton(config):
-        require_triton(device)
+        require_triton(device, "adapter.computation")
 
 
 def gpu_problems(gpu: Gpu, setting: str, dtype: torch.dtype) -> list[str]:

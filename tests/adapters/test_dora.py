@@ -44,7 +44,7 @@ def test_a_weight_in_parts_is_refused() -> None:
     model = tiny_llama()
     weight = model.model.layers[0].self_attn.q_proj.weight
     weight.data, weight.ds_id = torch.empty(0), 7
-    with pytest.raises(ConfigError, match=r"dora measures.*whole=malora_dist\.parallel\.zero\.gathered"):
+    with pytest.raises(ConfigError, match=r"dora' measures.*whole=malora_dist\.distributed\.zero3\.gathered"):
         inject_adapters(model, mixture_spec("dora", r=2), TARGETS)
 
 

@@ -89,7 +89,9 @@ def test_a_compiled_graph_takes_the_plain_form() -> None:
 def test_the_error_names_the_setting_what_is_missing_and_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     require_triton(torch.device("cpu"))
-    wanted = "adapter.computation=grouped_triton needs a CUDA device, not 'meta'; choose adapter.computation=auto"
+    wanted = "computation=grouped_triton needs a CUDA device, not 'meta'; choose computation=auto"
     with pytest.raises(ConfigError) as error:
         require_triton(torch.device("meta"))
     assert str(error.value) == wanted
+    with pytest.raises(ConfigError, match="choose adapter.computation=auto"):
+        require_triton(torch.device("meta"), "adapter.computation")

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, expected_shapes
+from malora_dist.adapters.inject import adapter_parameters, mixture_layers
 from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
-from malora_dist.adapters.saving import injected_adapters
+from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.methods import factor_shapes
+from malora_dist.adapters.saving import Injected, injected_adapters
 from malora_dist.errors import CheckpointError
 
 
@@ -20,24 +22,50 @@ def save_model_adapter(
     `state_dict`: values by the names of the model's parameters, where the model's own are in parts. Raises
     CheckpointError if there is no adapter or a value is not whole.
     """
-    injected = injected_adapters(model)
-    if injected is None:
-        raise CheckpointError(f"{type(model).__name__} has no adapters: inject_adapters or load_adapter put them on it")
-    info = AdapterInfo(
-        spec=injected.spec,
-        target_modules=injected.target_modules,
-        base_model=str(getattr(model, "name_or_path", "")),
-        lora_dropout=injected.lora_dropout,
-    )
-    state = dict(_values(model, state_dict))
-    for name, shape in expected_shapes(model, info.spec).items():
-        if tuple(state[name].shape) != shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(state[name].shape)} instead of {shape}: it is spread over processes; gather "
-                "the weights and give them as state_dict"
-            )
-    save_adapter(folder, info, state, model_card(info, (), {}))
+    info = adapter_info(model)
+    save_layers(folder, info, dict(mixture_layers(model)), dict(_values(model, state_dict)))
     return info
+
+
+def adapter_info(model: nn.Module, injected: Injected | None = None) -> AdapterInfo:
+    """Return what the folder of an adapter says; of the one on the model, if none is given.
+
+    Raises CheckpointError if there is none.
+    """
+    found = injected_adapters(model) if injected is None else injected
+    if found is None:
+        raise CheckpointError(f"{type(model).__name__} has no adapters: inject_adapters or load_adapter put them on it")
+    return AdapterInfo(
+        spec=found.spec,
+        target_modules=found.target_modules,
+        base_model=str(getattr(model, "name_or_path", "")),
+        lora_dropout=found.lora_dropout,
+        settings=found.settings,
+    )
+
+
+def save_layers(
+    folder: str | os.PathLike[str],
+    info: AdapterInfo,
+    layers: Mapping[str, MixtureLinear],
+    values: Mapping[str, Tensor],
+) -> None:
+    """Write the adapter of these layers by name. `values`: by `<layer>.<factor>`, where not the layers' own.
+
+    Raises CheckpointError if a value is not whole.
+    """
+    state: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        shapes = factor_shapes(layer.spec, layer.in_features, layer.out_features)
+        for factor, parameter in layer.factors():
+            key = f"{name}.{factor}"
+            state[key] = values.get(key, parameter.detach())
+            if tuple(state[key].shape) != shapes[factor]:
+                raise CheckpointError(
+                    f"{key} has shape {tuple(state[key].shape)} instead of {shapes[factor]}: it is spread over "
+                    "processes; gather the weights and give them as state_dict"
+                )
+    save_adapter(folder, info, state, model_card(info, (), {}))
 
 
 def _values(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:

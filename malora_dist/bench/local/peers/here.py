@@ -21,5 +21,5 @@ def taking_part(only: str | None, default: Sequence[str], device: torch.device) 
         kernels = device.type == "cuda" and triton_ready(device)
         return {name: one for name, one in found.items() if kernels or one.computation != KERNELS}
     if any(one.computation == KERNELS for one in found.values()):
-        require_triton(device)
+        require_triton(device, "adapter.computation")
     return found
