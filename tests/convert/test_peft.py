@@ -97,8 +97,10 @@ def test_equal_patterns_and_found_targets_are_read(workspace: Path, tmp_path: Pa
 def test_layers_may_have_numbers_of_their_own(workspace: Path, tmp_path: Path) -> None:
     """Those of patterns, which stay what they are; a pattern's value that no layer has does not matter."""
     patterns = {"rank_pattern": {"q_proj": 6, "nobody": None}, "alpha_pattern": {r"layers\.1\..*": 7}}
-    stock(workspace, tmp_path / "stock", **patterns)
-    run_kind("from-peft", tmp_path / "stock", tmp_path / "ours", verify=True, base=str(workspace / "model"))
+    theirs, ours = stock(workspace, tmp_path / "stock", **patterns), base(workspace)
+    run_kind("from-peft", tmp_path / "stock", tmp_path / "ours")
+    load_adapter(ours, tmp_path / "ours")
+    torch.testing.assert_close(logits(ours, token_rows()), logits(theirs, token_rows()), atol=2e-5, rtol=1e-5)
     spec = open_adapter(tmp_path / "ours").info.spec
     assert spec.rank_pattern == (("q_proj", 6),) and spec.alpha_pattern == ((r"layers\.1\..*", 7.0),)
     run_kind("peft", tmp_path / "ours", tmp_path / "again")
