@@ -4,8 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from malora_dist.adapters.aux_loss import aux_loss
     from malora_dist.adapters.inject import adapter_state_dict, inject_adapters
     from malora_dist.adapters.io.folder import load_adapter
+    from malora_dist.adapters.malora_config import MaloraConfig
+    from malora_dist.adapters.malora_model import MaloraModel, get_malora_model
     from malora_dist.adapters.methods import MixtureSpec, mixture_spec
     from malora_dist.config import load_config
     from malora_dist.errors import MaloraError
@@ -13,10 +16,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "MaloraConfig",
     "MaloraError",
+    "MaloraModel",
     "MixtureSpec",
     "__version__",
     "adapter_state_dict",
+    "aux_loss",
+    "get_malora_model",
     "inject_adapters",
     "load_adapter",
     "load_config",
@@ -24,9 +31,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "MaloraConfig": "malora_dist.adapters.malora_config",
     "MaloraError": "malora_dist.errors",
+    "MaloraModel": "malora_dist.adapters.malora_model",
     "MixtureSpec": "malora_dist.adapters.methods",
     "adapter_state_dict": "malora_dist.adapters.inject",
+    "aux_loss": "malora_dist.adapters.aux_loss",
+    "get_malora_model": "malora_dist.adapters.malora_model",
     "inject_adapters": "malora_dist.adapters.inject",
     "load_adapter": "malora_dist.adapters.io.folder",
     "load_config": "malora_dist.config",

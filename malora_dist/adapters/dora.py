@@ -89,7 +89,7 @@ def _weight(base_layer: Any) -> Tensor | None:
     weight: Tensor = base_layer.weight
     if hasattr(weight, "ds_id") and not weight.numel():
         raise ConfigError(
-            "adapter.method=dora measures the base's weights, which ZeRO-3 keeps in parts: inject_adapters(..., "
+            "method='dora' measures the base's weights, which ZeRO-3 keeps in parts: inject_adapters(..., "
             "whole=malora_dist.distributed.zero3.gathered)"
         )
     state = getattr(weight, "quant_state", None)
@@ -100,7 +100,7 @@ def _weight(base_layer: Any) -> Tensor | None:
         return unpacked.view(state.shape)
     if weight.is_floating_point() and weight.itemsize < 2:
         raise ConfigError(
-            f"adapter.method=dora measures the base's weights, and a {type(base_layer).__name__} keeps them in 8 bits "
+            f"method='dora' measures the base's weights, and a {type(base_layer).__name__} keeps them in 8 bits "
             f"({str(weight.dtype).removeprefix('torch.')}) with scales of its own: take another method, or load the "
             "base in another format"
         )

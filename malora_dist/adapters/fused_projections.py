@@ -13,9 +13,12 @@ READERS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", 
 
 
 def fuse_input_projections(model: nn.Module) -> None:
-    """Project the input of adapted linears that read one tensor by one product; they must have S_A and a router."""
+    """Project the input of adapted linears that read one tensor by one product; they must have S_A and a router.
+
+    Where their S_A have different ranks, each projects by its own.
+    """
     for parent, name, layers in list(linears_by_input(model)):
-        if len(layers) > 1:
+        if len(layers) > 1 and len({layer.shared_r for layer in layers}) == 1:
             projections = [layer.input_projection for layer in layers]
             fused = FusedProjection(projections)
             # After the linears, so that their parameters go by the linears' names.

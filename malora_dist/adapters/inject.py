@@ -1,6 +1,7 @@
 """Putting adapters on a model, and reading them off it."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 
 from malora_dist.adapters.fused_projections import READERS, fuse_input_projections, unfuse_input_projections
 from malora_dist.adapters.layer import MixtureLinear, require_triton
-from malora_dist.adapters.methods import MixtureSpec, count_parameters, factor_shapes
+from malora_dist.adapters.methods import MixtureSpec, count_parameters
 from malora_dist.adapters.saving import Injected, release, save_adapters_of
 from malora_dist.adapters.targets import find_targets, fused_experts, plain_names
 from malora_dist.errors import ConfigError
 from malora_dist.models.bitsandbytes_cpu import keep_differentiable
 from malora_dist.models.linears import linear_sizes
 from malora_dist.models.nf4_linear import NF4Linear
-from malora_dist.ops.target_names import ALL_LINEAR, is_pattern
+from malora_dist.ops.target_names import ALL_LINEAR, EVERYTHING, Narrowing, is_pattern
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -52,6 +53,7 @@ def inject_adapters(
     spec: MixtureSpec,
     target_modules: Sequence[str] | str = DEFAULT_TARGETS,
     *,
+    narrowing: Narrowing = EVERYTHING,
     lora_dropout: float = 0.0,
     computation: str = "auto",
     fuse_projections: bool = False,
@@ -62,8 +64,9 @@ def inject_adapters(
 ) -> InjectionReport:
     """Freeze `model` and wrap each linear that `target_modules` means in a MixtureLinear, in place.
 
-    A target is the end of a name, a regular expression for whole names, or `all-linear` (`adapters.targets`). A model
-    of transformers then saves its adapter alone, wherever transformers would save the model.
+    A target is the end of a name, a regular expression for whole names, or `all-linear` (`adapters.targets`);
+    `narrowing` leaves out some of what they match. Each layer gets `spec.of_layer(its name)`. A model of transformers
+    then saves its adapter alone, wherever transformers would save the model.
 
     Adapters are fp32, built on the device of the layer they wrap. Their initial values depend on the seed and the
     module's name alone, so every process builds the same ones (DoRA's magnitude depends on the base's weight too, which
@@ -80,20 +83,20 @@ def inject_adapters(
     if computation == "grouped_triton" and spec.structure.routed:
         require_triton(next(model.parameters()).device)
     targets = (target_modules,) if isinstance(target_modules, str) else target_modules
-    matches = find_targets(model, targets, spec)
-    names = plain_names(model, matches)
+    matches = find_targets(model, targets, spec, narrowing)
+    names = plain_names(model, matches, narrowed=narrowing != EVERYTHING)
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     model.requires_grad_(False)
     base_parameters = count_base_parameters(model)
     experts = tuple(fused_experts(model))
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
     save_adapters_of(model, Injected(spec, names, lora_dropout, trained))
-    places = _places(model)
+    places = places_of_modules(model)
     try:
         for name in (name for matched in matches.values() for name in matched):
             base = model.get_submodule(name)
             with whole(base) if spec.structure.magnitude else nullcontext():
-                layer = _adapted(base, name, spec, lora_dropout, computation, seed, init_weights)
+                layer = _adapted(base, name, spec.of_layer(name), lora_dropout, computation, seed, init_weights)
             for parent, leaf in places[id(base)]:
                 setattr(parent, leaf, layer)
             if place is not None:
@@ -101,7 +104,7 @@ def inject_adapters(
     except BaseException:
         remove_adapters(model)
         raise
-    rows = [row for target, matched in matches.items() for row in _rows(model, spec, target, matched)]
+    rows = [row for target, matched in matches.items() for row in _rows(model, target, matched)]
     if fuse_projections and spec.shared_r is not None:
         fuse_input_projections(model)
     keep_differentiable(model)
@@ -143,9 +146,13 @@ def count_base_parameters(model: nn.Module) -> int:
             total += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
     packed = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters()}
     adapters = {id(p) for _, p in adapter_parameters(model)}
-    # ds_numel: ZeRO-3 leaves an empty tensor in place of a partitioned parameter.
-    others = (p for p in model.parameters() if id(p) not in packed | adapters)
-    return total + sum(getattr(p, "ds_numel", p.numel()) for p in others)
+    return total + sum(_numel(p) for p in model.parameters() if id(p) not in packed | adapters)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Return the weights that a parameter stands for, also where bitsandbytes has packed or ZeRO-3 spread them."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return math.prod(shape) if shape is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def layer_seed(seed: int, name: str) -> int:
@@ -161,8 +168,8 @@ def _refuse_second(model: nn.Module) -> None:
         )
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Parents and names in them of every module: one may stand in several places."""
+def places_of_modules(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return parents and names in them of every module by its id: one may stand in several places."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for leaf, module in parent._modules.items():
@@ -204,30 +211,24 @@ def _device(base: nn.Module) -> torch.device:
     return device if device.type != "meta" or executes_on is None else torch.device(executes_on)
 
 
-def _rows(model: nn.Module, spec: MixtureSpec, target: str, names: Sequence[str]) -> Iterator[InjectionRow]:
+def _rows(model: nn.Module, target: str, names: Sequence[str]) -> Iterator[InjectionRow]:
     """By size, and by the last part of the name where the target is none."""
     layers = dict(mixture_layers(model))
-    kinds = Counter[tuple[str, int, int]]()
+    modules, parameters = Counter[tuple[str, int, int]](), Counter[tuple[str, int, int]]()
     for name in names:
+        layer = layers[name]
         shown = name.rpartition(".")[2] if target == ALL_LINEAR or is_pattern(target) else target
-        kinds[shown, layers[name].in_features, layers[name].out_features] += 1
-    for (shown, inputs, outputs), count in kinds.items():
-        yield InjectionRow(shown, count, inputs, outputs, count * count_parameters(spec, inputs, outputs))
-
-
-def expected_shapes(model: nn.Module, spec: MixtureSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every adapter tensor that `spec` puts on `model`, to check a file against."""
-    return {
-        f"{name}.{factor}": shape
-        for name, layer in mixture_layers(model)
-        for factor, shape in factor_shapes(spec, layer.in_features, layer.out_features).items()
-    }
+        kind = shown, layer.in_features, layer.out_features
+        modules[kind] += 1
+        parameters[kind] += count_parameters(layer.spec, layer.in_features, layer.out_features)
+    for (shown, inputs, outputs), count in modules.items():
+        yield InjectionRow(shown, count, inputs, outputs, parameters[shown, inputs, outputs])
 
 
 def remove_adapters(model: nn.Module) -> None:
     """Put every adapted layer's base back in its place: the model is what `inject_adapters` was given."""
     unfuse_input_projections(model)
-    places = _places(model)
+    places = places_of_modules(model)
     for _, layer in list(mixture_layers(model)):
         for parent, leaf in places[id(layer)]:
             setattr(parent, leaf, layer.base_layer)

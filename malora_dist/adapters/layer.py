@@ -1,6 +1,6 @@
 """The adapted linear: a frozen base layer plus a mixture of low-rank experts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from malora_dist.adapters.dora import DoRALayer
 from malora_dist.adapters.input_projection import InputProjection, ProjectedInput
 from malora_dist.adapters.methods import MixtureSpec
-from malora_dist.adapters.recompute import is_recomputing, refuse_reentrant
+from malora_dist.adapters.recompute import DeferredBalance, is_recomputing, note_missing_graph
 from malora_dist.adapters.shared_input import Dispatcher, Prepared, SharedInput
 from malora_dist.errors import ConfigError
 from malora_dist.ops.choices import prefer_grouped
@@ -29,7 +29,8 @@ class MixtureLinear(nn.Module):
 
     The experts' stacked factors belong to this module, router and S_A to its `input_projection`, DoRA's norms to
     `dora`. All are fp32; products run in the dtype of x. `routing` keeps the last forward's decision, and `routings`,
-    where it is a list, those of every call since; `balanced` says whether they belong in the balance loss.
+    where it is a list, those of every call since (a tuple takes no more); `balanced` says whether they belong in the
+    balance loss, and `deferred_balance` brings its gradient to layers that run without a graph at first.
 
     The base's output is added to in place, and so is the gradient of its input: hooks on the base must copy what they
     keep. With a `shared_input`, linears that read one tensor project it together, and its dispatcher, if there is one
@@ -76,7 +77,8 @@ class MixtureLinear(nn.Module):
         self.adapter_enabled = True
         self.shared_input: SharedInput | None = None
         self.routing = None
-        self.routings: list[Routing] | None = None
+        self.routings: Sequence[Routing] | None = None
+        self.deferred_balance: DeferredBalance | None = None
         if not self.B.is_meta and self.dora is not None:
             self.dora.measure(base_layer)
         if not self.B.is_meta and init_weights:
@@ -128,7 +130,9 @@ class MixtureLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has, or a pickle: everything but what belongs to one forward."""
-        return self.__dict__ | {"routing": None, "routings": None, "weight_copies": None}
+        deferred = None if self.deferred_balance is None else DeferredBalance()
+        of_forward = {"routing": None, "routings": None, "weight_copies": None, "deferred_balance": deferred}
+        return self.__dict__ | of_forward
 
     def set_experts(self, down: nn.Parameter | None, B: nn.Parameter) -> None:
         """Hold these experts, all or a slice of them."""
@@ -217,15 +221,19 @@ class MixtureLinear(nn.Module):
         return base_TO
 
     def _keep(self, routing: Routing | None) -> Routing | None:
-        """Keep the routing of a forward for the balance loss, and return it."""
+        """Keep the routing of a forward for the balance loss, and return it; a recomputation takes up its gradient."""
         if not torch.compiler.is_compiling() and is_recomputing():
             # Not kept: it would keep a block's graph alive until the next forward.
-            return routing
-        if not torch.compiler.is_compiling() and self.balanced:
-            refuse_reentrant(self.training)
+            deferred = self.deferred_balance
+            return routing if deferred is None or routing is None else deferred.attach(routing)
+        if not torch.compiler.is_compiling() and self.balanced and self.training:
+            note_missing_graph(self.deferred_balance)
         self.routing = routing
-        if self.routings is not None and routing is not None:
+        if isinstance(self.routings, list) and routing is not None:
             self.routings.append(routing)
+        elif self.routings:
+            # Of an earlier forward.
+            self.routings = None
         return routing
 
     def _add_experts(self, base_TO: Tensor, inputs: ProjectedInput) -> Tensor:

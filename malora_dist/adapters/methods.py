@@ -7,12 +7,15 @@ Equations are those of MALoRA (arXiv 2410.22782).
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, short
+from malora_dist.ops.target_names import end_of_name, pattern_value
+
+Patterns = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,8 @@ class MixtureSpec:
 
     r is the rank of an expert (r-bar in the paper), shared_r the rank of S_A (d), None for methods without one.
     use_rslora: the scaling keeps its size as r grows (PEFT's name and meaning).
+    rank_pattern, alpha_pattern: r and lora_alpha of layers whose names a pattern matches, as pairs of pattern and
+    number in PEFT's order and meaning; what such a layer gets is `of_layer`.
     """
 
     method: str
@@ -94,6 +99,27 @@ class MixtureSpec:
     beta: float
     normalize_gates: bool
     use_rslora: bool = False
+    rank_pattern: Patterns = ()
+    alpha_pattern: Patterns = ()
+
+    def of_layer(self, name: str) -> "MixtureSpec":
+        """Return the spec of the layer of this name, without patterns.
+
+        With another r the rank of S_A changes in proportion, so that the compression ratio stays what it is.
+        """
+        if not self.has_patterns:
+            return self
+        r = int(pattern_value(self.rank_pattern, name, self.r))
+        alpha = float(pattern_value(self.alpha_pattern, name, self.lora_alpha))
+        shared_r = self.shared_r
+        if shared_r is not None and r != self.r:
+            shared_r = max(r, round(shared_r * r / self.r))
+        return replace(self, r=r, shared_r=shared_r, lora_alpha=alpha, rank_pattern=(), alpha_pattern=())
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether layers may have numbers of their own."""
+        return bool(self.rank_pattern or self.alpha_pattern)
 
     @property
     def structure(self) -> Structure:
@@ -130,6 +156,8 @@ def mixture_spec(
     beta: float = 1.0,
     normalize_gates: bool = False,
     use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | Patterns = (),
+    alpha_pattern: Mapping[str, float] | Patterns = (),
 ) -> MixtureSpec:
     """Fill in what follows from the method: one expert without a router, all experts for a dense gate, `shared_r`
     (r where experts have no expert_down), and lora_alpha = 2 r.
@@ -138,7 +166,7 @@ def mixture_spec(
     """
     problem = unknown_method(method)
     if problem is not None:
-        raise ConfigError(f"adapter.method={method!r} {problem}")
+        raise ConfigError(f"method={method!r} {problem}")
     structure = METHODS[method]
     if not structure.routed:
         num_experts = top_k = 1
@@ -146,15 +174,14 @@ def mixture_spec(
         top_k = num_experts
     if min(num_experts, top_k, r) < 1 or top_k > num_experts:
         raise ConfigError(
-            f"adapter.r={r}, adapter.num_experts={num_experts}, adapter.top_k={top_k}: "
-            "each must be at least 1 and top_k at most num_experts"
+            f"r={r}, num_experts={num_experts}, top_k={top_k}: each must be at least 1 and top_k at most num_experts"
         )
     if not structure.expert_down:
         shared_r = r if structure.shared_down else None
     else:
         shared_r = default_shared_r(num_experts, r, compression_ratio) if shared_r is None else shared_r
         if shared_r < r:
-            raise ConfigError(f"adapter.shared_r={shared_r} must be at least adapter.r={r}: P_t keeps r of its d rows")
+            raise ConfigError(f"shared_r={shared_r} must be at least r={r}: P_t keeps r of its d rows")
     return MixtureSpec(
         method=method,
         num_experts=num_experts,
@@ -165,7 +192,29 @@ def mixture_spec(
         beta=beta,
         normalize_gates=normalize_gates,
         use_rslora=use_rslora,
+        rank_pattern=_patterns("rank_pattern", rank_pattern, "integers of at least 1", _is_rank),
+        alpha_pattern=_patterns("alpha_pattern", alpha_pattern, "positive numbers", _is_positive),
     )
+
+
+def _patterns(argument: str, given: Any, rule: str, holds: Callable[[Any], bool]) -> Patterns:
+    pairs = tuple(given.items() if isinstance(given, Mapping) else given)
+    for pattern, value in pairs:
+        if not isinstance(pattern, str) or not holds(value):
+            raise ConfigError(f"{argument}={short(dict(pairs))} must give names of layers {rule}")
+        try:
+            end_of_name(pattern)
+        except ValueError as error:
+            raise ConfigError(f"{argument}: {error}") from error
+    return pairs
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def factor_shapes(spec: MixtureSpec, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ with random numbers.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -18,12 +18,16 @@ from malora_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Injected:
-    """What `inject_adapters` put on a model, and the parameters of the base that it froze."""
+    """What `inject_adapters` put on a model, and the parameters of the base that it froze.
+
+    settings: those of `AdapterInfo`, for the folder that is written.
+    """
 
     spec: MixtureSpec
     target_modules: tuple[str, ...]
     lora_dropout: float
     trained: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class SavePretrained:
@@ -52,7 +56,7 @@ class SavePretrained:
 def save_adapters_of(model: nn.Module, injected: Injected) -> None:
     """Keep what is on the model, and let transformers save and train it as it does a model of PEFT's."""
     attributes: dict[str, object] = {"injected_adapters": injected}
-    if hasattr(model, "save_pretrained"):
+    if hasattr(model, "save_pretrained") and not getattr(model, "saves_adapters", False):
         attributes["save_pretrained"] = SavePretrained(model)
     if getattr(model, "is_quantized", False):
         # By this mark Trainer tells a quantised model that has adapters from one that cannot be trained.
@@ -67,11 +71,14 @@ def injected_adapters(model: nn.Module) -> Injected | None:
 
 
 def release(model: nn.Module) -> None:
-    """Undo `save_adapters_of`, and let what was trained before be trained again."""
+    """Undo `save_adapters_of`, and let what was trained before the adapters be trained again."""
     injected = injected_adapters(model)
-    if injected is None:
-        return
+    forget_adapters(model)
+    for name in () if injected is None else injected.trained:
+        model.get_parameter(name).requires_grad_(True)
+
+
+def forget_adapters(model: nn.Module) -> None:
+    """Undo `save_adapters_of`."""
     for name in ("injected_adapters", "save_pretrained", "_hf_peft_config_loaded"):
         vars(model).pop(name, None)
-    for name in injected.trained:
-        model.get_parameter(name).requires_grad_(True)

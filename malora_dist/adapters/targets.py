@@ -10,34 +10,38 @@ from malora_dist.adapters.near_names import near_names
 from malora_dist.adapters.text_linears import idle_linears
 from malora_dist.errors import ConfigError, short
 from malora_dist.models.linears import linear_sizes, output_head
-from malora_dist.ops.target_names import ALL_LINEAR, is_pattern, name_matches
-
-KEY = "adapter.target_modules"
+from malora_dist.ops.target_names import ALL_LINEAR, EVERYTHING, Narrowing, is_pattern, name_matches
 
 
-def find_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> dict[str, list[str]]:
-    """Names of the linears that each target means, in the order of the model.
+def find_targets(
+    model: nn.Module, targets: Sequence[str], spec: MixtureSpec, narrowing: Narrowing = EVERYTHING
+) -> dict[str, list[str]]:
+    """Find the linears that each target means, and that `narrowing` keeps.
 
     A target is the end of a module's name from a dot on, a regular expression that matches whole names, or
     `all-linear`: every linear but the output head. All of it is PEFT's meaning, but for linears that text never trains,
     such as those for pictures: they are not meant.
-    Raises ConfigError with all that is wrong at once, and with the linears that the model has.
+
+    Returns: names of linears by target, in the order of the model.
+    Raises: ConfigError with all that is wrong at once, and with the linears that the model has.
     """
     needed = ALL_LINEAR in targets or _has_other_parts(model)
-    found, wrong = _look(model, targets, spec, (idle_linears(model) if needed else None) or ())
-    _refuse(model, wrong)
+    found, wrong = _look(model, targets, spec, (idle_linears(model) if needed else None) or (), narrowing)
+    _refuse(model, wrong, "")
     return found
 
 
 def check_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -> list[str]:
-    """Raise ConfigError as `find_targets` does, and for what a training run cannot adapt; return what is not known.
+    """Raise ConfigError as `find_targets` does, naming a recipe's keys, and for what a training run cannot adapt.
+
+    Returns: notes of what is not known.
 
     It cannot adapt linears that text never trains, and the output head: a run computes logits of learned tokens alone,
     so the head sees other tokens than the routers of all other layers.
     """
     idle = idle_linears(model)
-    found, wrong = _look(model, targets, spec, idle or ())
-    _refuse(model, [*wrong, *_untrainable(model, found, idle or ())])
+    found, wrong = _look(model, targets, spec, idle or (), EVERYTHING)
+    _refuse(model, [*wrong, *_untrainable(model, found, idle or ())], "adapter.")
     if idle is not None:
         return []
     return [
@@ -47,25 +51,37 @@ def check_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -
 
 
 def _look(
-    model: nn.Module, targets: Sequence[str], spec: MixtureSpec, idle: Collection[str]
+    model: nn.Module, targets: Sequence[str], spec: MixtureSpec, idle: Collection[str], narrowing: Narrowing
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """What each target means, and what is wrong with it."""
+    """Return what each target means, and what is wrong with it."""
     if not targets:
-        raise ConfigError(f"{KEY} is empty: there would be nothing to train")
+        return {}, ["it is empty: there would be nothing to train"]
+    broken = list(_broken(targets))
+    if broken:
+        return {}, broken
     linears = linears_of(model)
     found = {target: _matches(model, target, linears, idle) for target in targets}
     if _has_other_parts(model):
         found = {target: [name for name in names if name not in idle] for target, names in found.items()}
-    wrong = [text for target, names in found.items() for text in _mistakes(model, target, names, linears)]
-    chosen = {name: linears[name] for names in found.values() for name in names if name in linears}
-    return found, [*wrong, *_overlaps(found), *_too_narrow(chosen, spec)]
+    wrong = [text for target, names in found.items() for text in _unmatched(target, names, linears)]
+    try:
+        kept = {target: [name for name in names if narrowing.keeps(name)] for target, names in found.items()}
+    except ValueError as error:
+        raise ConfigError(f"{narrowing}: {error}") from error
+    wrong += [text for target, names in kept.items() for text in _not_linear(model, target, names, linears)]
+    if not any(kept.values()) and not wrong:
+        wrong.append(f"nothing is left with {narrowing}")
+    chosen = {name: linears[name] for names in kept.values() for name in names if name in linears}
+    return kept, [*wrong, *_overlaps(kept), *_too_narrow(chosen, spec)]
 
 
-def _refuse(model: nn.Module, wrong: Sequence[str]) -> None:
+def _refuse(model: nn.Module, wrong: Sequence[str], section: str) -> None:
     if wrong:
         fused = next(iter(fused_experts(model)), None)
         kept = "" if fused is None else f"; experts kept as one parameter ({fused}) are none"
-        raise ConfigError(f"{KEY}: {'; '.join(wrong)}. The model's linears are {described(linears_of(model))}{kept}")
+        raise ConfigError(
+            f"{section}target_modules: {'; '.join(wrong)}. The model's linears are {described(linears_of(model))}{kept}"
+        )
 
 
 def _untrainable(model: nn.Module, found: Mapping[str, Sequence[str]], idle: Collection[str]) -> Iterable[str]:
@@ -119,9 +135,12 @@ def _has_other_parts(model: nn.Module) -> bool:
     return hasattr(config, "get_text_config") and config.get_text_config() is not config
 
 
-def plain_names(model: nn.Module, found: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """The targets as ends of names alone: as given, or the last parts of what was found, or else whole names."""
-    if not any(target == ALL_LINEAR or is_pattern(target) for target in found):
+def plain_names(model: nn.Module, found: Mapping[str, Sequence[str]], narrowed: bool = False) -> tuple[str, ...]:
+    """Return the targets as ends of names alone: as given, the last parts of what was found, or else whole names.
+
+    `narrowed`: `found` may be less than what the targets match.
+    """
+    if not narrowed and not any(target == ALL_LINEAR or is_pattern(target) for target in found):
         return tuple(found)
     chosen = [name for names in found.values() for name in names]
     leaves = tuple(dict.fromkeys(name.rpartition(".")[2] for name in chosen))
@@ -151,18 +170,26 @@ def _matches(model: nn.Module, target: str, linears: Mapping[str, object], idle:
     if target == ALL_LINEAR:
         return _all_linear(model, idle)
     if is_pattern(target):
-        try:
-            return [name for name in linears if name_matches(target, name)]
-        except ValueError as error:
-            raise ConfigError(f"{KEY}: {short(target)} is no regular expression: {error}") from error
+        return [name for name in linears if name_matches(target, name)]
     return [name for name, _ in model.named_modules() if name and name_matches(target, name)]
 
 
-def _mistakes(model: nn.Module, target: str, names: Sequence[str], linears: Mapping[str, object]) -> Iterable[str]:
+def _broken(targets: Sequence[str]) -> Iterable[str]:
+    for target in targets:
+        try:
+            name_matches(target, "")
+        except ValueError as error:
+            yield f"{short(target)} is no regular expression: {error}"
+
+
+def _unmatched(target: str, names: Sequence[str], linears: Mapping[str, object]) -> Iterable[str]:
     if not names:
         near = [] if is_pattern(target) or target == ALL_LINEAR else near_names(target, map(leaf_of, linears))
         hint = f", did you mean {' or '.join(near)}?" if near else ""
         yield f"{target!r} matches no {'linear' if is_pattern(target) else 'module'} of the model{hint}"
+
+
+def _not_linear(model: nn.Module, target: str, names: Sequence[str], linears: Mapping[str, object]) -> Iterable[str]:
     wrong = [name for name in names if name not in linears]
     if wrong:
         kind = type(model.get_submodule(wrong[0]))
@@ -182,10 +209,11 @@ def _overlaps(found: Mapping[str, Sequence[str]]) -> Iterable[str]:
 
 def _too_narrow(chosen: Mapping[str, tuple[int, int]], spec: MixtureSpec) -> Iterable[str]:
     """S_A has orthogonal rows, of which there are no more than inputs."""
-    narrow = {name: inputs for name, (inputs, _) in chosen.items() if (spec.shared_r or 0) > inputs}
+    ranks = {name: spec.of_layer(name).shared_r or 0 for name in chosen}
+    narrow = {name: inputs for name, (inputs, _) in chosen.items() if ranks[name] > inputs}
     if narrow:
         name, inputs = min(narrow.items(), key=lambda entry: entry[1])
         yield (
-            f"adapter.shared_r={spec.shared_r} must be at most the {inputs} inputs of {name}: S_A is made of that "
-            "many orthogonal rows"
+            f"shared_r={ranks[name]} must be at most the {inputs} inputs of {name}: S_A is made of that many "
+            "orthogonal rows"
         )

@@ -45,7 +45,8 @@ def _twin(model: Any, replace_experts: bool) -> nn.Module:
     config._attn_implementation = "eager"
     config._experts_implementation = "batched_mm"
     with torch.device("meta"):
-        twin: nn.Module = type(model)(config)
+        # Of an adapted model (`adapters.malora_model`) the class that it was made of.
+        twin: nn.Module = getattr(type(model), "base_class", type(model))(config)
     for module in list(twin.modules()) if replace_experts else ():
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
             module.forward = _as_experts

@@ -20,7 +20,7 @@ from malora_dist.adapters.io.peft import open_lora
 from malora_dist.adapters.methods import MixtureSpec, default_shared_r, factor_shapes, mixture_spec
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.gather_loras import Pair, fill_new_ranks, resized, shared_subspace, squared_error
-from malora_dist.convert.job import Job
+from malora_dist.convert.job import Job, check_layer_specs
 from malora_dist.convert.subspace import subspace_of
 from malora_dist.convert.verify import Difference, difference, judge, logits_of, text_rows
 from malora_dist.errors import CheckpointError, ConfigError
@@ -60,6 +60,7 @@ def _info(job: Job, sources: Sequence[AdapterTensors]) -> AdapterInfo:
     for path, source in zip(job.sources, sources, strict=True):
         if source.info.spec.method != "lora":
             raise CheckpointError(f"{path} is a {source.info.spec.method} adapter; a mixture is made of plain LoRAs")
+        check_layer_specs(path, job.kind, source)
     bases = {source.info.base_model for source in sources}
     if job.options.base is None and (len(bases) > 1 or not next(iter(bases))):
         raise CheckpointError(

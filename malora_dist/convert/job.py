@@ -62,6 +62,7 @@ class Job:
                 f"--to {self.kind} takes {', '.join(methods_that_fit(KINDS[self.kind]))}; {self.source} is a {method} "
                 f"adapter, which these take: {', '.join(kinds_for(method))}"
             )
+        check_layer_specs(self.source, self.kind, adapter)
         return adapter
 
     def recipe(self) -> RunConfig | None:
@@ -192,6 +193,14 @@ class Job:
                 device=device,
                 place=bar.advance,
             )
+
+
+def check_layer_specs(path: Path, kind: str, adapter: AdapterTensors) -> None:
+    """Raise CheckpointError for an adapter whose layers have numbers of their own, where a kind has one for all."""
+    if adapter.info.spec.has_patterns and not KINDS[kind].layer_specs:
+        raise CheckpointError(
+            f"{path}: rank_pattern or alpha_pattern gives its layers numbers of their own; --to {kind} has one for all"
+        )
 
 
 def check_base(checkpoint: Checkpoint | None, base: Path) -> None:

@@ -45,7 +45,7 @@ class Kind:
 
     module, function: where it is written. fits: whether it takes an adapter of this method; None if SRC is no adapter
     of ours, or if all fit. options: the names of `Options` that mean something to it, besides those in `ALWAYS`.
-    many_sources: whether it takes several SRC.
+    many_sources: whether it takes several SRC. layer_specs: whether layers may have numbers of their own.
     """
 
     module: str
@@ -54,6 +54,7 @@ class Kind:
     fits: Callable[[Structure], bool] | None = None
     options: tuple[str, ...] = ()
     many_sources: bool = False
+    layer_specs: bool = False
 
 
 # What a verification needs.
@@ -63,6 +64,7 @@ KINDS: dict[str, Kind] = {
     "adapter": Kind(
         module="malora_dist.convert.folders",
         function="to_adapter",
+        layer_specs=True,
         help="an adapter folder out of a run, checkpoint or adapter folder",
     ),
     "checkpoint": Kind(
@@ -107,6 +109,7 @@ KINDS: dict[str, Kind] = {
     "peft": Kind(
         module="malora_dist.convert.peft",
         function="to_peft",
+        layer_specs=True,
         help="a stock PEFT LoRA or DoRA out of a lora or dora adapter: the same bits",
         fits=lambda structure: not structure.routed,
     ),
@@ -127,6 +130,7 @@ KINDS: dict[str, Kind] = {
     "merged": Kind(
         module="malora_dist.convert.merged",
         function="to_merged",
+        layer_specs=True,
         help="a lora or dora adapter and its base as one model folder without an adapter",
         fits=lambda structure: not structure.routed,
     ),

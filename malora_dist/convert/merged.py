@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.adapters.io.folder import AdapterTensors, open_adapter, put_adapter
+from malora_dist.adapters.merge import merged_weight
 from malora_dist.console.progress import tracked
 from malora_dist.convert.job import Job, check_base
 from malora_dist.convert.verify import logits_of, text_rows
@@ -121,15 +122,6 @@ def _check_base(
             )
 
 
-def merged_weight(weight_OI: Tensor, factors: dict[str, Tensor], scaling: float) -> Tensor:
-    """W + s B A in fp32 (O, I), or with `magnitude` (O,) m that of each row scaled to norm m."""
-    merged_OI = torch.addmm(weight_OI.float(), factors["B"][0], factors["A"][0], alpha=scaling)
-    if "magnitude" in factors:
-        norm_O = merged_OI.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-        merged_OI *= (factors["magnitude"] / norm_O)[:, None]
-    return merged_OI
-
-
 class _Merge:
     """Writes files of the base anew, and sums up what the adapter changes and what rounding takes of it."""
 
@@ -161,7 +153,9 @@ class _Merge:
                 yield self._merged(value, layer)
 
     def _merged(self, weight_OI: Tensor, layer: str) -> Tensor:
-        exact_OI = merged_weight(weight_OI, self.adapter.read_layer(layer), self.adapter.info.spec.scaling)
+        exact_OI = merged_weight(
+            weight_OI, self.adapter.read_layer(layer), self.adapter.info.spec.of_layer(layer).scaling
+        )
         stored_OI = exact_OI.to(weight_OI.dtype)
         if not torch.isfinite(stored_OI).all():
             raise CheckpointError(f"{layer}.weight with the adapter is not finite in {weight_OI.dtype}")

@@ -69,6 +69,6 @@ def _verify(job: Job, ours: AdapterTensors, peft_folder: Path) -> None:
 
     def delta(_: str, layer: str) -> Factors:
         factors = ours.read_layer(layer)
-        return ours.info.spec.scaling * factors["B"][0].double(), factors["A"][0].double()
+        return ours.info.spec.of_layer(layer).scaling * factors["B"][0].double(), factors["A"][0].double()
 
     verify_peft(job, model, rows, {"peft": peft_folder}, wanted, ours.layers(), delta)

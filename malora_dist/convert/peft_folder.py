@@ -1,7 +1,6 @@
 """Stock PEFT LoRA folders: what PEFT, transformers and vLLM load without this package.
 
-Every layer has the same r and lora_alpha, since our adapters have no settings for single layers; so `rank_pattern` and
-`alpha_pattern` of PEFT's config are empty and left out.
+Every layer has the same r and lora_alpha: `rank_pattern` and `alpha_pattern` of PEFT's config are empty and left out.
 """
 
 import json

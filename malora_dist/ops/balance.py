@@ -48,6 +48,13 @@ def expert_statistics(
     )
 
 
+def token_mask(attention_mask: Tensor | None, T: int, device: torch.device) -> Tensor | None:
+    """Return which of T rows are tokens that count, (T,); None where the mask (B, S) is not one of these rows."""
+    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.numel() != T:
+        return None
+    return attention_mask.reshape(-1).to(device) != 0
+
+
 def load_balancing_loss(counts_LE: Tensor, prob_sum_LE: Tensor, num_tokens: Tensor | float, top_k: int) -> Tensor:
     """Compute N * sum_e f_e P_e for each of L routers, (L,). No token gives 0.
 

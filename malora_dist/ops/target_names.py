@@ -1,10 +1,16 @@
 """What a target of adapters says of names alone; needs no torch."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from malora_dist.errors import short
 
 ALL_LINEAR = "all-linear"
 # Names of modules have none of these.
 _NO_NAME = re.compile(r"[^\w.\-]")
+# Of a layer in the first list that its name tells of.
+FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<number>\d+)\.")
 LONGEST_PATTERN = 2000
 
 
@@ -32,8 +38,10 @@ def name_matches(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
+def compiled(pattern: str, form: str = "{}") -> re.Pattern[str]:
     """The regular expression of a pattern that anybody may have written. Raises ValueError, saying why, if it is none.
+
+    `form`: what stands around the pattern.
 
     >>> compiled("a(")
     Traceback (most recent call last):
@@ -43,8 +51,86 @@ def compiled(pattern: str) -> re.Pattern[str]:
     if len(pattern) > LONGEST_PATTERN:
         raise ValueError(f"it has {len(pattern)} characters, more than {LONGEST_PATTERN}")
     try:
-        return re.compile(pattern)
+        return re.compile(form.format(pattern))
     except (re.error, OverflowError) as error:
         raise ValueError(str(error)) from error
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def is_excluded(exclude_modules: Sequence[str], name: str) -> bool:
+    """Return whether a name or its end, from a dot on, is excluded, or a pattern for whole names matches it.
+
+    >>> [is_excluded(["lm_head", "0.mlp.up_proj"], name) for name in ("lm_head", "h.0.mlp.up_proj", "h.1.mlp.up_proj")]
+    [True, True, False]
+    """
+    return any(name_matches(excluded, name) for excluded in exclude_modules)
+
+
+def in_layers(layers: Sequence[int], layers_pattern: Sequence[str], name: str) -> bool:
+    """Return whether a module is in one of the numbered layers, as PEFT's `layers_to_transform` means them.
+
+    `layers_pattern` are names of the list of layers; without one, the first number of a name is that of its layer.
+
+    >>> [in_layers([1], (), name) for name in ("model.layers.1.mlp.experts.0.w1", "model.layers.0.mlp.w1", "lm_head")]
+    [True, False, False]
+    >>> in_layers([0], ["h"], "transformer.blocks.3.h.0.fc")
+    True
+    """
+    patterns = [number_in_list(pattern) for pattern in layers_pattern] or [FIRST_NUMBER]
+    found = next((match for match in (pattern.match(name) for pattern in patterns) if match), None)
+    return found is not None and int(found["number"]) in layers
+
+
+def number_in_list(pattern: str) -> re.Pattern[str]:
+    """Return what finds a layer's number in the list whose name the pattern is. Raises ValueError if it is none."""
+    return _named(pattern, r"(?:^|.*?\.){}\.(?P<number>\d+)\.")
+
+
+def end_of_name(pattern: str) -> re.Pattern[str]:
+    """Return what matches names whose end, from a dot on, the pattern is. Raises ValueError if it is none."""
+    return _named(pattern, r"(.*\.)?({})$")
+
+
+def _named(pattern: str, form: str) -> re.Pattern[str]:
+    try:
+        return compiled(pattern, form)
+    except ValueError as error:
+        raise ValueError(f"{short(pattern)} is no regular expression: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Narrowing:
+    """What of the targets' matches is left out, by PEFT's arguments of these names."""
+
+    exclude_modules: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+
+    def keeps(self, name: str) -> bool:
+        """Return whether a module that a target matches is adapted."""
+        layers = self.layers_to_transform
+        return not is_excluded(self.exclude_modules, name) and (
+            layers is None or in_layers(layers, self.layers_pattern, name)
+        )
+
+    def __str__(self) -> str:
+        given = {key: value for key, value in vars(self).items() if value or key == "layers_to_transform"}
+        return ", ".join(f"{key}={value if value is None else list(value)}" for key, value in given.items())
+
+
+EVERYTHING = Narrowing()
+
+
+def pattern_value(patterns: Sequence[tuple[str, float]], name: str, default: float) -> float:
+    r"""Return the value of the first pattern that is the end of a module's name from a dot on, as PEFT searches them.
+
+    Raises ValueError, naming the pattern, if it is no regular expression.
+
+    >>> pattern_value([("q_proj", 4), (r"layers\.0\.mlp\..*", 2)], "model.layers.0.mlp.up_proj", 8)
+    2
+    """
+    for pattern, value in patterns:
+        if end_of_name(pattern).match(name):
+            return value
+    return default

@@ -44,7 +44,7 @@ def test_a_weight_in_parts_is_refused() -> None:
     model = tiny_llama()
     weight = model.model.layers[0].self_attn.q_proj.weight
     weight.data, weight.ds_id = torch.empty(0), 7
-    with pytest.raises(ConfigError, match=r"dora measures.*whole=malora_dist\.distributed\.zero3\.gathered"):
+    with pytest.raises(ConfigError, match=r"dora' measures.*whole=malora_dist\.distributed\.zero3\.gathered"):
         inject_adapters(model, mixture_spec("dora", r=2), TARGETS)
 
 
@@ -52,7 +52,7 @@ def test_a_weight_of_8_bits_whose_scales_only_its_layer_knows_is_refused() -> No
     from transformers.integrations.finegrained_fp8 import FP8Linear
 
     model = nn.ModuleDict({"plain": nn.Linear(128, 128), "fp8": FP8Linear(128, 128, block_size=(128, 128))})
-    with pytest.raises(ConfigError, match=r"dora measures.* a FP8Linear keeps them in 8 bits \(float8_e4m3fn\)"):
+    with pytest.raises(ConfigError, match=r"dora' measures.* a FP8Linear keeps them in 8 bits \(float8_e4m3fn\)"):
         inject_adapters(model, mixture_spec("dora", r=2), ["plain", "fp8"])
     assert not list(mixture_layers(model))
 

@@ -67,14 +67,14 @@ def test_factors_of_a_method(method: str, shapes: dict[str, tuple[int, ...]]) ->
 @pytest.mark.parametrize(
     ("method", "numbers", "named"),
     [
-        ("newlora", {}, ["adapter.method='newlora'", "lora", "molora", "malora"]),
-        ("malora", {"r": 0}, ["adapter.r=0"]),
-        ("lora", {"r": -1}, ["adapter.r=-1"]),
-        ("molora", {"num_experts": 0}, ["adapter.num_experts=0"]),
-        ("molora", {"top_k": 0}, ["adapter.top_k=0"]),
-        ("malora", {"num_experts": 4, "top_k": 5}, ["adapter.num_experts=4", "adapter.top_k=5"]),
-        ("malora", {"r": 12, "shared_r": 11}, ["adapter.shared_r=11", "adapter.r=12"]),
-        ("malora", {"num_experts": 2, "top_k": 1, "r": 12}, ["adapter.shared_r=8", "adapter.r=12"]),
+        ("newlora", {}, ["method='newlora'", "lora", "molora", "malora"]),
+        ("malora", {"r": 0}, ["r=0"]),
+        ("lora", {"r": -1}, ["r=-1"]),
+        ("molora", {"num_experts": 0}, ["num_experts=0"]),
+        ("molora", {"top_k": 0}, ["top_k=0"]),
+        ("malora", {"num_experts": 4, "top_k": 5}, ["num_experts=4", "top_k=5"]),
+        ("malora", {"r": 12, "shared_r": 11}, ["shared_r=11", "r=12"]),
+        ("malora", {"num_experts": 2, "top_k": 1, "r": 12}, ["shared_r=8", "r=12"]),
     ],
 )
 def test_impossible_numbers_are_named(method: str, numbers: dict[str, Any], named: list[str]) -> None:
@@ -108,5 +108,5 @@ def test_budget_takes_the_nearest_rank(method: str) -> None:
 
 def test_budget_out_of_reach_of_a_fixed_shared_r() -> None:
     assert match_budget("malora", SMOLLM2, total("malora", r=6, shared_r=8), shared_r=8).r == 6
-    with pytest.raises(ConfigError, match="adapter.shared_r=8"):
+    with pytest.raises(ConfigError, match="shared_r=8"):
         match_budget("malora", SMOLLM2, total("malora", r=12), shared_r=8)

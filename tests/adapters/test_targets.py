@@ -112,11 +112,11 @@ def test_all_mistakes_are_said_at_once_with_the_linears_there_are() -> None:
         find_targets(family_model("phi"), targets, mixture_spec("malora", r=2, shared_r=40))
     message = str(caught.value)
     for part in (
-        "adapter.target_modules: 'gate_proj' matches no module of the model, did you mean fc1?",
+        "target_modules: 'gate_proj' matches no module of the model, did you mean fc1?",
         "'o_proj' matches no module of the model, did you mean dense?",
         "'mlp' matches model.layers.0.mlp (PhiMLP), which is not a linear layer",
         "'self_attn.q_proj' and 'q_proj' both match model.layers.0.self_attn.q_proj",
-        "adapter.shared_r=40 must be at most the 32 inputs of model.layers.0.self_attn.q_proj",
+        "shared_r=40 must be at most the 32 inputs of model.layers.0.self_attn.q_proj",
         "dense (32 -> 32), fc1 (32 -> 48), fc2 (48 -> 32)",
     ):
         assert part in message, message

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters, remove_adapters
 from malora_dist.adapters.io.folder import AdapterInfo, load_adapter, open_adapter, save_adapter
+from malora_dist.adapters.merge import merged_weight
 from malora_dist.adapters.methods import mixture_spec
-from malora_dist.convert.merged import merged_weight
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.models.load import load_base_model
 from malora_dist.models.weights.reader import INDEX, SINGLE

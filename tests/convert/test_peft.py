@@ -14,6 +14,8 @@ from torch import Tensor
 
 from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, load_adapter, open_adapter
 from malora_dist.adapters.io.peft import open_peft
+from malora_dist.convert.job import convert
+from malora_dist.convert.kinds import Options
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.convert.made import base, logits, make_checkpoint, run_kind, token_rows
 from tests.families import family_model
@@ -92,6 +94,22 @@ def test_equal_patterns_and_found_targets_are_read(workspace: Path, tmp_path: Pa
     assert source.info.target_modules == ("model.layers.0.self_attn.q_proj",)
 
 
+def test_layers_may_have_numbers_of_their_own(workspace: Path, tmp_path: Path) -> None:
+    """Those of patterns, which stay what they are; a pattern's value that no layer has does not matter."""
+    patterns = {"rank_pattern": {"q_proj": 6, "nobody": None}, "alpha_pattern": {r"layers\.1\..*": 7}}
+    theirs, ours = stock(workspace, tmp_path / "stock", **patterns), base(workspace)
+    run_kind("from-peft", tmp_path / "stock", tmp_path / "ours")
+    load_adapter(ours, tmp_path / "ours")
+    torch.testing.assert_close(logits(ours, token_rows()), logits(theirs, token_rows()), atol=2e-5, rtol=1e-5)
+    spec = open_adapter(tmp_path / "ours").info.spec
+    assert spec.rank_pattern == (("q_proj", 6),) and spec.alpha_pattern == ((r"layers\.1\..*", 7.0),)
+    run_kind("peft", tmp_path / "ours", tmp_path / "again")
+    assert load_file(tmp_path / "again" / WEIGHTS).keys() == load_file(tmp_path / "stock" / WEIGHTS).keys()
+    assert open_peft(tmp_path / "again").info.spec == spec
+    with pytest.raises(CheckpointError, match="rank_pattern or alpha_pattern gives its layers numbers of their own"):
+        convert("malora", (tmp_path / "ours", tmp_path / "ours"), tmp_path / "mixture", Options())
+
+
 def edit(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text())
@@ -131,8 +149,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "qalora": (edit(use_qalora=True), "use_qalora=true"),
     "a key of the future": (edit(use_newlora=3), "use_newlora=3"),
     "pissa": (edit(init_lora_weights="pissa_niter_4"), "changes the base's own weights"),
-    "rank_pattern": (edit(rank_pattern={"q_proj": 5}), "rank_pattern gives layers 3, 5"),
-    "alpha_pattern": (edit(alpha_pattern={r"layers\.1\..*": 7}), "alpha_pattern gives layers 5, 7"),
+    "rank_pattern": (edit(rank_pattern={"q_proj": 5}), "has shape (1, 3, "),
     "broken pattern": (edit(rank_pattern={"(": 7}), "'(' is no regular expression: missing )"),
     "huge repetition": (edit(alpha_pattern={"a{99999999999999999999}": 7}), "the repetition number is too large"),
     "deep pattern": (edit(rank_pattern={"(" * 900 + ")" * 900: 7}), "it is nested too deep"),

@@ -95,3 +95,5 @@ def test_the_error_names_the_setting_what_is_missing_and_a_way_out(monkeypatch: 
     with pytest.raises(ConfigError, match="choose adapter.computation=auto"):
         require_triton(torch.device("meta"), "adapter.computation")
     assert str(error.value) == wanted
+    with pytest.raises(ConfigError, match="choose adapter.computation=auto"):
+        require_triton(torch.device("meta"), "adapter.computation")

@@ -168,7 +168,7 @@ def put_adapter(
     options["fuse_projections"] = False
     inject_adapters(model, info.spec, info.target_modules, **options)
     try:
-        _fill(dict(adapter_parameters(model)), tensors)
+        fill_parameters(dict(adapter_parameters(model)), tensors)
     except BaseException:
         # No layer whose memory was not filled may stay.
         remove_adapters(model)
@@ -177,7 +177,8 @@ def put_adapter(
 
 
 @torch.no_grad()
-def _fill(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> None:
+def fill_parameters(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> None:
+    """Copy an adapter's tensors into parameters of these names. Raises CheckpointError unless they are the same."""
     check_names(tensors.path, parameters, tensors.shapes, "this base")
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != tensors.shapes[name]:

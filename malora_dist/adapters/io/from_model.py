@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, expected_shapes
+from malora_dist.adapters.inject import adapter_parameters, mixture_layers
 from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
 from malora_dist.adapters.io.info import AnyPath
-from malora_dist.adapters.saving import injected_adapters
+from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.methods import factor_shapes
+from malora_dist.adapters.saving import Injected, injected_adapters
 from malora_dist.errors import CheckpointError
 
 
@@ -20,29 +22,31 @@ def save_model_adapter(
     `state_dict`: values by the names of the model's parameters, where the model's own are in parts. Raises
     CheckpointError if there is no adapter, a value is not whole, or something else is trained too, which would be lost.
     """
-    injected = injected_adapters(model)
-    if injected is None:
-        raise CheckpointError(f"{type(model).__name__} has no adapters: inject_adapters or load_adapter put them on it")
-    _check_all_is_adapter(model)
-    info = AdapterInfo(
-        spec=injected.spec,
-        target_modules=injected.target_modules,
-        base_model=str(getattr(model, "name_or_path", "")),
-        lora_dropout=injected.lora_dropout,
-    )
-    state = dict(_values(model, state_dict))
-    for name, shape in expected_shapes(model, info.spec).items():
-        if tuple(state[name].shape) != shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(state[name].shape)} instead of {shape}: it is spread over processes; gather "
-                "the weights and give them as state_dict"
-            )
-    save_adapter(folder, info, state, model_card(info, (), {}))
+    info = adapter_info(model)
+    check_all_is_adapter(model)
+    save_layers(folder, info, dict(mixture_layers(model)), dict(_values(model, state_dict)))
     return info
 
 
-def _check_all_is_adapter(model: nn.Module) -> None:
-    """`inject_adapters` froze the base, so what is trained besides was let loose since then."""
+def adapter_info(model: nn.Module, injected: Injected | None = None) -> AdapterInfo:
+    """Return what the folder of an adapter says; of the one on the model, if none is given.
+
+    Raises CheckpointError if there is none.
+    """
+    found = injected_adapters(model) if injected is None else injected
+    if found is None:
+        raise CheckpointError(f"{type(model).__name__} has no adapters: inject_adapters or load_adapter put them on it")
+    return AdapterInfo(
+        spec=found.spec,
+        target_modules=found.target_modules,
+        base_model=str(getattr(model, "name_or_path", "")),
+        lora_dropout=found.lora_dropout,
+        settings=found.settings,
+    )
+
+
+def check_all_is_adapter(model: nn.Module) -> None:
+    """Raise CheckpointError where something besides the adapter is trained: it was let loose after it was frozen."""
     adapter = {id(parameter) for _, parameter in adapter_parameters(model)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
     if others:
@@ -52,6 +56,30 @@ def _check_all_is_adapter(model: nn.Module) -> None:
             "model.state_dict() with torch or safetensors, or freeze all of the base (requires_grad_(False)) to keep "
             "the adapter alone"
         )
+
+
+def save_layers(
+    folder: AnyPath,
+    info: AdapterInfo,
+    layers: Mapping[str, MixtureLinear],
+    values: Mapping[str, Tensor],
+) -> None:
+    """Write the adapter of these layers by name. `values`: by `<layer>.<factor>`, where not the layers' own.
+
+    Raises CheckpointError if a value is not whole.
+    """
+    state: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        shapes = factor_shapes(layer.spec, layer.in_features, layer.out_features)
+        for factor, parameter in layer.factors():
+            key = f"{name}.{factor}"
+            state[key] = values.get(key, parameter.detach())
+            if tuple(state[key].shape) != shapes[factor]:
+                raise CheckpointError(
+                    f"{key} has shape {tuple(state[key].shape)} instead of {shapes[factor]}: it is spread over "
+                    "processes; gather the weights and give them as state_dict"
+                )
+    save_adapter(folder, info, state, model_card(info, (), {}))
 
 
 def _values(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:

@@ -5,11 +5,12 @@ other tools load; the routed methods add a block `malora` to the config and keep
 """
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from malora_dist.adapters.io.rules import check_config, read_spec
+from malora_dist.adapters.io.rules import check_config, read_settings, read_spec
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.errors import CheckpointError
 from malora_dist.files.json_rules import OBJECT, POSITIVE, check_rule
@@ -19,9 +20,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 AnyPath = str | os.PathLike[str]
 PREFIX = "base_model.model."
-FORMAT_VERSION = 1
+# Version 2 is written where layers have numbers of their own: who knows only version 1 must not take the common ones.
+PLAIN_VERSION, FORMAT_VERSION = 1, 2
 # PEFT has one expert without the leading dimension.
 PEFT_LORA = {"A": "lora_A.weight", "B": "lora_B.weight"}
+PATTERNS = ("rank_pattern", "alpha_pattern")
 PEFT_NAMES = PEFT_LORA | {"magnitude": "lora_magnitude_vector"}
 
 
@@ -29,7 +32,8 @@ PEFT_NAMES = PEFT_LORA | {"magnitude": "lora_magnitude_vector"}
 class AdapterInfo:
     """What an adapter folder says of its tensors.
 
-    trust_remote_code: whether they were trained on a base that was built by its folder's own Python code.
+    trust_remote_code: whether they were trained on a base that was built by its folder's own Python code. settings:
+    what a `MaloraConfig` says of training them, where that is not its default.
     """
 
     spec: MixtureSpec
@@ -37,10 +41,13 @@ class AdapterInfo:
     base_model: str
     lora_dropout: float
     trust_remote_code: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict[str, object]:
     """The content of adapter_config.json. `weights_sha256` is the checksum of the file of weights beside it."""
+    numbers = asdict(info.spec)
+    patterns = {key: dict(numbers.pop(key)) for key in PATTERNS}
     return {
         "peft_type": "LORA" if not info.spec.structure.routed else info.spec.method.upper(),
         "task_type": "CAUSAL_LM",
@@ -53,9 +60,11 @@ def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict
         "use_dora": info.spec.structure.magnitude,
         "bias": "none",
         "inference_mode": True,
+        **{key: pattern for key, pattern in patterns.items() if pattern},
+        **info.settings,
         "malora": {
-            "format_version": FORMAT_VERSION,
-            **asdict(info.spec),
+            "format_version": FORMAT_VERSION if info.spec.has_patterns else PLAIN_VERSION,
+            **numbers,
             **({"trust_remote_code": True} if info.trust_remote_code else {}),
             **_sealed(weights_sha256),
         },
@@ -82,13 +91,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_adapter_info(folder: AnyPath) -> AdapterInfo:
     """Read adapter_config.json. Raises CheckpointError if it is missing, damaged or not from this package."""
     folder = Path(folder)
-    config, path = read_config(folder), folder / CONFIG
+    return info_of(read_config(folder), folder / CONFIG)
+
+
+def info_of(config: Mapping[str, Any], path: Path) -> AdapterInfo:
+    """Return what the content of adapter_config.json says; errors name `path`. Raises as `read_adapter_info`."""
     if "malora" not in config:
         if "peft_type" not in config:
             raise CheckpointError(f"{path} is damaged or not written by malora_dist: it has no block `malora`")
         raise CheckpointError(
-            f"{folder} is an adapter of PEFT, without the block `malora` of this package: "
-            f"malora convert {folder} DST --to from-peft makes one of ours of it"
+            f"{path.parent} is an adapter of PEFT, without the block `malora` of this package: "
+            f"malora convert {path.parent} DST --to from-peft makes one of ours of it"
         )
     check_rule(path, "malora", config["malora"], OBJECT)
     version = config["malora"].get("format_version")
@@ -96,12 +109,14 @@ def read_adapter_info(folder: AnyPath) -> AdapterInfo:
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version} is newer than {FORMAT_VERSION}")
     check_config(path, config)
+    patterns = {} if version == PLAIN_VERSION else {key: config[key] for key in PATTERNS if key in config}
     return AdapterInfo(
-        spec=read_spec(path, config["malora"]),
+        spec=read_spec(path, config["malora"], patterns),
         target_modules=tuple(config["target_modules"]),
         base_model=config["base_model_name_or_path"],
         lora_dropout=config["lora_dropout"],
         trust_remote_code=config["malora"].get("trust_remote_code", False),
+        settings=read_settings(path, config),
     )
 
 

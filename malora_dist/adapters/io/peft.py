@@ -1,7 +1,6 @@
 """Stock PEFT LoRA folders as a source: read where our one-expert layers are the same function, refused elsewhere."""
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from malora_dist.adapters.io.folder import (
 from malora_dist.adapters.io.info import PEFT_NAMES, PREFIX, AnyPath, read_config
 from malora_dist.adapters.io.weights import weights_header
 from malora_dist.adapters.methods import mixture_spec
-from malora_dist.errors import CheckpointError, brief, short
+from malora_dist.errors import CheckpointError, ConfigError, brief, short
 from malora_dist.files.folder import file_in
-from malora_dist.ops.target_names import compiled
+from malora_dist.ops.target_names import pattern_value
 
 # What says nothing of the function, or is read below.
 READ = {"peft_type", "task_type", "base_model_name_or_path", "revision", "target_modules", "r", "lora_alpha"}
@@ -80,19 +79,17 @@ def peft_info(folder: Path, layers: Sequence[str]) -> AdapterInfo:
     config = read_config(folder)
     _check_config(folder, config)
     try:
-        rank, alpha = _one_rank_and_alpha(folder, config, layers)
         return AdapterInfo(
             spec=mixture_spec(
                 "dora" if config.get("use_dora") else "lora",
-                r=rank,
-                lora_alpha=alpha,
                 use_rslora=bool(config.get("use_rslora")),
+                **_ranks_and_alphas(folder, config, layers),
             ),
             target_modules=_targets(config, layers),
             base_model=config.get("base_model_name_or_path") or "",
             lora_dropout=float(config.get("lora_dropout") or 0.0),
         )
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged: {error}") from error
 
 
@@ -119,39 +116,25 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{folder / CONFIG}: {key}={brief(json.dumps(config.get(key)))} must be {rule}")
 
 
-def _one_rank_and_alpha(folder: Path, config: Mapping[str, Any], layers: Sequence[str]) -> tuple[int, float]:
-    """The r and lora_alpha that all layers have, by PEFT's rules for its patterns."""
-    numbers = {}
-    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        patterns = config.get(pattern) or {}
-        found = {layer: _pattern_value(patterns, layer, config.get(key)) for layer in layers}
+def _ranks_and_alphas(folder: Path, config: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+    """Return r and lora_alpha, and the patterns where layers differ in them. What no layer has is not looked at."""
+    numbers: dict[str, Any] = {}
+    for key, pattern, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", float)):
+        patterns, usual = config.get(pattern) or {}, config.get(key)
+        found = {layer: pattern_value(tuple(patterns.items()), layer, usual) for layer in layers}  # type: ignore[arg-type]
+        wrong = next((value for value in found.values() if not _is_number(value, kind)), None)
+        if wrong is not None:
+            what = "an integer of at least 1" if kind is int else "a positive number"
+            raise CheckpointError(f"{folder / CONFIG}: {key}={short(wrong)} must be {what}")
         if len(set(found.values())) > 1:
-            raise CheckpointError(
-                f"{folder / CONFIG}: {pattern} gives layers {brief(', '.join(sorted(map(str, set(found.values())))))}; "
-                f"an adapter of ours has one {key}"
-            )
-        numbers[key] = next(iter(found.values()))
-        known = (int,) if key == "r" else (int, float)
-        if type(numbers[key]) not in known or not 0 < numbers[key] < LARGEST:
-            what = "an integer of at least 1" if key == "r" else "a positive number"
-            raise CheckpointError(f"{folder / CONFIG}: {key}={short(numbers[key])} must be {what}")
-    return int(numbers["r"]), float(numbers["lora_alpha"])
+            numbers[pattern] = {name: kind(value) for name, value in patterns.items() if _is_number(value, kind)}
+        one: Any = usual if pattern in numbers and _is_number(usual, kind) else next(iter(found.values()))
+        numbers[key] = kind(one)
+    return numbers
 
 
-def _pattern_value(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """The first pattern that is the end of the layer's name from a dot on, as PEFT searches them."""
-    for pattern, value in patterns.items():
-        if _ends_in(pattern).match(layer):
-            return value
-    return default
-
-
-def _ends_in(pattern: str) -> re.Pattern[str]:
-    """Raises ValueError for no regular expression, with the pattern."""
-    try:
-        return compiled(rf"(.*\.)?({pattern})$")
-    except ValueError as error:
-        raise ValueError(f"{short(pattern)} is no regular expression: {error}") from error
+def _is_number(value: Any, kind: type) -> bool:
+    return type(value) in (int, kind) and 0 < value < LARGEST
 
 
 def _layers(folder: Path) -> list[str]:

@@ -42,6 +42,23 @@ BLOCK: dict[str, Rule] = {
     "normalize_gates": TRUTH,
     "use_rslora": TRUTH,
 }
+# What a MaloraConfig says besides, at the top; PEFT's names where it has one.
+SETTINGS: dict[str, Rule] = {
+    "router_aux_loss_coef": ("must be a number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "compression_ratio": (
+        "must be a number above 0 and at most 1",
+        lambda value: _is_number(value) and 0 < value <= 1,
+    ),
+    "exclude_modules": NAMES,
+    "layers_to_transform": (
+        "must be a list of numbers of layers",
+        lambda value: isinstance(value, list) and all(type(item) is int and item >= 0 for item in value),
+    ),
+    "layers_pattern": NAMES,
+    "computation": TEXT,
+    "fuse_projections": TRUTH,
+    "seed": ("must be an integer", lambda value: type(value) is int),
+}
 # What PEFT reads of the same, at the top.
 TWICE = ("r", "lora_alpha", "use_rslora")
 OPTIONAL: dict[str, Rule] = {"use_rslora": TRUTH, "trust_remote_code": TRUTH, "weights_sha256": DIGEST}
@@ -72,16 +89,25 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {key}={short(config[key])} must be malora.{key}={block.get(key, False)!r}")
 
 
-def read_spec(path: Path, block: Mapping[str, Any]) -> MixtureSpec:
+def read_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the file gives, lists as tuples. Raises CheckpointError for one that breaks its rule."""
+    given = {key: config[key] for key in SETTINGS if config.get(key) is not None}
+    for key, value in given.items():
+        check_rule(path, key, value, SETTINGS[key])
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+
+def read_spec(path: Path, block: Mapping[str, Any], patterns: Mapping[str, Any]) -> MixtureSpec:
     """The mixture of the block `malora`. Raises CheckpointError if no recipe could give it its numbers."""
+    for key, value in patterns.items():
+        check_rule(path, key, value, OBJECT)
     numbers = {field.name: block[field.name] for field in fields(MixtureSpec) if field.name in block}
-    found = MixtureSpec(**numbers)
     try:
-        wanted = mixture_spec(**numbers)
+        wanted = mixture_spec(**numbers, **patterns)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: malora: {str(error).replace('adapter.', '')}") from error
-    for field in fields(MixtureSpec):
-        value, only = getattr(found, field.name), getattr(wanted, field.name)
+        raise CheckpointError(f"{path}: malora: {error}") from error
+    for name, value in numbers.items():
+        only = getattr(wanted, name)
         if value != only:
-            raise CheckpointError(f"{path}: malora.{field.name}={value!r} must be {only!r} for {found.method}")
-    return found
+            raise CheckpointError(f"{path}: malora.{name}={value!r} must be {only!r} for {wanted.method}")
+    return wanted

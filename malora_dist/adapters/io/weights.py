@@ -56,7 +56,9 @@ def check_factors(path: Path, spec: MixtureSpec, shapes: Mapping[str, tuple[int,
     for layer, found in layers.items():
         inputs = next((found[name][-1] for name in ("shared_A", "A", "gate") if found.get(name)), 0)
         outputs = found["B"][1] if len(found.get("B", ())) == 3 else 0
-        wanted |= {f"{layer}.{factor}": shape for factor, shape in factor_shapes(spec, inputs, outputs).items()}
+        wanted |= {
+            f"{layer}.{factor}": shape for factor, shape in factor_shapes(spec.of_layer(layer), inputs, outputs).items()
+        }
     check_names(path, wanted, shapes, f"a {spec.method} adapter")
     for name, shape in wanted.items():
         if shapes[name] != shape:

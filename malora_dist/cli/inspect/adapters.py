@@ -64,7 +64,10 @@ def _layer_facts(adapter: AdapterTensors, layer: str, share_E: Sequence[float] |
     E = len(norm_E)
     zero = {expert for expert in range(E) if norm_E[expert] == 0}
     starved = {expert for expert, part in enumerate(share_E or ()) if part < STARVED / E}
-    facts: Facts = {"norms": (adapter.info.spec.scaling * norm_E).tolist(), "dead": sorted(zero | starved)}
+    facts: Facts = {
+        "norms": (adapter.info.spec.of_layer(layer).scaling * norm_E).tolist(),
+        "dead": sorted(zero | starved),
+    }
     if share_E is not None:
         facts["shares"] = list(share_E)
     facts["duplicates"] = [

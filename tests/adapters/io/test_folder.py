@@ -151,7 +151,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "half the config": (cut_in_half(CONFIG), [CONFIG]),
     "no text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{}"), [CONFIG]),
     "no block of ours": (lambda folder: (folder / CONFIG).write_text('{"r": 8}'), [CONFIG, "malora"]),
-    "newer format": (edit_config(format_version=2), [CONFIG, "format_version 2"]),
+    "newer format": (edit_config(format_version=3), [CONFIG, "format_version 3"]),
     "newer method": (edit_config(method="newlora"), [CONFIG, "newlora"]),
     "no config": (lambda folder: (folder / CONFIG).unlink(), [CONFIG]),
     "no folder": (shutil.rmtree, ["adapter"]),

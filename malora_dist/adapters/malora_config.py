@@ -1,0 +1,217 @@
+"""`MaloraConfig`: a method with its numbers and where it goes, by the names and defaults of PEFT. Needs no torch."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from malora_dist.adapters.io.hub import adapter_folder
+from malora_dist.adapters.io.info import CONFIG, PATTERNS, AdapterInfo, adapter_config, info_of, read_config
+from malora_dist.adapters.io.rules import SETTINGS
+from malora_dist.adapters.methods import MixtureSpec, mixture_spec
+from malora_dist.errors import ConfigError, short
+from malora_dist.files.durable import write_text
+from malora_dist.ops.target_names import ALL_LINEAR, Narrowing, compiled, number_in_list
+
+COMPUTATIONS = ("auto", "dense", "grouped", "grouped_triton")
+Names = Sequence[str] | str | None
+
+
+@dataclass(frozen=True)
+class MaloraConfig:
+    """What `get_malora_model` puts on a model.
+
+    Fields that PEFT's `LoraConfig` has too mean what they mean there and have its defaults. Fields that a method has
+    no use for (`top_k` of `lora`) are ignored. A `str` for a field of names is a list of one; lists become tuples.
+
+    Args:
+        method: `malora`, `molora`, `hydralora`, `lora` or `dora`.
+        r: rank of one expert.
+        num_experts, top_k: experts on each linear, and how many of them a token is sent to.
+        shared_r: rank of the shared down-projection of `malora`; None follows from `compression_ratio`.
+        compression_ratio: lambda of the paper, shared_r = lambda / (2 - lambda) * num_experts * r.
+        lora_alpha, use_rslora: the output is scaled by lora_alpha / r, or lora_alpha / sqrt(r).
+        lora_dropout: dropout before the down-projection; the router reads its input undropped.
+        beta: initial balance between shared and experts' down-projections of `malora`.
+        normalize_gates: scale the gates of a token's chosen experts to sum to 1.
+        router_aux_loss_coef: weight of the load-balancing loss in the loss that the model returns; 0 leaves it out.
+        target_modules: ends of names of linears, regular expressions for whole names, or `all-linear`. None: q, k, v,
+            gate, up and down where the model has all of them, else `all-linear`.
+        exclude_modules: as target_modules; what they match is left out.
+        layers_to_transform, layers_pattern: numbers of the layers to adapt, and names of the list they are in.
+        rank_pattern, alpha_pattern: r and lora_alpha of layers whose names' ends match a regular expression.
+        computation: `auto`, `dense`, `grouped` or `grouped_triton`; the result is the same.
+        fuse_projections: one product for linears that read one tensor (q, k, v; gate, up). Not for several threads.
+        seed: of the initial values, which depend on it and on a layer's name alone.
+        base_model_name_or_path, task_type: as PEFT has them; `CAUSAL_LM` is the only task.
+        fuse_siblings: the older name of `fuse_projections`.
+
+    Raises:
+        ConfigError: for an argument that breaks a rule, naming argument, value and rule.
+    """
+
+    method: str = "malora"
+    r: int = 8
+    num_experts: int = 8
+    top_k: int = 2
+    shared_r: int | None = None
+    compression_ratio: float = 0.5
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    beta: float = 1.0
+    normalize_gates: bool = False
+    router_aux_loss_coef: float = 0.01
+    target_modules: Names = None
+    exclude_modules: Names = None
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Names = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    computation: str = "auto"
+    fuse_projections: bool = False
+    seed: int = 0
+    base_model_name_or_path: str = ""
+    task_type: str | None = "CAUSAL_LM"
+    fuse_siblings: InitVar[bool | None] = None
+
+    def __post_init__(self, fuse_siblings: bool | None) -> None:
+        if fuse_siblings is not None:
+            object.__setattr__(self, "fuse_projections", fuse_siblings)
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        for name, (holds, rule) in _rules(self).items():
+            if not holds:
+                raise ConfigError(f"{name}={short(getattr(self, name))} must be {rule}")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_patterns(name, getattr(self, name) or ())
+        _ = self.spec
+
+    @property
+    def spec(self) -> MixtureSpec:
+        """The method with its numbers, as every layer takes them."""
+        numbers = {each.name: getattr(self, each.name) for each in fields(MixtureSpec)}
+        return mixture_spec(**numbers, compression_ratio=self.compression_ratio)
+
+    @property
+    def narrowing(self) -> Narrowing:
+        """What of the targets' matches is left out."""
+        return Narrowing(
+            exclude_modules=_as_tuple(self.exclude_modules) or (),
+            layers_to_transform=_as_tuple(self.layers_to_transform),
+            layers_pattern=_as_tuple(self.layers_pattern) or (),
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is no part of the spec and not the default, as an adapter folder keeps it."""
+        defaults = {each.name: each.default for each in fields(self)}
+        return {key: getattr(self, key) for key in SETTINGS if getattr(self, key) != defaults[key]}
+
+    @classmethod
+    def from_info(cls, info: AdapterInfo) -> "MaloraConfig":
+        """Return the config that an adapter folder was made with, but for the targets, which are those it has."""
+        derived = _derived(info.spec, info.settings)
+        numbers = {key: value for key, value in asdict(info.spec).items() if key not in derived}
+        numbers |= {key: dict(numbers[key]) for key in PATTERNS}
+        return cls(
+            **numbers,
+            **info.settings,
+            target_modules=info.target_modules,
+            lora_dropout=info.lora_dropout,
+            base_model_name_or_path=info.base_model,
+        )
+
+    def to_info(self, target_modules: Sequence[str] = (ALL_LINEAR,)) -> AdapterInfo:
+        """Return what an adapter folder says of this config on these linears."""
+        return AdapterInfo(
+            spec=self.spec,
+            target_modules=tuple(target_modules),
+            base_model=self.base_model_name_or_path,
+            lora_dropout=self.lora_dropout,
+            settings=self.settings,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of adapter_config.json; what it holds is JSON."""
+        found = adapter_config(self.to_info(_as_tuple(self.target_modules) or (ALL_LINEAR,)))
+        found |= {key: list(value) for key, value in found.items() if isinstance(value, tuple)}
+        return found if self.target_modules is not None else found | {"target_modules": None}
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], source: str | os.PathLike[str] = CONFIG) -> "MaloraConfig":
+        """Return the config that `to_dict` or an adapter folder gives. Raises CheckpointError, naming `source`."""
+        targets = config.get("target_modules")
+        known = dict(config) | ({"target_modules": [ALL_LINEAR]} if targets is None else {})
+        found = cls.from_info(info_of(known, Path(source)))
+        return found if targets is not None else replace(found, target_modules=None)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write adapter_config.json into a folder."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> "MaloraConfig":
+        """Read adapter_config.json of a folder or hub id. Raises CheckpointError if it is missing or damaged."""
+        folder = adapter_folder(folder_or_hub_id, revision)
+        return cls.from_dict(read_config(folder), folder / CONFIG)
+
+
+def _as_tuple(value: Any) -> Any:
+    if value is None or isinstance(value, tuple):
+        return value
+    return (value,) if isinstance(value, str | int) else tuple(value)
+
+
+def _rules(config: MaloraConfig) -> dict[str, tuple[bool, str]]:
+    """Say of each field that `mixture_spec` does not check whether it keeps its rule."""
+    layers = _as_tuple(config.layers_to_transform) or ()
+    counts = {name: getattr(config, name) for name in ("r", "num_experts", "top_k")}
+    return {
+        **{name: (type(value) is int and value >= 1, "an integer of at least 1") for name, value in counts.items()},
+        "lora_dropout": (0 <= config.lora_dropout < 1, "at least 0 and less than 1"),
+        "lora_alpha": (config.lora_alpha > 0, "positive"),
+        "beta": (config.beta > 0, "positive"),
+        "compression_ratio": (0 < config.compression_ratio <= 1, "above 0 and at most 1"),
+        "router_aux_loss_coef": (config.router_aux_loss_coef >= 0, "at least 0"),
+        "computation": (config.computation in COMPUTATIONS, f"one of {', '.join(COMPUTATIONS)}"),
+        "target_modules": (config.target_modules != (), "None or name at least one linear"),
+        "layers_to_transform": (all(type(n) is int and n >= 0 for n in layers), "numbers of layers, from 0"),
+        "task_type": (config.task_type in ("CAUSAL_LM", None), "CAUSAL_LM or None"),
+    }
+
+
+def _check_patterns(name: str, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern.strip():
+            raise ConfigError(f"{name}={short(list(patterns))} must hold names")
+        try:
+            if name == "layers_pattern":
+                number_in_list(pattern)
+            else:
+                compiled(pattern)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {short(pattern)} is no regular expression: {error}") from error
+
+
+def _derived(spec: MixtureSpec, settings: Mapping[str, Any]) -> set[str]:
+    """Return the numbers of a spec that follow from its method and its other numbers."""
+    structure, found = spec.structure, set[str]()
+    if not structure.routed:
+        found |= {"num_experts", "top_k"}
+    if structure.dense:
+        found.add("top_k")
+    numbers = {key: getattr(spec, key) for key in ("num_experts", "top_k", "r")}
+    if mixture_spec(spec.method, **numbers, **_only(settings, "compression_ratio")).shared_r == spec.shared_r:
+        found.add("shared_r")
+    return found
+
+
+def _only(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {key: settings[key]} if key in settings else {}
