@@ -270,6 +270,24 @@ def test_peft_chooses_the_same_linears() -> None:
         assert {name for name, _ in mixture_layers(adapted(**arguments))} == wanted, arguments
 
 
+def test_what_peft_makes_of_a_mixture(tmp_path: Path) -> None:
+    """It names the type, and takes no method that its enumeration lacks: docs/library.md says so."""
+    from peft import PeftModel
+    from peft.utils import register_peft_method
+
+    adapted().save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="MALORA"):
+        PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    with pytest.raises(ValueError, match="Unknown PEFT type MALORA, please add an entry to peft.utils.peft_types"):
+        register_peft_method(name="malora", config_cls=MaloraConfig, model_cls=MaloraModel)
+
+
+def test_a_bf16_base_trains_fp32_adapters() -> None:
+    model = adapted(tiny_llama(torch.bfloat16)).train()
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.any() for _, p in adapter_parameters(model))
+
+
 def test_nothing_left_of_the_targets_is_said() -> None:
     with pytest.raises(
         ConfigError, match=r"nothing is left with exclude_modules=\['q_proj'\], layers_to_transform=None"
