@@ -34,8 +34,9 @@ class Run:
     def __init__(self, world: World, folder: str, case: dict[str, Any]) -> None:
         self.world, self.case = world, case
         self.stepper: RecordingStepper = new_stepper(world, folder, {**case, "lr_scheduler_type": "linear"})
-        self.tensors = whole_tensors(self.stepper.engine.module)
-        self.optimizer = optimizer_state(self.stepper.engine, case["zero_stage"])
+        optim = case.get("optim", "adamw_torch")
+        self.tensors = whole_tensors(self.stepper.engine.module, optim)
+        self.optimizer = optimizer_state(self.stepper.engine, case["zero_stage"], optim)
         self.results: list[dict[str, float]] = []
         self.start_anew()
 

@@ -12,6 +12,7 @@ from malora_dist.errors import ConfigError
 from malora_dist.ops.attention_choice import VARLEN, attention_on_cuda
 from malora_dist.ops.cost import prefer_grouped
 from malora_dist.ops.target_names import name_matches
+from malora_dist.optimizers.registry import DEFAULT
 from malora_dist.plan.shapes import Linear, ModelShape
 
 
@@ -58,6 +59,7 @@ class Run:
     dropout: float
     computation: str
     zero: ZeroSettings
+    optim: str = DEFAULT
 
     @property
     def tokens(self) -> int:
@@ -123,6 +125,7 @@ def run_of(
         dropout=adapter.lora_dropout,
         computation=adapter.computation,
         zero=zero_settings(config) if zero is None else zero,
+        optim=config.train.optim,
     )
 
 

@@ -33,8 +33,8 @@ class RunCheckpoints:
         """`digests` are those of the tasks' rows, by split and task."""
         self.beside = {"data": digests, "quantizer": base_quantizer(config)}
         self.stepper, self.loader, self.window = stepper, loader, window
-        self.tensors = whole_tensors(stepper.engine.module)
-        self.optimizer = optimizer_state(stepper.engine, config.parallel.zero_stage)
+        self.tensors = whole_tensors(stepper.engine.module, config.train.optim)
+        self.optimizer = optimizer_state(stepper.engine, config.parallel.zero_stage, config.train.optim)
         self.saver = Saver(
             self.tensors,
             self.optimizer,

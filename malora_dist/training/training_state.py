@@ -4,20 +4,19 @@ import logging
 import math
 from typing import Any
 
-from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.checkpoint.read import Checkpoint, optimizer_kind
 from malora_dist.console.log import LOGGER
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.optimizer_state import OptimizerState
 from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.snapshot import Whole, restore
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, short
+from malora_dist.optimizers.spec import OptimizerSpec
 from malora_dist.training.balance_loss import StepBalance
 from malora_dist.training.best_checkpoint import Best
 from malora_dist.training.loop import LoopState
 from malora_dist.training.random_state import random_state, set_random_state
 from malora_dist.training.step_metrics import Window
-
-GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 
 
 def training_state(
@@ -27,12 +26,12 @@ def training_state(
 
     Every process must call it.
     """
-    group = engine.optimizer.param_groups[0]
+    group, spec, counted = engine.optimizer.param_groups[0], optimizer.spec, optimizer.step_count()
     return {
         "optimizer": {
-            "kind": "AdamW",
-            "step": optimizer.step_count(),
-            **{key: list(group[key]) if key == "betas" else group[key] for key in GROUP_KEYS},
+            "kind": spec.kind,
+            "step": loop.step if counted is None else counted,
+            **{key: list(group[key]) if isinstance(group[key], tuple) else group[key] for key in spec.group_keys},
         },
         "scheduler": {"last_epoch": engine.lr_scheduler.last_epoch},
         "balance": balance.state_dict(),
@@ -59,6 +58,7 @@ def restore_training(
     optimizer or schedule is another one, or if its data are.
     """
     step, state = checkpoint.manifest.step, checkpoint.manifest.state
+    check_optimizer(checkpoint, optimizer.spec)
     check_tensors(checkpoint, tensors)
     loader.load_state_dict(state["loader"])
     restore(tensors, optimizer, step, checkpoint.read_elements)
@@ -71,6 +71,16 @@ def restore_training(
     return LoopState(step, state["validated"], loader.state_dict(), random_state(), Best(**state["best"]))
 
 
+def check_optimizer(checkpoint: Checkpoint, spec: OptimizerSpec) -> None:
+    """Raise CheckpointError unless the checkpoint's optimizer is `spec`."""
+    kind = optimizer_kind(checkpoint.manifest)
+    if kind != spec.kind:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its optimizer is {short(kind)}, train.optim={spec.name} is {spec.kind!r}; "
+            "a run goes on with the optimizer it began with"
+        )
+
+
 def check_tensors(checkpoint: Checkpoint, tensors: list[Whole]) -> None:
     """Raise CheckpointError unless the checkpoint holds exactly the tensors of this model, in their shapes."""
     wanted = {whole.name: whole.shape for whole in tensors}
@@ -81,7 +91,7 @@ def check_tensors(checkpoint: Checkpoint, tensors: list[Whole]) -> None:
                 f"{checkpoint.folder}: {name} has shape {found.get(name, 'none')} in the checkpoint and "
                 f"{wanted.get(name, 'none')} in this model"
             )
-    trained = {f"exp_avg.{whole.name}" for whole in tensors if whole.parameter.requires_grad}
+    trained = {f"{state}.{whole.name}" for whole in tensors for state in whole.states}
     missing = sorted(trained - set(checkpoint.names("optimizer")))
     if missing:
         raise CheckpointError(f"{checkpoint.folder} has no {missing[0]}: that tensor was not trained there")
@@ -99,18 +109,19 @@ def _restore_balance(checkpoint: Checkpoint, balance: StepBalance) -> None:
 
 def _restore_schedule(checkpoint: Checkpoint, engine: Any, optimizer: OptimizerState) -> None:
     saved, step = checkpoint.manifest.state["optimizer"], checkpoint.manifest.step
-    if (saved["step"], optimizer.step_count()) != (step, step):
+    counted = optimizer.step_count()
+    if (saved["step"], step if counted is None else counted) != (step, step):
         raise CheckpointError(f"{checkpoint.folder}: its optimizer has taken {saved['step']} steps instead of {step}")
     scheduler = engine.lr_scheduler
     # One step from the one before sets the rates of all groups; a count above 1 says that the optimizer has stepped.
     scheduler.last_epoch, scheduler._step_count = checkpoint.manifest.state["scheduler"]["last_epoch"] - 1, step + 1
     scheduler.step()
     for group in engine.optimizer.param_groups:
-        for key in GROUP_KEYS:
+        for key in optimizer.spec.group_keys:
             if not _equal(group[key], saved[key]):
                 raise CheckpointError(
-                    f"{checkpoint.folder}: AdamW's {key} was {saved[key]!r} after step {step}, this recipe gives "
-                    f"{group[key]!r}"
+                    f"{checkpoint.folder}: {optimizer.spec.label}'s {key} was {saved[key]!r} after step {step}, this "
+                    f"recipe gives {group[key]!r}"
                 )
 
 
