@@ -116,7 +116,7 @@ def run(lifecycle: RunLifecycle, context: RunContext) -> Path:
     checkpoint = _open_checkpoint(lifecycle, base, data, loader)
     train_step = _build(context, logger, inputs, loader, init_weights=checkpoint is None)
     packing = check_packing(train_step.engine, world, config.train.per_device_train_batch_size, data.longest)
-    parts = TrainingParts.of(train_step, loader)
+    parts = TrainingParts.of(train_step, loader, config.train.optim)
     checkpoints = RunCheckpoints(logger, parts, base, data.digests)
     context = context.with_background(checkpoints.saver)
     _resume(lifecycle, logger, checkpoints, checkpoint)

@@ -33,7 +33,7 @@ class Run:
     def __init__(self, world: World, folder: str, case: dict[str, Any]) -> None:
         self.world, self.case = world, case
         self.train_step: RecordingTrainStep = new_train_step(world, folder, {**case, "lr_scheduler_type": "linear"})
-        self.parts = TrainingParts.of(self.train_step, loader(world))
+        self.parts = TrainingParts.of(self.train_step, loader(world), case.get("optim", "adamw_torch"))
         self.tensors, self.optimizer = self.parts.tensors, self.parts.optimizer
         self.start_anew()
 

@@ -13,7 +13,7 @@ from tests.multiprocess import ROOT
 PACKAGE = ROOT / "malora_dist"
 LAYERS = [
     ["errors", "console", "ops", "cluster_files"],
-    ["files"],
+    ["files", "optimizers"],
     ["models", "checkpoint", "tracking"],
     ["adapters"],
     ["config"],
@@ -27,7 +27,7 @@ LAYERS = [
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 WITHOUT_TORCH = ["cli.app", "cli.cluster.app", "config", "config.summary", "config.topology", "launch", "cli.start"]
 WITHOUT_TORCH += ["plan", "plan.communication", "report", "tracking.metrics", "tracking.trackers", "adapters.methods"]
-WITHOUT_TORCH += ["adapters.malora_config"]
+WITHOUT_TORCH += ["adapters.malora_config", "optimizers.registry"]
 WITHOUT_TORCH += ["errors", "console.terminal", "console.progress", "files.atomic", "files.cache", "files.exit_status"]
 # Folders of tests that run whole systems and mirror no module.
 WHOLE_SYSTEM = ("slurm", "gpu", "strict", "breaks", "docs", "fuzz")

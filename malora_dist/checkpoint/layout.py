@@ -22,7 +22,6 @@ MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
 RNG_FILE = "rng.safetensors"
 LATEST, BEST = "latest", "best"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # What stands in the file before and after the manifest's own checksum.
 SEAL, SEAL_END = ',\n "manifest_sha256": "', '"\n}\n'
 DIGEST_CHARACTERS = 64

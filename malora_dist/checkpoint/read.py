@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from malora_dist.checkpoint.detect import detect_kind
-from malora_dist.checkpoint.layout import MANIFEST, MOMENTS, Manifest, step_of
+from malora_dist.checkpoint.layout import MANIFEST, Manifest, step_of
 from malora_dist.checkpoint.shards import file_record, require_finite
 from malora_dist.errors import CheckpointError
 from malora_dist.files.durable import reading
 from malora_dist.files.folder import is_cached
 from malora_dist.files.tensor_file import TensorPlace, read_elements, read_header
+from malora_dist.optimizers.adamw import ADAMW
+from malora_dist.optimizers.registry import spec_of_kind
+from malora_dist.optimizers.spec import OptimizerSpec
 
 DTYPES_OF = {"adapter": (torch.float32,), "optimizer": (torch.float32,), "rng": (torch.uint8, torch.int64)}
 
@@ -107,25 +110,38 @@ class Checkpoint:
         return elements
 
     def _check_tensors(self) -> None:
-        """Dtypes are those of the format, and moments come in pairs with the shape of their adapter tensor."""
+        """Dtypes are those of the format, and an adapter tensor has all tensors of its optimizer's state, or none."""
         for kind, places in self._places.items():
             for name, place in places.items():
                 if place.dtype not in DTYPES_OF[kind]:
                     wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES_OF[kind])
                     self._refuse(kind, name, f"has dtype {str(place.dtype).removeprefix('torch.')}, must be {wanted}")
+        spec = spec_of_kind(optimizer_kind(self.manifest))
+        if spec is not None:
+            self._check_states(spec)
+
+    def _check_states(self, spec: OptimizerSpec) -> None:
         for name, place in self._places["optimizer"].items():
-            moment, _, parameter = name.partition(".")
+            state, _, parameter = name.partition(".")
             adapter = self._places["adapter"].get(parameter)
-            if moment not in MOMENTS or adapter is None:
-                self._refuse("optimizer", name, f"must be {' or '.join(MOMENTS)} of an adapter tensor")
-            elif place.shape != adapter.shape:
+            shapes = {} if adapter is None else spec.layout.shapes(adapter.shape)
+            if adapter is None or state not in shapes:
+                known = " or ".join(spec.layout.shapes((1, 1) if adapter is None else adapter.shape))
+                self._refuse("optimizer", name, f"must be {known} of an adapter tensor")
+            elif place.shape != shapes[state]:
                 self._refuse("optimizer", name, f"has shape {place.shape}, its adapter tensor {adapter.shape}")
-            for other in MOMENTS:
+            for other in shapes:
                 if f"{other}.{parameter}" not in self._places["optimizer"]:
                     self._refuse("optimizer", name, f"comes without {other}.{parameter}")
 
     def _refuse(self, kind: str, name: str, reason: str) -> None:
         raise CheckpointError(f"{self.folder / self.manifest.tensors[kind][name]}: {name} {reason}")
+
+
+def optimizer_kind(manifest: Manifest) -> object:
+    """Return what the manifest calls the optimizer; AdamW where it does not say."""
+    saved = manifest.state.get("optimizer")
+    return saved.get("kind", ADAMW.kind) if isinstance(saved, dict) else ADAMW.kind
 
 
 def check_files(folder: Path, manifest: Manifest, if_missing: str = "") -> None:

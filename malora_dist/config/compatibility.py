@@ -19,6 +19,7 @@ from malora_dist.config.topology import (
     local_experts,
 )
 from malora_dist.errors import ConfigError, MaloraError, TopologyError
+from malora_dist.optimizers.registry import DEFAULT, optimizer_spec
 
 # Versions that give the numbers of one process at every ZeRO stage they are allowed for, with experts spread or not.
 TESTED_VERSIONS = ("0.19.7", "0.19.8")
@@ -86,6 +87,7 @@ def _plan_errors(config: RunConfig, world_size: int, version: str | None) -> Ite
     yield from _batch_errors(config, world_size)
     yield from _expert_parallel_errors(config, world_size)
     yield from _ds_config_errors(config, world_size)
+    yield from _optimizer_errors(config)
 
 
 def _version_errors(version: str | None, zero_stage: int) -> Iterator[MaloraError]:
@@ -155,6 +157,22 @@ def _ds_config_errors(config: RunConfig, world_size: int) -> Iterator[MaloraErro
         return
     for problem in ds_config_problems(config, world_size, given):
         yield ConfigError(problem)
+
+
+def _optimizer_errors(config: RunConfig) -> Iterator[MaloraError]:
+    spec, parallel = optimizer_spec(config.train.optim), config.parallel
+    reason = f"{spec.rule}. Nearest legal plan:"
+    if parallel.zero_stage not in spec.zero_stages:
+        yield ConfigError(
+            f"train.optim={spec.name} is refused at parallel.zero_stage={parallel.zero_stage}, where an optimizer gets "
+            f"flat parts of many tensors: {reason} parallel.zero_stage: {max(spec.zero_stages)}, or train.optim: "
+            f"{DEFAULT}"
+        )
+    if parallel.ep_size > 1 and not spec.expert_slices:
+        yield ConfigError(
+            f"train.optim={spec.name} is refused at parallel.ep_size={parallel.ep_size}, where a process has some of "
+            f"the experts: {reason} parallel.ep_size: 1, or train.optim: {DEFAULT}"
+        )
 
 
 def _notes(config: RunConfig, world_size: int, version: str | None) -> Iterator[str]:

@@ -20,6 +20,7 @@ from malora_dist.config.schema import RunConfig
 from malora_dist.config.topology import accumulation_steps
 from malora_dist.errors import ConfigError, brief, short
 from malora_dist.files.json_text import parse_json
+from malora_dist.optimizers.registry import optimizer_spec
 
 AUTO = "auto"
 # DeepSpeed's own progress line would otherwise repeat what the trainer logs.
@@ -46,7 +47,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         # Otherwise DeepSpeed insists on its own C++ Adam, compiled at start.
         result["zero_force_ds_cpu_optimizer"] = False
     if config.parallel.zero_stage > 0:
-        result["zero_allow_untested_optimizer"] = True
+        result |= optimizer_spec(config.train.optim).deepspeed
     return result
 
 

@@ -67,7 +67,7 @@ OFFLOAD_KEYS = {
 }
 
 _OWN_OPTIMIZER = (
-    "the optimizer and its schedule are the recipe's (torch AdamW; train.learning_rate, train.lr_scheduler_type)"
+    "the optimizer and its schedule are the recipe's (train.optim, train.learning_rate, train.lr_scheduler_type)"
 )
 _MICS = "MiCS splits weights over part of the processes only, which this package does not support"
 _QUANTISED = "quantised communication changes the numbers of frozen 4-bit weights and of adapter gradients"
@@ -109,7 +109,7 @@ REFUSED_ZERO_KEYS: dict[str, tuple[object, str]] = {
     "zero_quantized_gradients": (False, _QUANTISED),
     "leaf_module": (None, "with leaf modules the reduction of adapter gradients crashes; they are not needed here"),
     "round_robin_gradients": (False, "the optimizer's state can then not be read back, which checkpoints need"),
-    "zenflow": (None, "it brings its own optimizer; the recipe's is torch AdamW"),
+    "zenflow": (None, "it brings its own optimizer; the recipe's is train.optim"),
     "cpu_offload": (False, 'an old name; write offload_optimizer: {"device": "cpu"}'),
     "cpu_offload_param": (False, 'an old name; write offload_param: {"device": "cpu"}'),
     "cpu_offload_use_pin_memory": (False, "an old name; write pin_memory in the offload block"),
@@ -126,5 +126,5 @@ REFUSED_ZERO_KEYS: dict[str, tuple[object, str]] = {
     "override_module_apply": (True, "base and adapters are built by this package"),
     "pipeline_loading_checkpoint": (False, "pipeline parallelism is not supported"),
     "compute_grad_norm": (True, "clipping and the logged grad_norm need it"),
-    "save_muon_momentum_buffer_in_memory": (False, "the recipe's optimizer is torch AdamW"),
+    "save_muon_momentum_buffer_in_memory": (False, "the recipe's optimizer is train.optim"),
 }

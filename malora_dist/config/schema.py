@@ -14,6 +14,8 @@ from pydantic_core import PydanticCustomError
 from malora_dist.config.base import MOST, MOST_STEPS, MOST_TOKENS, Rule, Section, split_commas, usable_path
 from malora_dist.config.data_schema import DataConfig, RowFields, TaskConfig
 from malora_dist.config.model_schema import AdapterConfig, ModelConfig
+from malora_dist.errors import ConfigError
+from malora_dist.optimizers.registry import DEFAULT, OPTIMIZERS, choices_text, optimizer_spec
 
 __all__ = [
     "AdapterConfig",
@@ -68,6 +70,14 @@ def _one_flag(value: str) -> str:
     return _one_line(value)
 
 
+def _optimizer(value: str) -> str:
+    """Return the optimizer's own name for one of its names."""
+    try:
+        return optimizer_spec(value).name
+    except ConfigError as error:
+        raise PydanticCustomError("optimizer", "must be one of {names}", {"names": ", ".join(OPTIMIZERS)}) from error
+
+
 Tokens = Annotated[Annotated[int, Field(ge=1, le=MOST_TOKENS)] | Literal["auto"], BeforeValidator(_tokens)]
 ShellLine = Annotated[str, AfterValidator(_one_line)]
 Flag = Annotated[str, AfterValidator(_one_flag)]
@@ -114,6 +124,7 @@ class TrainConfig(Section):
 
     aliases: ClassVar = {
         "lr": "learning_rate",
+        "optimizer": "optim",
         "scheduler": "lr_scheduler_type",
         "lr_scheduler": "lr_scheduler_type",
         "epochs": "num_train_epochs",
@@ -146,14 +157,17 @@ class TrainConfig(Section):
         le=MOST,
         description="null: derived from the batch sizes and the number of processes. A given value is checked.",
     )
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    optim: Annotated[str, AfterValidator(_optimizer)] = Field(
+        DEFAULT, description=f"The optimizer. {choices_text()}. See docs/optimizers.md."
+    )
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="Shape of the learning rate after warm-up."
     )
     warmup_ratio: float = Field(
         0.1, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0."
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay, apart from the gradient as in AdamW.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
@@ -233,6 +247,10 @@ class TrainConfig(Section):
             yield Rule(("best_baseline", "best_metric"), f"has no meaning for train.best_metric={self.best_metric}")
         if len(set(self.report_to)) < len(self.report_to):
             yield Rule(("report_to",), "must not name a tracker twice")
+
+    def inapplicable_fields(self) -> dict[str, str]:
+        spec = optimizer_spec(self.optim)
+        return {key: f"has no meaning for train.optim={spec.name}" for key in spec.inapplicable}
 
 
 class EvaluationConfig(Section):

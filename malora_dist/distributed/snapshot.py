@@ -1,7 +1,8 @@
 """An engine's trained state to and from whole tensors in host memory, layer by layer."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from malora_dist.adapters.inject import adapter_parameters
-from malora_dist.distributed.optimizer_state import MOMENTS, OptimizerState
+from malora_dist.distributed.optimizer_state import OptimizerState
 from malora_dist.distributed.process_groups import raise_on_all_ranks
 from malora_dist.distributed.zero012 import is_slice
 from malora_dist.distributed.zero3 import gather_experts
 from malora_dist.errors import CheckpointError
+from malora_dist.optimizers.registry import DEFAULT, optimizer_spec
+from malora_dist.optimizers.spec import OptimizerSpec, Shape
 
 # kind ("adapter" or "optimizer"), name in that kind, first and last element -> the elements
 ReadElements = Callable[[str, str, int, int], Tensor]
@@ -22,32 +25,37 @@ ReadElements = Callable[[str, str, int, int], Tensor]
 
 @dataclass(frozen=True)
 class Whole:
-    """An adapter tensor as a checkpoint has it. `first` is where this process's slice of it begins, in elements."""
+    """An adapter tensor as a checkpoint has it.
+
+    first: where this process's slice of it begins, in elements.
+    states: names and shapes of the tensors of its optimizer state; none if it is not trained.
+    """
 
     name: str
     parameter: nn.Parameter
     shape: tuple[int, ...]
     first: int
+    states: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes of its weight and, if it is trained, its moments."""
-        tensors = 1 + len(MOMENTS) if self.parameter.requires_grad else 1
-        return 4 * tensors * int(torch.Size(self.shape).numel())
+        """Return the bytes of its weight and its optimizer state, in fp32."""
+        return 4 * sum(math.prod(shape) for shape in (self.shape, *self.states.values()))
 
 
-def whole_tensors(model: nn.Module) -> list[Whole]:
+def whole_tensors(model: nn.Module, optim: str = DEFAULT) -> list[Whole]:
     """Return every adapter tensor, in the order of the model, the same on every process but for `first`."""
-    return [_whole(name, parameter) for name, parameter in adapter_parameters(model)]
+    spec = optimizer_spec(optim)
+    return [_whole(name, parameter, spec) for name, parameter in adapter_parameters(model)]
 
 
-def _whole(name: str, parameter: Any) -> Whole:
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    if not is_slice(parameter):
-        return Whole(name, parameter, shape, 0)
-    group = _expert_ranks(parameter)
-    local = int(torch.Size(shape).numel())
-    return Whole(name, parameter, (shape[0] * dist.get_world_size(group), *shape[1:]), dist.get_rank(group) * local)
+def _whole(name: str, parameter: Any, spec: OptimizerSpec) -> Whole:
+    shape, first = tuple(getattr(parameter, "ds_shape", parameter.shape)), 0
+    if is_slice(parameter):
+        group = _expert_ranks(parameter)
+        first = dist.get_rank(group) * math.prod(shape)
+        shape = (shape[0] * dist.get_world_size(group), *shape[1:])
+    return Whole(name, parameter, shape, first, spec.layout.shapes(shape) if parameter.requires_grad else {})
 
 
 def _expert_ranks(parameter: Any) -> Any:
@@ -67,14 +75,19 @@ def snapshot(
     for whole in tensors:
         gathered = [gather_experts(whole.parameter, tensor) for tensor in state.gather(whole.parameter)]
         if keep(whole.name):
-            kinds = [("adapter", whole.name), *(("optimizer", f"{key}.{whole.name}") for key in MOMENTS)]
-            # One copy for all of them, as each makes the host wait.
-            copies = torch.stack(gathered).to("cpu", torch.float32)
-            yield from ((*kind, tensor) for kind, tensor in zip(kinds, copies, strict=False))
+            kinds = [("adapter", whole.name), *(("optimizer", f"{key}.{whole.name}") for key in whole.states)]
+            yield from ((*kind, tensor) for kind, tensor in zip(kinds, _on_cpu(gathered), strict=True))
+
+
+def _on_cpu(tensors: list[Tensor]) -> Iterable[Tensor]:
+    """Copy by one message, as each makes the host wait."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to("cpu", torch.float32)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def restore(tensors: list[Whole], state: OptimizerState, step: int, read: ReadElements) -> None:
-    """Put weights, masters and moments back, each process its part, as they were after `step` optimizer steps.
+    """Put weights, masters and optimizer states back, each process its part, as they were after `step` optimizer steps.
 
     Raises on every process alike the CheckpointError that `read` raised on one of them.
     """
@@ -88,11 +101,11 @@ def restore(tensors: list[Whole], state: OptimizerState, step: int, read: ReadEl
             errors.append(error)
             return torch.zeros(stop - start)
 
-    state.create(step)
+    state.begin()
     for whole in tensors:
         state.set_weight(whole.parameter, partial(elements, "adapter", whole.name, whole.first))
-        if whole.parameter.requires_grad:
-            for key in MOMENTS:
-                place = partial(elements, "optimizer", f"{key}.{whole.name}", whole.first)
-                state.set_moment(whole.parameter, key, place)
+        for key in whole.states:
+            place = partial(elements, "optimizer", f"{key}.{whole.name}", whole.first)
+            state.set_state(whole.parameter, key, place)
+    state.finish(step)
     raise_on_all_ranks(errors[0] if errors else None)

@@ -111,12 +111,21 @@ def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def link_optimizer_state(optimizer: Any) -> None:
-    """Link the optimizer's state at stages 1 and 2, so that `safe_get_full_optimizer_state` finds all of it.
+def flat_parts(optimizer: Any) -> list[tuple[Tensor, list[nn.Parameter]]]:
+    """Return, at stages 1 and 2, this process's part of each flat fp32 master and the parameters of that whole master.
 
-    DeepSpeed links it once, when the first group of parameters has stepped; later groups stay without.
+    The optimizer inside of DeepSpeed's updates these parts.
     """
-    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+    return list(zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True))
 
-    for parameters, part in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        lazy_init_hp_params_optimizer_state(parameters, part, optimizer.optimizer.state)
+
+def part_of(parameter: Any) -> tuple[int, int, int]:
+    """Return where a parameter overlaps with this process's flat part, at stages 1 and 2.
+
+    Returns:
+        The first element in the part, the first in the parameter, and how many elements: 0 without an overlap.
+    """
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, 0, 0
+    return mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel

@@ -131,6 +131,16 @@ def check_partitioning(model: nn.Module, zero_stage: int, groups: ExpertGroups |
             raise TopologyError(f"{name} is partitioned over ranks {ranks}, it belongs on {wanted}")
 
 
+def flat_place(optimizer: Any, parameter: Any) -> tuple[Tensor, int, int]:
+    """Return the flat fp32 tensor that holds this process's part of a trained parameter, and where in it, at stage 3.
+
+    Returns:
+        The tensor, which the optimizer inside of DeepSpeed's updates, the part's first element, and its size.
+    """
+    group, first, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    return optimizer.fp32_partitioned_groups_flat[group], first, numel
+
+
 def resident_bytes(model: nn.Module) -> dict[str, int]:
     """Return the bytes of parameters that this process keeps, by kind: `base` and `adapter`."""
     adapters = {id(parameter) for _, parameter in adapter_parameters(model)}

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from malora_dist.adapters.methods import count_parameters, factor_shapes
+from malora_dist.optimizers.registry import optimizer_spec
+from malora_dist.optimizers.spec import Shape
 from malora_dist.plan.run import Run, is_grouped
 from malora_dist.plan.shapes import Linear
 
@@ -150,8 +152,32 @@ def owned_numel(run: Run) -> int:
     return sum(tensor.copies * tensor.part for tensor in stored_tensors(run) if tensor.trained)
 
 
+def optimizer_tensors(run: Run) -> list[tuple[Shape, int]]:
+    """Return shape and number of the tensors that this rank's optimizer updates.
+
+    At stage 0 they are the trained tensors, above it flat ones: this rank's part of each flat tensor, or at stage 3 all
+    its parts in one, as DeepSpeed's sub_group_size is larger than any adapter's.
+    """
+    if run.zero_stage == 3:
+        return [((owned_numel(run),), 1)]
+    if run.zero_stage > 0:
+        return [((flat.numel // flat.group,), 1) for flat in flat_groups(run)]
+    found = []
+    for linear in run.adapted:
+        for factor, shape in factor_shapes(run.spec, linear.in_features, linear.out_features).items():
+            experts = shape[0] // (run.ep_size if factor in EXPERT_FACTORS else 1)
+            found.append(((experts, *shape[1:]), run.shape.copies(linear)))
+    return found
+
+
+def state_bytes(run: Run) -> int:
+    """Return the bytes of this rank's optimizer state, without counters."""
+    layout = optimizer_spec(run.optim).layout
+    return sum(copies * layout.num_bytes(shape) for shape, copies in optimizer_tensors(run))
+
+
 def optimizer_bytes(run: Run) -> dict[str, int]:
-    """Bytes of fp32 master weights, AdamW's two moments, and gradients between backward and step.
+    """Bytes of fp32 master weights, the optimizer's state (`moments`), and gradients between backward and step.
 
     From stage 1 on DeepSpeed clones the trained partition as its master even where that is fp32 already. Stages 0 and 1
     keep whole gradients, 2 and 3 the rank's part. DeepSpeed copies reduced gradients through a bucket of
@@ -164,7 +190,7 @@ def optimizer_bytes(run: Run) -> dict[str, int]:
         buckets = 2 if run.zero.overlap_comm and run.zero_stage < 3 else 1
     return {
         "master": FP32 * numel if run.zero_stage > 0 else 0,
-        "moments": 2 * FP32 * numel,
+        "moments": state_bytes(run),
         "gradients": FP32 * (whole if run.zero_stage < 2 else numel),
         "reduce_bucket": FP32 * buckets * run.zero.reduce_bucket_size,
     }

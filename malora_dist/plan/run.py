@@ -11,6 +11,7 @@ from malora_dist.config.deepspeed import read_ds_config
 from malora_dist.errors import ConfigError
 from malora_dist.ops.choices import VARLEN, attention_on_cuda, prefer_grouped
 from malora_dist.ops.target_names import name_matches
+from malora_dist.optimizers.registry import DEFAULT
 from malora_dist.plan.shapes import Linear, ModelShape
 
 
@@ -57,6 +58,7 @@ class Run:
     dropout: float
     computation: str
     zero: ZeroSettings
+    optim: str = DEFAULT
 
     @property
     def tokens(self) -> int:
@@ -122,6 +124,7 @@ def run_of(
         dropout=adapter.lora_dropout,
         computation=adapter.computation,
         zero=zero_settings(config) if zero is None else zero,
+        optim=config.train.optim,
     )
 
 

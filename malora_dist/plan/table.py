@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from malora_dist.optimizers.registry import optimizer_spec
 from malora_dist.plan.advice import CAUSES, fastest_that_fits
 from malora_dist.plan.estimate import Estimate
 from malora_dist.plan.parameters import trainable_parameters
@@ -16,7 +17,7 @@ KINDS = {
     "base_other": "base, embeddings, head, norms",
     "adapters": "adapters (fp32)",
     "master": "fp32 master of the trained part",
-    "moments": "AdamW's moments",
+    "moments": "the optimizer's state",
     "gradients": "gradients",
     "reduce_bucket": "DeepSpeed's gradient bucket",
     "weight_copies": "adapters in the base's dtype",
@@ -60,7 +61,8 @@ def _table(*columns: str) -> Table:
 def _memory(chosen: Estimate) -> Table:
     table = _table("memory of a GPU", "bytes", "share")
     total = chosen.memory["total"]
-    for kind, name in KINDS.items():
+    names = KINDS | {"moments": optimizer_spec(chosen.run.optim).state_label}
+    for kind, name in names.items():
         size = chosen.memory[kind]
         if size:
             table.add_row(name, show_bytes(size), f"{size / total:.0%}")

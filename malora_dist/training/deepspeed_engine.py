@@ -14,11 +14,12 @@ from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.process_groups import set_timeouts
 from malora_dist.distributed.zero012 import check_reduction, parameter_groups, showing_experts
 from malora_dist.distributed.zero3 import check_partitioning
+from malora_dist.optimizers.registry import DEFAULT, optimizer_spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW and its schedule, in the words of transformers."""
+    """Optimizer and schedule, in the words of transformers."""
 
     learning_rate: float
     weight_decay: float
@@ -27,6 +28,7 @@ class OptimizerSettings:
     lr_scheduler_type: str
     warmup_steps: int
     total_steps: int
+    optim: str = DEFAULT
 
 
 def build_engine(
@@ -40,9 +42,10 @@ def build_engine(
 ) -> Any:
     """The DeepSpeed engine over `model`; without `settings` one that only computes forward.
 
-    The engine runs in fp32: adapters, their gradients and AdamW's moments are fp32 at every ZeRO stage, while the
-    frozen base keeps its own dtype. Raises TopologyError if DeepSpeed spread a parameter over another group than it
-    should, or would add gradients of experts up over another one. At stage 0 the caller clips (`clip_gradients`).
+    The engine runs in fp32: adapters, their gradients and, but for 8-bit optimizers, the optimizer's state are fp32 at
+    every ZeRO stage, while the frozen base keeps its own dtype. Raises TopologyError if DeepSpeed spread a parameter
+    over another group than it should, or would add gradients of experts up over another one. At stage 0 the caller
+    clips (`clip_gradients`).
     """
     import deepspeed
 
@@ -57,7 +60,7 @@ def build_engine(
     with showing_experts(model) if groups_below_3 is not None else nullcontext():
         engine, _, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=None if settings is None else _adamw(parameter_groups(trained, groups_below_3), settings),
+            optimizer=None if settings is None else _optimizer(parameter_groups(trained, groups_below_3), settings),
             lr_scheduler=None if settings is None else _schedule(settings),
             config=deepspeed_config,
         )
@@ -68,14 +71,13 @@ def build_engine(
     return engine
 
 
-def _adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
+def _optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return optimizer_spec(settings.optim).build(
         groups,
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
-        fused=True,
     )
 
 

@@ -13,6 +13,7 @@ from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.process_groups import World, gather_lists, raise_on_all_ranks
 from malora_dist.errors import ConfigError
 from malora_dist.ops.devices import missing_for_triton
+from malora_dist.optimizers.registry import optimizer_spec
 from malora_dist.plan import Hardware, Lengths, Report, find_shape
 from malora_dist.plan.memory import bytes_per_rank
 from malora_dist.plan.run import run_of
@@ -32,11 +33,11 @@ def check_device(config: RunConfig, world: World, *, trains: bool = True) -> lis
     Args:
         config: the recipe.
         world: all processes.
-        trains: whether adapter.computation is of effect.
+        trains: whether adapter.computation and train.optim are of effect.
 
     Raises:
         ConfigError: on all processes, if a GPU is too old for model.dtype, if this build of torch holds no code for it,
-            or if the kernels that adapter.computation names cannot run.
+            or if the kernels that adapter.computation names or train.optim cannot run.
     """
     dtype = base_dtype(config, world)
     error: ConfigError | None = None
@@ -55,6 +56,9 @@ def _check_one(config: RunConfig, device: torch.device, dtype: torch.dtype, trai
             raise ConfigError("\n  ".join(problems))
     if trains and uses_triton(config):
         require_triton(device, "adapter.computation")
+    spec = optimizer_spec(config.train.optim)
+    if trains and spec.devices and device.type not in spec.devices:
+        raise ConfigError(f"train.optim={spec.name} runs on {' and '.join(spec.devices)}, not on {device.type}")
 
 
 def gpu_problems(gpu: Gpu, setting: str, dtype: torch.dtype) -> list[str]:

@@ -84,7 +84,7 @@ def add_adapters(
 
 
 def optimizer_settings(config: RunConfig, total_steps: int) -> OptimizerSettings:
-    """Return AdamW and schedule; warm-up is rounded up to whole steps, as transformers does."""
+    """Return optimizer and schedule; warm-up is rounded up to whole steps, as transformers does."""
     train = config.train
     return OptimizerSettings(
         learning_rate=train.learning_rate,
@@ -94,6 +94,7 @@ def optimizer_settings(config: RunConfig, total_steps: int) -> OptimizerSettings
         lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=math.ceil(total_steps * train.warmup_ratio),
         total_steps=total_steps,
+        optim=train.optim,
     )
 
 

@@ -7,19 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from malora_dist.checkpoint.read import Checkpoint
+from malora_dist.checkpoint.read import Checkpoint, optimizer_kind
 from malora_dist.console.log import LOGGER
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.optimizer_state import OptimizerState, optimizer_state
 from malora_dist.distributed.snapshot import Whole, restore, whole_tensors
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, short
+from malora_dist.optimizers.spec import OptimizerSpec
 from malora_dist.training.balance_loss import StepBalance
 from malora_dist.training.best_checkpoint import Best
 from malora_dist.training.random_state import random_state, set_random_state
 from malora_dist.training.step_metrics import StepMetrics
 from malora_dist.training.train_step import TrainStep
-
-GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 
 
 @dataclass
@@ -59,11 +58,11 @@ class TrainingParts:
     optimizer: OptimizerState
 
     @classmethod
-    def of(cls, train_step: TrainStep, loader: TrainLoader) -> "TrainingParts":
-        """Return the parts of a run whose engine was just built."""
+    def of(cls, train_step: TrainStep, loader: TrainLoader, optim: str) -> "TrainingParts":
+        """Return the parts of a run whose engine was just built with the optimizer `optim`."""
         engine = train_step.engine
-        optimizer = optimizer_state(engine, train_step.settings.zero_stage)
-        return cls(train_step, loader, StepMetrics(train_step), whole_tensors(engine.module), optimizer)
+        optimizer = optimizer_state(engine, train_step.settings.zero_stage, optim)
+        return cls(train_step, loader, StepMetrics(train_step), whole_tensors(engine.module, optim), optimizer)
 
 
 def training_state(parts: TrainingParts, state: LoopState) -> dict[str, Any]:
@@ -72,12 +71,12 @@ def training_state(parts: TrainingParts, state: LoopState) -> dict[str, Any]:
     Every process must call it.
     """
     engine, optimizer = parts.train_step.engine, parts.optimizer
-    group = engine.optimizer.param_groups[0]
+    group, spec, counted = engine.optimizer.param_groups[0], optimizer.spec, optimizer.step_count()
     return {
         "optimizer": {
-            "kind": "AdamW",
-            "step": optimizer.step_count(),
-            **{key: list(group[key]) if key == "betas" else group[key] for key in GROUP_KEYS},
+            "kind": spec.kind,
+            "step": state.step if counted is None else counted,
+            **{key: list(group[key]) if isinstance(group[key], tuple) else group[key] for key in spec.group_keys},
         },
         "scheduler": {"last_epoch": engine.lr_scheduler.last_epoch},
         "balance": parts.train_step.balance.state_dict(),
@@ -97,6 +96,7 @@ def restore_training(checkpoint: Checkpoint, parts: TrainingParts, state: LoopSt
     """
     step, saved = checkpoint.manifest.step, checkpoint.manifest.state
     engine = parts.train_step.engine
+    check_optimizer(checkpoint, parts.optimizer.spec)
     check_tensors(checkpoint, parts.tensors)
     parts.loader.load_state_dict(saved["loader"])
     restore(parts.tensors, parts.optimizer, step, checkpoint.read_elements)
@@ -110,6 +110,16 @@ def restore_training(checkpoint: Checkpoint, parts: TrainingParts, state: LoopSt
     state.loader, state.random = parts.loader.state_dict(), random_state()
 
 
+def check_optimizer(checkpoint: Checkpoint, spec: OptimizerSpec) -> None:
+    """Raise CheckpointError unless the checkpoint's optimizer is `spec`."""
+    kind = optimizer_kind(checkpoint.manifest)
+    if kind != spec.kind:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its optimizer is {short(kind)}, train.optim={spec.name} is {spec.kind!r}; "
+            "a run goes on with the optimizer it began with"
+        )
+
+
 def check_tensors(checkpoint: Checkpoint, tensors: list[Whole]) -> None:
     """Raise CheckpointError unless the checkpoint holds exactly the tensors of this model, in their shapes."""
     wanted = {whole.name: whole.shape for whole in tensors}
@@ -120,7 +130,7 @@ def check_tensors(checkpoint: Checkpoint, tensors: list[Whole]) -> None:
                 f"{checkpoint.folder}: {name} has shape {found.get(name, 'none')} in the checkpoint and "
                 f"{wanted.get(name, 'none')} in this model"
             )
-    trained = {f"exp_avg.{whole.name}" for whole in tensors if whole.parameter.requires_grad}
+    trained = {f"{state}.{whole.name}" for whole in tensors for state in whole.states}
     missing = sorted(trained - set(checkpoint.names("optimizer")))
     if missing:
         raise CheckpointError(f"{checkpoint.folder} has no {missing[0]}: that tensor was not trained there")
@@ -138,18 +148,19 @@ def _restore_balance(checkpoint: Checkpoint, balance: StepBalance) -> None:
 
 def _restore_schedule(checkpoint: Checkpoint, engine: Any, optimizer: OptimizerState) -> None:
     saved, step = checkpoint.manifest.state["optimizer"], checkpoint.manifest.step
-    if (saved["step"], optimizer.step_count()) != (step, step):
+    counted = optimizer.step_count()
+    if (saved["step"], step if counted is None else counted) != (step, step):
         raise CheckpointError(f"{checkpoint.folder}: its optimizer has taken {saved['step']} steps instead of {step}")
     scheduler = engine.lr_scheduler
     # One step from the one before sets the rates of all groups; a count above 1 says that the optimizer has stepped.
     scheduler.last_epoch, scheduler._step_count = checkpoint.manifest.state["scheduler"]["last_epoch"] - 1, step + 1
     scheduler.step()
     for group in engine.optimizer.param_groups:
-        for key in GROUP_KEYS:
+        for key in optimizer.spec.group_keys:
             if not _equal(group[key], saved[key]):
                 raise CheckpointError(
-                    f"{checkpoint.folder}: AdamW's {key} was {saved[key]!r} after step {step}, this recipe gives "
-                    f"{group[key]!r}"
+                    f"{checkpoint.folder}: {optimizer.spec.label}'s {key} was {saved[key]!r} after step {step}, this "
+                    f"recipe gives {group[key]!r}"
                 )
 
 

@@ -58,7 +58,7 @@ def test_offload_keeps_the_recipes_optimizer(tmp_path: Path) -> None:
         ({"gradient_clipping": 0.5}, ["train.max_grad_norm=1.0", "gradient_clipping=0.5"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled=True", "engine runs in fp32", "model.dtype"]),
         ({"fp16": {"enabled": True}}, ["fp16.enabled=True"]),
-        ({"optimizer": {"type": "Adam"}}, ["optimizer=", "torch AdamW"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer=", "train.optim"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler=", "train.lr_scheduler_type"]),
         ({"expert_parallel": {"enabled": True}}, ["expert_parallel", "AutoEP"]),
         ({"sequence_parallel_size": 2}, ["sequence_parallel_size=2"]),

@@ -56,6 +56,10 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3-ep2": {"zero": ALL_SPLIT, "parallel": {"ep_size": 2}},
     "zero0-ep2": {"parallel": {"zero_stage": 0, "ep_size": 2}},
     "zero2-ep2": {"parallel": {"zero_stage": 2, "ep_size": 2}},
+    "zero0-8bit": {"parallel": {"zero_stage": 0}, "adapter": {"r": 40}, "train": {"optim": "adamw_8bit"}},
+    "zero2-8bit": {"parallel": {"zero_stage": 2}, "train": {"optim": "adamw_8bit"}},
+    "zero3-8bit": {"zero": ALL_SPLIT, "train": {"optim": "adamw_8bit"}},
+    "zero0-adafactor": {"parallel": {"zero_stage": 0}, "train": {"optim": "adafactor"}},
     "zero3-short": {"zero": SHORT_OF_ROOM, "sizes": DEEP},
     "zero3-short-recompute": {"zero": SHORT_OF_ROOM, "sizes": DEEP, "train": {"gradient_checkpointing": True}},
 }
@@ -138,7 +142,7 @@ def run_case(world: Any, config: RunConfig) -> dict[str, Any]:
         "held": _held(engine.module),
         "whole": peak[0],
         "sent": dict(sent),
-        **_optimizer_numel(engine.optimizer, stage),
+        **_optimizer_bytes(engine.optimizer, stage),
         # Last, since a forward under ZeRO-3 leaves weights whole.
         "saved": saved_bytes(engine.module, lambda: cross_entropies(engine, _batches(world.rank, STEPS)[0])),
     }
@@ -193,20 +197,21 @@ def _watch_whole_tensors(model: nn.Module) -> list[int]:
     return peak
 
 
-def _optimizer_numel(optimizer: Any, stage: int) -> dict[str, Any]:
-    """Numbers in AdamW's moments, in fp32 copies that share no memory with the model, and in ZeRO-3's gradients."""
+def _optimizer_bytes(optimizer: Any, stage: int) -> dict[str, Any]:
+    """Bytes of the optimizer's state and, in fp32, of copies that share no memory with the model and of gradients."""
     state = (optimizer if stage == 0 else optimizer.optimizer).state.values()
-    moments = sum(entry[key].numel() for entry in state for key in ("exp_avg", "exp_avg_sq"))
+    shared = ("step", "RMS", "qmap1", "qmap2")
+    moments = sum(tensor.nbytes for entry in state for key, tensor in entry.items() if key not in shared)
     masters: list[Any] = []
     if stage in (1, 2):
         masters = list(zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups_flat, strict=True))
     if stage == 3:
         masters = list(zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True))
     separate = [m for m, own in masters if m.untyped_storage().data_ptr() != own.untyped_storage().data_ptr()]
-    found = {"moments": moments, "master": sum(master.numel() for master in separate)}
+    found = {"moments": moments, "master": sum(master.nbytes for master in separate)}
     if stage == 3:
-        buckets = [bucket.buffer.numel() for bucket in optimizer.ipg_buckets.values()]
-        found |= {"gradients": optimizer.grad_partitions_flat_buffer.numel(), "reduce_bucket": sum(buckets)}
+        buckets = [bucket.buffer.nbytes for bucket in optimizer.ipg_buckets.values()]
+        found |= {"gradients": optimizer.grad_partitions_flat_buffer.nbytes, "reduce_bucket": sum(buckets)}
     return found
 
 

@@ -1,6 +1,6 @@
 """The naive loop that training on many processes is compared with: no DeepSpeed, no packing, no ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +27,20 @@ from tests.training.workers import (
 Routed = tuple[Tensor, Tensor]
 
 
-def reference_run(folder: str, case: dict[str, Any]) -> dict[str, Any]:
-    """The same five steps in one process without DeepSpeed, packing or ranks: one sample a forward, naive sums."""
+def reference_run(
+    folder: str, case: dict[str, Any], optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+) -> dict[str, Any]:
+    """The same five steps in one process without DeepSpeed, packing or ranks: one sample a forward, naive sums.
+
+    `optimizer` makes what updates the parameters; None is a naive AdamW.
+    """
     model = build_model(folder, case, None, {}).train()
     names = [name for name, parameter in adapter_parameters(model) if parameter.requires_grad]
     parameters = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    stepping = None if optimizer is None else optimizer(parameters)
     losses, aux_losses, grad_norms, state = [], [], [], {}
+    state |= {f"initial.{name}": p.detach().clone() for name, p in zip(names, parameters, strict=True)}
     earlier: list[Tensor] = []
     for step in range(1, STEPS + 1):
         samples = step_samples(step, case.get("lengths", LENGTHS))
@@ -44,6 +51,14 @@ def reference_run(folder: str, case: dict[str, Any]) -> dict[str, Any]:
         earlier = [ids_TK for _, ids_TK in routed]
         state |= {f"gradient.{step}.{name}": g for name, g in zip(names, gradients, strict=True)}
         clipped, norm = clip_reference(gradients, MAX_NORM)
+        losses.append(float(loss.detach()))
+        aux_losses.append(float(_balance(routed).detach()))
+        grad_norms.append(float(norm))
+        if stepping is not None:
+            for parameter, gradient in zip(parameters, clipped, strict=True):
+                parameter.grad = gradient
+            stepping.step()
+            continue
         with torch.no_grad():
             for i, (parameter, gradient) in enumerate(zip(parameters, clipped, strict=True)):
                 new, *moments_i = adamw_reference_step(
@@ -57,9 +72,6 @@ def reference_run(folder: str, case: dict[str, Any]) -> dict[str, Any]:
                 )
                 parameter.copy_(new)
                 moments[i] = (moments_i[0], moments_i[1])
-        losses.append(float(loss.detach()))
-        aux_losses.append(float(_balance(routed).detach()))
-        grad_norms.append(float(norm))
     for name, parameter, (first, second) in zip(names, parameters, moments, strict=True):
         state |= {name: parameter.detach(), f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
     return {"losses": losses, "aux_losses": aux_losses, "grad_norms": grad_norms, "state": state}

@@ -65,7 +65,9 @@ def train_run(world: World, folder: str, name: str) -> dict[str, Any]:
     actions = Actions(log=records.append, validate=validate, save=save)
     ended, began = "whole", time.monotonic()
     try:
-        train_loop(TrainingParts.of(train_step, loader()), settings, LoopState(), actions, preemption.poll)
+        train_loop(
+            TrainingParts.of(train_step, loader(), "adamw_torch"), settings, LoopState(), actions, preemption.poll
+        )
     except Preempted as stop:
         ended = stop.reason
     seconds = time.monotonic() - began

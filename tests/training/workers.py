@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
+from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_get_full_grad, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -22,7 +22,6 @@ from malora_dist.data.loader import collate
 from malora_dist.distributed.expert_groups import ExpertGroups, create_expert_groups
 from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
 from malora_dist.distributed.process_groups import World, replicate
-from malora_dist.distributed.zero012 import link_optimizer_state
 from malora_dist.distributed.zero3 import (
     gathered,
     gathered_adapter_state,
@@ -146,6 +145,7 @@ def new_train_step(world: World, folder: str, case: dict[str, Any], kind: type[T
         lr_scheduler_type=case.get("lr_scheduler_type", "constant"),
         warmup_steps=0,
         total_steps=STEPS,
+        optim=case.get("optim", "adamw_torch"),
     )
     model = build_model(folder, case, world, config, groups)
     return (kind or RecordingTrainStep)(
@@ -221,6 +221,15 @@ class RecordingTrainStep(TrainStep):
             if parameter.requires_grad:
                 self.gradients.append((number, name, join_experts(parameter, safe_get_full_grad(parameter))))
         return totals
+
+
+def link_optimizer_state(optimizer: Any) -> None:
+    """Link the optimizer's state at stages 1 and 2, after a step: `safe_get_full_optimizer_state` finds all of it.
+
+    DeepSpeed links it once, when the first group of parameters has stepped; later groups stay without.
+    """
+    for parameters, part in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        lazy_init_hp_params_optimizer_state(parameters, part, optimizer.optimizer.state)
 
 
 def gathered_moments(train_step: TrainStep) -> Iterator[tuple[str, Tensor]]:

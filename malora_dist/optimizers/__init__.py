@@ -1,0 +1,1 @@
+"""Optimizers that a recipe can name. Importing this folder imports no torch."""
