@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from malora_dist.optimizers.registry import optimizer_spec
+from malora_dist.optimizers.registry import DEFAULT, optimizer_spec
 from malora_dist.plan.advice import CAUSES, fastest_that_fits
 from malora_dist.plan.estimate import Estimate
 from malora_dist.plan.parameters import trainable_parameters
@@ -17,7 +17,7 @@ KINDS = {
     "base_other": "base, embeddings, head, norms",
     "adapters": "adapters (fp32)",
     "master": "fp32 master of the trained part",
-    "moments": "the optimizer's state",
+    "moments": optimizer_spec(DEFAULT).state_label,
     "gradients": "gradients",
     "reduce_bucket": "DeepSpeed's gradient bucket",
     "weight_copies": "adapters in the base's dtype",

@@ -16,7 +16,7 @@ REFUSED = {
     "adapter.balance_scope", "adapter.normalize_gates", "data.mixture", "data.temperature",
     "train.max_steps", "train.num_train_epochs", "train.global_batch_size", "train.learning_rate",
     "train.lr_scheduler_type", "train.warmup_ratio", "train.weight_decay", "train.adam_beta1", "train.adam_beta2",
-    "train.adam_epsilon", "train.max_grad_norm", "train.loss_normalization", "train.seed",
+    "train.adam_epsilon", "train.optim", "train.max_grad_norm", "train.loss_normalization", "train.seed",
 }  # fmt: skip
 
 
