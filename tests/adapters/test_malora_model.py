@@ -119,6 +119,15 @@ def test_named_adapters_take_turns(tmp_path: Path, fuse_projections: bool) -> No
     assert torch.equal(logits(model.unload()), base)
 
 
+def test_what_is_trained_beside_the_adapter_is_not_lost_in_silence(tmp_path: Path) -> None:
+    model = adapted()
+    model.add_adapter("other", MaloraConfig(**SMALL))
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(CheckpointError, match=r"^lm_head.weight is trained and no part of the adapter"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_parked_adapters_move_with_the_model() -> None:
     model = adapted()
     model.add_adapter("other", MaloraConfig(method="lora", r=2))
@@ -268,6 +277,24 @@ def test_peft_chooses_the_same_linears() -> None:
         wanted = {name.removeprefix("base_model.model.").removesuffix(".lora_A") for name, _ in theirs.named_modules()
                   if name.endswith(".lora_A")}  # fmt: skip
         assert {name for name, _ in mixture_layers(adapted(**arguments))} == wanted, arguments
+
+
+def test_what_peft_makes_of_a_mixture(tmp_path: Path) -> None:
+    """It names the type, and takes no method that its enumeration lacks: docs/library.md says so."""
+    from peft import PeftModel
+    from peft.utils import register_peft_method
+
+    adapted().save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="MALORA"):
+        PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    with pytest.raises(ValueError, match="Unknown PEFT type MALORA, please add an entry to peft.utils.peft_types"):
+        register_peft_method(name="malora", config_cls=MaloraConfig, model_cls=MaloraModel)
+
+
+def test_a_bf16_base_trains_fp32_adapters() -> None:
+    model = adapted(tiny_llama(torch.bfloat16)).train()
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.any() for _, p in adapter_parameters(model))
 
 
 def test_nothing_left_of_the_targets_is_said() -> None:

@@ -27,7 +27,7 @@ def model_card(info: "AdapterInfo", tasks: Sequence[str], evaluations: Mapping[s
         "",
         *_accuracies(evaluations),
         "```python",
-        "from malora_dist.adapters.io.folder import load_adapter",
+        "from malora_dist import load_adapter",
         "load_adapter(model, folder)  # model: the base, from malora_dist.models.load.load_base_model or transformers",
         "```",
     ]
