@@ -119,6 +119,15 @@ def test_named_adapters_take_turns(tmp_path: Path, fuse_projections: bool) -> No
     assert torch.equal(logits(model.unload()), base)
 
 
+def test_what_is_trained_beside_the_adapter_is_not_lost_in_silence(tmp_path: Path) -> None:
+    model = adapted()
+    model.add_adapter("other", MaloraConfig(**SMALL))
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(CheckpointError, match=r"^lm_head.weight is trained and no part of the adapter"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_parked_adapters_move_with_the_model() -> None:
     model = adapted()
     model.add_adapter("other", MaloraConfig(method="lora", r=2))
