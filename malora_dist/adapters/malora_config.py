@@ -11,9 +11,9 @@ from malora_dist.adapters.io.hub import adapter_folder
 from malora_dist.adapters.io.info import CONFIG, PATTERNS, AdapterInfo, adapter_config, info_of, read_config
 from malora_dist.adapters.io.rules import SETTINGS
 from malora_dist.adapters.methods import MixtureSpec, mixture_spec
+from malora_dist.adapters.target_names import ALL_LINEAR, Narrowing, compiled, number_in_list
 from malora_dist.errors import ConfigError, short
 from malora_dist.files.durable import write_text
-from malora_dist.ops.target_names import ALL_LINEAR, Narrowing, compiled, number_in_list
 
 COMPUTATIONS = ("auto", "dense", "grouped", "grouped_triton")
 Names = Sequence[str] | str | None
