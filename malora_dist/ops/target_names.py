@@ -4,14 +4,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from malora_dist.errors import short
-
 ALL_LINEAR = "all-linear"
 # Names of modules have none of these.
 _NO_NAME = re.compile(r"[^\w.\-]")
 # Of a layer in the first list that its name tells of.
 FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<number>\d+)\.")
-LONGEST_PATTERN = 2000
+LONGEST_PATTERN, SHOWN = 2000, 80
 
 
 def is_pattern(target: str) -> bool:
@@ -82,6 +80,11 @@ def in_layers(layers: Sequence[int], layers_pattern: Sequence[str], name: str) -
     return found is not None and int(found["number"]) in layers
 
 
+def whole_name(pattern: str) -> re.Pattern[str]:
+    """Return what matches the names that the pattern matches whole. Raises ValueError if it is none."""
+    return _named(pattern, "{}")
+
+
 def number_in_list(pattern: str) -> re.Pattern[str]:
     """Return what finds a layer's number in the list whose name the pattern is. Raises ValueError if it is none."""
     return _named(pattern, r"(?:^|.*?\.){}\.(?P<number>\d+)\.")
@@ -96,7 +99,8 @@ def _named(pattern: str, form: str) -> re.Pattern[str]:
     try:
         return compiled(pattern, form)
     except ValueError as error:
-        raise ValueError(f"{short(pattern)} is no regular expression: {error}") from error
+        shown = pattern if len(pattern) <= SHOWN else f"{pattern[:SHOWN]}..."
+        raise ValueError(f"{shown!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
