@@ -246,6 +246,7 @@ def test_copies_and_pickles_are_models_of_their_own(duplicate: Callable[[Any], A
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
         {"target_modules": "all-linear", "layers_to_transform": 0, "layers_pattern": "layers"},
         {"rank_pattern": {"q_proj": 5, r"layers\.1\.mlp\..*": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"rank_pattern": {"q_proj": 5}, "fuse_projections": True},
         {"method": "lora", "rank_pattern": {"q_proj": 5}, "target_modules": ["q_proj", "v_proj"]},
         {"method": "dora", "alpha_pattern": {r"layers\.1\..*": 3}},
     ],
