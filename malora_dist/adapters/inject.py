@@ -14,12 +14,12 @@ from malora_dist.adapters.fused_projections import READERS, fuse_input_projectio
 from malora_dist.adapters.layer import MixtureLinear, require_triton
 from malora_dist.adapters.methods import MixtureSpec, count_parameters
 from malora_dist.adapters.saving import Injected, release, save_adapters_of
+from malora_dist.adapters.target_names import ALL_LINEAR, EVERYTHING, Narrowing, is_pattern
 from malora_dist.adapters.targets import find_targets, fused_experts, plain_names
 from malora_dist.errors import ConfigError
 from malora_dist.models.bitsandbytes_cpu import keep_differentiable
 from malora_dist.models.linears import linear_sizes
 from malora_dist.models.nf4_linear import NF4Linear
-from malora_dist.ops.target_names import ALL_LINEAR, EVERYTHING, Narrowing, is_pattern
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 

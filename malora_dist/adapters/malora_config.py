@@ -11,9 +11,9 @@ from malora_dist.adapters.io.hub import adapter_folder
 from malora_dist.adapters.io.info import CONFIG, PATTERNS, AdapterInfo, adapter_config, info_of, read_config
 from malora_dist.adapters.io.rules import SETTINGS
 from malora_dist.adapters.methods import MixtureSpec, mixture_spec
+from malora_dist.adapters.target_names import ALL_LINEAR, Narrowing, number_in_list, whole_name
 from malora_dist.errors import ConfigError, short
 from malora_dist.files.durable import write_text
-from malora_dist.ops.target_names import ALL_LINEAR, Narrowing, compiled, number_in_list
 
 COMPUTATIONS = ("auto", "dense", "grouped", "grouped_triton")
 Names = Sequence[str] | str | None
@@ -192,12 +192,9 @@ def _check_patterns(name: str, patterns: Sequence[str]) -> None:
         if not isinstance(pattern, str) or not pattern.strip():
             raise ConfigError(f"{name}={short(list(patterns))} must hold names")
         try:
-            if name == "layers_pattern":
-                number_in_list(pattern)
-            else:
-                compiled(pattern)
+            number_in_list(pattern) if name == "layers_pattern" else whole_name(pattern)
         except ValueError as error:
-            raise ConfigError(f"{name}: {short(pattern)} is no regular expression: {error}") from error
+            raise ConfigError(f"{name}: {error}") from error
 
 
 def _derived(spec: MixtureSpec, settings: Mapping[str, Any]) -> set[str]:

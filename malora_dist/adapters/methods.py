@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+from malora_dist.adapters.target_names import end_of_name, pattern_value
 from malora_dist.errors import ConfigError, short
-from malora_dist.ops.target_names import end_of_name, pattern_value
 
 Patterns = tuple[tuple[str, float], ...]
 

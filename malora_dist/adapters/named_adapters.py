@@ -12,9 +12,9 @@ from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.malora_config import MaloraConfig
 from malora_dist.adapters.recompute import DeferredBalance
 from malora_dist.adapters.saving import Injected, forget_adapters, injected_adapters, save_adapters_of
+from malora_dist.adapters.target_names import ALL_LINEAR
 from malora_dist.adapters.targets import all_linear
 from malora_dist.errors import ConfigError, short
-from malora_dist.ops.target_names import ALL_LINEAR
 
 
 @dataclass

@@ -7,10 +7,10 @@ from torch import nn
 
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.adapters.near_names import near_names
+from malora_dist.adapters.target_names import ALL_LINEAR, EVERYTHING, Narrowing, is_pattern, name_matches
 from malora_dist.adapters.text_linears import idle_linears
 from malora_dist.errors import ConfigError, short
 from malora_dist.models.linears import linear_sizes, output_head
-from malora_dist.ops.target_names import ALL_LINEAR, EVERYTHING, Narrowing, is_pattern, name_matches
 
 
 def find_targets(

@@ -8,11 +8,11 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from malora_dist.adapters.methods import METHODS, Structure, unknown_method
+from malora_dist.adapters.target_names import compiled
 from malora_dist.config.base import MOST, Rule, Section, usable_path
 from malora_dist.config.dtypes import dtype_rule, long_name
 from malora_dist.errors import short
 from malora_dist.ops.choices import VARLEN
-from malora_dist.ops.target_names import compiled
 
 BASE_DTYPES = ("auto", "bfloat16", "float32")
 # A comma after which no bracket is closed that was not opened.

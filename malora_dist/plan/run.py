@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.adapters.target_names import name_matches
 from malora_dist.config import RunConfig
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.deepspeed import read_ds_config
 from malora_dist.errors import ConfigError
 from malora_dist.ops.choices import VARLEN, attention_on_cuda, prefer_grouped
-from malora_dist.ops.target_names import name_matches
 from malora_dist.optimizers.registry import DEFAULT
 from malora_dist.plan.shapes import Linear, ModelShape
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from malora_dist.adapters.target_names import ALL_LINEAR
 from malora_dist.adapters.targets import all_linear, check_targets, plain_names
 from malora_dist.config import AdapterConfig, RunConfig
 from malora_dist.config.summary import adapter_spec
@@ -19,7 +20,6 @@ from malora_dist.models.resolve import local_model
 from malora_dist.models.vocabulary import check_vocabulary, embedding_rows
 from malora_dist.models.weights.checkpoint import CheckpointWeights
 from malora_dist.models.weights.prequantized import check_stored_format
-from malora_dist.ops.target_names import ALL_LINEAR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

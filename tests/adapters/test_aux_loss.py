@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from malora_dist import MaloraConfig, aux_loss, get_malora_model
 from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
@@ -110,6 +111,47 @@ def test_checkpointing_changes_no_gradient(arguments: dict[str, Any], reentrant:
     model.malora_adapters.configs["default"] = MaloraConfig(router_aux_loss_coef=0)
     without = gradients(model, 0.125 * model(IDS, **given).loss)
     assert all(not torch.allclose(found[n], without[n]) for n in found if n.endswith("gate"))
+
+
+class Repeated(nn.Module):
+    """One linear that is called once, and one that is called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.once, self.often = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, reentrant: bool | None = None) -> Tensor:
+        for layer in (self.once, self.often, self.often, self.often):
+            x = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+        return x
+
+
+def test_repeated_layers_count_in_every_call() -> None:
+    model: Any = get_malora_model(Repeated(), MaloraConfig(r=2, num_experts=4, target_modules=["once", "often"]))
+    model.double().train()
+    calls: dict[str, list[Any]] = {"once": [], "often": []}
+    for name, layer in mixture_layers(model):
+        layer.B.data.normal_()
+        layer.register_forward_hook(lambda module, _inputs, _output, name=name: calls[name].append(module.routing))
+    x_TI = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    y_TO = model(x_TI)
+    losses = [
+        balance_reference(torch.cat([c.probs_TE for c in each]), torch.cat([c.expert_ids_TK for c in each]), None)
+        for each in calls.values()
+    ]
+    torch.testing.assert_close(aux_loss(model), torch.stack(losses).mean(), **CLOSE)
+    wanted = gradients(model, y_TO.square().mean() + 3 * aux_loss(model))
+    for reentrant in (False, True):
+        y_TO = model(x_TI, reentrant=reentrant)
+        found = gradients(model, y_TO.square().mean() + 3 * aux_loss(model))
+        torch.testing.assert_close(found, wanted, **CLOSE)
+    layers = dict(mixture_layers(model))
+    assert all(
+        layer.deferred_balance is not None and layer.deferred_balance.gradient is None for layer in layers.values()
+    )
+    # What is called outside of the model's forward is not added to it, and lets go of it.
+    model.often(x_TI)
+    assert not layers["often"].routings and layers["once"].routings
 
 
 def test_two_forwards_of_one_reentrant_backward() -> None:

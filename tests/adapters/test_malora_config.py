@@ -45,6 +45,20 @@ def test_names_and_defaults_are_those_of_peft() -> None:
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"])
+@pytest.mark.parametrize(
+    ("pattern", "why"), [("(", "missing )"), ("a{99999999999999999999}", "too large"), ("(" * 900 + ")" * 900, "deep")]
+)
+def test_no_regular_expressions(key: str, pattern: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: .*is no regular expression: .*{re.escape(why)}"):
+        MaloraConfig(**{key: {pattern: 3} if key in ("rank_pattern", "alpha_pattern") else [pattern]})
+
+
+def test_the_older_name_of_an_argument() -> None:
+    assert MaloraConfig(fuse_siblings=True) == MaloraConfig(fuse_projections=True)
+    assert not MaloraConfig().fuse_projections and "fuse_siblings" not in MaloraConfig(fuse_siblings=True).to_dict()
+
+
 def test_the_file_of_common_numbers_is_what_it_was() -> None:
     """Whoever reads version 1 reads it; what is not said there is not written."""
     config = MaloraConfig(r=3, num_experts=4, lora_alpha=6.0, target_modules=["q_proj"])

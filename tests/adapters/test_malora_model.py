@@ -119,6 +119,15 @@ def test_named_adapters_take_turns(tmp_path: Path, fuse_projections: bool) -> No
     assert torch.equal(logits(model.unload()), base)
 
 
+def test_what_is_trained_beside_the_adapter_is_not_lost_in_silence(tmp_path: Path) -> None:
+    model = adapted()
+    model.add_adapter("other", MaloraConfig(**SMALL))
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(CheckpointError, match=r"^lm_head.weight is trained and no part of the adapter"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_parked_adapters_move_with_the_model() -> None:
     model = adapted()
     model.add_adapter("other", MaloraConfig(method="lora", r=2))
@@ -237,6 +246,7 @@ def test_copies_and_pickles_are_models_of_their_own(duplicate: Callable[[Any], A
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
         {"target_modules": "all-linear", "layers_to_transform": 0, "layers_pattern": "layers"},
         {"rank_pattern": {"q_proj": 5, r"layers\.1\.mlp\..*": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"rank_pattern": {"q_proj": 5}, "fuse_projections": True},
         {"method": "lora", "rank_pattern": {"q_proj": 5}, "target_modules": ["q_proj", "v_proj"]},
         {"method": "dora", "alpha_pattern": {r"layers\.1\..*": 3}},
     ],

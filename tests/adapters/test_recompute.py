@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from malora_dist import MaloraConfig, get_malora_model
 from malora_dist.adapters.inject import inject_adapters, mixture_layers
 from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.errors import TrainingError
@@ -72,6 +73,18 @@ def test_checkpointing_and_tiles_by_whatever_name() -> None:
     trained = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
     with pytest.raises(TrainingError, match="autograd function around layers"):
         TiledMLP.apply(lambda module, part: type(module).forward(module, part), mlp, x, 2, trained)
+
+
+def test_a_model_with_a_balance_loss_takes_reentrant_checkpointing_and_no_other_function() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model: Any = get_malora_model(tiny_llama(), MaloraConfig(r=3, num_experts=4)).train()
+    layer, x = model.model.layers[0].mlp.up_proj, torch.ones(3, 48, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=True).sum().backward()
+    with pytest.raises(TrainingError, match=r"around layers.*\(Offloaded\).*loss: choose use_reentrant=False"):
+        Offloaded.apply(layer, x)
+    with pytest.raises(TrainingError, match=r"\(Offloaded\)"):
+        checkpoint(lambda rows: Offloaded.apply(layer, rows), x, use_reentrant=True)
 
 
 def test_a_forward_without_a_graph_is_no_checkpointing() -> None:

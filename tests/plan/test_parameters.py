@@ -9,12 +9,12 @@ import torch
 
 from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.methods import METHODS
+from malora_dist.adapters.target_names import name_matches
 from malora_dist.adapters.targets import all_linear, plain_names
 from malora_dist.config import config_from_dict
 from malora_dist.config.summary import adapter_spec
 from malora_dist.models.load import build_empty_model
 from malora_dist.ops.nf4 import nf4_bytes
-from malora_dist.ops.target_names import name_matches
 from malora_dist.plan.duration import step_flops
 from malora_dist.plan.families import family_shape
 from malora_dist.plan.find_shape import find_shape, shape_of

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
 from malora_dist.adapters.methods import mixture_spec
+from malora_dist.adapters.target_names import ALL_LINEAR
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
@@ -19,7 +20,6 @@ from malora_dist.evaluation.packing import packing_of
 from malora_dist.evaluation.scoring import score_items
 from malora_dist.evaluation.tasks import forward_of
 from malora_dist.models.load import load_base_model
-from malora_dist.ops.target_names import ALL_LINEAR
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
 from tests.evaluation.test_packing import changes_of, questions
 from tests.families import family_model

@@ -18,9 +18,9 @@ from malora_dist.adapters.io.folder import (
 from malora_dist.adapters.io.info import PEFT_NAMES, PREFIX, AnyPath, read_config
 from malora_dist.adapters.io.weights import weights_header
 from malora_dist.adapters.methods import mixture_spec
+from malora_dist.adapters.target_names import pattern_value
 from malora_dist.errors import CheckpointError, ConfigError, brief, short
 from malora_dist.files.folder import file_in
-from malora_dist.ops.target_names import pattern_value
 
 # What says nothing of the function, or is read below.
 READ = {"peft_type", "task_type", "base_model_name_or_path", "revision", "target_modules", "r", "lora_alpha"}

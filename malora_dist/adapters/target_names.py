@@ -82,6 +82,11 @@ def in_layers(layers: Sequence[int], layers_pattern: Sequence[str], name: str) -
     return found is not None and int(found["number"]) in layers
 
 
+def whole_name(pattern: str) -> re.Pattern[str]:
+    """Return what matches the names that the pattern matches whole. Raises ValueError if it is none."""
+    return _named(pattern, "{}")
+
+
 def number_in_list(pattern: str) -> re.Pattern[str]:
     """Return what finds a layer's number in the list whose name the pattern is. Raises ValueError if it is none."""
     return _named(pattern, r"(?:^|.*?\.){}\.(?P<number>\d+)\.")
