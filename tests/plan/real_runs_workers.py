@@ -56,7 +56,11 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3-ep2": {"zero": ALL_SPLIT, "parallel": {"ep_size": 2}},
     "zero0-ep2": {"parallel": {"zero_stage": 0, "ep_size": 2}},
     "zero2-ep2": {"parallel": {"zero_stage": 2, "ep_size": 2}},
-    "zero0-8bit": {"parallel": {"zero_stage": 0}, "adapter": {"r": 40}, "train": {"optim": "adamw_8bit"}},
+    "zero0-8bit": {
+        "parallel": {"zero_stage": 0},
+        "adapter": {"r": 40, "shared_r": 40},
+        "train": {"optim": "adamw_8bit"},
+    },
     "zero2-8bit": {"parallel": {"zero_stage": 2}, "train": {"optim": "adamw_8bit"}},
     "zero3-8bit": {"zero": ALL_SPLIT, "train": {"optim": "adamw_8bit"}},
     "zero0-adafactor": {"parallel": {"zero_stage": 0}, "train": {"optim": "adafactor"}},
