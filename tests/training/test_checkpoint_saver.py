@@ -79,7 +79,7 @@ def save_in_all_ways(world: World, folder: str, output: str) -> dict[str, Any]:
     saver.save(3, run.json_state(), {})
     saver.complete()
 
-    run.optimizer.optimizer.fp32_partitioned_groups_flat[0].data.fill_(float("nan"))  # type: ignore[attr-defined]
+    run.train_step.engine.optimizer.fp32_partitioned_groups_flat[0].data.fill_(float("nan"))
     saver.save(4, run.json_state(), {})
     try:
         saver.complete()
