@@ -151,7 +151,8 @@ def test_init_and_validate_work_where_torch_is_not(tmp_path: Path, monkeypatch: 
 def test_lazy_public_names() -> None:
     import malora_dist
 
-    assert len(malora_dist.__all__) <= 8 and malora_dist.MaloraError is MaloraError
+    assert malora_dist.MaloraError is MaloraError
+    assert all(getattr(malora_dist, name) is not None for name in malora_dist.__all__)
     assert callable(malora_dist.load_config)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = malora_dist.nothing

@@ -40,7 +40,7 @@ def reference_run(
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     stepping = None if optimizer is None else optimizer(parameters)
     losses, aux_losses, grad_norms, state = [], [], [], {}
-    state |= {f"initial.{name}": p.detach().clone() for name, p in zip(names, parameters, strict=True)}
+    initial = {name: p.detach().clone() for name, p in zip(names, parameters, strict=True)}
     earlier: list[Tensor] = []
     for step in range(1, STEPS + 1):
         samples = step_samples(step, case.get("lengths", LENGTHS))
@@ -74,7 +74,8 @@ def reference_run(
                 moments[i] = (moments_i[0], moments_i[1])
     for name, parameter, (first, second) in zip(names, parameters, moments, strict=True):
         state |= {name: parameter.detach(), f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
-    return {"losses": losses, "aux_losses": aux_losses, "grad_norms": grad_norms, "state": state}
+    numbers = {"losses": losses, "aux_losses": aux_losses, "grad_norms": grad_norms}
+    return numbers | {"initial": initial, "state": state}
 
 
 def _forward(model: nn.Module, samples: Sequence[Sample], step: int) -> tuple[list[Tensor], list[Routed]]:
