@@ -81,11 +81,10 @@ def test_linears_of_a_prepared_base_differ_as_those_of_its_model(tmp_path: Path,
     tensors[second] = tensors[first] * (1.5 if differs else 1)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     ours, wanted = load_base_model(folder, weights=_prepare(folder, tmp_path)), load_base_model(folder)
-    blobs = [
-        model.get_submodule(name.removesuffix(".weight")).blob for model in (ours, wanted) for name in (first, second)
-    ]
-    assert torch.equal(blobs[0], blobs[2]) and torch.equal(blobs[1], blobs[3])
-    assert torch.equal(blobs[0], blobs[1]) != differs
+    layers = [model.get_submodule(name.removesuffix(".weight")) for model in (ours, wanted) for name in (first, second)]
+    packed = [layer.packed_weight for layer in layers]
+    assert torch.equal(packed[0], packed[2]) and torch.equal(packed[1], packed[3])
+    assert torch.equal(packed[0], packed[1]) != differs
     assert torch.equal(_logits(ours), _logits(wanted))
 
 
