@@ -15,7 +15,7 @@ def test_adapted_modules_and_their_share() -> None:
         "adapted   4 x q_proj        64 -> 32          12,345 trainable",
         "adapted   4 x down_proj    128 -> 64               1 trainable",
         "trainable 12,346 of 200,000 base parameters (6.17 %); 4-bit: 25.0 % of the base, adapted: 75.0 %",
-        "not adapted, because they are no linears: experts kept as one 3-D parameter, a.experts and 1 more",
+        "not adapted, because they are no linears: experts kept as one parameter, a.experts and 1 more",
     ]
 
 
