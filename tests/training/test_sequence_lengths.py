@@ -71,7 +71,11 @@ def test_a_base_whose_rotations_change_beyond_its_positions_refuses_them(tmp_pat
 
 
 # Limits that are reached in a moment, where the sizes of tests set none.
-SMALL = {"mpt": {"max_seq_len": 32}, "whisper": {"max_target_positions": 32}}
+SMALL = {
+    "kimi_linear": {"max_position_embeddings": 32},
+    "mpt": {"max_seq_len": 32},
+    "whisper": {"max_target_positions": 32},
+}
 # Position tables by the axis, a kernel that is compiled where it is used, and bases that are refused otherwise.
 OTHERS = {"reformer", "rwkv", *REFUSED}
 
