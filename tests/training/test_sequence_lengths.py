@@ -72,6 +72,7 @@ def test_a_base_whose_rotations_change_beyond_its_positions_refuses_them(tmp_pat
 
 # Limits that are reached in a moment, where the sizes of tests set none.
 SMALL = {
+    "bailing_hybrid": {"max_position_embeddings": 32},
     "kimi_linear": {"max_position_embeddings": 32},
     "mpt": {"max_seq_len": 32},
     "whisper": {"max_target_positions": 32},
