@@ -1,10 +1,10 @@
 """What a run is: the sections of a recipe with all their keys, defaults and meanings.
 
-The sections `model` and `adapter` are in model_schema.py, `data` in data_schema.py.
+The sections `model` and `adapter` are in model_schema.py, `data` in data_schema.py, `launch` in
+launch_schema.py.
 Names are those of transformers' TrainingArguments, peft and bitsandbytes wherever they have one.
 """
 
-import shlex
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from malora_dist.config.base import MOST, MOST_STEPS, MOST_TOKENS, Rule, Section, split_commas, usable_path
 from malora_dist.config.data_schema import DataConfig, RowFields, TaskConfig
+from malora_dist.config.launch_schema import LaunchConfig
 from malora_dist.config.model_schema import AdapterConfig, ModelConfig
 from malora_dist.errors import ConfigError
 from malora_dist.optimizers.registry import DEFAULT, OPTIMIZERS, choices_text, optimizer_spec
@@ -45,31 +46,6 @@ def _tokens(value: Any) -> Any:
     return value
 
 
-def _shell_lines(value: Any) -> Any:
-    return value.splitlines() if isinstance(value, str) else value
-
-
-def _flags(value: Any) -> Any:
-    try:
-        return shlex.split(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise PydanticCustomError(
-            "unbalanced", "must be flags as on a command line: {why}", {"why": str(error)}
-        ) from error
-
-
-def _one_line(value: str) -> str:
-    if "\n" in value or "\r" in value:
-        raise PydanticCustomError("line_break", "must be one line, without a line break")
-    return value
-
-
-def _one_flag(value: str) -> str:
-    if not value.startswith("-"):
-        raise PydanticCustomError("no_flag", "must be flags in one word each, such as --partition=gpu")
-    return _one_line(value)
-
-
 def _optimizer(value: str) -> str:
     """Return the optimizer's own name for one of its names."""
     try:
@@ -79,8 +55,6 @@ def _optimizer(value: str) -> str:
 
 
 Tokens = Annotated[Annotated[int, Field(ge=1, le=MOST_TOKENS)] | Literal["auto"], BeforeValidator(_tokens)]
-ShellLine = Annotated[str, AfterValidator(_one_line)]
-Flag = Annotated[str, AfterValidator(_one_flag)]
 
 
 class ParallelConfig(Section):
@@ -265,30 +239,6 @@ class EvaluationConfig(Section):
         "auto",
         description="Tokens of one forward pass. auto: 1024 on a CPU, 16384 on a GPU, 4096 there if attention takes a "
         "mask.",
-    )
-
-
-class LaunchConfig(Section):
-    """How a cluster starts the run: read by `malora launch` and its job scripts, by nothing that trains."""
-
-    aliases: ClassVar = {"sbatch_flags": "sbatch", "srun_flags": "srun", "modules": "setup", "retries": "max_restarts"}
-
-    setup: Annotated[tuple[ShellLine, ...], BeforeValidator(_shell_lines)] = Field(
-        (),
-        description="Lines of bash that a job script runs first: module load, source venv/bin/activate. Without any, "
-        "the job has the environment it was submitted from.",
-    )
-    sbatch: Annotated[tuple[Flag, ...], BeforeValidator(_flags)] = Field(
-        (), description="More flags of sbatch for every job, such as --partition=gpu --account=mine."
-    )
-    srun: Annotated[tuple[Flag, ...], BeforeValidator(_flags)] = Field(
-        (), description="More flags of srun, such as --container-image=IMAGE where pyxis is installed."
-    )
-    max_restarts: int = Field(
-        3,
-        ge=0,
-        le=MOST,
-        description="A job that has ended more often than this in a row without a newer checkpoint is given up.",
     )
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from malora_dist.errors import TopologyError
+
 # States of jobs, in Slurm's words. A scheduler with other words translates them.
 UNKNOWN, PENDING, RUNNING, COMPLETED, FAILED = "UNKNOWN", "PENDING", "RUNNING", "COMPLETED", "FAILED"
 ENDED = {
@@ -158,7 +160,7 @@ class Scheduler:
 
     def meeting_place(self, environment: Mapping[str, str]) -> tuple[str, str]:
         """Return MASTER_ADDR and MASTER_PORT of a task; what is set already stays. Raises TopologyError if unknown."""
-        raise NotImplementedError
+        raise TopologyError(f"{self.name} does not say where its processes meet: set MASTER_ADDR and MASTER_PORT")
 
     def num_nodes(self, environment: Mapping[str, str]) -> int | None:
         """Return the number of nodes of the processes; None if it does not say."""
