@@ -13,6 +13,7 @@ from tests.test_train import records
 
 
 @pytest.mark.e2e
+@pytest.mark.slow("a model of 135 million parameters, trained by two processes and evaluated three times")
 def test_a_real_model_on_real_tasks(tmp_path: Path) -> None:
     """The demo's recipe in small: evaluating again with the adapter off gives the base's numbers of the run."""
     demo.prepare_demo(tmp_path / "demo")

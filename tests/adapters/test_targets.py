@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.adapters import near_names as names_module
+from malora_dist.adapters import target_names, text_linears
 from malora_dist.adapters import targets as targets_module
-from malora_dist.adapters import text_linears
 from malora_dist.adapters.inject import adapter_parameters, inject_adapters
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.adapters.near_names import near_names
@@ -20,7 +20,6 @@ from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.errors import ConfigError
 from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys
-from malora_dist.ops import target_names
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
 from tests.evaluation.test_packing import REFUSED
 from tests.families import families, family_model

@@ -26,7 +26,7 @@ from tests.adapter_samples import edit_weights
 from tests.config.recipes import recipe
 from tests.convert.made import job_of, make_checkpoint, run_kind
 from tests.families import family_model
-from tests.models.test_config import own_model
+from tests.models.own_code import keep_code_in, own_model
 from tests.processes import start, wait
 from tests.tiny_models import tiny_llama
 
@@ -188,7 +188,7 @@ def test_a_checkpoint_brings_its_recipe_and_knows_its_base(workspace: Path, tmp_
 
 def test_code_of_a_base_runs_only_at_the_users_own_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run, a checkpoint or an adapter may be somebody else's, whatever its recipe or its config says."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_code_in(tmp_path / "modules", monkeypatch)
     base, run, mark = own_model(tmp_path / "base", tmp_path / "mark"), tmp_path / "run", tmp_path / "mark"
     model = tiny_llama()
     inject_adapters(model, mixture_spec("lora", r=2), ["q_proj"])

@@ -12,22 +12,10 @@ import torch
 from malora_dist.errors import ConfigError
 from malora_dist.models.config import own_code, read_model_config
 from malora_dist.models.load import build_empty_model, load_base_model, load_tokenizer
+from tests.models.own_code import keep_code_in, own_model
 from tests.multiprocess import ROOT
 from tests.tiny_models import byte_tokenizer, save_tiny_llama, tiny_llama
 
-CONFIG_CODE = """
-from pathlib import Path
-from transformers import LlamaConfig
-Path({mark!r}).touch()
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-"""
-MODEL_CODE = """
-from transformers import LlamaForCausalLM
-from .configuration_own import OwnConfig
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
 TOKENIZER_CODE = """
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
@@ -39,16 +27,6 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 def _edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def own_model(folder: Path, mark: Path) -> Path:
-    """A Llama under a type of its own, whose code leaves `mark` when it runs."""
-    save_tiny_llama(folder)
-    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    _edit(folder / "config.json", model_type="own", auto_map=auto_map)
-    (folder / "configuration_own.py").write_text(CONFIG_CODE.format(mark=str(mark)))
-    (folder / "modeling_own.py").write_text(MODEL_CODE)
-    return folder
 
 
 def _own_tokenizer(folder: Path, mark: Path) -> Path:
@@ -64,9 +42,9 @@ def _own_tokenizer(folder: Path, mark: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nobody_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """transformers asks on the terminal; and it copies what it runs."""
+    """transformers asks on the terminal."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_code_in(tmp_path / "modules", monkeypatch)
 
 
 def test_code_of_a_model_is_refused_in_words(tmp_path: Path) -> None:

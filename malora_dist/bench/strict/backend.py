@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malora_dist.bench.strict.device import TYPE, StrictTensor, copy_between, note
+from malora_dist.bench.strict.device import TYPE, StrictDevice, StrictTensor, copy_between, note
 
 
 @cache
@@ -79,7 +79,8 @@ class _Module:
         raise AttributeError(f"the device {TYPE} does not imitate torch.cuda.{name}")
 
     def is_available(self) -> bool:
-        return True
+        # Outside of it others of this process, such as a DataLoader that pins memory, see no accelerator.
+        return bool(StrictDevice.active)
 
     def is_initialized(self) -> bool:
         return True
