@@ -72,5 +72,5 @@ def test_one_failing_or_hanging_rank_ends_the_launch(folder: Path) -> None:
     fails, hangs = launch_together(commands, folder)
     assert fails.code == 2 and hangs.code == 1
     assert "[rank 1] rows.jsonl:7: only this rank cannot read it" in fails.output and "[rank 0]" not in fails.output
-    assert "[rank 0] gave up waiting for another process" in hangs.output and "20000ms" in hangs.output
+    assert "[rank 0] timed out waiting for another process" in hangs.output and "20000ms" in hangs.output
     assert "Traceback" not in fails.output + hangs.output

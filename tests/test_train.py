@@ -132,7 +132,7 @@ def test_a_run_stopped_early_goes_on_with_more_processes(run: Path, alone: Path,
     assert [record["learning_rate"] for record in records(short, "train")] == pytest.approx([0, 5e-3, 3e-3])
     done = run_ranks(2, "malora_dist.train", ["recipe.yaml", *SHORT], folder)
     assert done.code == 0, done.output
-    for said in ("going on after step 4, from runs/short/checkpoints/step-000004", "(same numbers to rounding)"):
+    for said in ("resuming after step 4, from runs/short/checkpoints/step-000004", "(same numbers to rounding)"):
         assert said in done.output
     assert_same_run(short, run)
     assert json.loads((short / "eval.json").read_text()).keys() == {"base", "tuned"}
@@ -246,7 +246,7 @@ def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(folder: 
     done = run_alone("malora_dist.train", short, folder, **around)
     # A report that cannot be written is said, and is no failure of the run.
     assert "runs/again has no report" in done.output and (run / "report").is_file()
-    assert done.code == 0 and "evaluations are done again" in done.output, done.output
+    assert done.code == 0 and "evaluations are repeated" in done.output, done.output
     assert "again, 1 process on cpu" in done.output
     assert json.loads((run / "eval.json").read_text())["base"]["tasks"]["colour"]["n"] == 37
     assert [record["step"] for record in records(run, "train")] == [1, 2]

@@ -55,11 +55,21 @@ class Structure:
 
 
 METHODS: dict[str, Structure] = {
-    "lora": Structure(about="one expert, no router"),
-    "dora": Structure(about="lora with a trained norm for each output", magnitude=True),
-    "molora": Structure(about="each expert has its own down-projection", routed=True),
-    "hydralora": Structure(about="all experts act on one shared projection", shared_down=True, routed=True, dense=True),
-    "malora": Structure(about="experts share one down-projection", shared_down=True, expert_down=True, routed=True),
+    "lora": Structure(about="low-rank adapter without router"),
+    "dora": Structure(about="lora with a trained magnitude for each output", magnitude=True),
+    "molora": Structure(about="mixture of LoRA experts with top-k routing", routed=True),
+    "hydralora": Structure(
+        about="experts share the down-projection; every token uses all experts",
+        shared_down=True,
+        routed=True,
+        dense=True,
+    ),
+    "malora": Structure(
+        about="top-k routing; experts share a down-projection S_A, each with a small P_t of its own",
+        shared_down=True,
+        expert_down=True,
+        routed=True,
+    ),
 }
 
 

@@ -101,7 +101,7 @@ def _named(pattern: str, form: str) -> re.Pattern[str]:
     try:
         return compiled(pattern, form)
     except ValueError as error:
-        raise ValueError(f"{short(pattern)} is no regular expression: {error}") from error
+        raise ValueError(f"{short(pattern)} is not a valid regular expression: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,7 +179,7 @@ def _broken(targets: Sequence[str]) -> Iterable[str]:
         try:
             name_matches(target, "")
         except ValueError as error:
-            yield f"{short(target)} is no regular expression: {error}"
+            yield f"{short(target)} is not a valid regular expression: {error}"
 
 
 def _unmatched(target: str, names: Sequence[str], linears: Mapping[str, object]) -> Iterable[str]:

@@ -32,7 +32,7 @@ def detect_kind(path: Path) -> str:
     if not path.is_dir():
         return "it does not exist"
     if path.name.startswith(".") and path.name.endswith((".partial", ".removed")):
-        return "it is what a stopped process left, not finished or half removed"
+        return "it is unfinished or partly removed, left by a process that was stopped"
     try:
         names = [entry.name for entry in path.iterdir()]
     except OSError as error:

@@ -17,30 +17,44 @@ from malora_dist.config import load_config
 
 bench = typer.Typer(help="Measure variants of a recipe, layers and steps side by side.", no_args_is_help=True)
 
-Only = Annotated[str | None, typer.Option(help=f"Who takes part, of {','.join(CONTESTANTS)}.")]
-Against = Annotated[str | None, typer.Option(help="Whom ratios are to; takes part. Default: peft_lora, or the first.")]
-Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}, or short: of the base and of products.")]
+Only = Annotated[str | None, typer.Option(help=f"Baselines to measure, from {','.join(CONTESTANTS)}.")]
+Against = Annotated[str | None, typer.Option(help="Baseline of the ratios. Default: peft_lora, or the first.")]
+Dtype = Annotated[
+    str, typer.Option(help=f"{', '.join(DTYPES)}, or an abbreviation: dtype of the base and of matrix products.")
+]
 BaseKind = Annotated[str, typer.Option("--base", help="full or nf4.")]
-Dropout = Annotated[float, typer.Option(min=0, max=0.99, help="On the adapters' input.")]
-Model = Annotated[str, typer.Option(help="smollm2 (the demo's), random-1b (a Llama), a folder, GGUF file or hub id.")]
-Batch = Annotated[int, typer.Option(min=1, help="Rows of a batch.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens of a row.")]
-Labels = Annotated[str, typer.Option(help="all, or the share of each row's tokens that is learned.")]
-Loss = Annotated[str, typer.Option(help="hf: the model's own, on the logits of all tokens. chunked: ours, for all.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Rounds measured.")]
-Warmup = Annotated[int, typer.Option(min=0, help="Rounds before them.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as torch finds them.")]
+Dropout = Annotated[float, typer.Option(min=0, max=0.99, help="Dropout on the adapters' input.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Model: smollm2 (that of the demo), random-1b (a Llama with random weights), a folder, GGUF file or hub "
+        "id."
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Batch size: sequences per batch.")]
+Length = Annotated[int, typer.Option(min=2, help="Sequence length in tokens.")]
+Labels = Annotated[str, typer.Option(help="all, or the fraction of each sequence's tokens that have a label.")]
+Loss = Annotated[
+    str,
+    typer.Option(
+        help="hf: the model's own loss, on the logits of all tokens. chunked: malora_dist's, for every baseline."
+    ),
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Warm-up rounds.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of CPU threads. Default: torch's.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:NUMBER.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write every record here.")]
-Markdown = Annotated[Path | None, typer.Option(help="Write the tables here.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all records to this JSON file.")]
+Markdown = Annotated[Path | None, typer.Option(help="Write the tables to this Markdown file.")]
 
 
 @bench.command()
 def layer(
     size: Annotated[
-        str, typer.Option(help="Linears as INPUTSxOUTPUTS, or one number for both.")
+        str,
+        typer.Option(help="Sizes of linear layers as INPUTSxOUTPUTS, or one number for both; a list measures each."),
     ] = "576,2048,4096,4096x11008,11008x4096",
-    tokens: Annotated[str, typer.Option(help="Rows of the input; a list is that many cases.")] = "1024",
+    tokens: Annotated[str, typer.Option(help="Input tokens; a list measures each.")] = "1024",
     dtype: Dtype = "fp32",
     base: BaseKind = "full",
     dropout: Dropout = 0.0,
@@ -53,7 +67,7 @@ def layer(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Measure forward and backward of one adapted linear, in turns: ours, PEFT's, dispatched mixtures, the base."""
+    """Measure forward and backward of one adapted linear, interleaved: malora_dist, PEFT, dispatched mixtures, base."""
     given = {"size": size, "tokens": tokens, "dtype": dtype, "base": base, "dropout": dropout, "only": only}
     given |= {"against": against, "repeats": repeats, "warmup": warmup, "threads": threads, "device": device}
     _run("layer", "LayerOptions", given, Output(as_json, markdown))
@@ -63,7 +77,10 @@ def layer(
 def step(
     case: Annotated[
         str,
-        typer.Option(help="step; experts: 8 and 64 of them; tokens: twice as many; optimizer: its step alone."),
+        typer.Option(
+            help="step: the plain step. experts: with 8 and 64 experts. tokens: with twice the tokens. optimizer: the "
+            "optimizer's step alone."
+        ),
     ] = "step",
     model: Model = "smollm2",
     batch: Batch = 4,
@@ -82,7 +99,7 @@ def step(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Measure whole training steps of a real model: forward, loss, backward and fused AdamW, in turns on one batch."""
+    """Measure whole training steps of a real model, interleaved: forward, loss, backward and fused AdamW."""
     given = {"case": case, "model": model, "batch": batch, "length": length, "dtype": dtype, "base": base}
     given |= {"dropout": dropout, "labels": labels, "loss": loss, "only": only, "against": against}
     given |= {"repeats": repeats, "warmup": warmup, "threads": threads, "device": device}
@@ -96,19 +113,19 @@ def memory(
     length: Length = 256,
     dtype: Dtype = "bf16",
     base: Annotated[str, typer.Option("--base", help="full, nf4, or both.")] = "full,nf4",
-    checkpointing: Annotated[str, typer.Option(help="off, on, or both: blocks are computed again.")] = "off,on",
+    checkpointing: Annotated[str, typer.Option(help="Gradient checkpointing: off, on, or both.")] = "off,on",
     dropout: Dropout = 0.0,
     labels: Labels = "all",
     loss: Loss = "hf",
     only: Only = None,
-    repeats: Annotated[int, typer.Option(min=0, help="Rounds of steps on either base; 0 measures no time.")] = 5,
+    repeats: Annotated[int, typer.Option(min=0, help="Rounds of steps on each base; 0 measures no time.")] = 5,
     warmup: Warmup = 1,
     threads: Threads = None,
     device: Device = "cpu",
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Count the most bytes of tensors in a training step exactly; measure what a 4-bit base saves, and its time."""
+    """Count the exact peak bytes of tensors in a training step; measure what a 4-bit base saves, and its time."""
     given = {"model": model, "batch": batch, "length": length, "dtype": dtype, "base": base, "dropout": dropout}
     given |= {"checkpointing": checkpointing, "labels": labels, "loss": loss, "only": only, "repeats": repeats}
     given |= {"warmup": warmup, "threads": threads, "device": device}
@@ -117,16 +134,16 @@ def memory(
 
 @bench.command()
 def launches(
-    hidden: Annotated[int, typer.Option(min=16, help="Width of the model, a multiple of 16.")] = 512,
-    tokens: Annotated[int, typer.Option(min=1, help="Rows of the input.")] = 128,
+    hidden: Annotated[int, typer.Option(min=16, help="Hidden size of the model, a multiple of 16.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Input tokens.")] = 128,
     dtype: Dtype = "bf16",
     base: BaseKind = "full",
-    dropout: Annotated[str, typer.Option(help="On the adapters' input; a list is that many cases.")] = "0,0.05",
-    only: Annotated[str | None, typer.Option(help="Who takes part, of those of the table, and the base.")] = None,
+    dropout: Annotated[str, typer.Option(help="Dropout on the adapters' input; a list measures each.")] = "0,0.05",
+    only: Annotated[str | None, typer.Option(help="Rows of the table to measure, and the base.")] = None,
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Count, on the CPU, what a GPU would launch and wait for in a linear, in q, k and v, and in a block."""
+    """Count kernel launches and host synchronisations on a GPU, for a linear, q, k and v, and a block. Needs no GPU."""
     given = {"hidden": hidden, "tokens": tokens, "dtype": dtype, "base": base, "dropout": dropout, "only": only}
     _run("launches", "LaunchOptions", given, Output(as_json, markdown))
 
@@ -134,17 +151,23 @@ def launches(
 @bench.command()
 def roofline(
     model: Annotated[str | None, typer.Option(help="config.json, folder or GGUF file. Default: LLaMA-2 7B.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 4096,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a sample.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 4096,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 1024,
     base: BaseKind = "full",
-    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="On the input of every adapter.")] = 0.0,
-    attention: Annotated[str, typer.Option(help="varlen: each sample alone. sdpa: whole rows, masked.")] = "varlen",
-    flops: Annotated[str | None, typer.Option(help="bf16 rate of the device. Default: an H100's 989TFLOP/s.")] = None,
-    bandwidth: Annotated[str | None, typer.Option(help="Rate of its memory. Default: an H100's 3.35TB/s.")] = None,
+    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Dropout on the input of every adapter.")] = 0.0,
+    attention: Annotated[
+        str, typer.Option(help="varlen: attention within each sample. sdpa: over whole rows, with a mask.")
+    ] = "varlen",
+    flops: Annotated[
+        str | None, typer.Option(help="Peak bf16 rate of the device. Default: that of an H100, 989TFLOP/s.")
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="Memory bandwidth of the device. Default: that of an H100, 3.35TB/s.")
+    ] = None,
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Compute the least time of a step, by formula, from FLOPs and bytes of each kernel. Needs no torch and no GPU."""
+    """Compute lower bounds of a step's time from FLOPs and bytes of each kernel (roofline). Needs no GPU."""
     from malora_dist.bench.roofline_tables import RooflineOptions, run
 
     given = {"model": model, "tokens": tokens, "length": length, "base": base, "dropout": dropout}
@@ -159,15 +182,17 @@ def ep(
     recipe: Recipe,
     num_gpus: NumGpus = None,
     master_port: MasterPort = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps measured of each variant.")] = 10,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each variant.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Warm-up steps of each variant.")] = 2,
     variants: Annotated[
-        str | None, typer.Option(help=f"What to compare, of {','.join(TOPICS)}. Default: all that fits.")
+        str | None, typer.Option(help=f"What to compare, from {','.join(TOPICS)}. Default: all that apply.")
     ] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write every step of every variant here.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write every step of every variant to this JSON file.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables to this Markdown file.")] = None,
 ) -> None:
-    """Measure step time, bytes and loss: experts spread or not, overlap, 4-bit base, ZeRO stages, in turns."""
+    """Measure step time, bytes and loss of a recipe's variants, interleaved: expert parallelism, overlap, NF4, ZeRO."""
     path, overrides = recipe_first(recipe, context.args)
     config = load_config(path, overrides)
     options = EpOptions(
@@ -199,7 +224,7 @@ def data(
     as_json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Measure tokens a second of a recipe's data, tokenised, drawn and packed, against its training on one process."""
+    """Measure tokens per second of a recipe's data pipeline (tokenise, sample, pack) beside training on one process."""
     path, overrides = recipe_first(recipe, context.args)
     loaded = import_module("malora_dist.bench.local.data_rate")
     options = loaded.DataOptions(recipe=path, overrides=tuple(overrides), repeats=repeats, warmup=warmup)

@@ -15,34 +15,56 @@ EPILOG = "\n\n".join(f"--to {name}: {kind.help}." for name, kind in KINDS.items(
 
 
 def convert(
-    paths: Annotated[list[Path], typer.Argument(metavar="SRC DST", help="A run, checkpoint or adapter; a new folder.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="SRC DST", help="Source (run, checkpoint or adapter) and a new folder to write."),
+    ],
     to: Annotated[str, typer.Option("--to", metavar="KIND", help=f"One of {', '.join(KINDS)}; see below.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Run both sides on real text and compare them.")] = False,
-    text: Annotated[Path | None, typer.Option(help="Text for --verify. Default: the tasks' rows.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Tasks and base. Default: what SRC was trained with.")] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base model is. Default: as the recipe says.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where the base runs, if it has to. Default: cpu.")] = None,
-    shards: Annotated[int | None, typer.Option(min=1, help="checkpoint: files of each kind.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run source and result on real text and compare them.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="Text file for --verify. Default: rows of the tasks.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe with the tasks and the base model. Default: that of SRC.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the base model. Default: that of the recipe.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device that the base model runs on, if it has to run. Default: cpu.")
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="checkpoint: number of files for each kind of tensor.")
+    ] = None,
     gate: Annotated[str | None, typer.Option(help="peft-experts: one or mean.")] = None,
     fit: Annotated[str | None, typer.Option(help="peft-tasks: lstsq (default) or mean.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="peft-tasks: a smaller rank.")] = None,
-    r: Annotated[int | None, typer.Option("--r", min=1, help="malora, molora: rank of an expert.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="peft-tasks: rank of the LoRAs, at most the exact one.")
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", min=1, help="malora, molora: rank of each expert.")] = None,
     shared_r: Annotated[
         int | None, typer.Option("--shared-r", "--shared_r", min=1, help="malora: rank of S_A.")
     ] = None,
-    beta: Annotated[float | None, typer.Option(help="malora: S_A = beta V.")] = None,
+    beta: Annotated[float | None, typer.Option(help="malora: scale of S_A, as adapter.beta.")] = None,
     lora_alpha: Annotated[
-        float | None, typer.Option("--lora-alpha", "--lora_alpha", help="from-deepspeed: what it does not store.")
+        float | None,
+        typer.Option(
+            "--lora-alpha", "--lora_alpha", help="from-deepspeed: lora_alpha, which DeepSpeed's files do not hold."
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", "--top_k", min=1, help="malora, molora: experts a token is sent to.")
+        int | None,
+        typer.Option("--top-k", "--top_k", min=1, help="malora, molora: number of experts selected for each token."),
     ] = None,
-    calibration: Annotated[int | None, typer.Option(min=1, help="Samples of each task to measure gates on.")] = None,
+    calibration: Annotated[
+        int | None, typer.Option(min=1, help="Samples per task on which gates are measured.")
+    ] = None,
     eval_samples: Annotated[
-        int | None, typer.Option("--eval-samples", min=0, help="peft-tasks: rows of each task to measure accuracy on.")
+        int | None,
+        typer.Option("--eval-samples", min=0, help="peft-tasks: rows per task on which accuracy is measured."),
     ] = None,
 ) -> None:
-    """Write an adapter or checkpoint in another form: for PEFT, vLLM, or another number of files. Needs no GPU."""
+    """Convert an adapter or checkpoint: for PEFT, vLLM, or to another number of files. Needs no GPU."""
     find_kind(to)
     options = Options(
         shards=shards,

@@ -12,13 +12,15 @@ from malora_dist.config.evaluation_target import evaluation_target
 
 def evaluate(
     context: typer.Context,
-    run_dir: Annotated[str | None, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")] = None,
-    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="An adapter folder, instead of a run.")] = None,
-    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Its base model and tasks.")] = None,
+    run_dir: Annotated[str | None, typer.Argument(metavar="RUN_DIR", help="Run folder.")] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="Adapter folder, instead of a run folder.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Recipe with the adapter's base model and tasks.")
+    ] = None,
     num_gpus: NumGpus = None,
     master_port: MasterPort = None,
 ) -> None:
-    """Measure accuracy for each task: of a run, or of an adapter with a recipe."""
+    """Measure the accuracy of a run, or of an adapter with a recipe, on each task."""
     overrides = list(context.args)
     if run_dir is not None and run_dir.startswith("--"):
         overrides, run_dir = [run_dir, *overrides], None

@@ -13,9 +13,10 @@ from malora_dist.launch.files import write_new_files
 
 
 def init(
-    path: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
+    path: Annotated[Path, typer.Argument(help="Path of the recipe to write.")] = Path("recipe.yaml"),
     with_cluster_files: Annotated[
-        bool, typer.Option("--with-cluster-files", help="Write ds_configs/, launchers/ and slurm/ beside it too.")
+        bool,
+        typer.Option("--with-cluster-files", help="Also write ds_configs/, launchers/ and slurm/ next to the recipe."),
     ] = False,
     model: Annotated[str | None, typer.Option(help="Base model: hub id, folder or .gguf file.")] = None,
 ) -> None:

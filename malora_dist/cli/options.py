@@ -8,17 +8,23 @@ import typer
 from malora_dist.errors import ConfigError
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-OVERRIDES_HELP = "Settings of the recipe follow it: --adapter.r 16 --train.learning_rate=5e-4"
+OVERRIDES_HELP = "The recipe. Settings may follow it: --adapter.r 16 --train.learning_rate=5e-4"
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False, help=OVERRIDES_HELP)]
 NumGpus = Annotated[
     int | None,
-    typer.Option("--num_gpus", "--num-gpus", min=1, help="Processes, one for each GPU. Default: all visible GPUs."),
+    typer.Option(
+        "--num_gpus", "--num-gpus", min=1, help="Number of processes, one per GPU. Default: all visible GPUs."
+    ),
 ]
 MasterPort = Annotated[
     int | None,
     typer.Option(
-        "--master_port", "--master-port", min=1, max=65535, help="Where processes meet. Default: a free port."
+        "--master_port",
+        "--master-port",
+        min=1,
+        max=65535,
+        help="Port of the rendezvous (MASTER_PORT). Default: a free port.",
     ),
 ]
 

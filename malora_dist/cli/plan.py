@@ -15,24 +15,28 @@ from malora_dist.config.summary import adapter_spec
 def plan(
     context: typer.Context,
     recipe: Recipe,
-    model: Annotated[str | None, typer.Option(help="The base's config.json or folder, if it is not here.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="config.json or folder of the base model, if it is not on this machine.")
+    ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of each. Default: the most up to 8 that can share the batch.")
+        int | None,
+        typer.Option(min=1, help="GPUs per node. Default: the largest number up to 8 that divides the batch."),
     ] = None,
-    hbm: Annotated[str, typer.Option(help="Memory of a GPU.")] = "80GiB",
-    intra: Annotated[str, typer.Option(help="What a GPU sends to others of its node.")] = "450GB/s",
-    inter: Annotated[str, typer.Option(help="What a GPU sends to other nodes.")] = "50GB/s",
-    flops: Annotated[str, typer.Option(help="What a GPU really computes, in model.dtype.")] = "400TFLOP/s",
+    hbm: Annotated[str, typer.Option(help="GPU memory.")] = "80GiB",
+    intra: Annotated[str, typer.Option(help="Bandwidth per GPU within a node.")] = "450GB/s",
+    inter: Annotated[str, typer.Option(help="Bandwidth per GPU between nodes.")] = "50GB/s",
+    flops: Annotated[str, typer.Option(help="Achieved rate of a GPU in model.dtype.")] = "400TFLOP/s",
     tokens_per_sample: Annotated[
-        int | None, typer.Option(min=1, help="Mean length of a sample. Default: data.max_seq_length, its bound.")
+        int | None, typer.Option(min=1, help="Mean tokens per sample. Default: data.max_seq_length.")
     ] = None,
     targets_per_sample: Annotated[
-        int | None, typer.Option(min=1, help="Learned tokens of a sample, whose logits are computed. Default: all.")
+        int | None,
+        typer.Option(min=1, help="Mean tokens per sample that have a label, whose logits are computed. Default: all."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")] = False,
 ) -> None:
-    """Compute memory, traffic and time of a run before it starts, what fits, and what is fastest; needs no GPU.
+    """Estimate memory, communication and step time of a run, and find the fastest plan that fits. Needs no GPU.
 
     It reads no weights. It needs no torch for models laid out as Llama, Mistral and Qwen 2 and 3 are; others are built
     empty by transformers.

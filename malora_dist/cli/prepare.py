@@ -8,6 +8,6 @@ from malora_dist.cli.options import Recipe, recipe_first
 
 
 def prepare(context: typer.Context, recipe: Recipe) -> None:
-    """Fetch the model, tokenise the tasks and quantise the base once, without a GPU; runs then start from that."""
+    """Download the model, tokenise the tasks and quantise the base, once and without a GPU; runs use the result."""
     path, overrides = recipe_first(recipe, context.args)
     raise typer.Exit(import_module("malora_dist.prepare").main([path, *overrides]))

@@ -11,8 +11,8 @@ from rich.text import Text
 from malora_dist.errors import ConfigError
 
 
-def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
-    """Write the run's report: one HTML file with tables and pictures."""
+def report(run_dir: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write the report of a run: one HTML file with tables and charts."""
     if not run_dir.is_dir():
         raise ConfigError(f"RUN_DIR={run_dir} is not a folder")
     written = import_module("malora_dist.report").write_report(run_dir)

@@ -16,10 +16,10 @@ def train(
     num_gpus: NumGpus = None,
     master_port: MasterPort = None,
     new_run: Annotated[
-        bool, typer.Option("--new-run", help="Start anew beside a run in output_dir, instead of going on with it.")
+        bool, typer.Option("--new-run", help="Start a new run next to the one in output_dir instead of resuming that.")
     ] = False,
 ) -> None:
-    """Train, or go on with the unfinished run in output_dir.
+    """Train, or resume the unfinished run in output_dir.
 
     Outside a launcher, several GPUs are used through `deepspeed`; --num_gpus 1 trains in this process.
     """

@@ -17,10 +17,11 @@ def validate(
     context: typer.Context,
     recipe: Recipe,
     world_size: Annotated[
-        int | None, typer.Option("--world-size", "--world_size", min=1, help="Number of processes to check for.")
+        int | None,
+        typer.Option("--world-size", "--world_size", min=1, help="Number of processes to check the recipe for."),
     ] = None,
 ) -> None:
-    """Check a recipe: names, values, batch arithmetic, whether the plan can run, and the model if it is here.
+    """Check a recipe: keys, values, batch sizes, whether the plan can run, and the model if it is on this machine.
 
     No weight is read.
     """

@@ -106,7 +106,7 @@ def usable_path(value: str | None) -> str | None:
         return value
     value = os.path.expanduser(value)
     if value.startswith("~"):
-        rule = "must name a home that is known on this machine (a name that begins with ~ is written ./~...)"
+        rule = "must start with the home folder of a user of this machine (write ./~... for a name that begins with ~)"
         raise PydanticCustomError("unknown_home", rule)
     encoded = value.encode("utf-8", "surrogatepass")
     if len(encoded) > LONGEST_PATH or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:

@@ -33,7 +33,7 @@ def _texts(value: Any) -> Any:
     """Numbers of Python as texts; those of a recipe are as they are written there by now."""
     if isinstance(value, list | tuple):
         if any(isinstance(item, bool) for item in value):
-            raise PydanticCustomError("truth_for_text", 'must be texts: write "true", "false" in quotes')
+            raise PydanticCustomError("truth_for_text", "must be strings: put true and false in quotes")
         return [str(item) if isinstance(item, int | float) else item for item in value]
     return value
 
@@ -46,16 +46,20 @@ Choices = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 class RowFields(Section):
     """Which field of a row holds what; `a.b` is the field b inside of a."""
 
-    prompt: str = Field("prompt", min_length=1, description="Field with the question.")
+    prompt: str = Field("prompt", min_length=1, description="Row field that holds the question.")
     choices: Name | tuple[Name, ...] = Field(
-        "choices", description="Field with the list of answers to choose from, or a list of fields with one each."
+        "choices",
+        description="Row field that holds the list of answer choices, or a list of fields that hold one choice each.",
     )
     label: str = Field(
         "label",
         min_length=1,
-        description="Field with the right answer's key, text, letter, or number from first_label.",
+        description="Row field that holds the correct choice: its key, text, letter, or number counted from "
+        "first_label.",
     )
-    response: str = Field("response", min_length=1, description="Field with the answer to learn, for kind completion.")
+    response: str = Field(
+        "response", min_length=1, description="Row field that holds the target text of a completion row."
+    )
 
     def rules(self) -> Iterator[Rule]:
         if not isinstance(self.choices, str) and not 2 <= len(set(self.choices)) == len(self.choices) <= MOST_CHOICES:
@@ -80,48 +84,50 @@ class TaskConfig(Section):
 
     name: str = Field(description="Short name, used in metric names and file names: letters, digits, '.', '_' and '-'.")
     train: Files = Field(
-        description="Training rows: a file, a glob or a list of them (.jsonl, .json, .csv, .parquet). "
-        "A relative path starts at the folder the command runs in."
+        description="Training files: a path, a glob, or a list of them (.jsonl, .json, .csv, .parquet). Relative paths "
+        "start at the working directory."
     )
-    validation: Files | None = Field(
-        None, description="Rows for validation. Give these or validation_size, or neither."
-    )
-    test: Files | None = Field(None, description="Rows for the final test. Give these or test_size, or neither.")
+    validation: Files | None = Field(None, description="Validation files. Set this or validation_size, or neither.")
+    test: Files | None = Field(None, description="Test files. Set this or test_size, or neither.")
     validation_size: int | float | None = Field(
-        None, description="Number of rows, or a fraction below 1, cut from `train` for validation."
+        None, description="Rows to split off `train` for validation: a count, or a fraction below 1."
     )
     test_size: int | float | None = Field(
-        None, description="Number of rows, or a fraction below 1, cut from `train` for the final test."
+        None, description="Rows to split off `train` for the test: a count, or a fraction below 1."
     )
     group_by: str | None = Field(
-        None, description="Field of a row; rows that share its value never fall on two sides of a split."
+        None, description="Row field that defines groups: rows with the same value are always placed in the same split."
     )
     kind: Literal["multiple_choice", "completion"] | None = Field(
-        None, description="multiple_choice or completion; null looks at the rows."
+        None, description="multiple_choice or completion; null: detected from the rows."
     )
     prompt_template: str = Field(
-        "Question: {prompt}\nAnswer:", description="Text of the prompt around the row's prompt."
+        "Question: {prompt}\nAnswer:",
+        description="Prompt template. {prompt} and the names of other row fields are filled in.",
     )
-    response_template: str = Field(" {response}", description="Text of the answer, which is what the model learns.")
+    response_template: str = Field(
+        " {response}", description="Response template. The loss is computed on the response tokens only."
+    )
     fields: RowFields = Field(
         RowFields(),
-        description="Names of the row's fields: prompt, choices (one, or a list of fields with a choice each), label, "
-        "response. a.b is the field b inside of a.",
+        description="Names of the row fields that hold prompt, choices (one field, or a list with one choice each), "
+        "label and response. a.b is field b nested in a.",
     )
-    optional_fields: Names = Field((), description="Fields of the templates that a row may lack or leave empty.")
+    optional_fields: Names = Field((), description="Template fields that may be missing or empty in a row.")
     choices: Choices | None = Field(
-        None, description="The answers to choose from, where the rows hold none and all have the same."
+        None, description="Answer choices of all rows, if they are the same and the rows do not hold them."
     )
-    first_label: Literal[0, 1] = Field(0, description="The number of the first choice, where labels are numbers.")
+    first_label: Literal[0, 1] = Field(0, description="Number of the first choice, where labels are numbers.")
     weight: float = Field(
-        1.0, ge=LEAST_WEIGHT, le=MOST_WEIGHT, description="Multiplies this task's share of the mixture."
+        1.0, ge=LEAST_WEIGHT, le=MOST_WEIGHT, description="Factor on this task's sampling weight in the mixture."
     )
-    max_train_samples: int | None = Field(None, ge=1, le=MOST_STEPS, description="Use at most this many training rows.")
+    max_train_samples: int | None = Field(None, ge=1, le=MOST_STEPS, description="Maximum number of training rows.")
     max_eval_samples: int | None = Field(
-        None, ge=1, le=MOST_STEPS, description="Use at most this many rows of each evaluation split."
+        None, ge=1, le=MOST_STEPS, description="Maximum number of rows of each evaluation split."
     )
     scoring: Literal["text", "letter"] = Field(
-        "text", description="Evaluate a choice by the likelihood of its text, or of its letter (A, B, ...)."
+        "text",
+        description="What evaluation scores as a choice: the likelihood of its text, or of its letter (A, B, ...).",
     )
 
     def rules(self) -> Iterator[Rule]:
@@ -133,7 +139,7 @@ class TaskConfig(Section):
         yield from _template_rules("response_template", self.response_template, "response")
         yield from self._optional_field_rules()
         if self.scoring == "letter" and self.kind == "completion":
-            yield Rule(("scoring", "kind"), "letters need choices; kind is completion")
+            yield Rule(("scoring", "kind"), "scoring=letter needs multiple-choice rows; kind is completion")
 
     def _optional_field_rules(self) -> Iterator[Rule]:
         try:
@@ -143,14 +149,17 @@ class TaskConfig(Section):
         for name in self.optional_fields:
             if name not in named - {"prompt", "response"}:
                 keys = ("optional_fields", "prompt_template", "response_template")
-                yield Rule(keys, f"{short(name)} stands in no template beside prompt and response")
+                yield Rule(
+                    keys,
+                    f"{short(name)} must be a field of prompt_template or response_template, not prompt or response",
+                )
 
     def _choice_rules(self) -> Iterator[Rule]:
         texts = [choice.strip() for choice in self.choices or ()]
         if self.choices is not None and (not 2 <= len(texts) <= MOST_CHOICES or "" in texts):
             yield Rule(("choices",), f"must be 2 to {MOST_CHOICES} texts, none of them empty")
         if len(set(texts)) < len(texts):
-            yield Rule(("choices",), "must not hold a choice twice")
+            yield Rule(("choices",), "must not contain a choice twice")
         if self.choices is not None and self.kind == "completion":
             yield Rule(("choices", "kind"), "have no meaning for kind=completion")
         if self.choices is not None and self.fields.choices != "choices":
@@ -211,26 +220,33 @@ class DataConfig(Section):
         "mix_strategy": "mixture",
     }
 
-    tasks: tuple[TaskConfig, ...] = Field(description="The tasks to learn together, one entry each.")
+    tasks: tuple[TaskConfig, ...] = Field(description="The tasks to train on, one entry each.")
     max_seq_length: int = Field(
-        1024, ge=8, le=MOST_TOKENS, description="Longest sample in tokens; longer prompts lose their start."
+        1024,
+        ge=8,
+        le=MOST_TOKENS,
+        description="Maximum sample length in tokens; longer prompts are truncated on the left.",
     )
     mixture: Literal["proportional", "uniform", "temperature"] = Field(
-        "proportional", description="A task's share: by its rows n, equal for all, or by n^(1/temperature)."
+        "proportional",
+        description="Sampling weight of a task with n training rows: n, equal for all tasks, or n^(1/temperature).",
     )
-    temperature: float = Field(2.0, ge=1, description="For mixture temperature: 1 is proportional, large is uniform.")
+    temperature: float = Field(
+        2.0, ge=1, description="For mixture=temperature: 1 samples proportionally, large values approach uniform."
+    )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="A row that cannot be used stops the run, or is skipped and counted."
+        "error", description="What an invalid row does: error stops the run, skip drops and counts the row."
     )
     near_duplicate_threshold: float | None = Field(
         0.8,
         gt=0,
         le=1,
-        description="Training rows at least this similar to an evaluation row are removed and counted; null: off.",
+        description="Training rows whose Jaccard similarity to an evaluation row is at least this are removed and "
+        "counted; null: off.",
     )
-    split_seed: int = Field(0, ge=0, description="Seed of the splits cut from `train`.")
+    split_seed: int = Field(0, ge=0, description="Random seed of the splits taken from `train`.")
     cache_dir: Annotated[str | None, AfterValidator(usable_path)] = Field(
-        None, description="Folder for prepared data; null: $MALORA_CACHE, or .cache/malora_dist in the home folder."
+        None, description="Cache folder for prepared data; null: $MALORA_CACHE, else ~/.cache/malora_dist."
     )
 
     def rules(self) -> Iterator[Rule]:

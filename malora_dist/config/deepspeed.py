@@ -165,7 +165,7 @@ def _expert_problems(config: RunConfig, zero: dict[str, Any]) -> Iterator[str]:
     if config.parallel.ep_size == 1 or config.parallel.zero_stage not in (1, 2):
         return
     reasons = {
-        "contiguous_gradients": "without it DeepSpeed mixes gradients of different experts",
+        "contiguous_gradients": "without it DeepSpeed would mix gradients of different experts",
         "reduce_scatter": "without it DeepSpeed does not reduce experts over their own processes",
     }
     for key, reason in reasons.items():

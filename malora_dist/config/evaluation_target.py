@@ -33,7 +33,7 @@ class EvaluationTarget:
             if not unless_told.model.trust_remote_code:
                 raise ConfigError(
                     f"{self.recipe} says {TRUST}: true, so that code of {config.model.name_or_path} would run with all "
-                    "rights that you have. A run's own word is not enough; if you trust that code, say it here: "
+                    "of your permissions. A run folder may not decide that; if you trust the code, say so here: "
                     f"malora evaluate {shlex.join([str(self.folder), *self.overrides])} --{TRUST} true"
                 )
         return config

@@ -30,7 +30,7 @@ def _one_line(value: str) -> str:
 
 def _one_flag(value: str) -> str:
     if not value.startswith("-"):
-        raise PydanticCustomError("no_flag", "must be flags in one word each, such as --partition=gpu")
+        raise PydanticCustomError("no_flag", "must be flags of one word each, such as --partition=gpu")
     return _one_line(value)
 
 
@@ -45,18 +45,18 @@ class LaunchConfig(Section):
 
     setup: Annotated[tuple[ShellLine, ...], BeforeValidator(_shell_lines)] = Field(
         (),
-        description="Lines of bash that a job script runs first: module load, source venv/bin/activate. Without any, "
-        "the job has the environment it was submitted from.",
+        description="Shell lines that a job script runs first, such as module load or source venv/bin/activate. Empty: "
+        "the job inherits the environment of the submission.",
     )
     sbatch: Annotated[tuple[Flag, ...], BeforeValidator(_flags)] = Field(
-        (), description="More flags of sbatch for every job, such as --partition=gpu --account=mine."
+        (), description="Additional sbatch flags for every job, such as --partition=gpu --account=mine."
     )
     srun: Annotated[tuple[Flag, ...], BeforeValidator(_flags)] = Field(
-        (), description="More flags of srun, such as --container-image=IMAGE where pyxis is installed."
+        (), description="Additional srun flags, such as --container-image=IMAGE where pyxis is installed."
     )
     max_restarts: int = Field(
         3,
         ge=0,
         le=MOST,
-        description="A job that has ended more often than this in a row without a newer checkpoint is given up.",
+        description="Maximum number of consecutive restarts of a job without a newer checkpoint.",
     )

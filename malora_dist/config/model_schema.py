@@ -50,26 +50,26 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id.")
     trust_remote_code: bool = Field(
         False,
-        description="Run Python code that the model's folder brings, with all rights that you have. Otherwise it is "
-        "never run, and never asked about.",
+        description="Run the Python code in the model's folder, with all of your permissions. If false, such code is "
+        "never run and you are not asked.",
     )
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], BeforeValidator(_dtype_name)] = Field(
         "auto",
-        description="Precision of the frozen base. auto: bfloat16 where the hardware multiplies it, else float32. "
-        "Adapters are always float32.",
+        description="Dtype of the frozen base. auto: bfloat16 where the hardware supports bfloat16 matrix products, "
+        "else float32. Adapters are always float32.",
     )
     load_in_4bit: bool = Field(
-        True, description="Quantise the base's linear layers to 4 bits (embeddings and head stay)."
+        True, description="Quantise the base's linear layers to 4 bits; embeddings and output head are not quantised."
     )
-    bnb_4bit_quant_type: Literal["nf4"] = Field("nf4", description="4-bit code.")
+    bnb_4bit_quant_type: Literal["nf4"] = Field("nf4", description="4-bit data type.")
     bnb_4bit_use_double_quant: bool = Field(
-        False, description="Quantise the scales too: 4.13 instead of 4.5 bits a weight."
+        False, description="Quantise the scales (absmax) too: 4.13 instead of 4.5 bits per weight."
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "varlen"] = Field(
         "auto",
-        description="Attention of packed rows. varlen (PyTorch) and flash_attention_2 (the extra `gpu`) compute each "
-        "sample alone, on a GPU in 16 bits; sdpa and eager take a mask. auto: one of the first two where they run, "
-        "else sdpa.",
+        description="Attention implementation for packed samples. varlen (PyTorch) and flash_attention_2 (the extra "
+        "`gpu`) attend within each sample without a mask and need a GPU and a 16-bit dtype; sdpa and eager use a "
+        "block-diagonal mask. auto: varlen or flash_attention_2 where one of them runs, else sdpa.",
     )
 
     def rules(self) -> Iterator[Rule]:
@@ -126,52 +126,60 @@ class AdapterConfig(Section):
         description=" ".join(f"{name}: {structure.about}." for name, structure in METHODS.items()),
         json_schema_extra=lambda schema: schema.update(enum=list(METHODS)),
     )
-    num_experts: int = Field(8, ge=1, le=MOST, description="Experts on each target linear, over all processes.")
-    top_k: int = Field(2, ge=1, le=MOST, description="Experts a token is sent to.")
-    r: int = Field(12, ge=1, le=MOST, description="Rank of one expert.")
+    num_experts: int = Field(
+        8, ge=1, le=MOST, description="Number of experts of each target linear, across all processes."
+    )
+    top_k: int = Field(2, ge=1, le=MOST, description="Number of experts selected for each token.")
+    r: int = Field(12, ge=1, le=MOST, description="Rank of each expert.")
     shared_r: int | None = Field(
         None,
         ge=1,
         le=MOST,
-        description="Rank of the shared down-projection; null: from compression_ratio (32 for 8 experts, r 12).",
+        description="Rank of the shared down-projection S_A; null: derived from compression_ratio (32 for 8 experts "
+        "and r=12).",
     )
     compression_ratio: float = Field(
-        0.5, gt=0, le=1, description="Lambda of the paper; sets shared_r = lambda / (2 - lambda) * num_experts * r."
+        0.5, gt=0, le=1, description="Lambda of the paper: shared_r = lambda / (2 - lambda) * num_experts * r."
     )
     lora_alpha: float | None = Field(
         None, gt=0, description="The adapter's output is scaled by lora_alpha / r; null: 2 r."
     )
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead of lora_alpha / r (rsLoRA).")
     beta: float = Field(
-        1.0, gt=0, description="Initial balance of the shared and the experts' down-projections (malora)."
+        1.0, gt=0, description="Initial scale of the shared down-projection S_A relative to the experts' P_t (malora)."
     )
     lora_dropout: float = Field(
-        0.05, ge=0, lt=1, description="Dropout before the down-projection; the router sees all."
+        0.05, ge=0, lt=1, description="Dropout on the input of the down-projection; the router's input is not dropped."
     )
     target_modules: Annotated[tuple[str, ...], BeforeValidator(_split_targets)] = Field(
         ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
-        description="Linear layers to adapt: last parts of their names, regular expressions that match whole names, or "
-        "all-linear, which is all but the output head.",
+        description="Linear layers to adapt: suffixes of module names, regular expressions matched against full module "
+        "names, or all-linear for every linear layer except the output head.",
     )
     router_aux_loss_coef: float = Field(0.01, ge=0, description="Weight of the load-balancing loss.")
     router_aux_loss_reduction: Literal["mean", "sum"] = Field(
-        "mean", description="How the balance losses of all routers become one."
+        "mean", description="Reduction of the load-balancing loss over all routers."
     )
     balance_scope: Literal["global", "local"] = Field(
         "global",
-        description="Balance experts over all tokens of an optimizer step, or over those of each micro-batch on each "
-        "process; the latter depends on how samples are dealt.",
+        description="Tokens over which expert load is balanced. global: all tokens of an optimizer step, across "
+        "processes. local: each micro-batch of each process, which depends on how samples are assigned to them.",
     )
-    normalize_gates: bool = Field(False, description="Scale a token's chosen gates to sum to 1.")
+    normalize_gates: bool = Field(
+        False, description="Normalise the gates of each token's selected experts to sum to 1."
+    )
     computation: Literal["auto", "dense", "grouped", "grouped_triton"] = Field(
         "auto",
-        description="All experts with masked gates, or rows grouped by expert, with the same result. grouped_triton: "
-        "grouped by Triton kernels, not yet run on a GPU. auto: the cheaper by counting; on a GPU never grouped, which "
-        "makes the host wait.",
+        description="How the experts are computed; the result is the same. dense: all experts, with gates of 0 for "
+        "those not selected. grouped: tokens sorted by expert, only the selected experts. grouped_triton: grouped with "
+        "Triton kernels, not yet run on a GPU. auto: dense or grouped, whichever needs fewer operations; on a GPU "
+        "always dense, because grouped waits for the device.",
     )
     fuse_projections: bool = Field(
-        True, description="One product for S_A and routers of linears that read one tensor (q, k, v; gate, up)."
+        True,
+        description="Compute S_A and the routers of linears with the same input (q, k, v; gate, up) in one matrix "
+        "product.",
     )
 
     def rules(self) -> Iterator[Rule]:
@@ -188,7 +196,7 @@ class AdapterConfig(Section):
             try:
                 compiled(name)
             except ValueError as error:
-                yield Rule(("target_modules",), f"{short(name)} is no regular expression: {error}")
+                yield Rule(("target_modules",), f"{short(name)} is not a valid regular expression: {error}")
 
     def inapplicable_fields(self) -> dict[str, str]:
         keys = _unused_keys(METHODS[self.method])

@@ -123,5 +123,5 @@ class _Renamer:
 
 
 def _given_twice(name: str, spelled: str, first: str) -> str:
-    other = f"is another name of {name}" if spelled != name else f"has another name, {first}"
+    other = f"is another name of {name}" if spelled != name else f"has another alias, {first}"
     return f"{other}, and {first} is given too; give one of them"

@@ -58,7 +58,7 @@ Tokens = Annotated[Annotated[int, Field(ge=1, le=MOST_TOKENS)] | Literal["auto"]
 
 
 class ParallelConfig(Section):
-    """How the run is spread over processes."""
+    """How the run is distributed over processes."""
 
     aliases: ClassVar = {
         "stage": "zero_stage",
@@ -74,22 +74,25 @@ class ParallelConfig(Section):
         3,
         ge=0,
         le=3,
-        description="DeepSpeed ZeRO: 0 copies all, 1 and 2 split optimizer and gradients, 3 the weights too.",
+        description="DeepSpeed ZeRO stage: 0 replicates everything, 1 and 2 partition optimizer states and gradients, "
+        "3 partitions the weights too.",
     )
     ep_size: int = Field(
         1,
         ge=1,
         le=MOST,
-        description="Processes that share one set of experts, each with a part. Above 1, tokens are dispatched.",
+        description="Expert-parallel size: number of processes that one set of experts is divided over. Above 1, "
+        "tokens are dispatched by all-to-all.",
     )
     timeout_seconds: int = Field(
         1800,
         ge=1,
         le=MOST_SECONDS,
-        description="A process that waits longer than this for the others ends the run with an error.",
+        description="Timeout of collectives: a process that waits longer than this for the others ends the run with an "
+        "error.",
     )
     ds_config: Annotated[str | None, AfterValidator(usable_path)] = Field(
-        None, description="JSON file with DeepSpeed's own settings; 'auto' values come from this recipe."
+        None, description="DeepSpeed configuration file (JSON); its 'auto' values are filled in from this recipe."
     )
 
 
@@ -118,90 +121,111 @@ class TrainConfig(Section):
     }
 
     max_steps: int | None = Field(
-        None, ge=1, le=MOST_STEPS, description="Optimizer steps to train. Give this or num_train_epochs."
+        None, ge=1, le=MOST_STEPS, description="Number of optimizer steps. Set this or num_train_epochs."
     )
     num_train_epochs: float | None = Field(
-        None, gt=0, le=MOST, description="Passes over the mixture. Give this or max_steps; 3 if neither is given."
+        None,
+        gt=0,
+        le=MOST,
+        description="Number of epochs over the mixture. Set this or max_steps; 3 if neither is set.",
     )
-    global_batch_size: int = Field(16, ge=1, le=MOST, description="Samples of one optimizer step, over all processes.")
-    per_device_train_batch_size: int = Field(4, ge=1, le=MOST, description="Samples one process handles at a time.")
+    global_batch_size: int = Field(16, ge=1, le=MOST, description="Samples per optimizer step, across all processes.")
+    per_device_train_batch_size: int = Field(
+        4, ge=1, le=MOST, description="Micro-batch size: samples per forward pass of one process."
+    )
     gradient_accumulation_steps: int | None = Field(
         None,
         ge=1,
         le=MOST,
-        description="null: derived from the batch sizes and the number of processes. A given value is checked.",
+        description="Micro-batches per optimizer step. null: derived from the batch sizes and the number of processes; "
+        "a given value must agree with them.",
     )
     optim: Annotated[str, AfterValidator(_optimizer)] = Field(
         DEFAULT, description=f"The optimizer. {choices_text()}. See docs/optimizers.md."
     )
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="Shape of the learning rate after warm-up."
+        "linear", description="Learning rate schedule after warm-up."
     )
     warmup_ratio: float = Field(
-        0.1, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0."
+        0.1, ge=0, lt=1, description="Fraction of all steps with linear warm-up of the learning rate from 0."
     )
-    weight_decay: float = Field(0.01, ge=0, description="Weight decay, apart from the gradient as in AdamW.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay, as in AdamW.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay rate of AdamW's first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay rate of AdamW's second moment.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradients' norm over all processes to this; 0: off.")
-    loss_normalization: Literal["token", "sample", "task"] = Field(
-        "token", description="What counts the same in a step's loss: each answer token, each sample, or each task."
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Maximum gradient norm over all processes, for clipping; 0: no clipping."
     )
-    gradient_checkpointing: bool = Field(False, description="Compute activations again in backward to save memory.")
-    logging_steps: int = Field(10, ge=1, le=MOST_STEPS, description="Steps between log records.")
+    loss_normalization: Literal["token", "sample", "task"] = Field(
+        "token",
+        description="What is weighted equally in the loss of an optimizer step: response tokens, samples, or tasks.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+    logging_steps: int = Field(10, ge=1, le=MOST_STEPS, description="Optimizer steps between log records.")
     eval_steps: int | None = Field(
-        None, ge=1, le=MOST_STEPS, description="Steps between evaluations on the validation split; null: none."
+        None,
+        ge=1,
+        le=MOST_STEPS,
+        description="Optimizer steps between evaluations on the validation split; null: no evaluation.",
     )
     save_steps: int | None = Field(
         None,
         ge=1,
         le=MOST_STEPS,
-        description="Steps between checkpoints; null: one at the end, and one whenever the run is stopped.",
+        description="Optimizer steps between checkpoints; null: only at the end and when the run is stopped.",
     )
     save_total_limit: int | None = Field(
         None,
         ge=1,
         le=MOST,
-        description="Checkpoints to keep; the latest and the best are always among them. null: all.",
+        description="Maximum number of checkpoints to keep; the latest and the best are never deleted. null: keep all.",
     )
-    async_save: bool = Field(True, description="Write checkpoints from memory while training goes on.")
+    async_save: bool = Field(
+        True, description="Write checkpoints in the background, from a copy in memory, while training continues."
+    )
     best_metric: Literal["average", "worst_task", "worst_drop"] = Field(
         "average",
-        description="What makes a checkpoint `best`, by the validations of eval_steps: the tasks' average, the worst "
-        "task, or the largest loss of a task against best_baseline.",
+        description="Score that selects the `best` checkpoint at each evaluation (eval_steps): average over tasks, the "
+        "worst task, or the task that drops most below best_baseline.",
     )
     best_baseline: Annotated[str | None, AfterValidator(usable_path)] = Field(
         None,
         min_length=1,
-        description="For worst_drop: an eval.json (its `tuned` side, else its `base`) to compare each task with; "
-        "null: the untouched base model.",
+        description="Baseline for worst_drop: path of an eval.json, whose `tuned` results are used, else `base`; null: "
+        "the base model without adapter.",
     )
     stop_after_steps: int | None = Field(
         None,
         ge=1,
         le=MOST_STEPS,
-        description="Save and end after this many steps of this process; the same command then goes on. The learning "
-        "rate's shape follows the full length.",
+        description="Save and exit after this many steps of this process; the same command resumes the run. The "
+        "learning rate schedule spans the full run.",
     )
     max_hours: float | None = Field(
-        None, gt=0, description="Save and end when this process has run so long. In a Slurm job its limit counts too."
+        None,
+        gt=0,
+        description="Save and exit after this process has run for this many hours. In a Slurm job, the job's time "
+        "limit applies too.",
     )
-    seed: int = Field(42, ge=0, lt=2**63, description="Seed of adapters, dropout and the order of samples.")
+    seed: int = Field(
+        42, ge=0, lt=2**63, description="Random seed of adapter initialisation, dropout and sample order."
+    )
     deterministic: bool = Field(
         False,
-        description="The same bits in every run on GPUs too: slower forms of some operations, such as attention's "
-        "backward. An operation without such a form ends the run.",
+        description="Use deterministic algorithms on GPUs too, so that runs are bitwise reproducible; some, such as "
+        "attention's backward, are slower. An operation that has none ends the run with an error.",
     )
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_tracker_names)] = Field(
-        (), description="Trackers beside metrics.jsonl: tensorboard, wandb (the extra `trackers`)."
+        (), description="Trackers to log to in addition to metrics.jsonl: tensorboard, wandb (the extra `trackers`)."
     )
     resume_from_checkpoint: Annotated[str | None, AfterValidator(usable_path)] = Field(
         "auto",
         min_length=1,
-        description="auto: go on with the unfinished run in output_dir, if there is one. A checkpoint's folder: a new "
-        "run from there. null (or --new-run): a new run.",
+        description="auto: resume the unfinished run in output_dir, if there is one. A checkpoint folder: start a new "
+        "run from it. null (or --new-run): start a new run.",
     )
 
     @model_validator(mode="before")
@@ -232,13 +256,13 @@ class EvaluationConfig(Section):
 
     aliases: ClassVar = {"batch_size_tokens": "batch_tokens", "eval_split": "split"}
 
-    base: bool = Field(True, description="Evaluate the untouched base model too.")
-    tuned: bool = Field(True, description="Evaluate the trained model.")
-    split: Literal["test", "validation"] = Field("test", description="Rows to evaluate on.")
+    base: bool = Field(True, description="Evaluate the base model without adapter too.")
+    tuned: bool = Field(True, description="Evaluate the model with the trained adapter.")
+    split: Literal["test", "validation"] = Field("test", description="Split to evaluate on.")
     batch_tokens: Tokens = Field(
         "auto",
-        description="Tokens of one forward pass. auto: 1024 on a CPU, 16384 on a GPU, 4096 there if attention takes a "
-        "mask.",
+        description="Maximum number of tokens per forward pass. auto: 1024 on a CPU; on a GPU 16384, or 4096 if "
+        "attention uses a mask.",
     )
 
 
@@ -248,14 +272,14 @@ class RunConfig(Section):
     aliases: ClassVar = {"peft": "adapter", "lora": "adapter", "training": "train", "eval": "evaluation"}
 
     model: ModelConfig = Field(description="The frozen base model.")
-    adapter: AdapterConfig = Field(AdapterConfig(), description="What is trained.")
+    adapter: AdapterConfig = Field(AdapterConfig(), description="The adapter, which is what is trained.")
     data: DataConfig = Field(description="The tasks and their mixture.")
-    parallel: ParallelConfig = Field(ParallelConfig(), description="How the run is spread over processes.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="How the run is distributed over processes.")
     train: TrainConfig = Field(TrainConfig(), description="Steps, batches, optimizer, logging.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is measured after training.")
-    launch: LaunchConfig = Field(LaunchConfig(), description="How a cluster starts the run.")
+    launch: LaunchConfig = Field(LaunchConfig(), description="Settings of cluster jobs.")
     output_dir: Annotated[str, AfterValidator(usable_path)] = Field(
         "runs/malora",
         min_length=1,
-        description="Folder of the run. A new run beside another one gets -2, -3, ... after its name.",
+        description="Run folder. If it holds a run already, a new run gets the suffix -2, -3, ...",
     )

@@ -73,7 +73,7 @@ def _text(loader: yaml.SafeLoader, node: yaml.Node) -> str:
 def _truth(loader: yaml.SafeLoader, node: yaml.Node) -> bool:
     text = _word(node)
     if not re.fullmatch(KINDS["bool"][0], text):
-        raise _refused(f"{short(text)} is neither true nor false", node.start_mark)
+        raise _refused(f"{short(text)} must be true or false", node.start_mark)
     return text.lower() == "true"
 
 
@@ -84,7 +84,7 @@ def _null(loader: yaml.SafeLoader, node: yaml.Node) -> None:
 
 
 def _unknown(loader: yaml.SafeLoader, node: yaml.Node) -> None:
-    raise _refused(f"the tag {short(node.tag.replace(TAG, '!!'))} has no meaning in a recipe", node.start_mark)
+    raise _refused(f"the tag {short(node.tag.replace(TAG, '!!'))} is not allowed in a recipe", node.start_mark)
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -223,7 +223,7 @@ def _lines_and_duplicates(root: yaml.Node | None) -> tuple[dict[Path, int], list
 def _walk(node: yaml.Node, path: Path) -> Iterator[tuple[Path, yaml.Node]]:
     """Every value with its path; of a mapping's, the line is that of the key."""
     if len(path) > DEEPEST:
-        raise _refused("is part of itself by an alias", node.start_mark)
+        raise _refused("contains itself through an alias", node.start_mark)
     yield path, node
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
@@ -245,5 +245,5 @@ def _duplicates(node: yaml.MappingNode, path: Path) -> Iterator[Problem]:
     for key, _ in node.value:
         name, line = _name(key), key.start_mark.line + 1
         if name in seen and name != "<<":
-            yield Problem((*path, name), f"is given twice, first on line {seen[name]}", line=line)
+            yield Problem((*path, name), f"is set twice, first on line {seen[name]}", line=line)
         seen.setdefault(name, line)

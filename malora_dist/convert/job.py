@@ -127,9 +127,9 @@ class Job:
             self.say(f"note: {KEY}=true: code of {folder} is run ({', '.join(code)})")
         elif code and (info.trust_remote_code or (recipe is not None and recipe.model.trust_remote_code)):
             raise ConfigError(
-                f"{folder} is code of its own ({', '.join(code)}), with which {self.sources[0]} was made. Code runs "
-                "with all rights that you have, so that SRC says so is not enough. If you trust it, name a recipe that "
-                f"says {KEY}: true: --recipe {self._recipe_file or 'RECIPE.yaml'}"
+                f"{folder} has its own code ({', '.join(code)}), with which {self.sources[0]} was made. Code runs with "
+                "all of your permissions, so the setting in SRC is not used. If you trust it, give a recipe with "
+                f"{KEY}: true: --recipe {self._recipe_file or 'RECIPE.yaml'}"
             )
 
     @property

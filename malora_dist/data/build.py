@@ -48,8 +48,8 @@ class PreparedData:
         """What a reader should know about the data before trusting the run, one sentence each."""
         sentences = {
             "bad_rows_skipped": "bad rows were skipped",
-            "responses_cut": "responses are longer than max_seq_length and lost their end",
-            "prompts_cut": "prompts lost their start to fit max_seq_length",
+            "responses_cut": "responses are longer than max_seq_length and were truncated",
+            "prompts_cut": "prompts were truncated on the left to max_seq_length",
             "shared_groups_removed": "training rows share a group with an evaluation split and were removed",
             "leaked_duplicates_removed": "training rows repeat an evaluation row and were removed",
             "near_duplicates_removed": "training rows nearly repeat an evaluation row and were removed",

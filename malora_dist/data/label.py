@@ -42,7 +42,7 @@ def read_label(row: Row, field: str, choices: Texts, keys: Texts, first_label: i
         among = f"is not among the {len(choices)} choices {listed(choices)}"
         hint = "" if number is None else f"; numbers count from {first_label} (`first_label` of the task)"
         if isinstance(value, bool):
-            hint = "; true and false are choices that say so: yes and no, or true and false"
+            hint = "; true and false need choices such as yes and no, or true and false"
         raise BadRow(f"{row.source}: field {field!r}: {short(value)} {among}{hint}")
     (way, index), *others = meanings
     agrees = [other == index for _, other in others]

@@ -173,8 +173,8 @@ class TrainLoader(Iterator[list[MicroBatch]]):
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise CheckpointError(
-                    f"the data's state was saved with {name}={state.get(name)!r}, this run has {value!r}; "
-                    "the same samples would not follow"
+                    f"the data's state was saved with {name}={state.get(name)!r}, this run has {value!r}; the same "
+                    "samples would not be drawn again"
                 )
         epoch, position = int(state["epoch"]), int(state["position"])
         self._check_order(state.get("order", 1), epoch + (position > 0))

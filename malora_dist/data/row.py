@@ -100,7 +100,7 @@ def refuse_half_characters(row: Row, name: str, text: str) -> None:
     """Raise BadRow for half of a surrogate pair, which is no character and which no tokenizer takes."""
     place = broken_character(text)
     if place is not None:
-        raise BadRow(f"{row.source}: field {name!r} holds half a character, {text[place]!r}, at place {place + 1}")
+        raise BadRow(f"{row.source}: field {name!r} holds an unpaired surrogate, {text[place]!r}, at place {place + 1}")
 
 
 def broken_character(text: str) -> int | None:

@@ -84,8 +84,8 @@ def check_shared_folder(world: World, folder: Path, nodes: Sequence[str], second
     if elsewhere:
         text += f", looking for {_some(sorted(elsewhere))}: the working folders differ"
     raise TopologyError(
-        f"output_dir={folder} is not in a folder that all nodes share: {text}. Give an --output_dir on a network file "
-        "system, by its whole path"
+        f"output_dir={folder} is not on a file system that all nodes share: {text}. Give an --output_dir on a network "
+        "file system, by its whole path"
     )
 
 

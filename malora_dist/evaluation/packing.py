@@ -56,8 +56,8 @@ def check_rows(config: Any, samples: int, longest: int = 0) -> None:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if samples > 1 and most_packing(config, model_class) is Packing.ALONE:
         raise ConfigError(
-            f"{KEY}={samples} must be 1 for {config.model_type}: its layers carry a state, or blocks of tokens, from "
-            "one sample of a packed row to the next; the global batch may stay as it is"
+            f"{KEY}={samples} must be 1 for {config.model_type}: its layers carry state, or blocks of tokens, from one "
+            "sample of a packed row into the next; the global batch may stay as it is"
         )
 
 
@@ -130,8 +130,9 @@ def _judged(model: Any, measured: Tensor, samples: int, longest: int) -> Packing
     apart = found.visible <= visible_tolerance(found, dtype) and found.moved <= allowed
     if not apart and samples > 1:
         raise ConfigError(
-            f"{KEY}={samples} must be 1 for {type(model).__name__}: it lets the samples of a packed row see each "
-            f"other, or counts their positions through the row (cross-entropies change by {found.moved:.1g}); the "
+            f"{KEY}={samples} must be 1 for {type(model).__name__}: its attention mixes the samples of a packed row, "
+            "or their positions run on through the row"
+            f" (cross-entropies change by {found.moved:.1g}); the "
             "global batch may stay as it is"
         )
     if not apart:

@@ -25,7 +25,7 @@ def expanded(key: str, path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{key}={short(path)}: whose home that is is not known on this machine") from error
+        raise ConfigError(f"{key}={short(path)}: the home folder of that user is not known on this machine") from error
 
 
 def build_once(folder: Path, build: Callable[[Path], None], poll: Callable[[], None] = lambda: None) -> bool:

@@ -23,7 +23,8 @@ TOLD = re.compile(
 NO_ERROR = re.compile(r"DUE TO JOB REQUEUE")
 # Messages of other processes, which follow from a failure and are not its cause.
 CONSEQUENCE = re.compile(
-    r"gave up waiting for another process|Exited with exit code|tasks? [\d,-]+: Terminated|ChildFailedError|"
+    r"(gave up|timed out) waiting for another process|Exited with exit code|tasks? [\d,-]+: Terminated|"
+    r"ChildFailedError|"
     r"\*\*\* STEP \S+ ON \S+ CANCELLED AT \S+ \*\*\*|SignalException|Watchdog caught|DistNetworkError"
 )
 

@@ -54,15 +54,15 @@ def check_processes(environment: Mapping[str, str], num_gpus: int | None, master
     if master_port is not None and environment.get("MASTER_PORT") != str(master_port):
         raise ConfigError(
             f"--master_port {master_port}: a launcher has started this process, as number {rank} of {size} from 0, and "
-            f"its processes meet at MASTER_PORT={environment.get('MASTER_PORT', '')}. Leave --master_port out here, "
-            "and tell the launcher"
+            f"its processes meet at MASTER_PORT={environment.get('MASTER_PORT', '')}. Omit --master_port here and set "
+            "it for the launcher"
         )
     here = local_sizes(environment) if _is_complete(environment) else []
     if num_gpus is not None and num_gpus not in (size, *here):
         raise ConfigError(
             f"--num_gpus {num_gpus}: a launcher has started this process, as number {rank} of {size} from 0 "
-            f"({_told_by(environment)}). Leave --num_gpus out here; or call malora without the launcher and its "
-            "variables, and it starts the processes itself"
+            f"({_told_by(environment)}). Omit --num_gpus here; or call malora without the launcher and its variables, "
+            "so that it starts the processes itself"
         )
 
 
@@ -94,8 +94,8 @@ def _is_complete(environment: Mapping[str, str]) -> bool:
         scheduler, task = found
         raise TopologyError(
             f"RANK={rank} and WORLD_SIZE={size} are set, and {scheduler.name} has started this process as task "
-            f"{task.rank} of {task.size} ({_listed(task.told, task.told)}): each would train alone. Where the former "
-            f"are left of something else, unset {', '.join(LAUNCHED)}; else start with one of the two"
+            f"{task.rank} of {task.size} ({_listed(task.told, task.told)}): each would train alone. If the former are "
+            f"left over from something else, unset {', '.join(LAUNCHED)}; otherwise start with only one of the two"
         )
     return True
 

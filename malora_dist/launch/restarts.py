@@ -84,17 +84,17 @@ def end(
         CheckpointError: If exit.json or restarts.json is damaged.
         OSError: If restarts.json cannot be written.
     """
-    outcome = read_exit_status(run) or {"outcome": "killed", "reason": "killed, without a word"}
+    outcome = read_exit_status(run) or {"outcome": "killed", "reason": "killed without an error message"}
     why, step = str(outcome.get("reason")), newest_step(run)
     if outcome["outcome"] == FINISHED:
         return RestartDecision(EXIT_OK, f"{run} is finished")
     if EXIT_MISTAKE in (exit_code, outcome.get("exit_code")):
-        return RestartDecision(EXIT_MISTAKE, "a mistake, which another start would not mend")
+        return RestartDecision(EXIT_MISTAKE, "an error in the recipe or the data; restarting would not help")
     summary = f"{run} has failed, with a checkpoint of step {step} ({why})"
     if outcome["outcome"] == PREEMPTED:
-        summary = f"{run} is saved at step {step} ({why})"
+        summary = f"{run} was saved at step {step} ({why})"
         if stop_after_steps is not None and "stop_after_steps" in why:
-            return RestartDecision(EXIT_OK, f"{summary}: as far as train.stop_after_steps={stop_after_steps} goes")
+            return RestartDecision(EXIT_OK, f"{summary}: train.stop_after_steps={stop_after_steps} is reached")
     count = _count(run, job, step, for_others=outcome["outcome"] == PREEMPTED and why == "SIGTERM")
     if count > max_restarts:
         return RestartDecision(
@@ -102,7 +102,7 @@ def end(
             f"{summary}. It has ended {count} times in a row without a newer checkpoint than step {step}, and "
             f"launch.max_restarts={max_restarts}: it is not started again",
         )
-    return RestartDecision(EXIT_PREEMPTED, f"{summary}: once more, from there")
+    return RestartDecision(EXIT_PREEMPTED, f"{summary}: restarting from there")
 
 
 def read_restarts(run: Path) -> dict[str, Restarts]:

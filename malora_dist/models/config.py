@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 KEY = "model.trust_remote_code"
 SUPPORTED = "docs/models.md lists the families that are supported"
 NOT_RUN = (
-    f"code of a model folder is not run unless the recipe says {KEY}: true, which gives it all rights that you have"
+    f"code of a model folder is not run unless the recipe says {KEY}: true, which gives it all of your permissions"
 )
 
 

@@ -109,7 +109,7 @@ def _download(repository: str, revision: str | None, code: bool) -> Path:
         if constants.HF_HUB_OFFLINE:
             raise ConfigError(
                 f"{said} is neither a local folder nor wholly downloaded in {constants.HF_HUB_CACHE}, and "
-                "HF_HUB_OFFLINE=1 forbids to download it: run `malora prepare` where the network is"
+                "HF_HUB_OFFLINE=1 forbids downloading it: run `malora prepare` on a machine with network access"
             ) from error
         raise ConfigError(f"{said} is neither a local folder nor a model that can be downloaded: {error}") from error
 

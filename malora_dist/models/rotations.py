@@ -30,6 +30,6 @@ def check_rotations(config: Any, longest: int) -> None:
     if longest > limit:
         raise ConfigError(
             f"samples of {longest} tokens are too long for this {config.model_type}: beyond {limit} its rotary "
-            "embedding (dynamic) changes with the longest sample seen so far, so that no loss could be had again; "
-            f"set data.max_seq_length={limit}"
+            "embedding (dynamic) changes with the longest sample seen so far, so its losses cannot be reproduced; set "
+            f"data.max_seq_length={limit}"
         )

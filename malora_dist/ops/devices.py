@@ -54,7 +54,7 @@ def missing_for_c() -> str | None:
     """Return what is missing to compile Triton's launchers, which it does with a C compiler when it first runs."""
     if "CC" in os.environ:
         if shutil.which(os.environ["CC"]) is None:
-            return f"a C compiler, and CC={os.environ['CC']} is no program: set CC to one"
+            return f"a C compiler, and CC={os.environ['CC']} is not a program: set CC to one"
     elif shutil.which("gcc") is None and shutil.which("clang") is None:
         return "a C compiler, and neither gcc nor clang is in PATH: install one, or set CC"
     header = _python_headers() / "Python.h"

@@ -126,7 +126,7 @@ def _check_trainable(model: "PreTrainedModel") -> None:
     if reversible is not None:
         raise ConfigError(
             f"model.name_or_path: {type(model).__name__} cannot be trained on: its {reversible} draws at random in "
-            "training, so that no loss could be had again"
+            "training, so its losses cannot be reproduced"
         )
 
 

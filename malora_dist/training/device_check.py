@@ -80,7 +80,7 @@ def _notes(config: RunConfig, device: torch.device) -> Iterator[str]:
     if device.type == "cpu" and (why := why_no_gpu()) is not None:
         yield why
     if device.type == "cuda" and not uses_triton(config) and (missing := missing_for_triton(device)) is not None:
-        yield f"fused Triton kernels are off, plain PyTorch operations are used: Triton needs {missing}"
+        yield f"fused Triton kernels are disabled, PyTorch operations are used instead: Triton needs {missing}"
 
 
 def first_lengths(loader: TrainLoader, samples: Sequence[Sample]) -> Lengths:

@@ -47,7 +47,7 @@ def architecture_problem(gpu: Gpu) -> str | None:
         return None
     major, minor = gpu.capability
     return (
-        f"{gpu.name} has the architecture sm_{major}{minor}, for which torch {torch.__version__} holds no code: it has "
+        f"{gpu.name} has the architecture sm_{major}{minor}, for which torch {torch.__version__} was not built: it has "
         f"{', '.join(gpu.built_for)}; install a build of torch for this GPU, or use another GPU"
     )
 
@@ -75,8 +75,8 @@ def bfloat16_problem(gpu: Gpu, setting: str, remedy: str) -> str | None:
         return None
     capability = ".".join(map(str, gpu.capability))
     return (
-        f"{setting}: {gpu.name} has compute capability {capability} and does not multiply bfloat16, which takes 8.0 or "
-        f"higher; set {remedy}"
+        f"{setting}: {gpu.name} has compute capability {capability} and does not support bfloat16 matrix products, "
+        f"which need 8.0 or higher; set {remedy}"
     )
 
 

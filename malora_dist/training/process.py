@@ -98,7 +98,7 @@ def _lost_peer(error: Exception) -> str | None:
     places = "; ".join(notes if any("group" in note for note in notes) else [*notes, _group(error)])
     here = [frame for frame in traceback.extract_tb(error.__traceback__) if "malora_dist" in frame.filename][-1]
     return (
-        f"gave up waiting for another process ({places}): it failed, which its own message explains, or took longer "
+        f"timed out waiting for another process ({places}): it failed, which its own message explains, or took longer "
         f"than parallel.timeout_seconds ({here.name} in {here.filename}:{here.lineno}: {str(error).strip()})"
     )
 

@@ -104,7 +104,7 @@ class RunLifecycle:
         other = "" if str(logger.folder) == self.config.output_dir else f" with --output_dir {logger.folder}"
         other += " and without --new-run" if self.config.train.resume_from_checkpoint is None else ""
         logging.getLogger(LOGGER).info(
-            "ended early after step %d: %s; the same command%s goes on from there", step, stop.reason, other
+            "stopped after step %d: %s; the same command%s resumes the run", step, stop.reason, other
         )
 
     def _failed(self, error: Exception) -> None:

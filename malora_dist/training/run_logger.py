@@ -142,7 +142,7 @@ class RunLogger:
         folder = None
         if checkpoint is not None:
             folder = str(checkpoint.folder)
-            self.log.info("going on after step %d, from %s", step, folder)
+            self.log.info("resuming after step %d, from %s", step, folder)
         if checkpoint is not None and own:
             self._record_checkpoint(checkpoint)
         self.record({KIND: RESUME, STEP: step, CHECKPOINT: folder})
@@ -158,7 +158,7 @@ class RunLogger:
         path = self.folder / MEASURED_ON
         before = run_on_rank0(lambda: read_measured_on(path), self.world)
         if before is not None and before != what and self.evaluations:
-            self.notes(["an earlier start of this run was of another recipe, base or rows: evaluations are done again"])
+            self.notes(["an earlier start of this run had another recipe, base or rows: evaluations are repeated"])
         if before != what:
             self.evaluations = {}
             self._run_on_rank0(lambda: forget_evaluations(self.folder))
@@ -234,7 +234,7 @@ class RunLogger:
             write_report(self.folder)
         except Exception as error:
             # All that was trained and measured is there, and another start would train nothing more.
-            self.log.error("%s has no report (%r); malora report %s writes it", self.folder, error, self.folder)
+            self.log.error("%s has no report (%r); `malora report %s` writes it", self.folder, error, self.folder)
         terminal = console()
         if self.evaluations:
             terminal.print(print_results(self.evaluations))

@@ -50,7 +50,7 @@ def test_names_and_defaults_are_those_of_peft() -> None:
     ("pattern", "why"), [("(", "missing )"), ("a{99999999999999999999}", "too large"), ("(" * 900 + ")" * 900, "deep")]
 )
 def test_no_regular_expressions(key: str, pattern: str, why: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}: .*is no regular expression: .*{re.escape(why)}"):
+    with pytest.raises(ConfigError, match=f"{key}: .*is not a valid regular expression: .*{re.escape(why)}"):
         MaloraConfig(**{key: {pattern: 3} if key in ("rank_pattern", "alpha_pattern") else [pattern]})
 
 
@@ -91,7 +91,7 @@ def test_numbers_of_single_layers_are_a_newer_format() -> None:
         ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1 must be at least 0"),
         ({"computation": "sparse"}, "computation='sparse' must be one of auto"),
         ({"target_modules": []}, "target_modules=() must be None or name at least one linear"),
-        ({"target_modules": ["(q_proj"]}, "target_modules: '(q_proj' is no regular expression"),
+        ({"target_modules": ["(q_proj"]}, "target_modules: '(q_proj' is not a valid regular expression"),
         ({"exclude_modules": [""]}, "exclude_modules=[''] must hold names"),
         ({"layers_to_transform": [-1]}, "layers_to_transform=(-1,) must be numbers of layers"),
         (
@@ -102,7 +102,7 @@ def test_numbers_of_single_layers_are_a_newer_format() -> None:
             {"alpha_pattern": {"q_proj": "x"}},
             "alpha_pattern={'q_proj': 'x'} must give names of layers positive numbers",
         ),
-        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '(' is no regular expression"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '(' is not a valid regular expression"),
         ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' must be CAUSAL_LM or None"),
     ],
 )

@@ -82,7 +82,7 @@ def test_patterns_match_whole_names() -> None:
     with pytest.raises(ConfigError, match="matches no linear"):
         find_targets(model, [r"mlp\.(up|down)_proj"], LORA)
     for pattern, why in ((r"mlp\.(up", "missing"), ("a{99999999999999999999}", "the repetition number")):
-        with pytest.raises(ConfigError, match=f"is no regular expression: {why}"):
+        with pytest.raises(ConfigError, match=f"is not a valid regular expression: {why}"):
             find_targets(model, [pattern], LORA)
 
 

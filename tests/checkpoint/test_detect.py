@@ -38,5 +38,5 @@ def test_a_pickle_and_leftovers(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "model.pt")
     for name in (".step-000003.partial", ".step-000003.removed"):
         (tmp_path / name).mkdir()
-        with pytest.raises(CheckpointError, match="a stopped process left"):
+        with pytest.raises(CheckpointError, match="unfinished or partly removed"):
             Checkpoint.open(tmp_path / name)

@@ -171,7 +171,7 @@ def test_nothing_known(tmp_path: Path) -> None:
     (tmp_path / ".step-000001.partial").mkdir()
     with pytest.raises(CheckpointError, match="is a pickle, which is never unpickled"):
         inspect(tmp_path / "model.bin")
-    with pytest.raises(CheckpointError, match="nothing that is known: it holds pickles"):
+    with pytest.raises(CheckpointError, match="of no known kind: it holds pickles"):
         inspect(tmp_path)
     with pytest.raises(CheckpointError, match="there is no such file or folder"):
         inspect(tmp_path / "x")

@@ -50,7 +50,7 @@ def test_null_takes_the_files_value_away() -> None:
         pytest.param(["--adapter.r.x", "3"], "is a single value", id="too-deep"),
         pytest.param(["--data.tasks.none.weight", "3"], "the tasks are boolq, piqa", id="unknown-task"),
         pytest.param(["--adapter.r", "[1"], "--adapter.r='[1': line 1: is not valid YAML", id="yaml"),
-        pytest.param(["--adapter.r=!!binary x"], "line 1: the tag '!!binary' has no meaning", id="tag"),
+        pytest.param(["--adapter.r=!!binary x"], "line 1: the tag '!!binary' is not allowed", id="tag"),
         pytest.param(["--output_dir=a\udce9"], "the character '\\udce9' must not be there", id="bytes"),
         pytest.param(["--data.tasks.\u00b2.weight=3"], "the tasks are boolq, piqa", id="digit"),
         pytest.param(

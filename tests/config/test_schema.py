@@ -100,16 +100,19 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
         broken("data", {"tasks": [{**TASK, "prompt_template": "{Correct Answer} {prompt}"}]}, "plain name of a field"),
         broken("data", {"tasks": [{**TASK, "response_template": "{} {response}"}]}, "'' must be the plain name of a"),
         broken(
-            "data", {"tasks": [{**TASK, "optional_fields": ["nope"]}]}, "optional_fields=['nope']", "'nope' stands in"
+            "data",
+            {"tasks": [{**TASK, "optional_fields": ["nope"]}]},
+            "optional_fields=['nope']",
+            "'nope' must be a field of",
         ),
         broken("data", {"tasks": [{**TASK, "response_template": "{response!x}"}]}, "is not a template: {response!x}"),
         broken("data", {"tasks": [{**TASK, "weight": 0}]}, "data.tasks[0].weight=0", "greater than or equal to"),
         broken("data", {"tasks": [{**TASK, "weight": 1e308}]}, "data.tasks[0].weight=1e+308", "less than or equal to"),
         broken(
-            "data", {"tasks": [{**TASK, "choices": [False, True]}]}, "data.tasks[0].choices", 'write "true", "false" in'
+            "data", {"tasks": [{**TASK, "choices": [False, True]}]}, "data.tasks[0].choices", "put true and false in"
         ),
         broken("data", {"tasks": [{**TASK, "choices": ["a"]}]}, "data.tasks[0].choices", "must be 2 to 26 texts"),
-        broken("data", {"tasks": [{**TASK, "choices": ["a", "a "]}]}, "must not hold a choice twice"),
+        broken("data", {"tasks": [{**TASK, "choices": ["a", "a "]}]}, "must not contain a choice twice"),
         broken("data", {"tasks": [{**TASK, "choices": ["a", "b"], "kind": "completion"}]}, "no meaning for kind"),
         broken("data", {"tasks": [{**TASK, "choices": ["a", "b"], "fields": {"choices": "x"}}]}, "not both"),
         broken("data", {"tasks": [{**TASK, "first_label": 2}]}, "data.tasks[0].first_label=2", "must be 0 or 1"),
@@ -198,7 +201,7 @@ def test_targets_are_names_patterns_or_all(given: Any, targets: tuple[str, ...])
     ],
 )
 def test_a_pattern_that_is_none_is_refused(pattern: str, why: str) -> None:
-    with pytest.raises(ValidationError, match=f"is no regular expression: {why}"):
+    with pytest.raises(ValidationError, match=f"is not a valid regular expression: {why}"):
         AdapterConfig(target_modules=[pattern])
 
 
@@ -229,7 +232,9 @@ def test_a_home_stands_in_the_place_of_its_sign(place: str, monkeypatch: pytest.
     for given, path in {"~/x": "/home/me/x", "~": "/home/me", "./~x": "./~x", "a/~/b": "a/~/b"}.items():
         config = at_place(place, given)
         assert getattr(getattr(config, section) if section else config, key) == path
-    with pytest.raises(ConfigError, match=rf"{re.escape(place)}='~nosuchuser/x': must name a home that is known"):
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(place)}='~nosuchuser/x': must start with the home folder of a user"
+    ):
         at_place(place, "~nosuchuser/x")
 
 
@@ -239,5 +244,5 @@ def test_a_home_in_the_paths_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
         recipe(data={"tasks": [{**TASK, "train": ["~/a.jsonl", "b"], "test": "~/c"}]})
     ).data.tasks
     assert (task.train, task.test) == (("/home/me/a.jsonl", "b"), ("/home/me/c",))
-    with pytest.raises(ConfigError, match=r"tasks\[0\]\.train.*must name a home that is known"):
+    with pytest.raises(ConfigError, match=r"tasks\[0\]\.train.*must start with the home folder of a user"):
         config_from_dict(recipe(data={"tasks": [{**TASK, "train": "~nosuchuser/x.jsonl"}]}))

@@ -121,7 +121,7 @@ def pickled(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Adapter, str]] = {
-    "pickle": (pickled, "adapter_model.bin is a pickle, which can run any code"),
+    "pickle": (pickled, "adapter_model.bin is a pickle, which can run arbitrary code"),
     "link": (linked_out, "outside its folder"),
     "missing tensor": (without("q_proj.P"), r"lacks model.layers.\d.self_attn.q_proj.P \(1 missing, 0 unknown\)"),
     "newer": (edited_config(format_version=99), "format_version 99 is newer"),
@@ -195,7 +195,7 @@ def test_code_of_a_base_runs_only_at_the_users_own_word(tmp_path: Path, monkeypa
     info = save_model_adapter(model, run / "adapter")
     config = {"model": {"name_or_path": str(base), "trust_remote_code": True}, "adapter": {"method": "lora", "r": 2}}
     (run / "config.yaml").write_text(yaml.safe_dump(recipe(**config)))
-    with pytest.raises(ConfigError, match="rights that you have, so that SRC says so is not enough") as caught:
+    with pytest.raises(ConfigError, match="of your permissions, so the setting in SRC is not used") as caught:
         run_kind("merged", run, tmp_path / "out")
     assert f"--recipe {run / 'config.yaml'}" in str(caught.value) and "modeling_own.OwnForCausalLM" in str(caught.value)
     alone = replace(info, trust_remote_code=True, base_model=str(base))

@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a key of the future": (edit(use_newlora=3), "use_newlora=3"),
     "pissa": (edit(init_lora_weights="pissa_niter_4"), "changes the base's own weights"),
     "rank_pattern": (edit(rank_pattern={"q_proj": 5}), "has shape (1, 3, "),
-    "broken pattern": (edit(rank_pattern={"(": 7}), "'(' is no regular expression: missing )"),
+    "broken pattern": (edit(rank_pattern={"(": 7}), "'(' is not a valid regular expression: missing )"),
     "huge repetition": (edit(alpha_pattern={"a{99999999999999999999}": 7}), "the repetition number is too large"),
     "deep pattern": (edit(rank_pattern={"(" * 900 + ")" * 900: 7}), "it is nested too deep"),
     "no number": (edit(lora_alpha="5"), "lora_alpha='5'"),

@@ -48,7 +48,7 @@ def test_two_tasks(data_section: dict[str, Any], tokenizer: PreTrainedTokenizerB
     assert tokenizer.decode(first.prompt_ids).startswith("c")
     assert data.evaluation["test"]["completion"] == data.evaluation["validation"]["choice"] == []
     cut = data.counts["completion"]["prompts_cut"]
-    assert data.warnings() == [f"task completion: {cut} prompts lost their start to fit max_seq_length"]
+    assert data.warnings() == [f"task completion: {cut} prompts were truncated on the left to max_seq_length"]
 
 
 def test_it_says_how_far_it_is(

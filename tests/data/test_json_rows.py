@@ -17,7 +17,7 @@ LONG = f'{{"prompt": {"7" * 9000}, "response": "r"}}'
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        (HALF, r"field 'prompt' holds half a character, '\ud83d', at place 17"),
+        (HALF, r"field 'prompt' holds an unpaired surrogate, '\ud83d', at place 17"),
         (DEEP, "cannot be read: lists or objects are nested too deeply"),
         (LONG, "field 'prompt' must be text, is a number of 9,000 digits"),
         ('{"prompt": "p", "prompt": "q", "response": "r"}', "must be an object with fields, is an object that gives"),
@@ -36,7 +36,7 @@ def test_a_bad_line_of_json_is_named_or_skipped(tmp_path: Path, line: str, why: 
 @pytest.mark.parametrize(
     ("choices", "why"),
     [
-        ('["\\ud83d", "b"]', r"field 'choices' holds half a character, '\ud83d', at place 1"),
+        ('["\\ud83d", "b"]', r"field 'choices' holds an unpaired surrogate, '\ud83d', at place 1"),
         (f'"{"[" * 9000}"', "field 'choices' must be a list, or a JSON list as text"),
         ('{"text": "ab", "label": [1, 2]}', "field 'choices' must be a list of texts, is str 'ab'"),
     ],
@@ -61,7 +61,7 @@ def test_what_nobody_reads_may_be_anything(tmp_path: Path) -> None:
         (json.dumps(GOOD), ": must be a list of objects, is dict (one object a line: .jsonl)"),
         (f"[{json.dumps(GOOD)},\n{LONG}]", ": row 2: field 'prompt' must be text, is a number of 9,000 digits"),
         (f"[{json.dumps(GOOD)},\n{DEEP}]", ":2: cannot be read: lists or objects are nested too deeply, in row 2"),
-        (f"[{json.dumps(GOOD)},\n{HALF}]", ": row 2: field 'prompt' holds half a character"),
+        (f"[{json.dumps(GOOD)},\n{HALF}]", ": row 2: field 'prompt' holds an unpaired surrogate"),
         (f"[{json.dumps(GOOD)}\n{json.dumps(GOOD)}]", ":2: not JSON: the list does not end behind row 1"),
         (f"[{json.dumps(GOOD)},\n", ":2: not JSON: Expecting value at column 1, in row 2"),
         (f"[{json.dumps(GOOD)},\n]", ":2: not JSON: Expecting value"),

@@ -69,7 +69,7 @@ def test_a_folder_that_a_node_does_not_see() -> None:
     kind, message = alike("folder other")
     assert kind == "TopologyError"
     wrote = r"node1 wrote (/\S+)/own/runs/(\.malora-\w+), which node2 does not see, looking for \1/runs/\2: "
-    assert re.search(r"output_dir=runs/one is not in a folder that all nodes share: " + wrote, message), message
+    assert re.search(r"output_dir=runs/one is not on a file system that all nodes share: " + wrote, message), message
     assert all(1 <= rank["folder seconds"] < 10 for rank in results())
 
 

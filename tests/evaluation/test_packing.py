@@ -167,7 +167,9 @@ def test_the_same_in_16_bits() -> None:
     """What rounding alone changes, and what another sample does, are told apart."""
     for name in ("llama", "gemma2", "falcon", "gpt_oss"):
         assert packing_of(family_model(name, attention="eager").bfloat16()) is expected(name, "eager")
-    with pytest.raises(ConfigError, match="per_device_train_batch_size=2 must be 1 for BartForCausalLM: it lets"):
+    with pytest.raises(
+        ConfigError, match="per_device_train_batch_size=2 must be 1 for BartForCausalLM: its attention mixes"
+    ):
         packing_of(family_model("bart").bfloat16(), samples=2)
 
 
@@ -272,6 +274,6 @@ def test_a_state_along_the_row_is_refused_before_any_weight_is_read(name: str) -
     config = family_config(name, **LAYERS.get(name, {}))
     check_rows(config, samples=1)
     with pytest.raises(
-        ConfigError, match=f"per_device_train_batch_size=2 must be 1 for {name}: its layers carry a state"
+        ConfigError, match=f"per_device_train_batch_size=2 must be 1 for {name}: its layers carry state"
     ):
         check_rows(config, samples=2)

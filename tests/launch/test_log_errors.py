@@ -32,7 +32,7 @@ Traceback (most recent call last):
 torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB
 """
 OUT_OF_MEMORY = TRACEBACK.splitlines()[-1]
-LOST = "[rank 1] gave up waiting for another process (all processes): it failed, which its own message explains\n"
+LOST = "[rank 1] timed out waiting for another process (all processes): it failed, which its own message explains\n"
 
 
 def spoken(speaker: str, text: str) -> str:

@@ -55,7 +55,7 @@ def test_what_slurm_ends_is_not_in_vain_and_a_short_time_limit_is(tmp_path: Path
         begin(tmp_path, "7")
         ended(tmp_path, PREEMPTED, 75, "SIGUSR1")
         last = end(tmp_path, "7", 2, stop_after_steps=None, exit_code=75)
-        assert last.code == code and "is saved at step 0 (SIGUSR1)" in last.why
+        assert last.code == code and "was saved at step 0 (SIGUSR1)" in last.why
 
 
 def test_what_a_start_would_not_mend(tmp_path: Path) -> None:

@@ -126,4 +126,4 @@ def test_the_scripts_of_the_repository_by_hand(cluster: Cluster, folder: Path, b
     assert ended(cluster, folder / "runs/bad", job) == "FAILED"
     said = (folder / f"by hand_{job}.out").read_text()
     assert cluster.job(job)["Restarts"] == "0" and cluster.job(job)["ExitCode"] == "2:0", said
-    assert "bad.jsonl:1" in said and "a mistake, which another start would not mend" in said
+    assert "bad.jsonl:1" in said and "an error in the recipe or the data; restarting would not help" in said

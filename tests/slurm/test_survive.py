@@ -99,7 +99,7 @@ def test_the_time_limit_and_a_requeue(cluster: Cluster, folder: Path, whole: Res
     job = jobs(run)[0]["job"]
     assert ended(cluster, run, job) == "COMPLETED", log(run)
     assert int(cluster.job(job)["Restarts"]) >= 1 and len(resumed(run)) >= 1, log(run)
-    assert f"{run.relative_to(folder)} is saved at step {resumed(run)[0]} (SIGUSR1): once more, from there" in log(run)
+    assert f"{run.relative_to(folder)} was saved at step {resumed(run)[0]} (SIGUSR1): restarting from there" in log(run)
     assert "ChildFailedError" not in log(run)
     assert check_finished(run) == whole
 

@@ -119,9 +119,7 @@ def test_what_training_alone_needs_is_not_asked_of_an_evaluation(tmp_path: Path)
     with pytest.raises(ConfigError, match="adapter.target_modules: 'q_proj' matches no module"):
         check_support(config, tmp_path, tokenizer)
     config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"target_modules": ("in_proj",)})})
-    with pytest.raises(
-        ConfigError, match="per_device_train_batch_size=4 must be 1 for mamba: its layers carry a state"
-    ):
+    with pytest.raises(ConfigError, match="per_device_train_batch_size=4 must be 1 for mamba: its layers carry state"):
         check_support(config, tmp_path, tokenizer)
     assert check_support(_config(tmp_path), tmp_path, tokenizer, trains=False).notes == ()
 

@@ -54,7 +54,7 @@ def test_a_gpu_without_code_is_named_with_what_torch_has() -> None:
 
 
 def test_bfloat16_needs_capability_8() -> None:
-    wanted = "model.dtype=bfloat16: Tesla T4 has compute capability 7.5 and does not multiply bfloat16"
+    wanted = "model.dtype=bfloat16: Tesla T4 has compute capability 7.5 and does not support bfloat16 matrix products"
     assert str(bfloat16_problem(T4, "model.dtype=bfloat16", "model.dtype=float32")).startswith(wanted)
     assert str(bfloat16_problem(T4, "--dtype bf16", "--dtype fp32")).endswith("set --dtype fp32")
     assert bfloat16_problem(H100, "model.dtype=bfloat16", "") is None

@@ -92,7 +92,7 @@ def test_two_processes_end_together_well_or_not(tmp_path: Path) -> None:
         assert "[rank 1] Traceback" in other and "ValueError: only rank 1 finds this" in other
         assert "still here" not in other and other.count("[rank") == 1
         # No traceback of the main rank buries the first error.
-        assert "[rank 0] gave up waiting for another process" in main and "Traceback" not in main, main
+        assert "[rank 0] timed out waiting for another process" in main and "Traceback" not in main, main
 
 
 def be_a_rank(what: str) -> int:

@@ -29,8 +29,8 @@ def weights_header(folder: Path) -> dict[str, TensorPlace]:
     """The tensors of an adapter folder by their keys. Raises CheckpointError if the file is no safetensors in it."""
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(
-            f"{folder / 'adapter_model.bin'} is a pickle, which can run any code when it is read; only {WEIGHTS} is "
-            "read: save the adapter again as safetensors where you trust it"
+            f"{folder / 'adapter_model.bin'} is a pickle, which can run arbitrary code when it is loaded; only "
+            f"{WEIGHTS} is read: save the adapter again as safetensors where you trust it"
         )
     path = file_in(folder, WEIGHTS)
     try:

@@ -141,7 +141,7 @@ class Training:
 
 
 def row_tokens(batches: Sequence[MicroBatch]) -> int:
-    """Tokens of a step."""
+    """Tokens per step."""
     return sum(batch.input_ids.numel() for batch in batches)
 
 

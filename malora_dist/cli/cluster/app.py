@@ -10,7 +10,7 @@ from malora_dist.cli.cluster.submit_command import WithFlags, submit_command
 from malora_dist.cli.options import OVERRIDES
 from malora_dist.launch.schedulers import queues
 
-launch = typer.Typer(help="Start runs on a cluster, and see how they fare.", no_args_is_help=True)
+launch = typer.Typer(help="Start runs on a cluster and monitor them.", no_args_is_help=True)
 
 
 def add_scheduler(name: str) -> None:

@@ -23,8 +23,8 @@ STATE_SECONDS, OWN_STATE_SECONDS = 10, 2
 INTERRUPTED = 130
 
 
-def follow(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")]) -> None:
-    """Print the log of a run's training as it grows, over all its starts, and its job's states, until it ends.
+def follow(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder.")]) -> None:
+    """Print the log of a run as it grows, over all starts of its job, and the job's states, until it ends.
 
     Exit code 0 if it finishes, 1 if it fails. Ctrl-C ends the following, not the job.
     """
@@ -103,9 +103,9 @@ class _Following:
     def farewell(self) -> str:
         """Return what the user is told after Ctrl-C."""
         if self.job is None:
-            return f"not followed any more; {self.run} goes on by itself"
+            return f"no longer following; {self.run} continues"
         end = queues()[self.job.scheduler].cancel_command(self.job.job)
-        return f"not followed any more; job {self.job.job} goes on ({end} ends it)"
+        return f"no longer following; job {self.job.job} continues ({end} cancels it)"
 
     def _watch(self, seconds: float) -> None:
         until = time.monotonic() + seconds

@@ -34,35 +34,52 @@ from malora_dist.launch.torchrun import torchrun_command
 TRAIN = "malora_dist.train"
 LAUNCHER = "pdsh"
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False, help="Its settings follow it.")]
-MasterAddr = Annotated[str | None, typer.Option("--master_addr", "--master-addr", help="The first host's address.")]
-PORT = "A free port of the first host. Default: one that is free here."
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE.yaml", show_default=False, help="Settings of the recipe may follow.")
+]
+MasterAddr = Annotated[str | None, typer.Option("--master_addr", "--master-addr", help="Address of the first host.")]
+PORT = "Free port on the first host. Default: one that is free on this machine."
 MasterPort = Annotated[
     int | None, typer.Option("--master_port", "--master-port", min=1, max=65535, help=PORT, show_default=False)
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command, and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command and exit.")]
 
 
 def deepspeed_verb(
     context: typer.Context,
     recipe: Recipe,
     hostfile: Annotated[
-        Path | None, typer.Option(help="Lines `HOST slots=N`. Default: this machine's GPUs.", show_default=False)
+        Path | None,
+        typer.Option(help="Hostfile with lines `HOST slots=N`. Default: the GPUs of this machine.", show_default=False),
     ] = None,
-    include: Annotated[str | None, typer.Option(help="Of the hostfile only HOST@HOST:0,1.")] = None,
-    exclude: Annotated[str | None, typer.Option(help="Of the hostfile all but HOST@HOST:0,1.")] = None,
+    include: Annotated[
+        str | None, typer.Option(help="Use only these hosts and slots of the hostfile: HOST@HOST:0,1.")
+    ] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Use all hosts and slots of the hostfile except HOST@HOST:0,1.")
+    ] = None,
     num_gpus: Annotated[
-        int | None, typer.Option("--num_gpus", "--num-gpus", min=1, help="GPUs of this machine. Default: all visible.")
+        int | None,
+        typer.Option(
+            "--num_gpus", "--num-gpus", min=1, help="Number of GPUs of this machine. Default: all visible GPUs."
+        ),
     ] = None,
     master_addr: MasterAddr = None,
     master_port: MasterPort = None,
-    launcher: Annotated[str, typer.Option(help=f"How deepspeed reaches the hosts: {LAUNCHER}.")] = LAUNCHER,
-    no_ssh_check: Annotated[bool, typer.Option("--no-ssh-check", help="Do not try to reach the hosts first.")] = False,
+    launcher: Annotated[
+        str, typer.Option(help=f"Launcher that deepspeed uses to reach the hosts: {LAUNCHER}.")
+    ] = LAUNCHER,
+    no_ssh_check: Annotated[
+        bool, typer.Option("--no-ssh-check", help="Skip the check that all hosts can be reached by ssh.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train with the deepspeed launcher: on the hosts of a hostfile, reached by ssh, or on this machine."""
     if launcher != LAUNCHER:
-        raise ConfigError(f"--launcher={launcher}: deepspeed tells the processes who they are with {LAUNCHER} alone")
+        raise ConfigError(
+            f"--launcher={launcher}: only {LAUNCHER} is supported: with others deepspeed does not set the ranks that "
+            "the processes need"
+        )
     path, overrides = recipe_first(recipe, context.args)
     chosen = _chosen_hosts(hostfile, include, exclude, num_gpus)
     _check(path, overrides, len(chosen) * slots_per_host(chosen))
@@ -85,19 +102,24 @@ def deepspeed_verb(
 def torchrun_verb(
     context: typer.Context,
     recipe: Recipe,
-    nnodes: Annotated[int, typer.Option(min=1, help="Machines; this is called on each of them.")] = 1,
+    nnodes: Annotated[int, typer.Option(min=1, help="Number of machines; call this command on each of them.")] = 1,
     node_rank: Annotated[
-        int | None, typer.Option("--node_rank", "--node-rank", min=0, help="This machine's number, from 0.")
+        int | None, typer.Option("--node_rank", "--node-rank", min=0, help="Rank of this machine, from 0.")
     ] = None,
     nproc_per_node: Annotated[
         int | None,
-        typer.Option("--nproc_per_node", "--nproc-per-node", min=1, help="Processes here. Default: all visible GPUs."),
+        typer.Option(
+            "--nproc_per_node",
+            "--nproc-per-node",
+            min=1,
+            help="Processes on this machine. Default: one for each visible GPU.",
+        ),
     ] = None,
     master_addr: MasterAddr = None,
     master_port: MasterPort = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train with torchrun: on this machine, or as one of several on which the same is called."""
+    """Train with torchrun: on this machine, or on several, on each of which the command is called."""
     path, overrides = recipe_first(recipe, context.args)
     processes = nproc_per_node if nproc_per_node is not None else visible_gpus()
     _check(path, overrides, nnodes * processes)

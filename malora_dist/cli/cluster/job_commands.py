@@ -18,7 +18,7 @@ Recipe = Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False
 
 
 def begin_command(context: typer.Context, recipe: Recipe) -> None:
-    """Check the recipe and the job, in a job script, and count its starts. Exit code 2 if it must not start."""
+    """Used by job scripts: check the recipe and the job and count the start. Exit code 2 if it must not start."""
     config = job_config(recipe, context.args)
     job = job_of(os.environ)
     world_size = _processes(job, os.environ)
@@ -28,7 +28,7 @@ def begin_command(context: typer.Context, recipe: Recipe) -> None:
 
 
 def end_command(context: typer.Context, recipe: Recipe) -> None:
-    """Decide what follows, in a job script whose processes are gone: exit code 75 if the job is to start again."""
+    """Used by job scripts after the processes have ended: exit code 75 if the job must be started again."""
     config = job_config(recipe, context.args)
     decision = end(
         Path(config.output_dir),

@@ -71,11 +71,13 @@ class StatusRow:
 def status(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN_DIR]...", help="Runs. Default: those below this folder with jobs."),
+        typer.Argument(
+            metavar="[RUN_DIR]...", help="Run folders. Default: all runs with jobs below the working directory."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
 ) -> None:
-    """Show how runs and their jobs fare: the job's state and why, restarts, steps, time left, last error."""
+    """Show the status of runs and their jobs: job state and reason, restarts, steps, time left, last error."""
     for path in paths or []:
         if not path.is_dir():
             raise ConfigError(f"RUN_DIR={path} is not a folder")

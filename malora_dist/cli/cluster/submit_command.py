@@ -25,7 +25,9 @@ from malora_dist.launch.schedulers import queues
 TASKS = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 # CPUs of a process, by default: loading and checkpoints use several.
 CPUS = 4
-ARRAY_HELP = "seeds=1-5: a run for each seed. recipes=B.yaml,C.yaml: runs of these too."
+ARRAY_HELP = (
+    "Submit a job array. seeds=1-5: one run per seed. recipes=B.yaml,C.yaml: one run per recipe, in addition to RECIPE."
+)
 
 
 class WithFlags(TyperCommand):
@@ -42,33 +44,42 @@ def submit_command(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each; 0 asks for none.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node; 0 requests none.")] = 8,
     processes_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Processes of each. Default: one for each GPU.")
+        int | None, typer.Option(min=1, help="Processes per node. Default: one for each GPU.")
     ] = None,
-    gpu_type: Annotated[str | None, typer.Option(help="The cluster's name of the GPUs, such as a100.")] = None,
+    gpu_type: Annotated[str | None, typer.Option(help="GPU type, by the cluster's name, such as a100.")] = None,
     cpus_per_task: Annotated[
         int | None,
-        typer.Option(min=1, help=f"CPUs of a node, or of a process with --start tasks. Default: {CPUS} a process."),
+        typer.Option(min=1, help=f"CPUs per node, or per process with --start tasks. Default: {CPUS} per process."),
     ] = None,
-    time: Annotated[str, typer.Option(help="Time limit of each start; the job goes on after it.")] = "24:00:00",
+    time: Annotated[
+        str, typer.Option(help="Time limit of each start of the job; the job is requeued and resumes after it.")
+    ] = "24:00:00",
     save_before: Annotated[
-        int, typer.Option(min=1, help="Seconds before the limit at which all save; a scheduler may be a minute late.")
+        int,
+        typer.Option(
+            min=1, help="Seconds before the time limit at which the run saves; a scheduler may be a minute late."
+        ),
     ] = 300,
-    name: Annotated[str | None, typer.Option(help="The job's name. Default: that of output_dir.")] = None,
+    name: Annotated[str | None, typer.Option(help="Job name. Default: the name of output_dir.")] = None,
     tasks: Annotated[str | None, typer.Option("--array", metavar="WHAT=...", help=ARRAY_HELP)] = None,
     after: Annotated[
-        str, typer.Option(help=f"Stages, each once the one before succeeds: {','.join(STAGES)}.")
+        str, typer.Option(help=f"Stages to submit; each starts after the one before has succeeded: {','.join(STAGES)}.")
     ] = "train",
-    convert_to: Annotated[str, typer.Option("--convert-to", help="What convert writes, to export/.")] = "adapter",
+    convert_to: Annotated[
+        str, typer.Option("--convert-to", help="Kind that the stage convert writes, to export/ of the run folder.")
+    ] = "adapter",
     start: Annotated[
-        str, typer.Option(help="launcher: one torchrun a node. tasks: the scheduler starts each process.")
+        str, typer.Option(help="launcher: one torchrun per node. tasks: the scheduler starts each process.")
     ] = "launcher",
-    model: Annotated[str | None, typer.Option(help="The base's config.json, if it is not here.")] = None,
-    hbm: Annotated[str, typer.Option(help="Memory of a GPU, which the plan must fit into.")] = "80GiB",
-    only_print: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and stop.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="config.json of the base model, if the model is not on this machine.")
+    ] = None,
+    hbm: Annotated[str, typer.Option(help="GPU memory that the plan must fit into.")] = "80GiB",
+    only_print: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted and exit.")] = False,
 ) -> None:
-    """Train on a cluster: submit a job that saves, requeues itself and goes on. Flags of the scheduler follow `--`."""
+    """Train on a cluster: submit a job that saves, is requeued and resumes. Flags of the scheduler follow `--`."""
     flags: list[str] = context.meta["flags"]
     target = Target(str(context.info_name), queues()[str(context.info_name)])
     wanted, numbers = _stages(after), _array(tasks)
@@ -183,7 +194,7 @@ def _print_jobs(target: Target, jobs: Sequence[SubmittedJob], run: Path, notes: 
     folder = shlex.quote(str(run))
     lines += [f"follow it:  malora launch follow {folder}", f"see it:     malora launch status {folder}"]
     end = target.queue.cancel_command(jobs[0].job)
-    lines.append(f"end it:     {end}      (it saves if it is given the time; the same command goes on)")
+    lines.append(f"cancel it:  {end}      (it saves if it gets the time; the same command resumes it)")
     for line in lines:
         console.print(Text(line), soft_wrap=True)
 

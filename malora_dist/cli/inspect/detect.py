@@ -33,7 +33,7 @@ def _file(path: Path) -> Facts:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if magic == GGUF_MAGIC:
         return {"kind": "GGUF model", "bytes": path.stat().st_size, "damaged": []}
-    raise CheckpointError(f"{path} is nothing that is known: {detect_kind(path)}")
+    raise CheckpointError(f"{path} is of no known kind: {detect_kind(path)}")
 
 
 def _folder(path: Path) -> Facts:
@@ -43,7 +43,7 @@ def _folder(path: Path) -> Facts:
 
 
 def _nothing(path: Path) -> Facts:
-    raise CheckpointError(f"{path} is nothing that is known: {detect_kind(path)}")
+    raise CheckpointError(f"{path} is of no known kind: {detect_kind(path)}")
 
 
 def _adapter(folder: Path) -> Facts:

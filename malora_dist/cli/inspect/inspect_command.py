@@ -11,8 +11,8 @@ from rich.text import Text
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A run, checkpoint, adapter (PEFT's too), model or DeepSpeed folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    path: Annotated[Path, typer.Argument(help="A run, checkpoint, adapter (also PEFT's), model or DeepSpeed folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of text.")] = False,
 ) -> None:
     """Describe a folder: method, numbers, counts, norms of experts, and damage. Exit code 1 if there is damage."""
     facts = import_module("malora_dist.cli.inspect.detect").inspect(path)

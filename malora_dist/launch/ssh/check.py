@@ -24,8 +24,8 @@ def check_hosts(hosts: Sequence[str], folder: Path) -> None:
     failed = [f"{host}: {words}" for host, words in zip(hosts, said, strict=True) if words]
     if failed:
         raise ConfigError(
-            "\n  ".join(["these hosts cannot take part, nothing was started:", *failed])
-            + "\nEach must take `ssh HOST true` without a question, and see this folder and Python at the same paths."
+            "\n  ".join(["these hosts cannot be used; nothing was started:", *failed])
+            + "\n`ssh HOST true` must work on each without a prompt, with this folder and Python at the same paths."
         )
 
 

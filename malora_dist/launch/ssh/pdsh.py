@@ -44,7 +44,7 @@ def hosts_command(
     """
     for what, path in (("this folder", os.getcwd()), ("this Python", sys.executable)):
         if shlex.quote(path) != path or "%" in path:
-            raise ConfigError(f"{path}: deepspeed cannot hand on the path of {what}, it does not quote it")
+            raise ConfigError(f"{path}: the deepspeed launcher cannot pass on the path of {what}, it does not quote it")
     # Without --force_multi deepspeed takes the one host of a file for this machine. ssh has been checked already.
     fixed = ["--force_multi", "--no_ssh_check", "--launcher", "pdsh"]
     words = ["--hostfile", str(hostfile), *selection, *place, *fixed, "--module", module]
@@ -90,6 +90,6 @@ def env_file_text(variables: Mapping[str, str], environment: Mapping[str, str]) 
     for path in dict.fromkeys([Path.home() / own, Path(own)]):
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             if "=" not in line and line.strip():
-                raise ConfigError(f"{path}: {line.strip()!r} is no NAME=VALUE, which deepspeed needs")
+                raise ConfigError(f"{path}: {line.strip()!r} is not NAME=VALUE, as deepspeed requires")
             lines += [line] if line.strip() else []
     return "".join(f"{line}\n" for line in lines)

@@ -197,7 +197,7 @@ def test_ctrl_c_ends_the_following_and_not_the_job(clients: Clients) -> None:
     rest = process.stdout.read()
     assert process.wait(200) == 130
     assert heard[0].startswith("-- job 1: running") and heard[1] == "its log\n"
-    assert rest == "\nnot followed any more; job 1 goes on (scancel 1 ends it)\n"
+    assert rest == "\nno longer following; job 1 continues (scancel 1 cancels it)\n"
     assert [call.split()[0] for call in clients.calls] == ["squeue"]
 
 

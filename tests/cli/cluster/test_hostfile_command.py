@@ -72,7 +72,7 @@ def test_a_dry_run_prints_the_command(
         (["deepspeed", "r.yaml", "--hostfile", "hosts", "--num_gpus", "2"], "--num_gpus=2: with --hostfile"),
         (
             ["deepspeed", "r.yaml", "--hostfile", "hosts", "--launcher", "openmpi"],
-            "--launcher=openmpi: deepspeed",
+            "--launcher=openmpi: only pdsh",
         ),
         (["deepspeed", "r.yaml", "--include", "10.0.0.1"], "choose from a --hostfile"),
         (["deepspeed", "r.yaml", "--num_gpus", "3"], "cannot be split"),

@@ -121,7 +121,7 @@ def test_a_recipes_job(queue: ProcessQueue, capsys: pytest.CaptureFixture[str]) 
     assert launch("here", *WORDS, "--dry-run") == 0
     assert capsys.readouterr().out.startswith("$ run <<'SCRIPT'\n") and not queue.processes
     assert launch("here", *WORDS) == 0
-    assert "end it:     end 1 " in capsys.readouterr().out
+    assert "cancel it:  end 1 " in capsys.readouterr().out
     (row,) = rows(capsys)
     assert (row["run"], row["stage"], row["job"]["job"]) == ("runs/tiny", "train", "1")
     assert row["here"]["state"] in (RUNNING, COMPLETED) and Path("runs/tiny/here/jobs.jsonl").is_file()

@@ -185,7 +185,7 @@ def test_the_recipe_says_what_every_job_needs(folder: Path) -> None:
         ((RECIPE, "--launch.sbatch=--output=x"), "--output=x: not in launch.sbatch; use nothing: logs are in"),
         ((RECIPE, "--gpu-type", "a:1"), "--gpu-type=a:1: must be Slurm's name of a GPU"),
         ((RECIPE, "--launch.setup", '["a\\nb"]'), "launch.setup[0]"),
-        ((RECIPE, "--launch.sbatch", "account"), "launch.sbatch='account': must be flags in one word each"),
+        ((RECIPE, "--launch.sbatch", "account"), "launch.sbatch='account': must be flags of one word each"),
         ((RECIPE, "--launch.max_restarts", "-1"), "launch.max_restarts=-1"),
     ],
 )

@@ -74,7 +74,7 @@ def test_deepspeed_reads_the_argv_as_meant(tmp_path: Path, monkeypatch: pytest.M
 def test_a_folder_that_deepspeed_does_not_quote(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
-    with pytest.raises(ConfigError, match="deepspeed cannot hand on the path of this folder"):
+    with pytest.raises(ConfigError, match="the deepspeed launcher cannot pass on the path of this folder"):
         hosts_command("m", [], hostfile=Path("hosts"), selection=[], place=[])
 
 
@@ -93,5 +93,5 @@ def test_deepspeeds_own_files_have_the_last_word(tmp_path: Path, monkeypatch: py
     (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=8\nB=$HOME")
     assert env_file_text({"OMP_NUM_THREADS": "1"}, {}) == "OMP_NUM_THREADS=1\nA=1\nOMP_NUM_THREADS=8\nB=$HOME\n"
     (tmp_path / "other").write_text("no variable\n")
-    with pytest.raises(ConfigError, match="'no variable' is no NAME=VALUE"):
+    with pytest.raises(ConfigError, match="'no variable' is not NAME=VALUE"):
         env_file_text({}, {"DS_ENV_FILE": str(tmp_path / "other")})
