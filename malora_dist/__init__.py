@@ -4,9 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from malora_dist.adapters.adapted_layers import adapter_state_dict
     from malora_dist.adapters.aux_loss import aux_loss
-    from malora_dist.adapters.inject import adapter_state_dict, inject_adapters
-    from malora_dist.adapters.io.folder import load_adapter
+    from malora_dist.adapters.inject import inject_adapters
+    from malora_dist.adapters.loading import load_adapter
     from malora_dist.adapters.malora_config import MaloraConfig
     from malora_dist.adapters.malora_model import MaloraModel, get_malora_model
     from malora_dist.adapters.methods import MixtureSpec, mixture_spec
@@ -35,11 +36,11 @@ _HOME = {
     "MaloraError": "malora_dist.errors",
     "MaloraModel": "malora_dist.adapters.malora_model",
     "MixtureSpec": "malora_dist.adapters.methods",
-    "adapter_state_dict": "malora_dist.adapters.inject",
+    "adapter_state_dict": "malora_dist.adapters.adapted_layers",
     "aux_loss": "malora_dist.adapters.aux_loss",
     "get_malora_model": "malora_dist.adapters.malora_model",
     "inject_adapters": "malora_dist.adapters.inject",
-    "load_adapter": "malora_dist.adapters.io.folder",
+    "load_adapter": "malora_dist.adapters.loading",
     "load_config": "malora_dist.config",
     "mixture_spec": "malora_dist.adapters.methods",
 }

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters
+from malora_dist.adapters.adapted_layers import adapter_parameters, adapter_state_dict
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.adapters.targets import ALL_LINEAR, all_linear, leaf_of

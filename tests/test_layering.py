@@ -1,9 +1,10 @@
-"""Imports point down only; the lower layers work without torch; tests are in the folders of what they test."""
+"""Imports point down only, and in no circle; the lower layers work without torch; tests are beside what they test."""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ LAYERS = [
     ["distributed", "recipes"],
     ["evaluation"],
     ["training"],
-    ["train", "evaluate", "prepare", "bench", "convert"],
+    ["train", "prepare", "bench", "convert"],
     ["cli"],
+    # Entry points for launchers, which run a command of `cli` in their process.
+    ["evaluate", "bench.run"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 WITHOUT_TORCH = ["cli.app", "cli.cluster.app", "config", "config.summary", "config.topology", "launch", "cli.start"]
@@ -34,16 +37,54 @@ WHOLE_SYSTEM = ("slurm", "gpu", "strict", "breaks", "docs", "fuzz")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
+# Modules that a module names without importing them, and that lead back to it: by file, with the reason.
+NAMED_ONLY = {
+    "cli/start.py": "a command starts more processes of its own program",
+    "convert/kinds.py": "a registry: a kind names the module that carries it out, imported when it is asked for",
+    "launch/slurm/script.py": "a job script names the programs that its processes run",
+    "report/page.py": "the package whose folder holds the page's templates",
+}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path) for path in SOURCES}
+
+
 def unit_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name if name in LAYER else name.partition(".")[0]
 
 
-def imports(path: Path) -> Iterator[str]:
-    """All modules a file imports, inside functions too, but not those for type checkers alone."""
+def layer_of(name: str) -> str | None:
+    """The unit that a module of the package belongs to."""
+    inner = name.removeprefix("malora_dist.")
+    return next((unit for unit in (inner, inner.partition(".")[0]) if unit in LAYER and inner != name), None)
+
+
+def tree_of(path: Path) -> ast.Module:
+    """A file without what is for type checkers alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             node.body = []
+    return tree
+
+
+def named_modules(path: Path) -> Iterator[str]:
+    """The modules of the package that the texts of a file name, as for importlib: `malora_dist.train`, `...:main`."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            name = node.value.partition(":")[0]
+            if name in MODULES and name != "malora_dist":
+                yield name
+
+
+def imports(path: Path) -> Iterator[str]:
+    """All modules a file imports, inside functions too."""
+    tree = tree_of(path)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -53,15 +94,42 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "malora_dist")
 
 
+def leads_to(path: Path) -> Iterator[str]:
+    """The modules of the package that a file imports, wherever, or names."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ImportFrom):
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else str(node.module) for name in inner)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+    if str(path.relative_to(PACKAGE)) not in NAMED_ONLY:
+        yield from named_modules(path)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
     unit = unit_of(path)
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "deepspeed":
+    named = () if str(path.relative_to(PACKAGE)) in NAMED_ONLY else named_modules(path)
+    for name in (*imports(path), *named):
+        if name.split(".")[0] == "deepspeed":
             assert unit in ("distributed", "training"), f"{path}: only distributed and training import deepspeed"
-        if parts[0] == "malora_dist" and len(parts) > 1 and unit != "__init__" and parts[1] in LAYER:
-            assert parts[1] == unit or LAYER[parts[1]] < LAYER[unit], f"{path}: {unit} must not import {parts[1]}"
+        other = layer_of(name)
+        if other is not None and unit != "__init__":
+            assert other == unit or LAYER[other] < LAYER[unit], f"{path}: {unit} must not import {other}"
+
+
+def test_no_circle_of_imports() -> None:
+    """Inside functions and by name neither."""
+    graph = {module_of(path): (set(leads_to(path)) & MODULES) - {module_of(path), "malora_dist"} for path in SOURCES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
+
+
+def test_what_is_named_only_is_named() -> None:
+    for name in NAMED_ONLY:
+        assert set(named_modules(PACKAGE / name)), f"{name} names no module: it needs no exception"
 
 
 def test_every_unit_has_a_layer() -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 import yaml
 
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
-from malora_dist.adapters.io.folder import load_adapter, open_adapter
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
+from malora_dist.adapters.inject import inject_adapters
+from malora_dist.adapters.io.folder import open_adapter
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.adapters.methods import METHODS, Structure, mixture_spec, register_method
 from malora_dist.config import AdapterConfig, config_from_dict
 from malora_dist.config.template import recipe_text

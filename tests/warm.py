@@ -18,7 +18,8 @@ import malora_dist.cli.app
 import malora_dist.convert
 import malora_dist.evaluate
 import malora_dist.prepare
-import malora_dist.train  # noqa: F401
+import malora_dist.train
+import malora_dist.training.evaluation_run  # noqa: F401
 
 # What is here stays: no process that is forked looks through it, which would copy it.
 gc.collect()

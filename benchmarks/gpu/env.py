@@ -83,8 +83,8 @@ def deepspeed() -> str:
 
 
 def product() -> str:
-    import malora_dist.evaluate
-    import malora_dist.train  # noqa: F401
+    import malora_dist.train
+    import malora_dist.training.evaluation_run  # noqa: F401
     from malora_dist.models.resolve import native_dtype
 
     problem = architecture_problem(Gpu.of(DEVICE)) if GPU else None

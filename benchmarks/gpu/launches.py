@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.measure import DEVICE, kernels, waits
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS
 from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.ops.dropout import token_keys

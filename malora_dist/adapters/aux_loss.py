@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.ops.balance import expert_statistics, load_balancing_loss, token_mask
 from malora_dist.ops.routing import Routing

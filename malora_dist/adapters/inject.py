@@ -1,19 +1,19 @@
-"""Putting adapters on a model, and reading them off it."""
+"""Puts adapters on a model, and takes them off."""
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from malora_dist.adapters.adapted_layers import Injected, count_base_parameters, mixture_layers
 from malora_dist.adapters.fused_projections import READERS, fuse_input_projections, unfuse_input_projections
 from malora_dist.adapters.layer import MixtureLinear, require_triton
 from malora_dist.adapters.methods import MixtureSpec, count_parameters
-from malora_dist.adapters.saving import Injected, release, save_adapters_of
+from malora_dist.adapters.saving import release, save_adapters_of
 from malora_dist.adapters.target_names import ALL_LINEAR, EVERYTHING, Narrowing, is_pattern
 from malora_dist.adapters.targets import find_targets, fused_experts, plain_names
 from malora_dist.errors import ConfigError
@@ -117,42 +117,6 @@ def inject_adapters(
         target_modules=names,
         fused_experts=experts,
     )
-
-
-def mixture_layers(model: nn.Module) -> Iterator[tuple[str, MixtureLinear]]:
-    """Name and layer of every adapted linear, in the order of the model."""
-    for name, module in model.named_modules():
-        if isinstance(module, MixtureLinear):
-            yield name, module
-
-
-def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and parameter of every adapter tensor: `<layer>.<factor>`, e.g. `model.layers.0.mlp.up_proj.shared_A`."""
-    for name, layer in mixture_layers(model):
-        for factor, parameter in layer.factors():
-            yield f"{name}.{factor}", parameter
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Every adapter tensor, trained or frozen, detached. Under ZeRO-3 gather first (`distributed.zero3`)."""
-    return {name: parameter.detach() for name, parameter in adapter_parameters(model)}
-
-
-def count_base_parameters(model: nn.Module) -> int:
-    """Weights of the base as its authors count them: a packed 4-bit weight counts as the weights that it stands for."""
-    total = 0
-    for module in model.modules():
-        if isinstance(module, NF4Linear):
-            total += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
-    packed = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters()}
-    adapters = {id(p) for _, p in adapter_parameters(model)}
-    return total + sum(_numel(p) for p in model.parameters() if id(p) not in packed | adapters)
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    """Return the weights that a parameter stands for, also where bitsandbytes has packed or ZeRO-3 spread them."""
-    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return math.prod(shape) if shape is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def layer_seed(seed: int, name: str) -> int:

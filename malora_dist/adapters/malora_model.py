@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from malora_dist.adapters.adapted_layers import adapter_parameters, count_base_parameters, mixture_layers
 from malora_dist.adapters.aux_loss import argument, aux_loss, keeping_routings, weight_of_batch, with_loss
-from malora_dist.adapters.inject import adapter_parameters, count_base_parameters, mixture_layers, remove_adapters
+from malora_dist.adapters.inject import remove_adapters
 from malora_dist.adapters.malora_config import MaloraConfig
 from malora_dist.adapters.merge import check_mergeable, merge_layer
 from malora_dist.adapters.model_files import load_into, load_named_adapter, save_named_adapters

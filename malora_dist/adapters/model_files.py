@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from malora_dist.adapters.inject import adapter_parameters, remove_adapters
-from malora_dist.adapters.io.folder import fill_parameters
+from malora_dist.adapters.adapted_layers import adapter_parameters
+from malora_dist.adapters.inject import remove_adapters
 from malora_dist.adapters.io.from_model import adapter_info, check_all_is_adapter, save_layers, save_model_adapter
 from malora_dist.adapters.io.hub import adapter_folder
 from malora_dist.adapters.io.info import PREFIX, WEIGHTS, file_key
 from malora_dist.adapters.io.peft import open_lora
+from malora_dist.adapters.loading import fill_parameters
 from malora_dist.adapters.malora_config import MaloraConfig
 from malora_dist.errors import CheckpointError
 from malora_dist.files.atomic import share_file

@@ -6,28 +6,13 @@ with random numbers.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
-from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.adapters.adapted_layers import Injected, injected_adapters
+from malora_dist.adapters.io.from_model import save_model_adapter
 from malora_dist.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Injected:
-    """What `inject_adapters` put on a model, and the parameters of the base that it froze.
-
-    settings: those of `AdapterInfo`, for the folder that is written.
-    """
-
-    spec: MixtureSpec
-    target_modules: tuple[str, ...]
-    lora_dropout: float
-    trained: tuple[str, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class SavePretrained:
@@ -48,9 +33,7 @@ class SavePretrained:
         if push_to_hub:
             raise ConfigError("push_to_hub=True: save the adapter to a folder, and upload that")
         if is_main_process:
-            # checkpoint knows the format, and stands above this package.
-            format_of_files = import_module("malora_dist.adapters.io.from_model")
-            format_of_files.save_model_adapter(self.model, save_directory, state_dict)
+            save_model_adapter(self.model, save_directory, state_dict)
 
 
 def save_adapters_of(model: nn.Module, injected: Injected) -> None:
@@ -62,12 +45,6 @@ def save_adapters_of(model: nn.Module, injected: Injected) -> None:
         # By this mark Trainer tells a quantised model that has adapters from one that cannot be trained.
         attributes["_hf_peft_config_loaded"] = True
     vars(model).update(attributes)
-
-
-def injected_adapters(model: nn.Module) -> Injected | None:
-    """What `inject_adapters` put on this model."""
-    found = getattr(model, "injected_adapters", None)
-    return found if isinstance(found, Injected) else None
 
 
 def release(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 
 
 def train_adapters(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.bench.results import Record
 from malora_dist.bench.variants import Variant

@@ -12,7 +12,7 @@ from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.peers.baselines import CONTESTANTS
 from malora_dist.bench.variants import TOPICS, recipe_variant
 from malora_dist.cli.options import OVERRIDES, MasterPort, NumGpus, Recipe, recipe_first
-from malora_dist.cli.start import start
+from malora_dist.cli.start import MALORA, start
 from malora_dist.config import load_config
 
 bench = typer.Typer(help="Measure variants of a recipe, layers and steps side by side.", no_args_is_help=True)
@@ -206,9 +206,9 @@ def ep(
     )
     options.check_files()
     start(
-        lambda: import_module("malora_dist.bench.run").measure(options),
-        "malora_dist.bench.run",
-        options.words(),
+        lambda: import_module("malora_dist.bench.ep").measure(options),
+        MALORA,
+        ["bench", "ep", *options.words()],
         num_gpus,
         recipe_variant(config).of(config),
         master_port,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from malora_dist.cli.options import MasterPort, NumGpus
-from malora_dist.cli.start import start
+from malora_dist.cli.start import MALORA, start
 from malora_dist.config.evaluation_target import evaluation_target
 
 
@@ -26,9 +26,9 @@ def evaluate(
         overrides, run_dir = [run_dir, *overrides], None
     target = evaluation_target(run_dir, adapter, recipe, overrides)
     start(
-        lambda: import_module("malora_dist.evaluate").evaluate(target),
-        "malora_dist.evaluate",
-        target.words(),
+        lambda: import_module("malora_dist.training.evaluation_run").evaluate(target),
+        MALORA,
+        ["evaluate", *target.words()],
         num_gpus,
         None,
         master_port,

@@ -21,6 +21,9 @@ from malora_dist.launch.command import (
 from malora_dist.launch.ports import meeting_port
 from malora_dist.launch.ranks import check_processes, under_launcher
 
+# The program whose commands several processes run together, each told by its launcher what it is.
+MALORA = "malora_dist.cli"
+
 
 def start(
     work: Callable[[], int | None],
@@ -34,7 +37,7 @@ def start(
 
     Args:
         work: What this process does alone, or as one that a launcher has started; returns its exit code.
-        module: The module that does the same work when it is started with the arguments.
+        module: The module that does the same work when it is started with the arguments, such as `MALORA`.
         arguments: Of the module.
         num_gpus: The number of processes; None for all visible devices.
         config: The recipe, if the number of processes must fit its batch and its plan.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from malora_dist.adapters.inject import remove_adapters
-from malora_dist.adapters.io.folder import AdapterTensors, put_adapter
+from malora_dist.adapters.io.folder import AdapterTensors
+from malora_dist.adapters.loading import put_adapter
 from malora_dist.convert.calibration import calibration_samples, collect
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.job import Job

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.adapters.fused_projections import fuse_input_projections, unfuse_input_projections
-from malora_dist.adapters.inject import mixture_layers
 from malora_dist.ops.routing import Routing
 
 # (layer, its input (T, I), what its router decided) -> what its experts get

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.io.folder import AdapterTensors, open_adapter, put_adapter
+from malora_dist.adapters.io.folder import AdapterTensors, open_adapter
+from malora_dist.adapters.loading import put_adapter
 from malora_dist.adapters.merge import merged_weight
 from malora_dist.console.progress import tracked
 from malora_dist.convert.job import Job, check_base

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from malora_dist.adapters.inject import remove_adapters
 from malora_dist.adapters.io.card import model_card
-from malora_dist.adapters.io.folder import CONFIG, AdapterTensors, fill_adapter_folder, open_adapter, put_adapter
+from malora_dist.adapters.io.folder import CONFIG, AdapterTensors, fill_adapter_folder, open_adapter
 from malora_dist.adapters.io.info import adapter_config
 from malora_dist.adapters.io.peft import open_peft
+from malora_dist.adapters.loading import put_adapter
 from malora_dist.convert.job import Job
 from malora_dist.convert.peft_folder import lora_card
 from malora_dist.convert.verify import Factors, logits_of, text_rows, verify_peft

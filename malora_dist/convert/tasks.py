@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from malora_dist.adapters.inject import remove_adapters
-from malora_dist.adapters.io.folder import AdapterTensors, put_adapter
+from malora_dist.adapters.io.folder import AdapterTensors
+from malora_dist.adapters.loading import put_adapter
 from malora_dist.convert.accuracy import GAP_HEADER, Gap, gap_line, measure
 from malora_dist.convert.calibration import LayerStatistics, calibration_samples, collect
 from malora_dist.convert.collapse import static_up, truncated

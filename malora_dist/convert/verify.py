@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.adapters.inject import remove_adapters
-from malora_dist.adapters.io.folder import AdapterInfo, AdapterTensors, put_adapter
+from malora_dist.adapters.io.folder import AdapterInfo, AdapterTensors
+from malora_dist.adapters.loading import put_adapter
 from malora_dist.console.progress import tracked
 from malora_dist.convert.gates import Replay, deciding
 from malora_dist.convert.job import Job

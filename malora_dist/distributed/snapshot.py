@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters
+from malora_dist.adapters.adapted_layers import adapter_parameters
 from malora_dist.distributed.optimizer_state import OptimizerState
 from malora_dist.distributed.process_groups import raise_on_all_ranks
 from malora_dist.distributed.zero012 import is_slice

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, mixture_layers
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
 from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.process_groups import sum_over_processes
 from malora_dist.errors import TopologyError

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.data.loader import MicroBatch
 from malora_dist.data.packed_row import PackedRow
 from malora_dist.models.loss_head import loss_head

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.console.progress import Bar
 from malora_dist.data.encode import ChoiceItem, Sample
 from malora_dist.data.packed_row import Packing

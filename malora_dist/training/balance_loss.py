@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.data.loader import MicroBatch
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.ops.balance import (

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from malora_dist.adapters.inject import adapter_parameters
+from malora_dist.adapters.adapted_layers import adapter_parameters
 from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.process_groups import set_timeouts
 from malora_dist.distributed.zero012 import check_reduction, parameter_groups, showing_experts

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.console.log import peak_memory_gib
 from malora_dist.distributed.process_groups import max_over_processes, sum_over_processes
 from malora_dist.ops.devices import to_device

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malora_dist.adapters.inject import adapter_parameters
+from malora_dist.adapters.adapted_layers import adapter_parameters
 from malora_dist.adapters.training_mode import train_adapters
 from malora_dist.data.loader import MicroBatch
 from malora_dist.distributed.all_to_all import AllToAll

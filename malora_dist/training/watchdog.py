@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.errors import MaloraError
 from malora_dist.training.preemption import STOP_SIGNALS
 from malora_dist.training.process import log_error

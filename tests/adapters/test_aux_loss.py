@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from malora_dist import MaloraConfig, aux_loss, get_malora_model
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.methods import mixture_spec
 from tests.reference import balance_reference
 from tests.tiny_models import tiny_llama

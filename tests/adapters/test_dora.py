@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
 from malora_dist.adapters.dora import DoRALayer
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.errors import ConfigError

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers, remove_adapters
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
+from malora_dist.adapters.inject import inject_adapters, remove_adapters
 from malora_dist.adapters.input_projection import FusedProjection
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.convert.gates import constant_gates

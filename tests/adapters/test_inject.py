@@ -11,16 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from malora_dist.adapters.inject import (
-    DEFAULT_TARGETS,
+from malora_dist.adapters.adapted_layers import (
     adapter_parameters,
     adapter_state_dict,
     count_base_parameters,
-    inject_adapters,
-    layer_seed,
     mixture_layers,
-    remove_adapters,
 )
+from malora_dist.adapters.inject import DEFAULT_TARGETS, inject_adapters, layer_seed, remove_adapters
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import METHODS, count_parameters, mixture_spec
 from malora_dist.adapters.targets import fused_experts

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from malora_dist import MaloraConfig, MaloraModel, get_malora_model
-from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, mixture_layers
-from malora_dist.adapters.io.folder import load_adapter
+from malora_dist.adapters.adapted_layers import adapter_parameters, adapter_state_dict, mixture_layers
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.adapters.methods import METHODS
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.families import family_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from malora_dist import MaloraConfig, MaloraModel, get_malora_model, load_adapter
-from malora_dist.adapters.inject import adapter_state_dict
+from malora_dist.adapters.adapted_layers import adapter_state_dict
 from malora_dist.errors import CheckpointError
 from tests.tiny_models import tiny_llama
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from malora_dist import MaloraConfig, get_malora_model
-from malora_dist.adapters.inject import inject_adapters, mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.errors import TrainingError
 from tests.tiny_models import tiny_llama

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from malora_dist.adapters import near_names as names_module
 from malora_dist.adapters import target_names, text_linears
 from malora_dist.adapters import targets as targets_module
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters
+from malora_dist.adapters.adapted_layers import adapter_parameters
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.adapters.near_names import near_names
 from malora_dist.adapters.target_names import ALL_LINEAR

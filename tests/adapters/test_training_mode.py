@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.adapters.training_mode import train_adapters
 from tests.families import family_model

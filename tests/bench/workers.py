@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
+from malora_dist.bench.ep import bench
 from malora_dist.bench.ep_options import EpOptions
 from malora_dist.bench.measure import Subject
 from malora_dist.bench.results import Record
-from malora_dist.bench.run import bench
 from malora_dist.config import load_config
 from malora_dist.data.loader import MicroBatch
 from malora_dist.distributed.process_groups import World

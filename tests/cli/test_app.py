@@ -105,9 +105,9 @@ def test_several_processes_go_through_deepspeed(
     assert out == f"started: {words}\n" and f"$ {launcher} {words}" in err
     make_run("runs/x")
     assert malora("evaluate", "runs/x", "--num_gpus", "2", "--evaluation.split", "validation") == 9
-    assert "--module malora_dist.evaluate runs/x --evaluation.split validation\n" in capfd.readouterr().out
+    assert "--module malora_dist.cli evaluate runs/x --evaluation.split validation\n" in capfd.readouterr().out
     assert malora("evaluate", "--adapter", "a", "--recipe", recipe, "--num_gpus", "2", "--train.seed", "1") == 9
-    assert "malora_dist.evaluate --adapter a --recipe r.yaml --train.seed 1\n" in capfd.readouterr().out
+    assert "malora_dist.cli evaluate --adapter a --recipe r.yaml --train.seed 1\n" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

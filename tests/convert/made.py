@@ -9,7 +9,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters
+from malora_dist.adapters.adapted_layers import adapter_parameters, adapter_state_dict
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.io.folder import AdapterInfo, open_adapter, save_adapter
 from malora_dist.adapters.io.info import CONFIG, adapter_config
 from malora_dist.checkpoint.layout import Manifest, shard_name

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.adapters.io.folder import load_adapter, open_adapter
+from malora_dist.adapters.io.folder import open_adapter
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.config import load_config
 from malora_dist.convert import calibration
 from malora_dist.convert.calibration import calibration_samples, collect

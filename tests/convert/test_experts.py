@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from malora_dist.adapters.inject import mixture_layers
-from malora_dist.adapters.io.folder import load_adapter, open_adapter
+from malora_dist.adapters.adapted_layers import mixture_layers
+from malora_dist.adapters.io.folder import open_adapter
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.config import load_config
 from malora_dist.convert.gates import constant_gates
 from malora_dist.data.build import build_data

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from malora_dist.adapters.io.folder import load_adapter, open_adapter
+from malora_dist.adapters.io.folder import open_adapter
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.convert.made import base, logits, make_checkpoint, run_kind, token_rows

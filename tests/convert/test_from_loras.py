@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.adapters.io.folder import load_adapter, open_adapter
+from malora_dist.adapters.io.folder import open_adapter
 from malora_dist.adapters.io.peft import open_peft
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.gather_loras import fill_new_ranks, resized, shared_subspace, squared_error
 from malora_dist.convert.job import convert

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from malora_dist.adapters.inject import adapter_state_dict, inject_adapters
+from malora_dist.adapters.adapted_layers import adapter_state_dict
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.io.folder import save_adapter
 from malora_dist.adapters.io.from_model import save_model_adapter
 from malora_dist.adapters.methods import mixture_spec

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters, remove_adapters
-from malora_dist.adapters.io.folder import AdapterInfo, load_adapter, open_adapter, save_adapter
+from malora_dist.adapters.adapted_layers import adapter_parameters, adapter_state_dict
+from malora_dist.adapters.inject import inject_adapters, remove_adapters
+from malora_dist.adapters.io.folder import AdapterInfo, open_adapter, save_adapter
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.adapters.merge import merged_weight
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.errors import CheckpointError, ConfigError

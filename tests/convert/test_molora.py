@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from malora_dist.adapters.io.folder import load_adapter, open_adapter
+from malora_dist.adapters.io.folder import open_adapter
+from malora_dist.adapters.loading import load_adapter
 from tests.convert.made import base, logits, run_kind, token_rows
 
 

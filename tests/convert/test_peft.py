@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, load_adapter, open_adapter
+from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, open_adapter
 from malora_dist.adapters.io.peft import open_peft
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.convert.job import convert
 from malora_dist.convert.kinds import Options
 from malora_dist.errors import CheckpointError, ConfigError

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from malora_dist.adapters.io.folder import load_adapter, open_adapter
+from malora_dist.adapters.io.folder import open_adapter
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.config import load_config
 from malora_dist.convert.calibration import calibration_samples, collect
 from malora_dist.convert.gates import constant_gates

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from malora_dist.adapters.inject import inject_adapters
-from malora_dist.adapters.io.folder import load_adapter, open_adapter
+from malora_dist.adapters.io.folder import open_adapter
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.convert.gates import Replay, deciding
 from malora_dist.convert.job import convert

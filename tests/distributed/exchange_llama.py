@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters
+from malora_dist.adapters.adapted_layers import adapter_parameters
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.distributed.expert_groups import ExpertGroups

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict
+from malora_dist.adapters.adapted_layers import adapter_parameters, adapter_state_dict
 from malora_dist.distributed import expert_parallel as apply
 from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.process_groups import World

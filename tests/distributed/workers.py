@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict
+from malora_dist.adapters.adapted_layers import adapter_parameters, adapter_state_dict
 from malora_dist.distributed.process_groups import (
     World,
     broadcast_object,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, mixture_layers
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
 from malora_dist.data.encode import ChoiceItem, Sample
 from malora_dist.data.packed_row import PackedRow, Packing
 from malora_dist.distributed.process_groups import World

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from malora_dist.adapters.inject import adapter_state_dict, inject_adapters
-from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, AdapterInfo, put_adapter, save_adapter
+from malora_dist.adapters.adapted_layers import adapter_state_dict
+from malora_dist.adapters.inject import inject_adapters
+from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, AdapterInfo, save_adapter
 from malora_dist.adapters.io.peft import open_lora
+from malora_dist.adapters.loading import put_adapter
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.checkpoint.layout import MANIFEST, seal
 from malora_dist.checkpoint.read import Checkpoint

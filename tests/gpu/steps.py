@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters, mixture_layers
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate

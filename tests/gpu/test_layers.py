@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from malora_dist.adapters.inject import adapter_parameters
+from malora_dist.adapters.adapted_layers import adapter_parameters
 from tests.gpu.steps import CASES, KERNEL_CASES, Case, Step, gradient_bound, worst_difference
 
 pytestmark = pytest.mark.gpu

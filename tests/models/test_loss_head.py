@@ -16,7 +16,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from malora_dist.adapters.inject import DEFAULT_TARGETS, adapter_parameters, count_base_parameters, inject_adapters
+from malora_dist.adapters.adapted_layers import adapter_parameters, count_base_parameters
+from malora_dist.adapters.inject import DEFAULT_TARGETS, inject_adapters
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.data.encode import Sample

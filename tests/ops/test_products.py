@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters
+from malora_dist.adapters.adapted_layers import adapter_parameters
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.ops.products import WeightCopies, kept_weight_copies
 from tests.tiny_models import tiny_llama

@@ -154,7 +154,7 @@ def run_case(world: Any, config: RunConfig) -> dict[str, Any]:
 
 def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     """Bytes of the storages that backward or the balance loss needs after `forward`, parameters excepted."""
-    from malora_dist.adapters.inject import mixture_layers
+    from malora_dist.adapters.adapted_layers import mixture_layers
 
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}

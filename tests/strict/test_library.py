@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from malora_dist import MaloraConfig, get_malora_model
-from malora_dist.adapters.inject import adapter_parameters, mixture_layers
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
 from malora_dist.bench.strict.device import StrictDevice
 from tests.tiny_models import tiny_llama
 

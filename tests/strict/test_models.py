@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.adapters.inject import adapter_state_dict, inject_adapters, mixture_layers, remove_adapters
-from malora_dist.adapters.io.folder import AdapterInfo, load_adapter, save_adapter
+from malora_dist.adapters.adapted_layers import adapter_state_dict, mixture_layers
+from malora_dist.adapters.inject import inject_adapters, remove_adapters
+from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
+from malora_dist.adapters.loading import load_adapter
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.data.encode import ChoiceItem

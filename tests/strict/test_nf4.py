@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters
+from malora_dist.adapters.adapted_layers import adapter_parameters
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.models.nf4_linear import NF4Linear

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
 from malora_dist.distributed.expert_groups import create_expert_groups

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, mixture_layers
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.evaluation.packed_forward import set_token_keys

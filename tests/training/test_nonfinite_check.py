@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from malora_dist.adapters.inject import adapter_parameters, mixture_layers
+from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
 from malora_dist.training.nonfinite_check import NonFiniteCheck
 from tests.multiprocess import run_distributed
 from tests.training.nonfinite_check_workers import TASKS

@@ -1,22 +1,19 @@
 """Adapter folders: adapter_config.json, adapter_model.safetensors and a model card, in the layout of PEFT.
 
-Whatever holds an adapter is read through `open_adapter`, one tensor at a time; `load_adapter` puts it on a model.
+Whatever holds an adapter is read through `open_adapter`, one tensor at a time.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from malora_dist.adapters.inject import adapter_parameters, inject_adapters, remove_adapters
 from malora_dist.adapters.io.info import (
     CONFIG,
     WEIGHTS,
@@ -28,7 +25,7 @@ from malora_dist.adapters.io.info import (
     model_name,
     read_adapter_info,
 )
-from malora_dist.adapters.io.weights import check_factors, check_names, check_seal, weights_header
+from malora_dist.adapters.io.weights import check_factors, check_seal, weights_header
 from malora_dist.checkpoint.detect import detect_kind
 from malora_dist.checkpoint.layout import MANIFEST
 from malora_dist.checkpoint.read import Checkpoint
@@ -40,8 +37,8 @@ from malora_dist.files.durable import write_text
 from malora_dist.files.folder import file_in, new_folder
 from malora_dist.files.tensor_file import TensorPlace, read_elements, write_tensors
 
-__all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_folder", "load_adapter", "open_adapter"]
-__all__ += ["put_adapter", "read_adapter_info", "save_adapter", "write_adapter_folder"]
+__all__ = ["CONFIG", "WEIGHTS", "AdapterInfo", "AdapterTensors", "fill_adapter_folder", "open_adapter"]
+__all__ += ["read_adapter_info", "save_adapter", "write_adapter_folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,49 +140,6 @@ def _open_checkpoint(folder: Path) -> AdapterTensors:
     )
     check_factors(tensors.path, tensors.info.spec, tensors.shapes)
     return tensors
-
-
-def load_adapter(model: nn.Module, path: AnyPath) -> AdapterInfo:
-    """Put the adapter of a folder, checkpoint or run on a base model.
-
-    Raises CheckpointError as `open_adapter` does, and if the adapter's layers are not those of this base.
-    """
-    return put_adapter(model, open_adapter(path))
-
-
-def put_adapter(
-    model: nn.Module,
-    tensors: AdapterTensors,
-    whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
-) -> AdapterInfo:
-    """Inject the adapter's layers into a base model and fill them, one tensor at a time. Raises as `load_adapter`.
-
-    `whole` is that of `inject_adapters`. A model on which this fails is left without adapters.
-    """
-    info = tensors.info
-    options: dict[str, Any] = {"lora_dropout": info.lora_dropout, "init_weights": False, "whole": whole}
-    # Fused projections hand results on through memory of the model's, which calls from several threads would mix up.
-    options["fuse_projections"] = False
-    inject_adapters(model, info.spec, info.target_modules, **options)
-    try:
-        fill_parameters(dict(adapter_parameters(model)), tensors)
-    except BaseException:
-        # No layer whose memory was not filled may stay.
-        remove_adapters(model)
-        raise
-    return info
-
-
-@torch.no_grad()
-def fill_parameters(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> None:
-    """Copy an adapter's tensors into parameters of these names. Raises CheckpointError unless they are the same."""
-    check_names(tensors.path, parameters, tensors.shapes, "this base")
-    for name, parameter in parameters.items():
-        if tuple(parameter.shape) != tensors.shapes[name]:
-            raise CheckpointError(
-                f"{tensors.path}: {name} has shape {tensors.shapes[name]}, this base needs {tuple(parameter.shape)}"
-            )
-        parameter.copy_(tensors.read(name))
 
 
 def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:

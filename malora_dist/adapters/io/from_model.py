@@ -4,13 +4,12 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, mixture_layers
+from malora_dist.adapters.adapted_layers import Injected, adapter_parameters, injected_adapters, mixture_layers
 from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
 from malora_dist.adapters.io.info import AnyPath
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import factor_shapes
-from malora_dist.adapters.saving import Injected, injected_adapters
 from malora_dist.errors import CheckpointError
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import DEFAULT_TARGETS, mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
+from malora_dist.adapters.inject import DEFAULT_TARGETS
 from malora_dist.bench.local.peers.baselines import LORA, MALORA, MOLORA, Contestant
 from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.bench.strict.device import TYPE, StrictDevice

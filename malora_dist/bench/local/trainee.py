@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from malora_dist.adapters.inject import mixture_layers
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.bench.local.losses import LOSSES, Batch, prepare_head
 from malora_dist.bench.local.peers.build import Adapted

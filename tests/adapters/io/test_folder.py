@@ -14,19 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, inject_adapters, mixture_layers
+from malora_dist.adapters.adapted_layers import adapter_parameters, adapter_state_dict, mixture_layers
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.io import folder as folder_module
-from malora_dist.adapters.io.folder import (
-    CONFIG,
-    WEIGHTS,
-    AdapterInfo,
-    load_adapter,
-    open_adapter,
-    put_adapter,
-    read_adapter_info,
-    save_adapter,
-)
+from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, AdapterInfo, open_adapter, read_adapter_info, save_adapter
 from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.loading import load_adapter, put_adapter
 from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.errors import CheckpointError

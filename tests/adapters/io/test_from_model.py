@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from malora_dist import inject_adapters, load_adapter, mixture_spec
-from malora_dist.adapters.inject import adapter_parameters, adapter_state_dict, mixture_layers, remove_adapters
+from malora_dist.adapters.adapted_layers import adapter_parameters, adapter_state_dict, mixture_layers
+from malora_dist.adapters.inject import remove_adapters
 from malora_dist.adapters.io.folder import open_adapter, read_adapter_info, save_adapter, write_adapter_folder
 from malora_dist.adapters.io.from_model import save_model_adapter
 from malora_dist.adapters.io.peft import open_lora, open_peft

@@ -1,10 +1,10 @@
-"""Modules that launchers start in each process of a run, and that carry out a command of malora there."""
+"""Runs a command of malora in a process that a launcher has started by the name of a module."""
 
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
+from malora_dist.cli.app import main
 from malora_dist.launch.ranks import place_of
 
 
@@ -20,7 +20,7 @@ def run_malora(command: Sequence[str], arguments: Sequence[str] | None) -> int:
     alone = [] if place_of(os.environ)[1] > 1 else ["--num_gpus", "1"]
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        import_module("malora_dist.cli.app").main([*command, *alone, *words])
+        main([*command, *alone, *words])
     except SystemExit as end:
         return int(end.code or 0)
     return 0
