@@ -68,7 +68,7 @@ def test_errors_list_the_registered_methods() -> None:
     try:
         with pytest.raises(ConfigError, match=f"adapter.method='other': must be one of lora, .*, malora, {NAME}$"):
             config_from_dict(recipe(adapter={"method": "other"}))
-        with pytest.raises(ConfigError, match=f"{NAME}'? is registered already"):
+        with pytest.raises(ConfigError, match=f"name='{NAME}' is registered already"):
             register_method(NAME, METHODS["lora"])
     finally:
         del METHODS[NAME]

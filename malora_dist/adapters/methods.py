@@ -82,7 +82,7 @@ def register_method(name: str, structure: Structure) -> None:
         ConfigError: another method has this name.
     """
     if METHODS.setdefault(name, structure) != structure:
-        raise ConfigError(f"adapter.method={name!r} is registered already, with another structure")
+        raise ConfigError(f"name={name!r} is registered already, with another structure")
 
 
 def unknown_method(name: object) -> str | None:
@@ -182,16 +182,15 @@ def mixture_spec(
         num_experts = top_k = 1
     if structure.dense:
         top_k = num_experts
-    if min(num_experts, top_k, r) < 1 or top_k > num_experts:
-        raise ConfigError(
-            f"r={r}, num_experts={num_experts}, top_k={top_k}: each must be at least 1 and top_k at most num_experts"
-        )
-    if not structure.expert_down:
-        shared_r = r if structure.shared_down else None
+    for argument, number in (("r", r), ("num_experts", num_experts), ("top_k", top_k)):
+        if number < 1:
+            raise ConfigError(f"{argument}={number} must be at least 1")
+    if top_k > num_experts:
+        raise ConfigError(f"top_k={top_k} must be at most num_experts={num_experts}")
+    if structure.expert_down:
+        shared_r = _rank_of_shared_down(shared_r, r, num_experts, compression_ratio)
     else:
-        shared_r = default_shared_r(num_experts, r, compression_ratio) if shared_r is None else shared_r
-        if shared_r < r:
-            raise ConfigError(f"shared_r={shared_r} must be at least r={r}: P_t keeps r of its d rows")
+        shared_r = r if structure.shared_down else None
     return MixtureSpec(
         method=method,
         num_experts=num_experts,
@@ -205,6 +204,16 @@ def mixture_spec(
         rank_pattern=_patterns("rank_pattern", rank_pattern, "integers of at least 1", _is_rank),
         alpha_pattern=_patterns("alpha_pattern", alpha_pattern, "positive numbers", _is_positive),
     )
+
+
+def _rank_of_shared_down(shared_r: int | None, r: int, num_experts: int, compression_ratio: float) -> int:
+    found = default_shared_r(num_experts, r, compression_ratio) if shared_r is None else shared_r
+    if found < r:
+        given = (
+            f"shared_r={found}" if shared_r is not None else f"compression_ratio={compression_ratio}: shared_r={found}"
+        )
+        raise ConfigError(f"{given} must be at least r={r}, because each P_t has r rows of rank shared_r")
+    return found
 
 
 def _patterns(argument: str, given: Any, rule: str, holds: Callable[[Any], bool]) -> Patterns:

@@ -12,6 +12,9 @@ from malora_dist.adapters.text_linears import idle_linears
 from malora_dist.errors import ConfigError, short
 from malora_dist.models.linears import linear_sizes, output_head
 
+# Before the names of a recipe's keys.
+RECIPE = "adapter."
+
 
 def find_targets(
     model: nn.Module, targets: Sequence[str], spec: MixtureSpec, narrowing: Narrowing = EVERYTHING
@@ -26,7 +29,7 @@ def find_targets(
     Raises: ConfigError with all that is wrong at once, and with the linears that the model has.
     """
     needed = ALL_LINEAR in targets or _has_other_parts(model)
-    found, wrong = _look(model, targets, spec, (idle_linears(model) if needed else None) or (), narrowing)
+    found, wrong = _look(model, targets, spec, (idle_linears(model) if needed else None) or (), narrowing, "")
     _refuse(model, wrong, "")
     return found
 
@@ -40,8 +43,8 @@ def check_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -
     so the head sees other tokens than the routers of all other layers.
     """
     idle = idle_linears(model)
-    found, wrong = _look(model, targets, spec, idle or (), EVERYTHING)
-    _refuse(model, [*wrong, *_untrainable(model, found, idle or ())], "adapter.")
+    found, wrong = _look(model, targets, spec, idle or (), EVERYTHING, RECIPE)
+    _refuse(model, [*wrong, *_untrainable(model, found, idle or ())], RECIPE)
     if idle is not None:
         return []
     return [
@@ -51,9 +54,14 @@ def check_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -
 
 
 def _look(
-    model: nn.Module, targets: Sequence[str], spec: MixtureSpec, idle: Collection[str], narrowing: Narrowing
+    model: nn.Module,
+    targets: Sequence[str],
+    spec: MixtureSpec,
+    idle: Collection[str],
+    narrowing: Narrowing,
+    section: str,
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Return what each target means, and what is wrong with it."""
+    """Return what each target means, and what is wrong with it. `section`: as in `_refuse`."""
     if not targets:
         return {}, ["it is empty: there would be nothing to train"]
     broken = list(_broken(targets))
@@ -72,10 +80,11 @@ def _look(
     if not any(kept.values()) and not wrong:
         wrong.append(f"nothing is left with {narrowing}")
     chosen = {name: linears[name] for names in kept.values() for name in names if name in linears}
-    return kept, [*wrong, *_overlaps(kept), *_too_narrow(chosen, spec)]
+    return kept, [*wrong, *_overlaps(kept), *_too_narrow(chosen, spec, section)]
 
 
 def _refuse(model: nn.Module, wrong: Sequence[str], section: str) -> None:
+    """Raise ConfigError for what is wrong. `section`: stands before the names of arguments that are a recipe's keys."""
     if wrong:
         fused = next(iter(fused_experts(model)), None)
         kept = "" if fused is None else f"; experts kept as one parameter ({fused}) are none"
@@ -207,13 +216,13 @@ def _overlaps(found: Mapping[str, Sequence[str]]) -> Iterable[str]:
     return [f"{first!r} and {second!r} both match {name}" for (first, second), name in pairs.items()]
 
 
-def _too_narrow(chosen: Mapping[str, tuple[int, int]], spec: MixtureSpec) -> Iterable[str]:
+def _too_narrow(chosen: Mapping[str, tuple[int, int]], spec: MixtureSpec, section: str) -> Iterable[str]:
     """S_A has orthogonal rows, of which there are no more than inputs."""
     ranks = {name: spec.of_layer(name).shared_r or 0 for name in chosen}
     narrow = {name: inputs for name, (inputs, _) in chosen.items() if ranks[name] > inputs}
     if narrow:
         name, inputs = min(narrow.items(), key=lambda entry: entry[1])
         yield (
-            f"shared_r={ranks[name]} must be at most the {inputs} inputs of {name}: S_A is made of that many "
+            f"{section}shared_r={ranks[name]} must be at most the {inputs} inputs of {name}: S_A has that many "
             "orthogonal rows"
         )

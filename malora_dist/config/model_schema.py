@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from malora_dist.adapters.methods import METHODS, Structure, unknown_method
+from malora_dist.adapters.methods import METHODS, Structure, default_shared_r, unknown_method
 from malora_dist.adapters.target_names import compiled
 from malora_dist.config.base import MOST, Rule, Section, usable_path
 from malora_dist.config.dtypes import dtype_rule, long_name
@@ -188,6 +188,12 @@ class AdapterConfig(Section):
             yield Rule(("top_k", "num_experts"), f"must be at most adapter.num_experts={self.num_experts}")
         if structure.expert_down and self.shared_r is not None and self.shared_r < self.r:
             yield Rule(("shared_r", "r"), f"must be at least adapter.r={self.r}")
+        if structure.expert_down and self.shared_r is None:
+            derived = default_shared_r(self.num_experts, self.r, self.compression_ratio)
+            if derived < self.r:
+                yield Rule(
+                    ("compression_ratio", "r"), f"gives shared_r={derived}, which must be at least adapter.r={self.r}"
+                )
         if len(set(self.target_modules)) < len(self.target_modules):
             yield Rule(("target_modules",), "must not name a module twice")
         if any(not name.strip() for name in self.target_modules):

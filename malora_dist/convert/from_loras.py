@@ -76,6 +76,10 @@ def _spec(job: Job, sources: Sequence[AdapterTensors]) -> MixtureSpec:
     options, N = job.options, len(sources)
     r = options.r or max(source.info.spec.r for source in sources)
     scalings = {source.info.spec.scaling for source in sources}
+    if options.top_k is not None and options.top_k > N:
+        raise ConfigError(f"--top-k {options.top_k} must be at most {N}, the number of SRC")
+    if job.kind == "malora" and options.shared_r is not None and options.shared_r < r:
+        raise ConfigError(f"--shared-r {options.shared_r} must be at least {r}, the rank of each expert")
     shared = None if job.kind != "malora" else options.shared_r or max(default_shared_r(N, r, 0.5), r)
     return mixture_spec(
         job.kind,

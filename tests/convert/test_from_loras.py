@@ -150,8 +150,10 @@ def test_what_cannot_be_mixed(workspace: Path, loras: tuple[Path, ...], tmp_path
         mix("malora", (loras[0], workspace / "runs" / "molora"), target)
     with pytest.raises(ConfigError, match="give two SRC or more"):
         mix("malora", loras[:1], target)
-    with pytest.raises(ConfigError, match="shared_r=3 must be at least r=4"):
+    with pytest.raises(ConfigError, match="--shared-r 3 must be at least 4"):
         mix("malora", loras, target, shared_r=3)
+    with pytest.raises(ConfigError, match=f"--top-k 9 must be at most {len(loras)}, the number of SRC"):
+        mix("malora", loras, target, top_k=9)
     with pytest.raises(ConfigError, match="--shared-r 1000 must be at most"):
         mix("malora", loras, target, shared_r=1000)
     with pytest.raises(ConfigError, match="--beta means nothing to --to molora; it belongs to --to malora"):
