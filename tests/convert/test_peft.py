@@ -111,6 +111,27 @@ def test_layers_may_have_numbers_of_their_own(workspace: Path, tmp_path: Path) -
         convert("malora", (tmp_path / "ours", tmp_path / "ours"), tmp_path / "mixture", Options())
 
 
+@pytest.mark.parametrize(
+    ("narrowing", "layers"),
+    [
+        ({"layers_to_transform": 1}, {"1.self_attn.q_proj", "1.mlp.down_proj"}),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, {"0.self_attn.q_proj", "0.mlp.down_proj"}),
+        ({"exclude_modules": ["0.mlp.down_proj"]}, {"0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.down_proj"}),
+        ({"exclude_modules": r".*\.q_proj"}, {"0.mlp.down_proj", "1.mlp.down_proj"}),
+    ],
+)
+def test_narrowed_targets(workspace: Path, tmp_path: Path, narrowing: dict[str, Any], layers: set[str]) -> None:
+    """There and back again; the layers are those that have weights in the file."""
+    theirs, ours = stock(workspace, tmp_path / "stock", **narrowing), base(workspace)
+    run_kind("from-peft", tmp_path / "stock", tmp_path / "ours")
+    assert set(load_adapter(ours, tmp_path / "ours").target_modules) == {f"model.layers.{layer}" for layer in layers}
+    rows = token_rows()
+    torch.testing.assert_close(logits(ours, rows), logits(theirs, rows), atol=2e-5, rtol=1e-5)
+    run_kind("peft", tmp_path / "ours", tmp_path / "again")
+    again = PeftModel.from_pretrained(base(workspace), tmp_path / "again")
+    assert torch.equal(logits(again, rows), logits(theirs, rows))
+
+
 def edit(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text())
@@ -146,7 +167,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "bias": (edit(bias="all"), 'bias="all" is not read'),
     "modules_to_save": (edit(modules_to_save=["lm_head"]), 'modules_to_save=["lm_head"]'),
     "target_parameters": (edit(target_parameters=["experts.w"]), "target_parameters"),
-    "layers_to_transform": (edit(layers_to_transform=[0]), "layers_to_transform=[0]"),
+    "layers_to_transform": (edit(layers_to_transform=["0"]), 'layers_to_transform=["0"] must be the number of a layer'),
+    "exclude_modules": (edit(exclude_modules=[3]), "exclude_modules=[3] must be a list of names, or text"),
     "qalora": (edit(use_qalora=True), "use_qalora=true"),
     "a key of the future": (edit(use_newlora=3), "use_newlora=3"),
     "pissa": (edit(init_lora_weights="pissa_niter_4"), "changes the base's own weights"),

@@ -25,6 +25,9 @@ from malora_dist.files.folder import file_in
 # What says nothing of the function, or is read below.
 READ = {"peft_type", "task_type", "base_model_name_or_path", "revision", "target_modules", "r", "lora_alpha"}
 READ |= {"lora_dropout", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+# What narrows the targets: the file of weights says which layers are left.
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+READ |= set(NARROWING)
 SILENT = {"auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "eva_config"}
 # How the base's own weights lie, which its layers say themselves.
 SILENT |= {"fan_in_fan_out"}
@@ -33,6 +36,17 @@ INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 LARGEST = 2**31
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _are_layers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
 VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "base_model_name_or_path": ("text or null", lambda value: value is None or isinstance(value, str)),
     "lora_dropout": (
@@ -41,12 +55,10 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "rank_pattern": ("an object", lambda value: value is None or isinstance(value, dict)),
     "alpha_pattern": ("an object", lambda value: value is None or isinstance(value, dict)),
-    "target_modules": (
-        "a list of names, or text",
-        lambda value: (
-            isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
-        ),
-    ),
+    "target_modules": ("a list of names, or text", _are_names),
+    "exclude_modules": ("a list of names, or text", _are_names),
+    "layers_to_transform": ("the number of a layer, or a list of them", _are_layers),
+    "layers_pattern": ("a list of names, or text", _are_names),
 }
 
 
@@ -152,9 +164,9 @@ def _layers(folder: Path) -> list[str]:
 
 
 def _targets(config: Mapping[str, Any], layers: Sequence[str]) -> tuple[str, ...]:
-    """PEFT's list, which means what ours does. A pattern or `all-linear` becomes the layers it has found."""
+    """PEFT's list, which means what ours does. What is a pattern, `all-linear` or narrowed becomes the layers found."""
     targets = config.get("target_modules")
-    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+    if isinstance(targets, list) and all(config.get(key) in (None, "", []) for key in NARROWING):
         return tuple(sorted(targets))
     return tuple(layers)
 
