@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from malora_dist import MaloraModel
-from tests.e2e import Finished, run_alone, run_ranks
+from tests.e2e import Finished, launch, run_alone
 from tests.multiprocess import ROOT
 from tests.tiny_models import byte_tokenizer, save_tiny_llama, tiny_llama
 
@@ -63,9 +63,20 @@ def test_trainer_goes_on_from_its_checkpoints(folder: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_accelerate_on_two_processes(folder: Path) -> None:
+def test_accelerate_launches_two_processes(folder: Path) -> None:
+    options = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     given = arguments("accelerate_loop", folder, "accelerate", "--epochs", "12")
-    done = run_ranks(2, RUN, given, folder, ACCELERATE_USE_CPU="true")
+    done = launch(["accelerate", "launch", *options, *given], folder)
     learned(done, folder / "accelerate")
     assert done.output.count("epoch 0:") == 1
 
