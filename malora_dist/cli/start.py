@@ -11,15 +11,10 @@ from rich.text import Text
 from malora_dist.config import RunConfig
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.summary import adapter_spec
-from malora_dist.launch.command import (
-    deepspeed_command,
-    launcher_environment,
-    launcher_path,
-    run_command,
-    visible_gpus,
-)
-from malora_dist.launch.ports import meeting_port
+from malora_dist.launch.command import run_command, visible_gpus
+from malora_dist.launch.launcher import Placement
 from malora_dist.launch.ranks import check_processes, under_launcher
+from malora_dist.launch.schedulers import launcher_of
 
 # The program whose commands several processes run together, each told by its launcher what it is.
 MALORA = "malora_dist.cli"
@@ -56,13 +51,8 @@ def start(
         check_plan(config, processes)
     if processes == 1:
         raise typer.Exit(work() or 0)
-    command = deepspeed_command(
-        module,
-        arguments,
-        num_gpus=processes,
-        environment=os.environ,
-        launcher=launcher_path(),
-        options=["--master_port", str(meeting_port(master_port))],
-    )
+    launcher, placement = launcher_of("deepspeed"), Placement(processes=processes, master_port=master_port)
+    command = launcher.command(module, arguments, placement, os.environ)
     Console(stderr=True).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
-    raise typer.Exit(run_command(command, launcher_environment(os.environ)))
+    with launcher.environment(placement, os.environ) as environment:
+        raise typer.Exit(run_command(command, environment))

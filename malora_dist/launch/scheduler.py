@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from malora_dist.errors import TopologyError
+from malora_dist.launch.launcher import Launcher
 
 # States of jobs, in Slurm's words. A scheduler with other words translates them.
 UNKNOWN, PENDING, RUNNING, COMPLETED, FAILED = "UNKNOWN", "PENDING", "RUNNING", "COMPLETED", "FAILED"
@@ -151,7 +152,8 @@ class Scheduler:
     """One way in which the processes of a run are started, by what it puts into their environment."""
 
     name: ClassVar[str]
-    # None: it starts processes at once, and keeps no jobs.
+    # What it starts processes with at once, and where it keeps jobs; None for what it does not do.
+    launcher: Launcher | None = None
     queue: JobQueue | None = None
 
     def task(self, environment: Mapping[str, str]) -> Task | None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from malora_dist.errors import ConfigError
+from malora_dist.launch.launcher import Launcher
 from malora_dist.launch.scheduler import JobQueue, RunningJob, Scheduler, Task
 from malora_dist.launch.slurm.scheduler import Slurm
 from malora_dist.launch.ssh.scheduler import DeepSpeed
@@ -15,6 +16,15 @@ SCHEDULERS: dict[str, Scheduler] = {one.name: one for one in (DeepSpeed(), Torch
 def queues() -> dict[str, JobQueue]:
     """Return the queues of the schedulers that have one, by the schedulers' names."""
     return {name: one.queue for name, one in SCHEDULERS.items() if one.queue is not None}
+
+
+def launcher_of(name: str) -> Launcher:
+    """Return the launcher of a scheduler. Raises ConfigError if it starts nothing at once."""
+    found = SCHEDULERS[name].launcher if name in SCHEDULERS else None
+    if found is None:
+        known = [other for other, one in SCHEDULERS.items() if one.launcher is not None]
+        raise ConfigError(f"{name} starts no processes: those that do are {', '.join(known)}")
+    return found
 
 
 def task_of(environment: Mapping[str, str]) -> tuple[Scheduler, Task] | None:

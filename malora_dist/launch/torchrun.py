@@ -4,15 +4,36 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from malora_dist.errors import ConfigError
+from malora_dist.launch.command import launcher_path
+from malora_dist.launch.launcher import Launcher, Placement
 from malora_dist.launch.scheduler import Scheduler
 
 DEFAULT_PORT = 29500
+
+
+class TorchrunLauncher(Launcher):
+    """Starts processes on this machine; called on each machine of a run."""
+
+    def command(
+        self, module: str, arguments: Sequence[str], placement: Placement, environment: Mapping[str, str]
+    ) -> list[str]:
+        return torchrun_command(
+            module,
+            arguments,
+            processes=placement.processes,
+            nodes=placement.nodes,
+            node_rank=placement.node_rank,
+            master_addr=placement.master_addr,
+            master_port=placement.master_port,
+            launcher=launcher_path("torchrun"),
+        )
 
 
 class Torchrun(Scheduler):
     """Sets torch's variables, and counts the processes of this machine. It keeps no jobs."""
 
     name: ClassVar[str] = "torchrun"
+    launcher = TorchrunLauncher()
 
     def num_nodes(self, environment: Mapping[str, str]) -> int | None:
         """Return the number of machines, which have the same number of processes each."""

@@ -93,7 +93,7 @@ def test_several_processes_go_through_deepspeed(
     launcher = tmp_path / "deepspeed"
     launcher.write_text('#!/bin/sh\necho "started: $*"\nexit 9\n')
     launcher.chmod(0o755)
-    monkeypatch.setattr("malora_dist.cli.start.launcher_path", lambda: str(launcher))
+    monkeypatch.setattr("malora_dist.launch.ssh.launcher.launcher_path", lambda: str(launcher))
     # What a pod or a batch script has set is no launcher.
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("SLURM_NTASKS", "2")

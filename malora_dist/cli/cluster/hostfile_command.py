@@ -2,9 +2,6 @@
 
 import os
 import shlex
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,19 +14,10 @@ from malora_dist.config import load_config
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.summary import adapter_spec
 from malora_dist.errors import ConfigError
-from malora_dist.launch.command import (
-    VISIBLE_DEVICES,
-    deepspeed_command,
-    launcher_environment,
-    launcher_path,
-    run_command,
-    visible_gpus,
-)
-from malora_dist.launch.ports import meeting_port
-from malora_dist.launch.ssh.check import check_hosts, is_this_machine
+from malora_dist.launch.command import run_command, visible_gpus
+from malora_dist.launch.launcher import Placement
+from malora_dist.launch.schedulers import launcher_of
 from malora_dist.launch.ssh.hostfile import Slots, choose_hosts, read_hostfile, slots_per_host
-from malora_dist.launch.ssh.pdsh import env_file_text, handed_on, hosts_command, runner_environment
-from malora_dist.launch.torchrun import torchrun_command
 
 TRAIN = "malora_dist.train"
 LAUNCHER = "pdsh"
@@ -81,22 +69,19 @@ def deepspeed_verb(
             "the processes need"
         )
     path, overrides = recipe_first(recipe, context.args)
-    chosen = _chosen_hosts(hostfile, include, exclude, num_gpus)
-    _check(path, overrides, len(chosen) * slots_per_host(chosen))
-    arguments = [path, *overrides]
-    here = hostfile is None or _only_this_machine(chosen)
-    port = meeting_port(master_port) if here or master_port is None else master_port
-    place = [*(["--master_addr", master_addr] if master_addr else []), "--master_port", str(port)]
-    if here or hostfile is None:
-        (slots,) = chosen.values()
-        visible = os.environ if hostfile is None else _visible(slots)
-        raise typer.Exit(_run(_local_command(arguments, len(slots), visible, place), os.environ, dry_run))
+    hosts = _chosen_hosts(hostfile, include, exclude, num_gpus)
     named = {"--include": include, "--exclude": exclude}
-    selection = [word for option, text in named.items() if text for word in (option, text)]
-    command = hosts_command(
-        TRAIN, arguments, hostfile=hostfile, selection=selection, place=place, launcher=launcher_path()
+    placement = Placement(
+        processes=slots_per_host(hosts) if hosts else num_gpus or visible_gpus(),
+        nodes=len(hosts) or 1,
+        master_addr=master_addr,
+        master_port=master_port,
+        hosts=hosts,
+        hostfile=hostfile,
+        selection=tuple(word for option, text in named.items() if text for word in (option, text)),
+        check_hosts=not no_ssh_check,
     )
-    raise typer.Exit(_run_on_hosts(command, chosen, try_ssh=not no_ssh_check, dry_run=dry_run))
+    raise typer.Exit(_start("deepspeed", path, overrides, placement, dry_run))
 
 
 def torchrun_verb(
@@ -121,75 +106,45 @@ def torchrun_verb(
 ) -> None:
     """Train with torchrun: on this machine, or on several, on each of which the command is called."""
     path, overrides = recipe_first(recipe, context.args)
-    processes = nproc_per_node if nproc_per_node is not None else visible_gpus()
-    _check(path, overrides, nnodes * processes)
-    command = torchrun_command(
-        TRAIN,
-        [path, *overrides],
-        processes=processes,
+    placement = Placement(
+        processes=nproc_per_node or visible_gpus(),
         nodes=nnodes,
         node_rank=node_rank,
         master_addr=master_addr,
         master_port=master_port,
-        launcher=launcher_path("torchrun"),
     )
-    raise typer.Exit(_run(command, os.environ, dry_run))
-
-
-def _check(path: str, overrides: list[str], processes: int) -> None:
-    """Raises ConfigError or TopologyError for a recipe that cannot run on so many processes."""
-    config = load_config(path, overrides)
-    adapter_spec(config)
-    check_plan(config, processes)
+    raise typer.Exit(_start("torchrun", path, overrides, placement, dry_run))
 
 
 def _chosen_hosts(hostfile: Path | None, include: str | None, exclude: str | None, num_gpus: int | None) -> Slots:
-    """The hosts to train on. Raises ConfigError for options at odds, and as choose_hosts."""
+    """Return the hosts of a hostfile to train on, none without one.
+
+    Raises ConfigError for options that contradict each other, and as choose_hosts.
+    """
     if hostfile is not None:
         if num_gpus is not None:
             raise ConfigError(f"--num_gpus={num_gpus}: with --hostfile, its slots and --include say which GPUs")
         return choose_hosts(read_hostfile(hostfile), include, exclude)
     if include or exclude:
         raise ConfigError("--include and --exclude choose from a --hostfile; for this machine give --num_gpus")
-    return {"localhost": tuple(range(num_gpus if num_gpus is not None else visible_gpus()))}
+    return {}
 
 
-def _only_this_machine(chosen: Slots) -> bool:
-    """Neither ssh nor pdsh is needed then."""
-    return len(chosen) == 1 and all(is_this_machine(host) for host in chosen)
+def _start(scheduler: str, path: str, overrides: list[str], placement: Placement, dry_run: bool) -> int:
+    """Check everything, print the command and run it; return its exit code.
 
-
-def _local_command(arguments: list[str], gpus: int, environment: Mapping[str, str], place: list[str]) -> list[str]:
-    return deepspeed_command(
-        TRAIN, arguments, num_gpus=gpus, environment=environment, launcher=launcher_path(), options=place
-    )
-
-
-def _visible(slots: Sequence[int]) -> dict[str, str]:
-    """As if only those GPUs were visible; nothing for the first of them, which --num_gpus says."""
-    return {} if list(slots) == list(range(len(slots))) else {VISIBLE_DEVICES[0]: ",".join(map(str, slots))}
-
-
-def _run_on_hosts(command: Sequence[str], chosen: Slots, *, try_ssh: bool, dry_run: bool) -> int:
-    """Run it with the variables that the processes need, once all hosts are there; its exit code.
-
-    Raises ConfigError, before anything starts, if pdsh or a host is missing.
+    Raises ConfigError or TopologyError, before anything starts, for a recipe that cannot run on so many processes, and
+    where they cannot be started.
     """
-    variables = handed_on(launcher_environment(os.environ))
-    text = env_file_text(variables, os.environ)
+    config = load_config(path, overrides)
+    adapter_spec(config)
+    check_plan(config, placement.world_size)
+    launcher = launcher_of(scheduler)
+    command = launcher.command(TRAIN, [path, *overrides], placement, os.environ)
     if not dry_run:
-        if shutil.which("pdsh") is None:
-            raise ConfigError("pdsh is not installed here: deepspeed starts the processes of other hosts with it")
-        if try_ssh:
-            check_hosts(list(chosen), Path.cwd())
-    with tempfile.TemporaryDirectory(prefix="malora-") as folder:
-        file = Path(folder) / "environment"
-        file.write_text(text, encoding="utf-8")
-        Console(stderr=True).print(Text(f"handed on to the hosts: {', '.join(variables)}"), soft_wrap=True)
-        return _run(command, runner_environment(os.environ, file), dry_run)
-
-
-def _run(command: Sequence[str], environment: Mapping[str, str], dry_run: bool) -> int:
-    """Print the command and run it; its exit code."""
-    Console(stderr=not dry_run).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
-    return 0 if dry_run else run_command(command, launcher_environment(environment))
+        launcher.check(placement)
+    with launcher.environment(placement, os.environ) as environment:
+        for note in launcher.notes(placement, os.environ):
+            Console(stderr=True).print(Text(note), soft_wrap=True)
+        Console(stderr=not dry_run).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
+        return 0 if dry_run else run_command(command, environment)

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from malora_dist.launch.scheduler import Scheduler
+from malora_dist.launch.ssh.launcher import DeepSpeedLauncher
 
 
 class DeepSpeed(Scheduler):
     """Sets torch's variables, and counts nodes and processes in its own. It keeps no jobs."""
 
     name: ClassVar[str] = "deepspeed"
+    launcher = DeepSpeedLauncher()
 
     def num_nodes(self, environment: Mapping[str, str]) -> int | None:
         """Return the number of hosts."""

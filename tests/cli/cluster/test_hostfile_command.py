@@ -26,7 +26,8 @@ def script(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) 
     path = folder / name
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
-    monkeypatch.setattr("malora_dist.cli.cluster.hostfile_command.launcher_path", lambda *_: str(path))
+    for module in ("ssh.launcher", "torchrun"):
+        monkeypatch.setattr(f"malora_dist.launch.{module}.launcher_path", lambda *_: str(path))
     return path
 
 
@@ -136,7 +137,7 @@ def test_the_launcher_runs_and_its_exit_code_is_ours(
     assert "\nPYTORCH_ALLOC_CONF=expandable_segments:True\n" in out
     assert f"$ {launcher} --log_level error --hostfile hosts" in err
     # Tests are kept on the CPU by the first of them, and so are the other hosts.
-    assert "handed on to the hosts: DS_ACCELERATOR, OMP_NUM_THREADS, PATH, PYTORCH_ALLOC_CONF\n" in err
+    assert "variables passed to the hosts: DS_ACCELERATOR, OMP_NUM_THREADS, PATH, PYTORCH_ALLOC_CONF\n" in err
 
     script(tmp_path, monkeypatch, "torchrun", 'echo "started: $*"; exit 4')
     assert launch("torchrun", recipe, "--nproc_per_node", "2", "--adapter.r", "6") == 4
