@@ -21,7 +21,7 @@ from malora_dist.adapters.methods import mixture_spec
 from malora_dist.adapters.targets import ALL_LINEAR, all_linear, leaf_of
 from malora_dist.adapters.training_mode import train_adapters
 from malora_dist.convert.job import convert
-from malora_dist.convert.kinds import Options
+from malora_dist.convert.kinds import ConvertOptions
 from malora_dist.errors import MaloraError
 from malora_dist.models.attention import choose_attention
 from malora_dist.models.load import load_base_model
@@ -123,7 +123,7 @@ def _merged(model: Any, folder: Path, target: Path) -> float | None:
     info = AdapterInfo(spec=spec, target_modules=targets, base_model=str(folder), lora_dropout=0.0)
     save_adapter(target / "adapter", info, adapter_state_dict(model), "card")
     try:
-        convert("merged", (target / "adapter",), target / "merged", Options(), lambda said: None)
+        convert("merged", (target / "adapter",), target / "merged", ConvertOptions(), lambda said: None)
     except MaloraError as error:
         if not any(why in str(error) for why in ("is tied to", "as a part of")):
             raise

@@ -69,7 +69,7 @@ def timed_varlen(length: int) -> str:
 def main() -> int:
     verdicts = Verdicts()
     seen, added = packed_masks()
-    verdicts.say(f"{T} tokens, {H} heads of {D}, bf16; samples of {LENGTH}")
+    verdicts.log(f"{T} tokens, {H} heads of {D}, bf16; samples of {LENGTH}")
     verdicts.attempt("a mask of booleans", lambda: timed(masked(seen)))
     verdicts.attempt("the same mask, added", lambda: timed(masked(added)))
     verdicts.attempt("causal over the whole row (other numbers)", lambda: timed(masked(None)))

@@ -33,7 +33,7 @@ def bench(verdicts: Verdicts, name: str, *arguments: str) -> None:
             text = f"{record['name']} {1e3 * seconds:.2f} ms" + (f" ({ratio:.2f})" if ratio is not None else "")
             cases.setdefault(record["case"], []).append(text)
     for case, texts in cases.items():
-        verdicts.say(f"{case}: {', '.join(texts)}")
+        verdicts.log(f"{case}: {', '.join(texts)}")
 
 
 def main() -> int:

@@ -101,8 +101,8 @@ def triton() -> str:
 def main() -> int:
     verdicts = Verdicts()
     name = torch.cuda.get_device_name(0) if GPU else "no GPU"
-    verdicts.say(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {name}, nvcc {shutil.which('nvcc')}")
-    verdicts.say(main_versions())
+    verdicts.log(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {name}, nvcc {shutil.which('nvcc')}")
+    verdicts.log(main_versions())
     for check in (packages, bitsandbytes, deepspeed, product, triton):
         verdicts.attempt(check.__name__, check)
     return verdicts.exit_code()

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.gpu.measure import DEVICE, kernels, waits
 from malora_dist.adapters.adapted_layers import mixture_layers
-from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS
+from malora_dist.bench.local.launch_cases import BASELINES, CASES
 from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.ops.dropout import token_keys
 from malora_dist.ops.products import kept_weight_copies
@@ -18,17 +18,17 @@ GOLDEN = Path("tests/strict/counts.json")
 # Those of the golden numbers.
 HIDDEN, TOKENS, DTYPE = 64, 16, torch.bfloat16
 BASES = {"bf16": False, "nf4": True}
-NAMES = ("base", "lora", "malora", "malora_grouped", "malora_siblings")
+NAMES = ("base", "lora", "malora", "malora_grouped", "malora_fused")
 
 
 def beside_golden(case: str, kind: str) -> str:
-    """Say for each contestant on a case and base what was counted here and, in brackets, without a GPU."""
+    """Say for each baseline on a case and base what was counted here and, in brackets, without a GPU."""
     golden = json.loads(GOLDEN.read_text())
     base, said = base_of(case, BASES[kind]), []
     for name in NAMES:
         row = golden.get(f"{case}, {kind}, {name}, dropout {0 if name == 'base' else 0.05:g}")
         if row is not None:
-            step = one_pass(build(CONTESTANTS[name], base, dropout=0.0 if name == "base" else 0.05))
+            step = one_pass(build(BASELINES[name], base, dropout=0.0 if name == "base" else 0.05))
             found = kernels(step).number, waits(step)
             said.append(f"{name} {found[0]} ({row['launches']}), waits {found[1]} ({row['waits']})")
     assert said, f"{GOLDEN} has no row of {case}, {kind}"

@@ -57,7 +57,7 @@ def main() -> int:
         for case in [*CASES, *(KERNEL_CASES if GPU else [])]:
             name = f"{case.name} {str(dtype).removeprefix('torch.')}"
             verdicts.attempt(name, partial(compare, case, dtype))
-    verdicts.say("kernels and waits here, and in brackets those counted without a GPU")
+    verdicts.log("kernels and waits here, and in brackets those counted without a GPU")
     for case_name, kind in product(launches.CASES, launches.BASES):
         verdicts.attempt(f"{case_name} {kind}:", partial(launches.beside_golden, case_name, kind))
     return verdicts.exit_code()

@@ -15,7 +15,7 @@ from benchmarks.gpu.measure import DEVICE, GPU, host_milliseconds, kernels, mill
 from benchmarks.gpu.verdicts import Verdicts
 from malora_dist.adapters.inject import DEFAULT_TARGETS
 from malora_dist.bench.local.losses import Batch
-from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import BASELINES
 from malora_dist.bench.local.peers.build import Base, build
 from malora_dist.bench.local.trainee import Trainee
 
@@ -34,9 +34,9 @@ def base_of(load_in_4bit: bool) -> Base:
 
 
 def measure(base: Base, name: str, dropout: float) -> str:
-    """Say what a step of a contestant costs; the fifteen longest kernels go to the log."""
+    """Say what a step of a baseline costs; the fifteen longest kernels go to the log."""
     batch = Batch.of(ROWS, LENGTH, VOCABULARY, 0.25, DEVICE)
-    trainee = Trainee(build(CONTESTANTS[name], base, dropout=dropout), batch, loss="hf", dropout=dropout > 0)
+    trainee = Trainee(build(BASELINES[name], base, dropout=dropout), batch, loss="hf", dropout=dropout > 0)
     trainee()
     reset_peak()
     wall, peak = milliseconds(trainee, repeats=5, warmup=2), peak_gib()
@@ -54,7 +54,7 @@ def main() -> int:
     for load_in_4bit in (True, False):
         base = base_of(load_in_4bit)
         kind = "4-bit" if load_in_4bit else "bf16"
-        verdicts.say(f"{kind} base, {ROWS} x {LENGTH} tokens, ready after {time.monotonic() - began:.0f} s")
+        verdicts.log(f"{kind} base, {ROWS} x {LENGTH} tokens, ready after {time.monotonic() - began:.0f} s")
         for name, dropout in IN_4_BITS if load_in_4bit else IN_BF16:
             title = f"{kind} {name} dropout {dropout:g}"
             verdicts.attempt(title, partial(measure, base, name, dropout))

@@ -67,7 +67,7 @@ def main() -> int:
             verdicts.attempt(f"{kind} {dtype}", partial(near, dtype, double_quant))
         verdicts.attempt(f"product {kind}", partial(product, double_quant))
         verdicts.attempt(f"time {kind}", partial(speed, double_quant))
-    verdicts.say("bound for unpacking 4096 x 11008 to bf16 at 3.3 TB/s: 0.035 ms")
+    verdicts.log("bound for unpacking 4096 x 11008 to bf16 at 3.3 TB/s: 0.035 ms")
     return verdicts.exit_code()
 
 

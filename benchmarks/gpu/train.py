@@ -78,13 +78,13 @@ def describe_run(verdicts: Verdicts, folder: Path) -> None:
     learns = bool(losses) and all(loss == loss for loss in losses) and losses[-1] < losses[0]
     verdicts.check("the 4-bit run learns", learns, " ".join(f"{loss:.3f}" for loss in losses))
     for row in rows[-1:]:
-        verdicts.say(
+        verdicts.log(
             f"{row['tokens_per_second']:.0f} tokens/s, {row['step_seconds']:.2f} s a step, nothing else running; peak "
             f"{row['peak_memory_gib']:.2f} GiB"
         )
     verdicts.attempt("malora plan", partial(planned, folder))
     for row in records(folder / "runs" / "whole", "checkpoint")[-1:]:
-        verdicts.say(f"checkpoint {row['bytes'] / 2**20:.0f} MiB, training waited {row['stall_seconds']:.2f} s")
+        verdicts.log(f"checkpoint {row['bytes'] / 2**20:.0f} MiB, training waited {row['stall_seconds']:.2f} s")
 
 
 def planned(folder: Path) -> str:

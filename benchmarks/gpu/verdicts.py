@@ -12,7 +12,7 @@ class Verdicts:
     def __init__(self) -> None:
         self.bad: list[str] = []
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Show a line."""
         print(f"| {text}", flush=True)
 
@@ -20,7 +20,7 @@ class Verdicts:
         """Show a line with a verdict."""
         if not good:
             self.bad.append(name)
-        self.say(f"{'ok  ' if good else 'BAD '} {name} {detail}")
+        self.log(f"{'ok  ' if good else 'BAD '} {name} {detail}")
 
     def attempt(self, name: str, work: Callable[[], str]) -> None:
         """Show what `work` says of its success; an exception is a bad line, and the stage goes on."""

@@ -13,7 +13,7 @@ import torch
 
 from malora_dist.bench.ep_options import EpOptions
 from malora_dist.bench.measure import Subject
-from malora_dist.bench.results import Record, Result
+from malora_dist.bench.results import Result, StepRecord
 from malora_dist.bench.table import NOTES, markdown, sheets, step_line
 from malora_dist.bench.variants import Selection, Variant, select
 from malora_dist.config import RunConfig, load_config
@@ -97,9 +97,9 @@ def _measure(options: EpOptions, config: RunConfig, world: World, selection: Sel
 
 def _take_turns(
     subjects: Sequence[Subject], loader: TrainLoader, steps: int, world: World
-) -> dict[Variant, list[Record]]:
+) -> dict[Variant, list[StepRecord]]:
     """Every subject's record of every step. Each round begins with another one, so that none always follows another."""
-    records: dict[Variant, list[Record]] = {subject.variant: [] for subject in subjects}
+    records: dict[Variant, list[StepRecord]] = {subject.variant: [] for subject in subjects}
     for number in range(1, steps + 1):
         batches = [batch.to(world.device) for batch in next(loader)]
         begin = (number - 1) % len(subjects)

@@ -10,7 +10,7 @@ import torch
 
 from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.adapters.layer import MixtureLinear
-from malora_dist.bench.results import Record
+from malora_dist.bench.results import StepRecord
 from malora_dist.bench.variants import Variant
 from malora_dist.bench.waiting import timed_messages
 from malora_dist.config import RunConfig
@@ -73,7 +73,7 @@ class Subject:
         train_step = new_train_step(context, data, engine, all_to_all)
         return cls(variant, train_step, config.train.gradient_checkpointing, model.dtype, kept)
 
-    def step(self, number: int, batches: Sequence[MicroBatch]) -> Record:
+    def step(self, number: int, batches: Sequence[MicroBatch]) -> StepRecord:
         """Run optimizer step `number`; the same record on every process."""
         all_to_all, world = self.train_step.all_to_all, self.train_step.world
         before = Counter() if all_to_all is None else Counter(all_to_all.sent_bytes)
@@ -91,7 +91,7 @@ class Subject:
             "uniform": self._uniform_bytes(batches),
         }
         everyone = gather_lists([own])
-        return Record(
+        return StepRecord(
             seconds=max(part["seconds"] for part in everyone),
             waiting_seconds=sum(part["waiting"] for part in everyone) / world.size,
             cpu_seconds=sum(part["cpu"] for part in everyone) / world.size,

@@ -9,7 +9,7 @@ from malora_dist.bench.variants import Comparison, Selection, Variant
 
 
 @dataclass(frozen=True)
-class Record:
+class StepRecord:
     """One optimizer step of one variant.
 
     seconds: of the slowest process. waiting_seconds: in which a process stood still inside the exchange, on average.
@@ -56,7 +56,7 @@ class Result:
     world_size: int
     warmup: int
     selection: Selection
-    records: Mapping[Variant, Sequence[Record]]
+    records: Mapping[Variant, Sequence[StepRecord]]
     kept_bytes: Mapping[Variant, float]
 
     def rows(self, comparison: Comparison) -> list[Row]:

@@ -21,7 +21,7 @@ NOTES = (
     "bandwidth, without launches and recomputation. over base: what the adapter adds to the frozen model. "
     "ratio: to LoRA at equal trainable parameters.",
     "malora: as this package computes it: logits from an fp32 copy of x; backward, router and S_A in one product. "
-    "_siblings: one projection for q k v, and one for gate up (adapter.fuse_projections). "
+    "_fused: one projection for q k v, and one for gate up (adapter.fuse_projections). "
     "_grouped: the chosen rows only. "
     "molora: as this package computes it: logits from an fp32 copy of x, router and A in two products. "
     "Not in this package: _fp32_router: the same of MALoRA. _apart: router and S_A in two products, without a copy. "

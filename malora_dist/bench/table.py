@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from malora_dist.bench.results import Record, Result, Row
+from malora_dist.bench.results import Result, Row, StepRecord
 from malora_dist.bench.variants import TOPICS
 from malora_dist.plan.communication import ExchangeBytes
 
@@ -101,7 +101,7 @@ def markdown(result: Result, command: str) -> str:
     return "\n".join([*parts, "\n\n".join(NOTES)]) + "\n"
 
 
-def step_line(number: int, steps: int, name: str, record: Record, first: Record, world_size: int) -> str:
+def step_line(number: int, steps: int, name: str, record: StepRecord, first: StepRecord, world_size: int) -> str:
     """One step of one variant: loss, difference to the first variant's, seconds, and what a process sent."""
     total = sum(record.sent_bytes.values())
     sent = f"  {_mib(total / world_size)} MiB sent" if total else ""

@@ -1,5 +1,6 @@
 """`malora bench ...`: measurements. Nothing here needs torch before a command runs."""
 
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ import typer
 from malora_dist.bench.ep_options import EpOptions
 from malora_dist.bench.local.options import DTYPES
 from malora_dist.bench.local.output import Output
-from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import BASELINES
 from malora_dist.bench.variants import TOPICS, recipe_variant
 from malora_dist.cli.options import OVERRIDES, MasterPort, NumGpus, Recipe, recipe_first
 from malora_dist.cli.start import MALORA, start
@@ -17,7 +18,7 @@ from malora_dist.config import load_config
 
 bench = typer.Typer(help="Measure variants of a recipe, layers and steps side by side.", no_args_is_help=True)
 
-Only = Annotated[str | None, typer.Option(help=f"Baselines to measure, from {','.join(CONTESTANTS)}.")]
+Only = Annotated[str | None, typer.Option(help=f"Baselines to measure, from {','.join(BASELINES)}.")]
 Against = Annotated[str | None, typer.Option(help="Baseline of the ratios. Default: peft_lora, or the first.")]
 Dtype = Annotated[
     str, typer.Option(help=f"{', '.join(DTYPES)}, or an abbreviation: dtype of the base and of matrix products.")
@@ -50,6 +51,7 @@ Markdown = Annotated[Path | None, typer.Option(help="Write the tables to this Ma
 
 @bench.command()
 def layer(
+    context: typer.Context,
     size: Annotated[
         str,
         typer.Option(help="Sizes of linear layers as INPUTSxOUTPUTS, or one number for both; a list measures each."),
@@ -68,13 +70,12 @@ def layer(
     markdown: Markdown = None,
 ) -> None:
     """Measure forward and backward of one adapted linear, interleaved: malora_dist, PEFT, dispatched mixtures, base."""
-    given = {"size": size, "tokens": tokens, "dtype": dtype, "base": base, "dropout": dropout, "only": only}
-    given |= {"against": against, "repeats": repeats, "warmup": warmup, "threads": threads, "device": device}
-    _run("layer", "LayerOptions", given, Output(as_json, markdown))
+    _run("layer", "LayerOptions", context, Output(as_json, markdown))
 
 
 @bench.command()
 def step(
+    context: typer.Context,
     case: Annotated[
         str,
         typer.Option(
@@ -100,14 +101,12 @@ def step(
     markdown: Markdown = None,
 ) -> None:
     """Measure whole training steps of a real model, interleaved: forward, loss, backward and fused AdamW."""
-    given = {"case": case, "model": model, "batch": batch, "length": length, "dtype": dtype, "base": base}
-    given |= {"dropout": dropout, "labels": labels, "loss": loss, "only": only, "against": against}
-    given |= {"repeats": repeats, "warmup": warmup, "threads": threads, "device": device}
-    _run("step", "StepOptions", given, Output(as_json, markdown))
+    _run("step", "StepOptions", context, Output(as_json, markdown))
 
 
 @bench.command()
 def memory(
+    context: typer.Context,
     model: Model = "smollm2",
     batch: Batch = 4,
     length: Length = 256,
@@ -126,14 +125,12 @@ def memory(
     markdown: Markdown = None,
 ) -> None:
     """Count the exact peak bytes of tensors in a training step; measure what a 4-bit base saves, and its time."""
-    given = {"model": model, "batch": batch, "length": length, "dtype": dtype, "base": base, "dropout": dropout}
-    given |= {"checkpointing": checkpointing, "labels": labels, "loss": loss, "only": only, "repeats": repeats}
-    given |= {"warmup": warmup, "threads": threads, "device": device}
-    _run("memory", "MemoryOptions", given, Output(as_json, markdown))
+    _run("memory", "MemoryOptions", context, Output(as_json, markdown))
 
 
 @bench.command()
 def launches(
+    context: typer.Context,
     hidden: Annotated[int, typer.Option(min=16, help="Hidden size of the model, a multiple of 16.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Input tokens.")] = 128,
     dtype: Dtype = "bf16",
@@ -144,12 +141,12 @@ def launches(
     markdown: Markdown = None,
 ) -> None:
     """Count kernel launches and host synchronisations on a GPU, for a linear, q, k and v, and a block. Needs no GPU."""
-    given = {"hidden": hidden, "tokens": tokens, "dtype": dtype, "base": base, "dropout": dropout, "only": only}
-    _run("launches", "LaunchOptions", given, Output(as_json, markdown))
+    _run("launches", "LaunchOptions", context, Output(as_json, markdown))
 
 
 @bench.command()
 def roofline(
+    context: typer.Context,
     model: Annotated[str | None, typer.Option(help="config.json, folder or GGUF file. Default: LLaMA-2 7B.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 4096,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 1024,
@@ -170,9 +167,7 @@ def roofline(
     """Compute lower bounds of a step's time from FLOPs and bytes of each kernel (roofline). Needs no GPU."""
     from malora_dist.bench.roofline_tables import RooflineOptions, run
 
-    given = {"model": model, "tokens": tokens, "length": length, "base": base, "dropout": dropout}
-    given |= {"attention": attention, "flops": flops, "bandwidth": bandwidth}
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in _given(context, RooflineOptions).items() if value is not None}
     run(RooflineOptions(**chosen), Output(as_json, markdown))
 
 
@@ -231,7 +226,13 @@ def data(
     raise typer.Exit(loaded.main(options, Output(as_json, markdown)))
 
 
-def _run(module: str, options: str, given: dict[str, Any], output: Output) -> None:
-    """`run` of a module of `bench.local`, which may import torch, with its options."""
+def _run(module: str, options: str, context: typer.Context, output: Output) -> None:
+    """Run a module of `bench.local`, which may import torch, with the options that the command line gives."""
     loaded = import_module(f"malora_dist.bench.local.{module}")
-    loaded.run(getattr(loaded, options)(**given), output)
+    made = getattr(loaded, options)
+    loaded.run(made(**_given(context, made)), output)
+
+
+def _given(context: typer.Context, options: Any) -> dict[str, Any]:
+    """Return what the command line gives for the fields of a dataclass of options."""
+    return {field.name: context.params[field.name] for field in fields(options)}

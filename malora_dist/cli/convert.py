@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from malora_dist.convert.kinds import KINDS, Options, check_options, find_kind
+from malora_dist.convert.kinds import KINDS, ConvertOptions, check_options, find_kind
 from malora_dist.errors import ConfigError
 
 EPILOG = "\n\n".join(f"--to {name}: {kind.help}." for name, kind in KINDS.items())
@@ -66,7 +66,7 @@ def convert(
 ) -> None:
     """Convert an adapter or checkpoint: for PEFT, vLLM, or to another number of files. Needs no GPU."""
     find_kind(to)
-    options = Options(
+    options = ConvertOptions(
         shards=shards,
         gate=gate,
         fit=fit,

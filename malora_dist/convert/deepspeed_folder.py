@@ -217,4 +217,4 @@ def _verify(job: Job, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.equal(written.read(name), tensor.float()):
             raise CheckpointError(f"verification failed, {job.target} is not written: {name} is not what was read")
-    job.say(f"verified: {len(tensors)} tensors are those of DeepSpeed bit for bit, so max |d weight| is 0")
+    job.log(f"verified: {len(tensors)} tensors are those of DeepSpeed bit for bit, so max |d weight| is 0")

@@ -66,7 +66,7 @@ def _mean_gates(job: Job, adapter: AdapterTensors) -> Gates:
     model = job.load_base(adapter.info)
     put_adapter(model, adapter)
     statistics = collect(model, samples)
-    job.say(f"mean gates over {len(samples)} samples of {', '.join(data.task_names)}")
+    job.log(f"mean gates over {len(samples)} samples of {', '.join(data.task_names)}")
     return {layer: found.mean_gates_E for layer, found in statistics.items()}
 
 

@@ -48,4 +48,4 @@ def _verify_checkpoint(job: Job, source: Checkpoint, result: Checkpoint) -> None
             if not torch.equal(source.read(kind, name), result.read(kind, name)):
                 raise CheckpointError(f"verification failed: {kind} tensor {name} differs from that of {source.folder}")
     count = sum(len(source.names(kind)) for kind in SHARDED)
-    job.say(f"verified: {count} tensors are equal bit for bit, so max |d weight| and max |d logits| are 0")
+    job.log(f"verified: {count} tensors are equal bit for bit, so max |d weight| and max |d logits| are 0")

@@ -36,7 +36,7 @@ def to_mixture(job: Job) -> None:
     layers, errors = _layers(sources), list[float]()
     values = _values(job, sources, info.spec, layers, errors)
     fill_adapter_folder(job.folder, info, _shapes(info.spec, layers), values, model_card(info, (), {}))
-    job.say(
+    job.log(
         "warning: the router is untrained: its weights are drawn as at the start of a training, so experts are chosen "
         f"at random. normalize_gates is true: a token's {info.spec.top_k} gates sum to 1. Train it before use"
     )
@@ -126,7 +126,7 @@ def _values(
         factors = _mixture(pairs, spec, torch.Generator().manual_seed(layer_seed(0, layer)))
         error = _relative_error(pairs, factors, spec)
         errors.append(error)
-        job.say(f"{layer:<{width}}  relative error {error:.1e}" + ("  (exact)" if error < EXACT else ""))
+        job.log(f"{layer:<{width}}  relative error {error:.1e}" + ("  (exact)" if error < EXACT else ""))
         yield from factors.values()
 
 
@@ -189,7 +189,7 @@ def _verify(job: Job, sources: Sequence[AdapterTensors], exact: bool) -> None:
         else:
             pairs = [difference((found, None), (wanted_logits, None)) for found, wanted_logits in logits]
             apart, size = (max(values) for values in zip(*pairs, strict=True))
-            job.say(f"{name}max |d logits| {apart:.1e} of {size:.1e}, by the errors above")
+            job.log(f"{name}max |d logits| {apart:.1e} of {size:.1e}, by the errors above")
 
 
 def _weight_differences(source: AdapterTensors, mixture: AdapterTensors, number: int) -> Iterator[Difference]:

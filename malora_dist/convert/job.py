@@ -14,7 +14,7 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.load import config_from_dict
 from malora_dist.console.progress import Bar
-from malora_dist.convert.kinds import KINDS, Options, check_options, find_kind, kinds_for, methods_that_fit
+from malora_dist.convert.kinds import KINDS, ConvertOptions, check_options, find_kind, kinds_for, methods_that_fit
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.files.folder import new_folder
@@ -36,15 +36,15 @@ class Job:
     """What a kind's function is given.
 
     kind: its name. sources: SRC, one or more. target: DST, as it will be called. folder: the empty folder to fill,
-    which becomes DST. say: prints a line.
+    which becomes DST. log: prints a line.
     """
 
     kind: str
     sources: tuple[Path, ...]
     target: Path
     folder: Path
-    options: Options
-    say: Callable[[str], None] = field(default=print)
+    options: ConvertOptions
+    log: Callable[[str], None] = field(default=print)
     _found: dict[str, Path] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -124,7 +124,7 @@ class Job:
         """Say that a base's own code runs; refuse it where only SRC says that it may."""
         code, recipe = own_code(folder), self.recipe()
         if code and self.trusted:
-            self.say(f"note: {KEY}=true: code of {folder} is run ({', '.join(code)})")
+            self.log(f"note: {KEY}=true: code of {folder} is run ({', '.join(code)})")
         elif code and (info.trust_remote_code or (recipe is not None and recipe.model.trust_remote_code)):
             raise ConfigError(
                 f"{folder} has its own code ({', '.join(code)}), with which {self.sources[0]} was made. Code runs with "
@@ -151,7 +151,7 @@ class Job:
         data = build_data(self.needed_recipe().data, tokenizer)
         check_tokens(data, beyond)
         for note in position_notes(data, self.base_folder(info), trust_remote_code=self.trusted):
-            self.say(f"note: {note}")
+            self.log(f"note: {note}")
         return data
 
     def positions(self, info: AdapterInfo) -> int:
@@ -218,8 +218,8 @@ def convert(
     kind: str,
     sources: tuple[Path, ...],
     target: Path,
-    options: Options,
-    say: Callable[[str], None] = print,
+    options: ConvertOptions,
+    log: Callable[[str], None] = print,
 ) -> None:
     """Write `target`, whole or not at all.
 
@@ -235,8 +235,8 @@ def convert(
         raise CheckpointError(f"SRC={missing[0]}: there is no such file or folder")
     function = _function(row.module, row.function)
     with new_folder(target) as folder:
-        function(Job(kind=kind, sources=sources, target=target, folder=folder, options=options, say=say))
-    say(f"wrote {target}")
+        function(Job(kind=kind, sources=sources, target=target, folder=folder, options=options, log=log))
+    log(f"wrote {target}")
 
 
 def _function(module: str, name: str) -> Callable[[Job], Any]:

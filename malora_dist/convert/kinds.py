@@ -14,7 +14,7 @@ from malora_dist.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ConvertOptions:
     """What may follow `--to KIND`; None or False where nothing was said."""
 
     shards: int | None = None
@@ -44,7 +44,7 @@ class Kind:
     """One way to convert.
 
     module, function: where it is written. fits: whether it takes an adapter of this method; None if SRC is no adapter
-    of ours, or if all fit. options: the names of `Options` that mean something to it, besides those in `ALWAYS`.
+    of ours, or if all fit. options: the names of `ConvertOptions` that mean something to it, besides those in `ALWAYS`.
     many_sources: whether it takes several SRC. layer_specs: whether layers may have numbers of their own.
     """
 
@@ -146,7 +146,7 @@ def find_kind(name: str) -> Kind:
     return KINDS[name]
 
 
-def check_options(name: str, options: Options) -> None:
+def check_options(name: str, options: ConvertOptions) -> None:
     """Raises ConfigError for an option that has no meaning for this kind, with the kinds that take it."""
     for option in options.given():
         if option not in (*ALWAYS, *KINDS[name].options):

@@ -61,10 +61,10 @@ def to_merged(job: Job) -> None:
     _copy_others(base, job.folder, files.index, code=job.trusted)
     write_text(job.folder / "README.md", _card(adapter, job))
     write_text(job.folder / "merged.json", json.dumps(_origin(adapter), indent=2) + "\n")
-    job.say(merge.summary())
+    job.log(merge.summary())
     recipe = job.recipe()
     if recipe is not None and recipe.model.load_in_4bit:
-        job.say(
+        job.log(
             "note: it was trained on this base in 4 bits and is merged into its full weights, a slightly other model"
         )
     if rows is not None:
@@ -220,4 +220,4 @@ def _verify(job: Job, adapter: AdapterTensors, merge: _Merge, rows: Sequence[Ten
     text = f"max |d logits| {apart:.1e} (tolerance {limit:.1e})"
     if not apart <= limit:
         raise CheckpointError(f"verification failed, {job.target} is not written: {text}")
-    job.say(f"verified {text}")
+    job.log(f"verified {text}")

@@ -42,7 +42,7 @@ def to_peft_tasks(job: Job) -> None:
     put_adapter(model, adapter)
     statistics: dict[str, Statistics] = {}
     if _eval_samples(job):
-        job.say(GAP_HEADER)
+        job.log(GAP_HEADER)
     for task_id, task in enumerate(data.task_names):
         statistics[task] = _statistics(job, adapter, model, data, task_id, fit)
         _write(job, adapter, task, statistics[task], fit, rank)
@@ -51,10 +51,10 @@ def to_peft_tasks(job: Job) -> None:
             routed = measure(model, rows, recipe.evaluation.batch_tokens)
             with static_lora(model, _on_model(adapter, model, statistics[task], fit, rank)):
                 static = measure(model, rows, recipe.evaluation.batch_tokens)
-            job.say(gap_line(task, Gap(routed, static)))
+            job.log(gap_line(task, Gap(routed, static)))
     if job.options.verify:
         _verify(job, adapter, model, statistics, fit, rank)
-    job.say(_serving(job, adapter, list(data.task_names), rank))
+    job.log(_serving(job, adapter, list(data.task_names), rank))
 
 
 def _checked(job: Job, adapter: AdapterTensors) -> tuple[str, int]:

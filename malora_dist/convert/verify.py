@@ -165,4 +165,4 @@ def judge(job: Job, name: str, logits: Iterable[tuple[Tensor, Tensor]], weights:
     text = f"{name}{', '.join(lines)}"
     if failed:
         raise CheckpointError(f"verification failed, {job.target} is not written: {text}")
-    job.say(f"verified {text}")
+    job.log(f"verified {text}")

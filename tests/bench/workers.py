@@ -8,7 +8,7 @@ from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.bench.ep import bench
 from malora_dist.bench.ep_options import EpOptions
 from malora_dist.bench.measure import Subject
-from malora_dist.bench.results import Record
+from malora_dist.bench.results import StepRecord
 from malora_dist.config import load_config
 from malora_dist.data.loader import MicroBatch
 from malora_dist.distributed.process_groups import World
@@ -23,7 +23,7 @@ def recorded_bench(world: World, options: EpOptions) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     sent: dict[str, list[int]] = {}
 
-    def step(subject: Subject, number: int, batches: Sequence[MicroBatch]) -> Record:
+    def step(subject: Subject, number: int, batches: Sequence[MicroBatch]) -> StepRecord:
         engine, all_to_all = subject.train_step.engine, subject.train_step.all_to_all
         spread = [layer for _, layer in mixture_layers(engine.module) if layer.dispatcher]
         dispatches = {id(layer.shared_input if layer.dispatcher.share else layer) for layer in spread}

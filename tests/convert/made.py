@@ -19,7 +19,7 @@ from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import load_config
 from malora_dist.config.summary import adapter_spec
 from malora_dist.convert.job import Job, convert
-from malora_dist.convert.kinds import Options
+from malora_dist.convert.kinds import ConvertOptions
 from malora_dist.files.durable import write_text
 from malora_dist.models.load import load_base_model
 from malora_dist.models.weights.fingerprint import base_fingerprint
@@ -114,12 +114,12 @@ def base(folder: Path) -> Any:
 def run_kind(kind: str, source: Path, target: Path, **options: Any) -> list[str]:
     """Convert in this process; what it said."""
     said: list[str] = []
-    convert(kind, (source,), target, Options(**options), said.append)
+    convert(kind, (source,), target, ConvertOptions(**options), said.append)
     return said
 
 
 def job_of(kind: str, source: Path, folder: Path, **options: Any) -> Job:
-    return Job(kind=kind, sources=(source,), target=folder, folder=folder, options=Options(**options))
+    return Job(kind=kind, sources=(source,), target=folder, folder=folder, options=ConvertOptions(**options))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from malora_dist.adapters.loading import load_adapter
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.gather_loras import fill_new_ranks, resized, shared_subspace, squared_error
 from malora_dist.convert.job import convert
-from malora_dist.convert.kinds import Options
+from malora_dist.convert.kinds import ConvertOptions
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.convert.made import base, logits, run_kind, token_rows
 from tests.convert.test_peft import stock
@@ -89,7 +89,7 @@ def loras(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def mix(kind: str, sources: tuple[Path, ...], target: Path, **options: Any) -> list[str]:
     said: list[str] = []
-    convert(kind, sources, target, Options(**options), said.append)
+    convert(kind, sources, target, ConvertOptions(**options), said.append)
     return said
 
 

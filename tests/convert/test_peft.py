@@ -16,7 +16,7 @@ from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, open_adapter
 from malora_dist.adapters.io.peft import open_peft
 from malora_dist.adapters.loading import load_adapter
 from malora_dist.convert.job import convert
-from malora_dist.convert.kinds import Options
+from malora_dist.convert.kinds import ConvertOptions
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.convert.made import base, logits, make_checkpoint, run_kind, token_rows
 from tests.families import family_model
@@ -108,7 +108,7 @@ def test_layers_may_have_numbers_of_their_own(workspace: Path, tmp_path: Path) -
     assert load_file(tmp_path / "again" / WEIGHTS).keys() == load_file(tmp_path / "stock" / WEIGHTS).keys()
     assert open_peft(tmp_path / "again").info.spec == spec
     with pytest.raises(CheckpointError, match="rank_pattern or alpha_pattern gives its layers numbers of their own"):
-        convert("malora", (tmp_path / "ours", tmp_path / "ours"), tmp_path / "mixture", Options())
+        convert("malora", (tmp_path / "ours", tmp_path / "ours"), tmp_path / "mixture", ConvertOptions())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from malora_dist.adapters.loading import load_adapter
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.convert.gates import Replay, deciding
 from malora_dist.convert.job import convert
-from malora_dist.convert.kinds import Options
+from malora_dist.convert.kinds import ConvertOptions
 from malora_dist.convert.verify import TOKENS, difference, judge, text_rows, verify_routed
 from malora_dist.errors import CheckpointError, ConfigError, DataError
 from tests.adapter_samples import edit_weights
@@ -95,7 +95,7 @@ def test_tokens_and_positions_that_the_base_has_not(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "base")
     said: list[str] = []
     with pytest.raises(ConfigError, match=r"the tokenizer has 1 token for which the model has no row \(<new> 259\)"):
-        convert("merged", (tmp_path / "adapter",), tmp_path / "out", Options(text=text, **options), said.append)
+        convert("merged", (tmp_path / "adapter",), tmp_path / "out", ConvertOptions(text=text, **options), said.append)
     assert said == [] and not (tmp_path / "out").exists()
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from malora_dist.adapters.methods import METHODS
-from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS, Stage, above
+from malora_dist.bench.local.launch_cases import BASELINES, CASES, LaunchCase, above
 from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.counts import KINDS
 from malora_dist.bench.strict.device import StrictDevice
@@ -31,7 +31,7 @@ HIDDEN, TOKENS = 64, 16
 DROPOUTS = (0.0, 0.05)
 BASES = {"bf16": False, "nf4": True}
 # Those whose counts differ only where linears read one input have no row of a linear.
-ROWS = [name for name, contestant in CONTESTANTS.items() if contestant.maker != "peft"]
+ROWS = [name for name, baseline in BASELINES.items() if baseline.maker != "peft"]
 # ZeRO stage and base of the steps that are counted, in bf16.
 PLANS: dict[str, dict[str, Any]] = {
     "zero0, bf16": {"zero_stage": 0},
@@ -57,12 +57,12 @@ def _layers() -> Iterator[tuple[str, dict[str, int]]]:
     register()
     with StrictDevice() as device:
         for case, (base, load_in_4bit) in product(CASES, BASES.items()):
-            stage = Stage.of(case, HIDDEN, TOKENS, torch.bfloat16, load_in_4bit=load_in_4bit)
-            bare = _kinds(stage.counts(CONTESTANTS["base"], 0.0, device))
+            launch_case = LaunchCase.of(case, HIDDEN, TOKENS, torch.bfloat16, load_in_4bit=load_in_4bit)
+            bare = _kinds(launch_case.counts(BASELINES["base"], 0.0, device))
             for name, dropout in product(ROWS, DROPOUTS):
-                if name == "base" and dropout or name == "malora_siblings" and case == "linear":
+                if name == "base" and dropout or name == "malora_fused" and case == "linear":
                     continue
-                row = _kinds(stage.counts(CONTESTANTS[name], dropout, device))
+                row = _kinds(launch_case.counts(BASELINES[name], dropout, device))
                 more = {f"{kind} above base": n for kind, n in above(row, bare).items()} if case == "linear" else {}
                 yield f"{case}, {base}, {name}, dropout {dropout:g}", row | more
 

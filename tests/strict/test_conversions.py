@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.convert.job import convert
-from malora_dist.convert.kinds import Options
+from malora_dist.convert.kinds import ConvertOptions
 from tests.convert.made import make_workspace
 from tests.e2e import files
 
@@ -33,10 +33,14 @@ def test_adapters_are_those_of_the_cpu(strict: StrictDevice, workspace: Path, tm
     names, options = CONVERSIONS[kind]
     sources, said = tuple(workspace / "runs" / name for name in names), list[str]()
     recipe = sources[0] / "config.yaml"
-    convert(kind, sources, tmp_path / "cpu", Options(**options, recipe=recipe))
+    convert(kind, sources, tmp_path / "cpu", ConvertOptions(**options, recipe=recipe))
     assert not strict.counts.launches
     convert(
-        kind, sources, tmp_path / "strict", Options(**options, recipe=recipe, device="strict", verify=True), said.append
+        kind,
+        sources,
+        tmp_path / "strict",
+        ConvertOptions(**options, recipe=recipe, device="strict", verify=True),
+        said.append,
     )
     assert strict.counts.launches and any("verified" in line for line in said)
     assert files(tmp_path / "cpu") == files(tmp_path / "strict")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from malora_dist.adapters.methods import MixtureSpec, factor_shapes
-from malora_dist.bench.local.records import Record
+from malora_dist.bench.local.records import Measurement
 
 GEMM = "gemm"
 BASE = "base"
@@ -47,8 +47,8 @@ def base_gemm(
 
 
 def with_shares(
-    records: Sequence[Record], times: Mapping[str, Sequence[float]], flops: Mapping[str, int]
-) -> list[Record]:
+    records: Sequence[Measurement], times: Mapping[str, Sequence[float]], flops: Mapping[str, int]
+) -> list[Measurement]:
     """The records with the GEMM's rate, and what each adapter costs above the base against what its products must cost.
 
     adapter ms: seconds above the frozen base, median over rounds. FLOPs ms: the same FLOPs at the GEMM's rate.
@@ -57,7 +57,7 @@ def with_shares(
     return [_with_share(record, times, flops.get(record.name, 0), rate) for record in records]
 
 
-def _with_share(record: Record, times: Mapping[str, Sequence[float]], flops: int, rate: float) -> Record:
+def _with_share(record: Measurement, times: Mapping[str, Sequence[float]], flops: int, rate: float) -> Measurement:
     if record.name == GEMM:
         return replace(record, ratio=None, ratio_quartiles=None, against=None, facts={"GFLOP/s": rate / 1e9})
     if not flops or BASE not in times:

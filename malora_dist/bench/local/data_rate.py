@@ -10,7 +10,7 @@ from typing import Any
 
 from malora_dist.bench.local.machine import describe
 from malora_dist.bench.local.output import Output
-from malora_dist.bench.local.records import Record, Report
+from malora_dist.bench.local.records import Measurement, Report
 from malora_dist.bench.local.timing import interleave, quartiles
 from malora_dist.bench.measure import Subject
 from malora_dist.bench.variants import recipe_variant
@@ -63,7 +63,7 @@ def _start(options: DataOptions, output: Output) -> None:
     output.put(Report(machine, options.command, records))
 
 
-def _measure(options: DataOptions, config: RunConfig, world: World, watchdog: Watchdog) -> list[Record]:
+def _measure(options: DataOptions, config: RunConfig, world: World, watchdog: Watchdog) -> list[Measurement]:
     trusted = config.model.trust_remote_code
     folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
@@ -81,7 +81,7 @@ def _measure(options: DataOptions, config: RunConfig, world: World, watchdog: Wa
     return [*preparing, *rates(f"steps of {config.train.global_batch_size} samples", times, tokens)]
 
 
-def prepare_twice(config: DataConfig, tokenizer: Any) -> tuple[PreparedData, list[Record]]:
+def prepare_twice(config: DataConfig, tokenizer: Any) -> tuple[PreparedData, list[Measurement]]:
     """The data, prepared in an empty cache and then read from it, with a record of each."""
     with tempfile.TemporaryDirectory() as cache:
         settings = config.model_copy(update={"cache_dir": cache})
@@ -94,7 +94,7 @@ def prepare_twice(config: DataConfig, tokenizer: Any) -> tuple[PreparedData, lis
     tokens = all_tokens(data)
     case = "preparing all splits of the recipe: reading, checking, tokenising"
     return data, [
-        Record(name, case, median_s=taken, facts={"tokens": tokens, "tokens/s": round(tokens / taken)})
+        Measurement(name, case, median_s=taken, facts={"tokens": tokens, "tokens/s": round(tokens / taken)})
         for name, taken in seconds.items()
     ]
 
@@ -145,7 +145,7 @@ def row_tokens(batches: Sequence[MicroBatch]) -> int:
     return sum(batch.input_ids.numel() for batch in batches)
 
 
-def rates(case: str, times: dict[str, list[float]], tokens: dict[str, list[int]]) -> list[Record]:
+def rates(case: str, times: dict[str, list[float]], tokens: dict[str, list[int]]) -> list[Measurement]:
     """Tokens a second of the loader and of training, and how many times faster the loader is, round by round."""
     per_second = {
         name: [count / taken for count, taken in zip(tokens[name], seconds, strict=True)]
@@ -155,7 +155,7 @@ def rates(case: str, times: dict[str, list[float]], tokens: dict[str, list[int]]
     low, high = quartiles(faster)
     times_faster = {"times training's rate": round(median(faster), 1), "quartiles of it": f"{low:.0f}-{high:.0f}"}
     return [
-        Record(
+        Measurement(
             name,
             case,
             median_s=median(seconds),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.adapters.inject import DEFAULT_TARGETS
-from malora_dist.bench.local.peers.baselines import LORA, MALORA, MOLORA, Contestant
+from malora_dist.bench.local.peers.baselines import LORA, MALORA, MOLORA, Baseline
 from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.bench.strict.device import TYPE, StrictDevice
 from malora_dist.ops.dropout import token_keys
@@ -19,17 +19,17 @@ from malora_dist.ops.products import kept_weight_copies
 
 Counted = dict[str, int]
 
-CONTESTANTS: dict[str, Contestant] = {
-    "base": Contestant(maker="base"),
-    "peft_lora": Contestant(maker="peft", numbers=LORA),
-    "peft_dora": Contestant(maker="peft", method="dora", numbers=LORA),
-    "lora": Contestant(maker="ours", numbers=LORA),
-    "dora": Contestant(maker="ours", method="dora", numbers=LORA),
-    "molora": Contestant(maker="ours", method="molora", numbers=MOLORA),
-    "hydralora": Contestant(maker="ours", method="hydralora", numbers=MOLORA),
-    "malora": Contestant(maker="ours", method="malora", numbers=MALORA),
-    "malora_grouped": Contestant(maker="ours", method="malora", numbers=MALORA, computation="grouped"),
-    "malora_siblings": Contestant(maker="ours", method="malora", numbers=MALORA, fuse_projections=True),
+BASELINES: dict[str, Baseline] = {
+    "base": Baseline(maker="base"),
+    "peft_lora": Baseline(maker="peft", numbers=LORA),
+    "peft_dora": Baseline(maker="peft", method="dora", numbers=LORA),
+    "lora": Baseline(maker="ours", numbers=LORA),
+    "dora": Baseline(maker="ours", method="dora", numbers=LORA),
+    "molora": Baseline(maker="ours", method="molora", numbers=MOLORA),
+    "hydralora": Baseline(maker="ours", method="hydralora", numbers=MOLORA),
+    "malora": Baseline(maker="ours", method="malora", numbers=MALORA),
+    "malora_grouped": Baseline(maker="ours", method="malora", numbers=MALORA, computation="grouped"),
+    "malora_fused": Baseline(maker="ours", method="malora", numbers=MALORA, fuse_projections=True),
 }
 
 
@@ -87,14 +87,14 @@ CASES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One case on the device: the base that contestants share, and its input (1, T, I)."""
+class LaunchCase:
+    """One case on the device: the base that baselines share, and its input (1, T, I)."""
 
     base: Base
     x_BTI: Tensor
 
     @classmethod
-    def of(cls, case: str, hidden: int, tokens: int, dtype: torch.dtype, *, load_in_4bit: bool) -> "Stage":
+    def of(cls, case: str, hidden: int, tokens: int, dtype: torch.dtype, *, load_in_4bit: bool) -> "LaunchCase":
         """Draw random weights and numbers; inside of a StrictDevice."""
         module, targets = CASES[case]
         with torch.random.fork_rng():
@@ -102,9 +102,9 @@ class Stage:
             model, x_BTI = module(hidden).to(dtype), torch.randn(1, tokens, hidden).to(TYPE, dtype)
         return cls(Base.of(model.to(TYPE), targets, load_in_4bit=load_in_4bit, peft=False), x_BTI)
 
-    def counts(self, contestant: Contestant, dropout: float, device: StrictDevice) -> Counted:
+    def counts(self, baseline: Baseline, dropout: float, device: StrictDevice) -> Counted:
         """Count launches, waits, atomics and nbytes of a forward and backward, after one that fills what is kept."""
-        adapted = build(contestant, self.base, dropout=dropout)
+        adapted = build(baseline, self.base, dropout=dropout)
         self._pass(adapted)
         device.counts.reset()
         self._pass(adapted)
@@ -128,5 +128,5 @@ def _keys(tokens: int) -> Tensor:
 
 
 def above(found: Mapping[str, int], base: Mapping[str, int]) -> Counted:
-    """Return what a contestant adds to the base's counts."""
+    """Return what a baseline adds to the base's counts."""
     return {kind: number - base[kind] for kind, number in found.items()}

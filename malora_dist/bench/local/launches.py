@@ -6,12 +6,12 @@ from importlib.util import find_spec
 
 import torch
 
-from malora_dist.bench.local.launch_cases import CASES, CONTESTANTS, Stage, above
+from malora_dist.bench.local.launch_cases import BASELINES, CASES, LaunchCase, above
 from malora_dist.bench.local.machine import describe
 from malora_dist.bench.local.options import BASES, command_line, one_of, short_dtype
-from malora_dist.bench.local.output import Output, say
-from malora_dist.bench.local.peers.baselines import Contestant
-from malora_dist.bench.local.records import Record, Report
+from malora_dist.bench.local.output import Output, log
+from malora_dist.bench.local.peers.baselines import Baseline, names_in
+from malora_dist.bench.local.records import Measurement, Report
 from malora_dist.bench.strict.backend import register
 from malora_dist.bench.strict.device import StrictDevice
 from malora_dist.config.dtypes import long_name
@@ -46,10 +46,10 @@ def run(options: LaunchOptions, output: Output) -> Report:
     one_of("--base", options.base, BASES)
     if options.hidden % 16:
         raise ConfigError(f"--hidden {options.hidden} must be a multiple of 16: the block has 4 heads, of even width")
-    dropouts, contestants = _dropouts(options.dropout), _taking_part(options)
+    dropouts, baselines = _dropouts(options.dropout), _taking_part(options)
     register()
     with StrictDevice() as device:
-        records = [record for case in CASES for record in count(case, options, contestants, dropouts, device)]
+        records = [record for case in CASES for record in count(case, options, baselines, dropouts, device)]
     report = Report(describe("cpu"), command_line("launches", options), records, NOTES)
     output.put(report)
     return report
@@ -65,43 +65,43 @@ def _dropouts(text: str) -> list[float]:
     return found
 
 
-def _taking_part(options: LaunchOptions) -> dict[str, Contestant]:
+def _taking_part(options: LaunchOptions) -> dict[str, Baseline]:
     """Return the base, and those of --only or all that can be counted here."""
-    names = list(CONTESTANTS) if options.only is None else [name.strip() for name in options.only.split(",")]
-    unknown = [name for name in names if name not in CONTESTANTS]
+    names = list(BASELINES) if options.only is None else names_in(options.only)
+    unknown = [name for name in names if name not in BASELINES]
     if unknown:
-        raise ConfigError(f"--only {options.only!r}: {', '.join(unknown)} is not one of {', '.join(CONTESTANTS)}")
+        raise ConfigError(f"--only {options.only!r}: {', '.join(unknown)} is not one of {', '.join(BASELINES)}")
     missing = None
     if options.base == "nf4":
         missing = "bitsandbytes' class of 4-bit weights is not imitated"
     elif find_spec("peft") is None:
         missing = "the package peft is not installed"
-    peft = [name for name in names if CONTESTANTS[name].maker == "peft"]
+    peft = [name for name in names if BASELINES[name].maker == "peft"]
     if peft and missing is not None:
-        say(f"{', '.join(peft)} left out: {missing}")
+        log(f"{', '.join(peft)} left out: {missing}")
         names = [name for name in names if name not in peft]
-    return {name: CONTESTANTS[name] for name in dict.fromkeys([BASE, *names])}
+    return {name: BASELINES[name] for name in dict.fromkeys([BASE, *names])}
 
 
 def count(
     case: str,
     options: LaunchOptions,
-    contestants: Mapping[str, Contestant],
+    baselines: Mapping[str, Baseline],
     dropouts: list[float],
     device: StrictDevice,
-) -> Iterator[Record]:
+) -> Iterator[Measurement]:
     """Yield the records of one case, at each dropout."""
     dtype = getattr(torch, long_name(options.dtype))
-    stage = Stage.of(case, options.hidden, options.tokens, dtype, load_in_4bit=options.base == "nf4")
-    base = stage.counts(contestants[BASE], 0.0, device)
+    launch_case = LaunchCase.of(case, options.hidden, options.tokens, dtype, load_in_4bit=options.base == "nf4")
+    base = launch_case.counts(baselines[BASE], 0.0, device)
     for dropout in dropouts:
         title = (
             f"{case}, width {options.hidden}, {options.tokens} tokens, {options.dtype}, {options.base} base, "
             f"dropout {dropout:g}"
         )
-        say(title)
-        for name, contestant in contestants.items():
-            found = base if name == BASE else stage.counts(contestant, dropout, device)
+        log(title)
+        for name, baseline in baselines.items():
+            found = base if name == BASE else launch_case.counts(baseline, dropout, device)
             facts = {"launches": found["launches"], "above base": above(found, base)["launches"]}
             facts |= {"waits": found["waits"], "atomics": found["atomics"]}
-            yield Record(name, title, facts={**facts, "MiB moved": found["nbytes"] / 2**20})
+            yield Measurement(name, title, facts={**facts, "MiB moved": found["nbytes"] / 2**20})

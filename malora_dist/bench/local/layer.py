@@ -19,11 +19,11 @@ from malora_dist.bench.local.options import (
     sizes,
     whole_numbers,
 )
-from malora_dist.bench.local.output import Output, say
-from malora_dist.bench.local.peers.baselines import Contestant
+from malora_dist.bench.local.output import Output, log
+from malora_dist.bench.local.peers.baselines import Baseline
 from malora_dist.bench.local.peers.build import Adapted, Base, build, flops_above_base
 from malora_dist.bench.local.peers.here import taking_part
-from malora_dist.bench.local.records import Record, Report
+from malora_dist.bench.local.records import Measurement, Report
 from malora_dist.bench.local.timing import interleave, records_of, reference
 from malora_dist.config.dtypes import long_name
 from malora_dist.ops.products import kept_weight_copies
@@ -98,10 +98,10 @@ def run(options: LayerOptions, output: Output) -> Report:
     output.check()
     options = replace(options, dtype=short_dtype(options.dtype))
     device = ready_device(options.device, options.threads, options.dtype)
-    contestants = taking_part(options.only, names_on_one_linear(options.dtype), device)
-    reference(options.against, contestants)
+    baselines = taking_part(options.only, names_on_one_linear(options.dtype), device)
+    reference(options.against, baselines)
     machine = describe(device)
-    records = [record for case in _cases(options) for record in measure(case, options, contestants, device)]
+    records = [record for case in _cases(options) for record in measure(case, options, baselines, device)]
     report = Report(machine, command_line("layer", options), records)
     output.put(report)
     return report
@@ -114,24 +114,24 @@ def _cases(options: LayerOptions) -> Iterator[Case]:
 
 
 def measure(
-    case: Case, options: LayerOptions, contestants: Mapping[str, Contestant], device: torch.device
-) -> list[Record]:
-    """Records of one case: the contestants, and the base's product alone."""
-    say(case.title(options))
+    case: Case, options: LayerOptions, baselines: Mapping[str, Baseline], device: torch.device
+) -> list[Measurement]:
+    """Records of one case: the baselines, and the base's product alone."""
+    log(case.title(options))
     dtype = getattr(torch, long_name(options.dtype))
-    passes = _passes(case, options, contestants, device)
+    passes = _passes(case, options, baselines, device)
     check_outputs({name: one() for name, one in passes.items()}, dtype)
     gemm, gemm_flops = base_gemm([(case.in_features, case.out_features)], case.tokens, dtype, device)
     subjects: dict[str, Callable[[], object]] = {**passes, GEMM: gemm}
     times = interleave(subjects, repeats=options.repeats, warmup=options.warmup, device=device)
     flops = flops_above_base({name: one.adapted for name, one in passes.items()}, case.tokens) | {GEMM: gemm_flops}
     facts = {name: {**one.adapted.facts, "tokens": case.tokens} for name, one in passes.items()}
-    records = records_of(case.title(options), times, reference(options.against, contestants), facts)
+    records = records_of(case.title(options), times, reference(options.against, baselines), facts)
     return with_shares(records, times, flops)
 
 
 def _passes(
-    case: Case, options: LayerOptions, contestants: Mapping[str, Contestant], device: torch.device
+    case: Case, options: LayerOptions, baselines: Mapping[str, Baseline], device: torch.device
 ) -> dict[str, Pass]:
     dtype = getattr(torch, long_name(options.dtype))
     with torch.random.fork_rng():
@@ -139,9 +139,9 @@ def _passes(
         model = OneLinear(case.in_features, case.out_features, dtype, device)
         x_TI = torch.randn(case.tokens, case.in_features).to(device, dtype)
         grad_TO = torch.randn(case.tokens, case.out_features).to(device, dtype)
-    peft = any(contestant.maker == "peft" for contestant in contestants.values())
+    peft = any(baseline.maker == "peft" for baseline in baselines.values())
     base = Base.of(model, [TARGET], load_in_4bit=options.base == "nf4", peft=peft)
     return {
-        name: Pass(build(contestant, base, dropout=options.dropout), x_TI, grad_TO)
-        for name, contestant in contestants.items()
+        name: Pass(build(baseline, base, dropout=options.dropout), x_TI, grad_TO)
+        for name, baseline in baselines.items()
     }

@@ -20,10 +20,10 @@ from malora_dist.bench.local.model_bytes import model_records
 from malora_dist.bench.local.models import SMOLLM2
 from malora_dist.bench.local.options import BASES, command_line, default_names, labelled_share, one_of, short_dtype
 from malora_dist.bench.local.output import Output
-from malora_dist.bench.local.peers.baselines import Contestant
+from malora_dist.bench.local.peers.baselines import Baseline
 from malora_dist.bench.local.peers.here import taking_part
-from malora_dist.bench.local.records import Record, Report
-from malora_dist.bench.local.step_stage import Stage, StepOptions, first_steps
+from malora_dist.bench.local.records import Measurement, Report
+from malora_dist.bench.local.step_setup import StepOptions, StepSetup, first_steps
 from malora_dist.bench.local.timing import interleave, records_of
 from malora_dist.bench.local.trainee import Trainee
 
@@ -78,35 +78,35 @@ def run(options: MemoryOptions, output: Output) -> Report:
     labelled_share(options.labels)
     device = ready_device(options.device, options.threads, options.dtype)
     names = [name for name in DEFAULT if name in default_names(options.dtype)]
-    contestants = taking_part(options.only, names, device)
+    baselines = taking_part(options.only, names, device)
     machine = describe(device)
-    peft = any(contestant.maker == "peft" for contestant in contestants.values())
-    stages = {base: Stage(options.of_step(base), device, peft=peft) for base in dict.fromkeys(bases)}
+    peft = any(baseline.maker == "peft" for baseline in baselines.values())
+    setups = {base: StepSetup(options.of_step(base), device, peft=peft) for base in dict.fromkeys(bases)}
     records = [
-        record for stage in stages.values() for switch in recompute for record in peaks(stage, contestants, switch)
+        record for setup in setups.values() for switch in recompute for record in peaks(setup, baselines, switch)
     ]
-    for stage in stages.values():
-        records += model_records(stage, contestants)
-    if len(stages) > 1:
-        records += _times(stages, contestants, options)
+    for setup in setups.values():
+        records += model_records(setup, baselines)
+    if len(setups) > 1:
+        records += _times(setups, baselines, options)
     report = Report(machine, command_line("memory", options), records)
     output.put(report)
     return report
 
 
-def peaks(stage: Stage, contestants: Mapping[str, Contestant], checkpointing: str) -> list[Record]:
-    """Each contestant's peak in its second step, when the optimizer's state is there; one at a time."""
-    title = stage.title(f"memory of a step, checkpointing {checkpointing}")
-    records: list[Record] = []
+def peaks(setup: StepSetup, baselines: Mapping[str, Baseline], checkpointing: str) -> list[Measurement]:
+    """Each baseline's peak in its second step, when the optimizer's state is there; one at a time."""
+    title = setup.title(f"memory of a step, checkpointing {checkpointing}")
+    records: list[Measurement] = []
     losses: dict[str, float] = {}
-    for name, contestant in contestants.items():
-        trainee = stage.trainee(contestant)
+    for name, baseline in baselines.items():
+        trainee = setup.trainee(baseline)
         if SWITCH[checkpointing]:
             recompute_blocks(trainee.adapted.model)
-        facts = first_steps({name: trainee}, stage.dtype)[name]
+        facts = first_steps({name: trainee}, setup.dtype)[name]
         losses[name] = float(facts["first loss"])  # type: ignore[arg-type]
-        records.append(_peak(name, title, trainee, facts, stage.device))
-    check_losses(losses, stage.dtype)
+        records.append(_peak(name, title, trainee, facts, setup.device))
+    check_losses(losses, setup.dtype)
     return _with_ratios(records)
 
 
@@ -115,7 +115,7 @@ def recompute_blocks(model: Any) -> None:
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _peak(name: str, title: str, trainee: Trainee, facts: dict[str, object], device: torch.device) -> Record:
+def _peak(name: str, title: str, trainee: Trainee, facts: dict[str, object], device: torch.device) -> Measurement:
     """peak_bytes is the whole: model, optimizer and batch, and what the step needs on top.
 
     What is kept between steps is counted by its tensors, so that others' memory in this process does not count.
@@ -130,10 +130,10 @@ def _peak(name: str, title: str, trainee: Trainee, facts: dict[str, object], dev
     above = peak_above(trainee, device)
     parts = {"base": base, "adapters": adapters, "optimizer": state, "above": above}
     facts = {**facts, **{f"MiB {part}": nbytes / MIB for part, nbytes in parts.items()}}
-    return Record(name, title, peak_bytes=base + adapters + state + batch + above, facts=facts)
+    return Measurement(name, title, peak_bytes=base + adapters + state + batch + above, facts=facts)
 
 
-def _with_ratios(records: Sequence[Record]) -> list[Record]:
+def _with_ratios(records: Sequence[Measurement]) -> list[Measurement]:
     """Peaks against PEFT's LoRA at equal parameters; they are exact, so there are no quartiles."""
     against = next((record.peak_bytes for record in records if record.name == AGAINST), None)
     if against is None:
@@ -141,18 +141,20 @@ def _with_ratios(records: Sequence[Record]) -> list[Record]:
     return [replace(record, ratio=(record.peak_bytes or 0) / against, against=AGAINST) for record in records]
 
 
-def _times(stages: Mapping[str, Stage], contestants: Mapping[str, Contestant], options: MemoryOptions) -> list[Record]:
-    """Seconds of a step on either base, taking turns; the ratio is to the same contestant on the first."""
+def _times(
+    setups: Mapping[str, StepSetup], baselines: Mapping[str, Baseline], options: MemoryOptions
+) -> list[Measurement]:
+    """Seconds of a step on either base, taking turns; the ratio is to the same baseline on the first."""
     if options.repeats == 0:
         return []
-    names = [name for name in TIMED if name in contestants]
-    trainees = {f"{name}_{base}": stage.trainee(contestants[name]) for name in names for base, stage in stages.items()}
-    first = next(iter(stages.values()))
+    names = [name for name in TIMED if name in baselines]
+    trainees = {f"{name}_{base}": setup.trainee(baselines[name]) for name in names for base, setup in setups.items()}
+    first = next(iter(setups.values()))
     times = interleave(trainees, repeats=options.repeats, warmup=options.warmup, device=first.device)
     title = f"step by base: {options.model}, {options.batch} x {options.length} tokens, {options.dtype}"
-    return [record for name in names for record in _of_one(name, title, times, list(stages))]
+    return [record for name in names for record in _of_one(name, title, times, list(setups))]
 
 
-def _of_one(name: str, title: str, times: Mapping[str, Sequence[float]], bases: Sequence[str]) -> Iterator[Record]:
+def _of_one(name: str, title: str, times: Mapping[str, Sequence[float]], bases: Sequence[str]) -> Iterator[Measurement]:
     own = {f"{name}_{base}": times[f"{name}_{base}"] for base in bases}
     yield from records_of(title, own, f"{name}_{bases[0]}")

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import fields
 from typing import Any
 
-from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import BASELINES
 from malora_dist.config.dtypes import SHORT_NAMES, dtype_rule, long_name
 from malora_dist.errors import ConfigError
 
@@ -42,12 +42,12 @@ def labelled_share(text: str) -> float:
 
 def default_names(dtype: str) -> list[str]:
     """Everyone, but nobody twice: only from bf16 does PEFT raise adapters to fp32."""
-    return [name for name, contestant in CONTESTANTS.items() if dtype == "bf16" or not contestant.fp32]
+    return [name for name, baseline in BASELINES.items() if dtype == "bf16" or not baseline.fp32]
 
 
 def names_on_one_linear(dtype: str) -> list[str]:
     """`default_names` without those who differ only where linears read one tensor."""
-    return [name for name in default_names(dtype) if not CONTESTANTS[name].fuse_projections]
+    return [name for name in default_names(dtype) if not BASELINES[name].fuse_projections]
 
 
 def one_of(option: str, value: str, known: Any) -> str:

@@ -12,7 +12,7 @@ from malora_dist.files.atomic import write_json, write_text
 TABLE_WIDTH = 180
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line on stderr, for whoever waits."""
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -14,8 +14,8 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class Record:
-    """One contestant in one case.
+class Measurement:
+    """One baseline in one case.
 
     median_s: seconds of one repeat. peak_bytes: memory of one repeat, above what was there before it or whole, as the
     benchmark says. ratio: to `against`, with its quartiles. facts: what else was found or must be equal for everyone,
@@ -36,7 +36,7 @@ class Record:
         return {key: value for key, value in asdict(self).items() if value is not None and value != {}}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Record":
+    def from_dict(cls, values: Mapping[str, Any]) -> "Measurement":
         """The record of `as_dict`, JSON's lists made tuples again."""
         quartiles = values.get("ratio_quartiles")
         return cls(**{**values, "ratio_quartiles": None if quartiles is None else (quartiles[0], quartiles[1])})
@@ -48,7 +48,7 @@ class Report:
 
     machine: dict[str, Any]
     command: str
-    records: list[Record]
+    records: list[Measurement]
     notes: tuple[str, ...] = NOTES
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,7 +59,9 @@ class Report:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
         """The report of `as_dict`."""
-        return cls(values["machine"], values["command"], [Record.from_dict(record) for record in values["records"]])
+        return cls(
+            values["machine"], values["command"], [Measurement.from_dict(record) for record in values["records"]]
+        )
 
     def sheets(self) -> list[Sheet]:
         """One table for each case, in the order of the records."""
@@ -73,7 +75,7 @@ class Report:
         return "\n".join([f"    {self.command}", "", *machine, "", *tables, "\n\n".join(self.notes)]) + "\n"
 
 
-def _sheet(case: str, records: list[Record]) -> Sheet:
+def _sheet(case: str, records: list[Measurement]) -> Sheet:
     """What is the same for all stands in the title or a header; columns that no record fills are left out."""
     against = list(dict.fromkeys(record.against for record in records if record.against is not None))
     of_whom = f"ratio to {against[0]}" if len(against) == 1 else "ratio"
@@ -94,7 +96,7 @@ def _sheet(case: str, records: list[Record]) -> Sheet:
     return Sheet(title, ("name", *filled), tuple(rows))
 
 
-def _shared_facts(records: Sequence[Record]) -> dict[str, Any]:
+def _shared_facts(records: Sequence[Measurement]) -> dict[str, Any]:
     """Facts that several records have, all with the same value."""
     values: dict[str, list[Any]] = {}
     for record in records:
@@ -103,7 +105,7 @@ def _shared_facts(records: Sequence[Record]) -> dict[str, Any]:
     return {name: found[0] for name, found in values.items() if len(found) > 1 and found.count(found[0]) == len(found)}
 
 
-def _quartiles(record: Record) -> str:
+def _quartiles(record: Measurement) -> str:
     return "" if record.ratio_quartiles is None else "-".join(f"{value:.3f}" for value in record.ratio_quartiles)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from malora_dist.bench.local.records import Record
+from malora_dist.bench.local.records import Measurement
 from malora_dist.errors import ConfigError
 
 
@@ -55,13 +55,13 @@ def records_of(
     times: Mapping[str, Sequence[float]],
     against: str,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list[Record]:
+) -> list[Measurement]:
     """A record for each subject, with its facts: median seconds, and the ratio to `against` in the same round."""
     records = []
     for name, seconds in times.items():
         ratios = [mine / other for mine, other in zip(seconds, times[against], strict=True)]
         records.append(
-            Record(
+            Measurement(
                 name,
                 case,
                 median_s=median(seconds),

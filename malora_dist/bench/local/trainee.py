@@ -1,4 +1,4 @@
-"""A contestant in training: one call is one optimizer step, on the same tokens every time."""
+"""A baseline in training: one call is one optimizer step, on the same tokens every time."""
 
 import torch
 from torch import Tensor

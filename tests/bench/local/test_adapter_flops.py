@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.bench.local.adapter_flops import BASE, GEMM, adapter_flops, base_gemm, with_shares
 from malora_dist.bench.local.layer import OneLinear, Pass
-from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import BASELINES
 from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.bench.local.timing import records_of
 
@@ -31,8 +31,8 @@ def counted(adapted: Adapted) -> int:
 @pytest.mark.parametrize("name", ["peft_lora", "lora", "malora", "malora_looped", "molora_looped"])
 def test_equals_what_torch_counts(name: str) -> None:
     base = Base.of(OneLinear(I, O, torch.float32, torch.device("cpu")), ["linear"], load_in_4bit=False, peft=True)
-    adapted = build(CONTESTANTS[name], base)
-    assert adapted.flops(T) == counted(adapted) - counted(build(CONTESTANTS["base"], base))
+    adapted = build(BASELINES[name], base)
+    assert adapted.flops(T) == counted(adapted) - counted(build(BASELINES["base"], base))
 
 
 def test_only_chosen_experts_count_where_the_others_are_left_out() -> None:

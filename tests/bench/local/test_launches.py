@@ -12,7 +12,7 @@ from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.records import Report
 from malora_dist.errors import ConfigError
 
-ONLY = "peft_lora,peft_dora,malora,malora_siblings"
+ONLY = "peft_lora,peft_dora,malora,malora_fused"
 
 
 def test_everyone_is_counted_in_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,7 +30,7 @@ def test_everyone_is_counted_in_every_case(tmp_path: Path, capsys: pytest.Captur
     # Linears of one input whose projections are fused launch less than each for itself.
     together, apart = (
         next(r.facts["launches"] for r in report.records if r.name == name and r.case.startswith("projections"))
-        for name in ("malora_siblings", "malora")
+        for name in ("malora_fused", "malora")
     )
     assert together < apart
 

@@ -9,7 +9,7 @@ import torch
 from malora_dist.bench.local.layer import LayerOptions, OneLinear, Pass, run
 from malora_dist.bench.local.options import names_on_one_linear
 from malora_dist.bench.local.output import Output
-from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import BASELINES
 from malora_dist.bench.local.peers.build import Base, build
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.errors import ConfigError
@@ -51,7 +51,7 @@ def test_four_bits_and_dropout() -> None:
 
 def test_a_pass_leaves_the_gradients_of_one_pass() -> None:
     base = Base.of(OneLinear(64, 48, torch.float32, torch.device("cpu")), ["linear"], load_in_4bit=False, peft=False)
-    one = Pass(build(CONTESTANTS["malora"], base), torch.randn(8, 64), torch.randn(8, 48))
+    one = Pass(build(BASELINES["malora"], base), torch.randn(8, 64), torch.randn(8, 48))
     before = [p.clone() for p in one.adapted.trained]
     one()
     first = [one.x_TI.grad, *(p.grad for p in one.adapted.trained)]

@@ -38,5 +38,5 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--dtype bf16: Tesla T4 has compute capability 7.5 .* set --dtype fp32"):
         ready_device("cuda:1", dtype="bf16")
     monkeypatch.setattr(Gpu, "of", lambda _: replace(T4, capability=(7, 0)))
-    with pytest.raises(ConfigError, match="Tesla T4 has the architecture sm_70, for which torch .* holds no code"):
+    with pytest.raises(ConfigError, match="Tesla T4 has the architecture sm_70, for which torch .* was not built"):
         ready_device("cuda:1", dtype="fp32")

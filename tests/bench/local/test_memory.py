@@ -7,9 +7,9 @@ import torch
 
 from malora_dist.bench.local.memory import MemoryOptions, peaks, run
 from malora_dist.bench.local.output import Output
-from malora_dist.bench.local.peers.baselines import CONTESTANTS
-from malora_dist.bench.local.records import Record
-from malora_dist.bench.local.step_stage import Stage
+from malora_dist.bench.local.peers.baselines import BASELINES
+from malora_dist.bench.local.records import Measurement
+from malora_dist.bench.local.step_setup import StepSetup
 from malora_dist.errors import ConfigError
 from tests.tiny_models import save_tiny_llama
 
@@ -30,19 +30,19 @@ def options(folder: str, **changes: Any) -> MemoryOptions:
 
 
 @pytest.fixture(scope="module")
-def records(folder: str, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+def records(folder: str, tmp_path_factory: pytest.TempPathFactory) -> list[Measurement]:
     files = tmp_path_factory.mktemp("files")
     report = run(options(folder), Output(files / "m.json", files / "m.md"))
     assert "| malora |" in (files / "m.md").read_text() and (files / "m.json").is_file()
     return report.records
 
 
-def found(records: list[Record], name: str, *words: str) -> Record:
+def found(records: list[Measurement], name: str, *words: str) -> Measurement:
     (record,) = [record for record in records if record.name == name and all(word in record.case for word in words)]
     return record
 
 
-def test_every_case_is_there_with_the_same_work(records: list[Record]) -> None:
+def test_every_case_is_there_with_the_same_work(records: list[Measurement]) -> None:
     peaks_found = [record for record in records if record.peak_bytes is not None]
     assert [record.name for record in peaks_found] == 4 * ONLY.split(",")
     assert {record.facts["tokens"] for record in peaks_found} == {128}
@@ -53,7 +53,7 @@ def test_every_case_is_there_with_the_same_work(records: list[Record]) -> None:
     assert timed == ["base_full", "base_nf4", "malora_full", "malora_nf4"]
 
 
-def test_a_peak_is_the_sum_of_its_parts(records: list[Record]) -> None:
+def test_a_peak_is_the_sum_of_its_parts(records: list[Measurement]) -> None:
     for record in records:
         if record.peak_bytes is not None:
             parts = sum(record.facts[f"MiB {part}"] for part in ("base", "adapters", "optimizer", "above"))
@@ -67,7 +67,7 @@ def test_a_peak_is_the_sum_of_its_parts(records: list[Record]) -> None:
     assert full.ratio == pytest.approx((full.peak_bytes or 0) / (peft.peak_bytes or 1))
 
 
-def test_checkpointing_and_4_bits_save_what_they_should(records: list[Record]) -> None:
+def test_checkpointing_and_4_bits_save_what_they_should(records: list[Measurement]) -> None:
     for name in ONLY.split(","):
         plain, recomputed, small = (
             found(records, name, f"checkpointing {switch}", base).facts
@@ -82,7 +82,7 @@ def test_checkpointing_and_4_bits_save_what_they_should(records: list[Record]) -
         assert 0 <= linears * (2 - 4.5 / 8) - saved <= slack
 
 
-def test_bytes_of_the_model_are_the_formulas(records: list[Record]) -> None:
+def test_bytes_of_the_model_are_the_formulas(records: list[Measurement]) -> None:
     assert found(records, "4-bit linears", "nf4").facts["bytes / bf16"] == 4.5 / 16
     for base in ("full", "nf4"):
         facts = found(records, "model with malora", base).facts
@@ -91,8 +91,8 @@ def test_bytes_of_the_model_are_the_formulas(records: list[Record]) -> None:
 
 def test_a_peak_repeats_exactly(folder: str) -> None:
     first, second = (
-        peaks(Stage(options(folder).of_step("full"), torch.device("cpu"), peft=False), contestants, "off")
-        for contestants in 2 * [{name: CONTESTANTS[name] for name in ("base", "malora")}]
+        peaks(StepSetup(options(folder).of_step("full"), torch.device("cpu"), peft=False), baselines, "off")
+        for baselines in 2 * [{name: BASELINES[name] for name in ("base", "malora")}]
     )
     assert [record.peak_bytes for record in first] == [record.peak_bytes for record in second]
 

@@ -21,7 +21,7 @@ def test_lists() -> None:
     assert labelled_share("all") == 1 and labelled_share("0.25") == 0.25
     assert set(default_names("bf16")) - set(default_names("fp32")) == {"peft_lora_fp32", "peft_lora_fp32_equal"}
     assert default_names("fp64") == default_names("fp32")
-    assert set(default_names("bf16")) - set(names_on_one_linear("bf16")) == {"malora_siblings"}
+    assert set(default_names("bf16")) - set(names_on_one_linear("bf16")) == {"malora_fused"}
 
 
 @pytest.mark.parametrize("wrong", ["", "8x", "8x8x8", "0", "-8", "a"])

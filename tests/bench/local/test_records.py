@@ -2,18 +2,22 @@
 
 import json
 
-from malora_dist.bench.local.records import Record, Report
+from malora_dist.bench.local.records import Measurement, Report
 
 REPORT = Report(
     {"CPU": "one", "cores": 2},
     "malora bench layer --size 8",
     [
-        Record("base", "small", median_s=0.0125, ratio=0.5, ratio_quartiles=(0.4, 0.6), against="peft", facts={"T": 4}),
-        Record("peft", "small", median_s=2.5, ratio=1.0, ratio_quartiles=(1.0, 1.0), against="peft", facts={"T": 4}),
-        Record("base", "large", peak_bytes=3 * 2**20, facts={"trained": 1234567, "share": 0.12345, "fused": True}),
-        Record("base", "two", ratio=1.0, against="base"),
-        Record("base_2x", "two", ratio=2.0, against="base"),
-        Record("peft", "two", ratio=1.0, against="peft"),
+        Measurement(
+            "base", "small", median_s=0.0125, ratio=0.5, ratio_quartiles=(0.4, 0.6), against="peft", facts={"T": 4}
+        ),
+        Measurement(
+            "peft", "small", median_s=2.5, ratio=1.0, ratio_quartiles=(1.0, 1.0), against="peft", facts={"T": 4}
+        ),
+        Measurement("base", "large", peak_bytes=3 * 2**20, facts={"trained": 1234567, "share": 0.12345, "fused": True}),
+        Measurement("base", "two", ratio=1.0, against="base"),
+        Measurement("base_2x", "two", ratio=2.0, against="base"),
+        Measurement("peft", "two", ratio=1.0, against="peft"),
     ],
 )
 

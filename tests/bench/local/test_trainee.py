@@ -6,7 +6,7 @@ import torch
 from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.adapters.inject import DEFAULT_TARGETS
 from malora_dist.bench.local.losses import Batch
-from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import BASELINES
 from malora_dist.bench.local.peers.build import Base, build
 from malora_dist.bench.local.trainee import BALANCE_COEFFICIENT, Trainee
 from tests.reference import balance_reference
@@ -19,7 +19,7 @@ BATCH = Batch.of(2, 10, 61, 1.0, torch.device("cpu"))
 def test_a_step_trains_what_it_should(name: str) -> None:
     base = Base.of(tiny_llama(), DEFAULT_TARGETS, load_in_4bit=False, peft=True)
     before = [p.clone() for p in base.ours.parameters()]
-    trainee = Trainee(build(CONTESTANTS[name], base), BATCH)
+    trainee = Trainee(build(BASELINES[name], base), BATCH)
     losses = [float(trainee()) for _ in range(4)]
     assert (losses[-1] < losses[0]) == (name != "base")
     assert all(p.grad is None for p in trainee.adapted.trained)
@@ -33,7 +33,7 @@ def test_a_step_trains_what_it_should(name: str) -> None:
 @pytest.mark.parametrize("name", ["malora", "molora_looped"])
 def test_balance_loss_is_the_mean_over_routers(name: str) -> None:
     base = Base.of(tiny_llama(), DEFAULT_TARGETS, load_in_4bit=False, peft=False)
-    trainee = Trainee(build(CONTESTANTS[name], base), BATCH)
+    trainee = Trainee(build(BASELINES[name], base), BATCH)
     trainee.adapted.model(input_ids=BATCH.ids)
     routings = [layer.routing for layer in trainee.adapted.routers]
     expected = torch.stack([balance_reference(r.probs_TE, r.expert_ids_TK) for r in routings]).mean()
@@ -42,7 +42,7 @@ def test_balance_loss_is_the_mean_over_routers(name: str) -> None:
 
 def test_keys_are_new_in_each_step() -> None:
     base = Base.of(tiny_llama(), DEFAULT_TARGETS, load_in_4bit=False, peft=False)
-    trainee = Trainee(build(CONTESTANTS["malora"], base, dropout=0.5), BATCH, dropout=True)
+    trainee = Trainee(build(BASELINES["malora"], base, dropout=0.5), BATCH, dropout=True)
     seen = []
     for _ in range(2):
         trainee()

@@ -8,7 +8,7 @@ from malora_dist.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
+class Baseline:
     """One way to adapt a model's linears, or none.
 
     maker: `base`, the frozen model alone; `ours`, MixtureLinear; `peft`, the package; `dispatched`, a mixture whose
@@ -38,31 +38,40 @@ LORA = {"r": 64}
 MALORA = {"num_experts": 8, "top_k": 2, "r": 12, "shared_r": 32}
 MOLORA = {"num_experts": 8, "top_k": 2, "r": 8}
 
-CONTESTANTS: dict[str, Contestant] = {
-    "base": Contestant(maker="base"),
-    "peft_lora": Contestant(maker="peft", numbers=LORA),
-    "peft_lora_equal": Contestant(maker="peft", equal=True),
-    "peft_lora_fp32": Contestant(maker="peft", numbers=LORA, fp32=True),
-    "peft_lora_fp32_equal": Contestant(maker="peft", equal=True, fp32=True),
-    "peft_dora": Contestant(maker="peft", method="dora", numbers=LORA),
-    "lora": Contestant(maker="ours", numbers=LORA),
-    "lora_equal": Contestant(maker="ours", equal=True),
-    "malora": Contestant(maker="ours", method="malora", numbers=MALORA),
-    "malora_grouped": Contestant(maker="ours", method="malora", numbers=MALORA, computation="grouped"),
-    "malora_grouped_triton": Contestant(maker="ours", method="malora", numbers=MALORA, computation="grouped_triton"),
-    "malora_siblings": Contestant(maker="ours", method="malora", numbers=MALORA, fuse_projections=True),
-    "molora": Contestant(maker="ours", method="molora", numbers=MOLORA),
-    "malora_dispatched": Contestant(maker="dispatched", method="malora", numbers=MALORA, computation="sorted"),
-    "malora_looped": Contestant(maker="dispatched", method="malora", numbers=MALORA, computation="looped"),
-    "molora_dispatched": Contestant(maker="dispatched", method="molora", numbers=MOLORA, computation="sorted"),
-    "molora_looped": Contestant(maker="dispatched", method="molora", numbers=MOLORA, computation="looped"),
+BASELINES: dict[str, Baseline] = {
+    "base": Baseline(maker="base"),
+    "peft_lora": Baseline(maker="peft", numbers=LORA),
+    "peft_lora_equal": Baseline(maker="peft", equal=True),
+    "peft_lora_fp32": Baseline(maker="peft", numbers=LORA, fp32=True),
+    "peft_lora_fp32_equal": Baseline(maker="peft", equal=True, fp32=True),
+    "peft_dora": Baseline(maker="peft", method="dora", numbers=LORA),
+    "lora": Baseline(maker="ours", numbers=LORA),
+    "lora_equal": Baseline(maker="ours", equal=True),
+    "malora": Baseline(maker="ours", method="malora", numbers=MALORA),
+    "malora_grouped": Baseline(maker="ours", method="malora", numbers=MALORA, computation="grouped"),
+    "malora_grouped_triton": Baseline(maker="ours", method="malora", numbers=MALORA, computation="grouped_triton"),
+    "malora_fused": Baseline(maker="ours", method="malora", numbers=MALORA, fuse_projections=True),
+    "molora": Baseline(maker="ours", method="molora", numbers=MOLORA),
+    "malora_dispatched": Baseline(maker="dispatched", method="malora", numbers=MALORA, computation="sorted"),
+    "malora_looped": Baseline(maker="dispatched", method="malora", numbers=MALORA, computation="looped"),
+    "molora_dispatched": Baseline(maker="dispatched", method="molora", numbers=MOLORA, computation="sorted"),
+    "molora_looped": Baseline(maker="dispatched", method="molora", numbers=MOLORA, computation="looped"),
 }
 
+# Older names, which command lines may still have.
+RENAMED = {"malora_siblings": "malora_fused"}
 
-def chosen(only: str | None, default: Sequence[str] = tuple(CONTESTANTS)) -> dict[str, Contestant]:
-    """The contestants of a list `a,b`, or `default`. Raises ConfigError for a name that nobody has."""
-    names = list(default) if only is None else [name.strip() for name in only.split(",") if name.strip()]
-    unknown = [name for name in names if name not in CONTESTANTS]
+
+def names_in(only: str) -> list[str]:
+    """Return the names of a list `a,b`, by which baselines are called today."""
+    given = [name.strip() for name in only.split(",") if name.strip()]
+    return [RENAMED.get(name, name) for name in given]
+
+
+def chosen(only: str | None, default: Sequence[str] = tuple(BASELINES)) -> dict[str, Baseline]:
+    """The baselines of a list `a,b`, or `default`. Raises ConfigError for a name that nobody has."""
+    names = list(default) if only is None else names_in(only)
+    unknown = [name for name in names if name not in BASELINES]
     if unknown or not names:
-        raise ConfigError(f"--only {only!r}: {', '.join(unknown) or 'nobody'} is not one of {', '.join(CONTESTANTS)}")
-    return {name: CONTESTANTS[name] for name in names}
+        raise ConfigError(f"--only {only!r}: {', '.join(unknown) or 'nobody'} is not one of {', '.join(BASELINES)}")
+    return {name: BASELINES[name] for name in names}

@@ -1,4 +1,4 @@
-"""From a contestant's name to a model that trains its way, on one base that all of them share."""
+"""From a baseline's name to a model that trains its way, on one base that all of them share."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.bench.local.adapter_flops import adapter_flops
-from malora_dist.bench.local.peers.baselines import Contestant
+from malora_dist.bench.local.peers.baselines import Baseline
 from malora_dist.bench.local.peers.dispatched import DispatchedLinear, dispatch_adapters
 from malora_dist.bench.local.peers.quantised import with_bitsandbytes, with_nf4
 from malora_dist.bench.local.peers.with_peft import add_peft
@@ -44,9 +44,9 @@ class Base:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A contestant's model, and the numbers of its method on linears of `sizes`. spec: None for the base alone.
+    """A baseline's model, and the numbers of its method on linears of `sizes`. spec: None for the base alone.
 
-    our_linears: the frozen linears are those of the contestant `base`, not bitsandbytes'.
+    our_linears: the frozen linears are those of the baseline `base`, not bitsandbytes'.
     """
 
     model: nn.Module
@@ -92,32 +92,32 @@ def flops_above_base(adapted: Mapping[str, Adapted], tokens: int) -> dict[str, i
     return {name: one.flops(tokens) for name, one in adapted.items() if one.our_linears}
 
 
-def build(contestant: Contestant, base: Base, *, dropout: float = 0.0, seed: int = 0) -> Adapted:
-    """The contestant on a copy of the base that shares its weights, in training mode.
+def build(baseline: Baseline, base: Base, *, dropout: float = 0.0, seed: int = 0) -> Adapted:
+    """The baseline on a copy of the base that shares its weights, in training mode.
 
     Adapters start so that the output is the base's. Raises ConfigError if a package is missing.
     """
-    if contestant.maker == "base":
+    if baseline.maker == "base":
         return Adapted(shared_copy(base.ours).train(), None, base.sizes)
-    spec = contestant.spec(base.sizes)
-    if contestant.maker == "peft":
+    spec = baseline.spec(base.sizes)
+    if baseline.maker == "peft":
         theirs = shared_copy(base.theirs)
-        model = add_peft(theirs, spec, base.targets, dropout=dropout, fp32=contestant.fp32, seed=seed)
+        model = add_peft(theirs, spec, base.targets, dropout=dropout, fp32=baseline.fp32, seed=seed)
         return Adapted(model, spec, base.sizes, our_linears=base.theirs is base.ours)
     model = shared_copy(base.ours)
-    dispatched = contestant.maker == "dispatched"
-    computation = "auto" if dispatched else contestant.computation
+    dispatched = baseline.maker == "dispatched"
+    computation = "auto" if dispatched else baseline.computation
     inject_adapters(
         model,
         spec,
         base.targets,
         lora_dropout=dropout,
         computation=computation,
-        fuse_projections=contestant.fuse_projections,
+        fuse_projections=baseline.fuse_projections,
         seed=seed,
     )
     if dispatched:
-        dispatch_adapters(model, spec, base.dtype, dropout=dropout, looped=contestant.computation == "looped")
+        dispatch_adapters(model, spec, base.dtype, dropout=dropout, looped=baseline.computation == "looped")
     return Adapted(model.train(), spec, base.sizes)
 
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from malora_dist.adapters.layer import require_triton
-from malora_dist.bench.local.peers.baselines import Contestant, chosen
+from malora_dist.bench.local.peers.baselines import Baseline, chosen
 from malora_dist.ops.devices import triton_ready
 
 KERNELS = "grouped_triton"
 
 
-def taking_part(only: str | None, default: Sequence[str], device: torch.device) -> dict[str, Contestant]:
-    """The contestants of a list `a,b`, or those of `default` that can run on `device`; Triton's only on a GPU.
+def taking_part(only: str | None, default: Sequence[str], device: torch.device) -> dict[str, Baseline]:
+    """The baselines of a list `a,b`, or those of `default` that can run on `device`; Triton's only on a GPU.
 
     Raises ConfigError for a name that nobody has, and for one whose kernels cannot run on `device`.
     """

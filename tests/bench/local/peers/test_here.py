@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from malora_dist.bench.local.peers.baselines import CONTESTANTS
+from malora_dist.bench.local.peers.baselines import BASELINES
 from malora_dist.bench.local.peers.here import taking_part
 from malora_dist.errors import ConfigError
 from malora_dist.ops.devices import missing_for_triton
@@ -23,7 +23,7 @@ def a_gpu_and_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_triton_takes_part_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = list(CONTESTANTS)
+    names = list(BASELINES)
     assert list(taking_part(None, names, GPU)) == names
     assert list(taking_part(None, names, CPU)) == [name for name in names if name != TRITON]
     assert list(taking_part("base,malora", names, CPU)) == ["base", "malora"]
@@ -34,7 +34,7 @@ def test_triton_takes_part_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_interpreter_takes_part_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert TRITON not in taking_part(None, list(CONTESTANTS), CPU)
+    assert TRITON not in taking_part(None, list(BASELINES), CPU)
     assert list(taking_part(TRITON, [], CPU)) == [TRITON]
 
 

@@ -10,8 +10,8 @@ from malora_dist.bench.local.equal_work import check_losses
 from malora_dist.bench.local.losses import Batch
 from malora_dist.bench.local.models import SMOLLM2, load_model
 from malora_dist.bench.local.options import labelled_share
-from malora_dist.bench.local.output import say
-from malora_dist.bench.local.peers.baselines import Contestant
+from malora_dist.bench.local.output import log
+from malora_dist.bench.local.peers.baselines import Baseline
 from malora_dist.bench.local.peers.build import Base, build
 from malora_dist.bench.local.timing import interleave
 from malora_dist.bench.local.trainee import Trainee
@@ -39,8 +39,8 @@ class StepOptions:
     device: str = "cpu"
 
 
-class Stage:
-    """The shared base and batch of a run, on which contestants become trainees."""
+class StepSetup:
+    """The shared base and batch of a run, on which baselines become trainees."""
 
     def __init__(self, options: StepOptions, device: torch.device, *, peft: bool) -> None:
         self.options, self.device, self.dtype = options, device, getattr(torch, long_name(options.dtype))
@@ -56,24 +56,24 @@ class Stage:
         )
         return f"{case}: {given.model}, {conditions}, labels {given.labels}, loss {given.loss}"
 
-    def trainee(self, contestant: Contestant, *, times: int = 1) -> Trainee:
-        """The contestant on `times` as many rows."""
+    def trainee(self, baseline: Baseline, *, times: int = 1) -> Trainee:
+        """The baseline on `times` as many rows."""
         given = self.options
         rows, share = times * given.batch, labelled_share(given.labels)
         batch = Batch.of(rows, given.length, self.vocabulary, share, self.device)
         return Trainee(
-            build(contestant, self.base, dropout=given.dropout), batch, loss=given.loss, dropout=given.dropout > 0
+            build(baseline, self.base, dropout=given.dropout), batch, loss=given.loss, dropout=given.dropout > 0
         )
 
     def interleave(self, subjects: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds by subject and round."""
-        say(f"{self.options.warmup} + {self.options.repeats} rounds of {', '.join(subjects)}")
+        log(f"{self.options.warmup} + {self.options.repeats} rounds of {', '.join(subjects)}")
         return interleave(subjects, repeats=self.options.repeats, warmup=self.options.warmup, device=self.device)
 
 
 def first_steps(trainees: Mapping[str, Trainee], dtype: torch.dtype) -> dict[str, dict[str, object]]:
     """Let everyone make the first step, check that all do the same work, and say what each is."""
-    say(f"first steps of {', '.join(trainees)}")
+    log(f"first steps of {', '.join(trainees)}")
     losses = {name: float(trainee()) for name, trainee in trainees.items()}
     check_losses(losses, dtype)
     return {
