@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from malora_dist.adapters.adapted_layers import adapter_parameters, count_base_parameters, mixture_layers
 from malora_dist.adapters.aux_loss import argument, aux_loss, keeping_routings, weight_of_batch, with_loss
 from malora_dist.adapters.inject import remove_adapters
 from malora_dist.adapters.malora_config import MaloraConfig
-from malora_dist.adapters.merge import check_mergeable, merge_layer
+from malora_dist.adapters.merge import check_mergeable, merge_layers
 from malora_dist.adapters.model_files import load_into, load_named_adapter, save_named_adapters
 from malora_dist.adapters.named_adapters import NamedAdapters
 from malora_dist.adapters.recompute import is_recomputing
 from malora_dist.adapters.router_config import announce, router_logits_asked, show_aux_loss
+from malora_dist.adapters.saving import check_arguments
 from malora_dist.errors import ConfigError
 
 AnyPath = str | os.PathLike[str]
@@ -88,14 +90,21 @@ class MaloraModel(nn.Module):
 
     def load_adapter(
         self, model_id: AnyPath, adapter_name: str = "default", is_trainable: bool = False, revision: str | None = None
-    ) -> None:
+    ) -> Any:
         """Read an adapter of a folder or hub id, ours or a LoRA or DoRA of PEFT, under a name.
 
         An adapter of this name gets the values, a new one is added and not made active. Without `is_trainable` it is
-        frozen and the model put in evaluation mode. Raises CheckpointError if it is damaged or of another base.
+        frozen and the model put in evaluation mode.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`, as PEFT does; both are empty, as other files are refused.
+
+        Raises:
+            CheckpointError: it is damaged or of another base, or lacks a tensor or has one too many; nothing changes.
         """
         load_named_adapter(self, model_id, adapter_name, is_trainable, revision)
         announce(self)
+        return _IncompatibleKeys([], [])
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -139,7 +148,7 @@ class MaloraModel(nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         selected_adapters: list[str] | None = None,
         push_to_hub: bool = False,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Write the adapters: `default` into the folder itself, others into folders of their names in it.
 
@@ -148,17 +157,28 @@ class MaloraModel(nn.Module):
             is_main_process: others write nothing.
             state_dict: values of a model whose own are in parts, by its names.
             selected_adapters: the names of those to write; None: all.
-            push_to_hub: is refused; `push_to_hub` of the model uploads.
+            push_to_hub: is refused; `huggingface_hub.upload_folder` uploads what was written.
+            others: arguments of transformers and PEFT without a meaning here, such as `max_shard_size`.
+
+        Raises:
+            ConfigError: for a name that no adapter has, and for `push_to_hub`; nothing is written.
+            TypeError: for an argument that transformers and PEFT do not have either.
         """
-        if push_to_hub:
-            raise ConfigError("push_to_hub=True: save the adapter to a folder, and upload that")
+        check_arguments(push_to_hub, others)
         if is_main_process:
             save_named_adapters(self, save_directory, state_dict, selected_adapters)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load a state dict of the model, or the tensors of an adapter's file into the active adapter."""
-        found = load_into(self, state_dict)
-        return super().load_state_dict(state_dict, *args, **kwargs) if found is None else found
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict of the model, or the tensors of an adapter's file into the active adapter.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`, as PyTorch does.
+
+        Raises:
+            CheckpointError: an adapter's file lacks a tensor of the adapter or, with `strict`, has one too many.
+        """
+        found = load_into(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign) if found is None else found
 
     # ------------------------------------------------------------------------------------------------------- the end
 
@@ -177,12 +197,12 @@ class MaloraModel(nn.Module):
         """Add the active adapter into the base's weights, rounded to their dtype, and take all adapters off.
 
         That can be done with one expert: `lora`, `dora`, and any method with num_experts=1. Raises ConfigError for
-        more experts, whose sum is another for each token, and for a base that is quantised, tied or not in memory.
+        more experts, whose sum is another for each token, for a base that is quantised, tied or not in memory, and
+        for a sum that is not finite in the base's dtype; the model is then as it was.
         """
         layers = dict(mixture_layers(self))
         check_mergeable(self, layers)
-        for layer in layers.values():
-            merge_layer(layer)
+        merge_layers(layers)
         return self.unload()
 
     # ---------------------------------------------------------------------------------------------------- as a module
@@ -239,7 +259,7 @@ def get_malora_model(model: nn.Module, config: MaloraConfig, adapter_name: str =
     return _become(model, lambda adapted: adapted.malora_adapters.add(adapted, adapter_name, config))
 
 
-def _become(model: nn.Module, put: Callable[[MaloraModel], None]) -> MaloraModel:
+def _become(model: nn.Module, put: Callable[[MaloraModel], object]) -> MaloraModel:
     """Make a MaloraModel of a model and put its first adapter on it; what fails leaves it as it was."""
     if isinstance(model, MaloraModel):
         put(model)

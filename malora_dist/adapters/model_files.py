@@ -19,7 +19,7 @@ from malora_dist.adapters.io.info import PREFIX, WEIGHTS, file_key
 from malora_dist.adapters.io.peft import open_lora
 from malora_dist.adapters.loading import fill_parameters
 from malora_dist.adapters.malora_config import MaloraConfig
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, brief
 from malora_dist.files.atomic import share_file
 
 # The adapter of this name is in the folder itself, as PEFT has it.
@@ -44,10 +44,10 @@ def load_named_adapter(
     layers = adapters.layers(model, name)
     parameters = {f"{at}.{factor}": parameter for at, layer in layers.items() for factor, parameter in layer.factors()}
     try:
-        fill_parameters(parameters, tensors)
+        fill_parameters(parameters, tensors, keep_on_error=not is_new)
     except BaseException:
         if is_new:
-            _remove(model, name)
+            _remove(model, name, former)
         raise
     for parameter in parameters.values():
         parameter.requires_grad_(is_trainable)
@@ -57,32 +57,40 @@ def load_named_adapter(
         model.eval()
 
 
-def _remove(model: Any, name: str) -> None:
-    """Take a new adapter off again, whose memory was not filled."""
-    if len(model.malora_adapters.configs) > 1:
+def _remove(model: Any, name: str, former: str) -> None:
+    """Take a new adapter off again, whose memory was not filled; the one that was active before is so again."""
+    if former:
+        model.malora_adapters.activate(model, former)
         model.malora_adapters.delete(model, name)
     else:
         remove_adapters(model)
 
 
 @torch.no_grad()
-def load_into(model: nn.Module, state_dict: Mapping[str, Any]) -> _IncompatibleKeys | None:
+def load_into(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> _IncompatibleKeys | None:
     """Load the tensors of an adapter's file into the active adapter; None if it is another kind of state dict.
 
-    Raises CheckpointError unless each tensor of the adapter is there in its shape.
+    Raises CheckpointError unless each tensor of the adapter is there in its shape and, with `strict`, no other; nothing
+    is loaded then.
     """
     if not any(key.startswith(PREFIX) for key in state_dict):
         return None
-    info, keys = adapter_info(model), set(state_dict)
-    for name, parameter in adapter_parameters(model):
-        key = file_key(info, name)
+    info = adapter_info(model)
+    parameters = {file_key(info, name): parameter for name, parameter in adapter_parameters(model)}
+    for key, parameter in parameters.items():
         value = state_dict.get(key)
         if value is None or value.numel() != parameter.numel():
             shape = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
             raise CheckpointError(f"{key}: the state dict has {shape}, the adapter needs {tuple(parameter.shape)}")
-        parameter.copy_(value.view(parameter.shape))
-        keys.discard(key)
-    return _IncompatibleKeys([], sorted(keys))
+    unexpected = sorted(state_dict.keys() - parameters.keys())
+    if unexpected and strict:
+        raise CheckpointError(
+            f"{brief(unexpected[0])}: the adapter has no such tensor ({len(unexpected)} unknown); strict=False leaves "
+            "them out"
+        )
+    for key, parameter in parameters.items():
+        parameter.copy_(state_dict[key].view(parameter.shape))
+    return _IncompatibleKeys([], unexpected)
 
 
 def save_named_adapters(
@@ -94,8 +102,10 @@ def save_named_adapters(
     """Write adapters as `MaloraModel.save_pretrained` says."""
     adapters, root = model.malora_adapters, Path(save_directory)
     check_all_is_adapter(model)
-    for name in adapters.configs if selected is None else selected:
+    names = list(adapters.configs if selected is None else selected)
+    for name in names:
         adapters.check(name)
+    for name in names:
         folder = root if name == DEFAULT_NAME else root / name
         if name == adapters.active:
             save_model_adapter(model, folder, state_dict)

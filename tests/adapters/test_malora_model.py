@@ -14,8 +14,9 @@ from torch import nn
 
 from malora_dist import MaloraConfig, MaloraModel, get_malora_model
 from malora_dist.adapters.adapted_layers import adapter_parameters, adapter_state_dict, mixture_layers
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.loading import load_adapter
-from malora_dist.adapters.methods import METHODS
+from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.families import family_model
 from tests.hub import local_hub
@@ -128,6 +129,24 @@ def test_what_is_trained_beside_the_adapter_is_not_lost_in_silence(tmp_path: Pat
     assert not any(tmp_path.iterdir())
 
 
+def test_all_names_are_checked_before_an_adapter_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter_name='y' must be one of default"):
+        adapted().save_pretrained(tmp_path / "none", selected_adapters=["default", "y"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_misspelled_argument_of_save_pretrained_is_refused(tmp_path: Path) -> None:
+    plain = tiny_llama()
+    inject_adapters(plain, mixture_spec("lora", r=2))
+    for model in (adapted(), plain):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'is_main_proces'"):
+            model.save_pretrained(tmp_path / "none", is_main_proces=False)
+        assert not (tmp_path / "none").exists()
+        with pytest.raises(ConfigError, match="upload its folder by huggingface_hub.upload_folder"):
+            model.save_pretrained(tmp_path / "none", push_to_hub=True)
+        model.save_pretrained(tmp_path / "some", safe_serialization=True, max_shard_size="5GB")
+
+
 def test_parked_adapters_move_with_the_model() -> None:
     model = adapted()
     model.add_adapter("other", MaloraConfig(method="lora", r=2))
@@ -178,7 +197,8 @@ def test_an_adapter_comes_from_a_folder_under_a_name(tmp_path: Path, method: str
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert loaded.malora_config["default"].router_aux_loss_coef == 0.25
     other: Any = get_malora_model(tiny_llama(), MaloraConfig(method="lora", r=2))
-    other.load_adapter(tmp_path, "second", is_trainable=True)
+    result = other.load_adapter(tmp_path, "second", is_trainable=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert other.active_adapter == "default"
     other.set_adapter("second")
     assert torch.equal(logits(other.eval()), logits(model)) and all(
@@ -202,6 +222,21 @@ def test_a_damaged_or_foreign_adapter_leaves_the_model_as_it_was(tmp_path: Path)
     with pytest.raises(CheckpointError, match="this base"):
         model.load_adapter(tmp_path, "other")
     assert list(model.malora_config) == ["default"] and torch.equal(logits(model), before)
+
+
+def test_an_adapter_that_cannot_be_loaded_leaves_the_active_one_active(tmp_path: Path) -> None:
+    adapted(tiny_llama(hidden_size=32)).save_pretrained(tmp_path)
+    model = adapted()
+    for number, name in enumerate(("second", "third")):
+        model.add_adapter(name, MaloraConfig(**SMALL))
+        model.set_adapter(name)
+        fill(model, 50 * number)
+    model.set_adapter("second")
+    before, trained = logits(model), {id(p) for p in model.parameters() if p.requires_grad}
+    with pytest.raises(CheckpointError, match="this base"):
+        model.load_adapter(tmp_path, "fourth")
+    assert model.active_adapter == "second" and list(model.malora_config) == ["default", "second", "third"]
+    assert torch.equal(logits(model), before) and {id(p) for p in model.parameters() if p.requires_grad} == trained
 
 
 def test_an_adapter_of_peft_is_read(tmp_path: Path) -> None:
@@ -397,6 +432,23 @@ def test_one_expert_is_merged_into_the_weights(family: str, arguments: dict[str,
         merged = ours.merge_and_unload()
         assert type(merged) is kind
         torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [3e38, float("inf")])
+def test_a_merge_that_fails_in_the_middle_leaves_the_base_as_it_was(value: float) -> None:
+    model = adapted(tiny_llama(torch.bfloat16), method="lora").to(torch.bfloat16)
+    name, layer = list(mixture_layers(model))[-1]
+    before, weights = logits(model), {n: p.clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        layer.B.fill_(value)
+        layer.expert_down.fill_(1e3)
+    with pytest.raises(ConfigError, match=f"^{name}.weight is not finite in torch.bfloat16 with the adapter in it$"):
+        model.merge_and_unload()
+    with torch.no_grad():
+        for factor, parameter in layer.factors():
+            parameter.copy_(weights[f"{name}.{factor}"])
+    assert all(torch.equal(parameter, weights[n]) for n, parameter in model.named_parameters())
+    assert isinstance(model, MaloraModel) and torch.equal(logits(model), before)
 
 
 def test_several_experts_and_tied_heads_are_not_merged() -> None:
