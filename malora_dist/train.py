@@ -19,7 +19,8 @@ from malora_dist.data.build import PreparedData, build_data
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
 from malora_dist.distributed.expert_groups import create_expert_groups
-from malora_dist.distributed.process_groups import run_on_rank0, start_processes
+from malora_dist.distributed.process_groups import start_processes
+from malora_dist.distributed.rank_errors import run_on_rank0
 from malora_dist.distributed.zero3 import resident_bytes
 from malora_dist.errors import NonFiniteError
 from malora_dist.evaluation.packing import check_packing
@@ -77,14 +78,18 @@ def _start(arguments: Sequence[str]) -> None:
     with watched(watchdog, config.parallel.timeout_seconds, stop.set):
         world = start_processes(config.parallel.timeout_seconds)
         # Thousands of processes must not all ask the scheduler.
-        deadline = deadline_of(config.train.max_hours, started) if world.is_main else None
+        ends = run_on_rank0(lambda: deadline_of(config.train.max_hours, started), world)
+        # Of the clocks, only that of one process may tell all of them to stop.
+        deadline = ends if world.is_main else None
         nodes = check_consistency(world, start_facts(config_text(config)))
         check_plan(config, world.size)
         # Half the timeout, so that it is not the others' wait that ends the run.
         seconds = min(SHARED_SECONDS, config.parallel.timeout_seconds / 2)
         check_shared_folder(world, Path(config.output_dir), nodes, seconds)
         with RunLifecycle(config, world) as lifecycle:
-            preemption = PreemptionCoordinator(world, stop, deadline, heartbeat=watchdog.heartbeat)
+            preemption = PreemptionCoordinator(
+                world, stop, deadline, heartbeat=watchdog.heartbeat
+            )
             context = RunContext(config, world, watchdog, preemption)
             context.poll()
             with explained():

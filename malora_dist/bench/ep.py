@@ -21,6 +21,8 @@ from malora_dist.console.log import console, start_logging
 from malora_dist.data.build import build_data
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.process_groups import World, gather_lists
+from malora_dist.distributed.rank_errors import run_on_rank0, sharing_errors
+from malora_dist.errors import ConfigError
 from malora_dist.files.atomic import write_json, write_text
 from malora_dist.models.load import load_tokenizer
 from malora_dist.models.resolve import resolve_model
@@ -53,15 +55,20 @@ def bench(options: EpOptions, config: RunConfig, world: World) -> None:
     watchdog = Watchdog(world.rank)
     with watched(watchdog, config.parallel.timeout_seconds):
         result = _measure(options, config, world, selection, watchdog)
-    if not world.is_main:
-        return
+    run_on_rank0(lambda: _show(options, result, world), world)
+
+
+def _show(options: EpOptions, result: Result, world: World) -> None:
     for sheet in sheets(result):
         console().print(sheet.for_terminal())
     _log(world, "\n".join(NOTES))
-    if options.json is not None:
-        write_json(options.json, result.as_dict())
-    if options.markdown is not None:
-        write_text(options.markdown, markdown(result, options.command(world.size)))
+    try:
+        if options.json is not None:
+            write_json(options.json, result.as_dict())
+        if options.markdown is not None:
+            write_text(options.markdown, markdown(result, options.command(world.size)))
+    except OSError as error:
+        raise ConfigError(f"the result cannot be written: {error}") from error
 
 
 def _measure(options: EpOptions, config: RunConfig, world: World, selection: Selection, watchdog: Watchdog) -> Result:
@@ -69,8 +76,9 @@ def _measure(options: EpOptions, config: RunConfig, world: World, selection: Sel
         _log(world, f"left out: {sentence}")
     load = os.getloadavg()[0]
     trusted = config.model.trust_remote_code
-    folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
-    data = build_data(config.data, load_tokenizer(folder, trust_remote_code=trusted))
+    with sharing_errors(world):
+        folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
+        data = build_data(config.data, load_tokenizer(folder, trust_remote_code=trusted))
     loader = train_loader(config, data, world)
     notes = check_memory(selection.variants[0].of(config), folder, world, first_lengths(loader, data.train))
     for note in [*position_notes(data, folder, trust_remote_code=trusted), *notes]:

@@ -58,5 +58,8 @@ def read_exit_status(folder: Path) -> dict[str, Any] | None:
 
 
 def clear_exit_status(folder: Path) -> None:
-    """Remove exit.json of the session before this one."""
-    (folder / EXIT_FILE).unlink(missing_ok=True)
+    """Remove exit.json of the start before this one. Raises CheckpointError if it cannot be removed."""
+    try:
+        (folder / EXIT_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder / EXIT_FILE} cannot be removed: {error.strerror}") from error

@@ -79,15 +79,16 @@ def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, 
     """
     config, world, watchdog = context.config, context.world, context.watchdog
     trusted, dtype = config.model.trust_remote_code, base_dtype(config, world)
-    folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
-    model_config = read_model_config(folder, trust_remote_code=trusted)
-    attention_for(config.model.attn_implementation, model_config, dtype, world.device)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-    base = check_support(config, folder, tokenizer, dtype, trains=False)
-    data = build_data(config.data, tokenizer)
-    check_tokens(data, base.spare_tokens)
+    with context.while_waiting() as poll:
+        folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
+        model_config = read_model_config(folder, trust_remote_code=trusted)
+        attention_for(config.model.attn_implementation, model_config, dtype, world.device)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+        base = check_support(config, folder, tokenizer, dtype, trains=False)
+        data = build_data(config.data, tokenizer, poll)
+        check_tokens(data, base.spare_tokens)
+        lengths = position_notes(data, folder, trust_remote_code=trusted)
     fitting = _with_fitting_batch(config, world.size)
-    lengths = position_notes(data, folder, trust_remote_code=trusted)
     for note in (*base.notes, *lengths, *check_memory(fitting, folder, world, None)):
         logging.getLogger(LOGGER).info("note: %s", note)
     watchdog.mark_phase("loading the base model")

@@ -10,7 +10,8 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, load_config, plain_config
 from malora_dist.config.resume_compatibility import Change, changes
-from malora_dist.distributed.process_groups import World, raise_on_all_ranks
+from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.rank_errors import sharing_errors
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.files.exit_status import FINISHED, MEASURED_ON, read_exit_status
 from malora_dist.training.base_model import base_quantizer
@@ -187,13 +188,9 @@ def open_checkpoint(folder: Path, world: World) -> Checkpoint:
     Raises:
         CheckpointError: on all processes, naming the file.
     """
-    error = None
-    try:
+    with sharing_errors(world):
         checkpoint = Checkpoint.open(folder)
         checkpoint.verify(sorted(checkpoint.manifest.files)[world.rank :: world.size])
-    except CheckpointError as caught:
-        error = caught
-    raise_on_all_ranks(error)
     return checkpoint
 
 

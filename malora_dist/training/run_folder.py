@@ -1,7 +1,8 @@
 """The folder of a run: claimed once, never overwritten, every file whole or absent."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from filelock import BaseFileLock, Timeout
 from safetensors import SafetensorError
 
-from malora_dist.distributed.process_groups import World, broadcast_object
 from malora_dist.errors import CheckpointError, ConfigError, TrainingError
 from malora_dist.files.exit_status import RUN_FILES
 from malora_dist.files.json_text import parse_json
@@ -52,7 +52,10 @@ def claim_run_folder(output_dir: str | Path) -> tuple[Path, BaseFileLock]:
 
 
 def _is_taken(folder: Path) -> bool:
-    return bool({path.name for path in folder.iterdir()} & RUN_FILES)
+    try:
+        return bool({path.name for path in folder.iterdir()} & RUN_FILES)
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder} cannot be read: {error.strerror}") from error
 
 
 def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> BaseFileLock:
@@ -90,23 +93,13 @@ def _lock(folder: Path, seconds: float) -> BaseFileLock | None:
     return lock
 
 
-def write_on_rank0(write: Callable[[], None], folder: Path, world: World) -> None:
-    """Write into the folder on the main process while the others wait.
-
-    Raises:
-        TrainingError: on all processes, if the files cannot be written.
-    """
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            write()
-        except Exception as caught:
-            error = caught
-    problem = broadcast_object(None if error is None else f"{folder} cannot be written: {error}")
-    if error is not None and not isinstance(error, OSError | SafetensorError):
-        raise error
-    if problem is not None:
-        raise TrainingError(problem) from error
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Turn what a file's writer raises where the system refuses into a TrainingError that names the run's folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{folder} cannot be written: {error}") from error
 
 
 def read_evaluations(folder: Path) -> dict[str, Any]:
