@@ -87,9 +87,7 @@ def _start(arguments: Sequence[str]) -> None:
         seconds = min(SHARED_SECONDS, config.parallel.timeout_seconds / 2)
         check_shared_folder(world, Path(config.output_dir), nodes, seconds)
         with RunLifecycle(config, world) as lifecycle:
-            preemption = PreemptionCoordinator(
-                world, stop, deadline, heartbeat=watchdog.heartbeat
-            )
+            preemption = PreemptionCoordinator(world, stop, deadline, heartbeat=watchdog.heartbeat)
             context = RunContext(config, world, watchdog, preemption)
             context.poll()
             with explained():

@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 LOGGER = "malora_dist"
 
 
-def start_logging(log_file: Path | None) -> None:
-    """Send this package's messages to stdout, errors to stderr, all to `log_file`; None leaves errors (other ranks)."""
+def start_logging(log_file: Path | None, *, level: int | None = None) -> None:
+    """Send this package's messages to stdout, errors to stderr, all to `log_file`.
+
+    Args:
+        log_file: is appended to; None for none.
+        level: of what is logged. Default: INFO with a file, and ERROR without, as on ranks other than 0.
+    """
     logger = logging.getLogger(LOGGER)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     logger.propagate = False
-    logger.setLevel(logging.INFO if log_file is not None else logging.ERROR)
+    logger.setLevel(level or (logging.INFO if log_file is not None else logging.ERROR))
     logger.addHandler(_stdout_handler())
     errors = logging.StreamHandler(sys.stderr)
     errors.setLevel(logging.ERROR)
