@@ -117,6 +117,8 @@ class RunLifecycle:
         except CheckpointError as second:
             # Keep the original exception.
             error.add_note(str(second))
+        if self.logger is not None:
+            self.logger.close_after_failure()
 
     def _written_to(self) -> Path | None:
         if self.logger is not None:

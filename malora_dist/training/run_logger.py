@@ -5,6 +5,7 @@ What cannot be written ends the run on all processes.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -219,10 +220,16 @@ class RunLogger:
         """Close the files of a run that is to go on later."""
         self._write(self._close)
 
-    def _close(self) -> None:
-        self.metrics.close()
+    def close_after_failure(self) -> None:
+        """Close the files of a run that has failed, and let trackers show it as failed. For rank 0 alone."""
+        # The error of the run is the one to show.
+        with suppress(OSError):
+            self._close(failed=True)
+
+    def _close(self, *, failed: bool = False) -> None:
         for tracker in self.trackers:
-            tracker.close()
+            tracker.close(failed=failed)
+        self.metrics.close()
 
     def finish(self) -> None:
         """Write the report and the adapter's model card, and print what to look at next."""

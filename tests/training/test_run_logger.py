@@ -8,10 +8,14 @@ import pytest
 
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.rank_errors import sharing_errors
+from malora_dist.errors import TrainingError
 from malora_dist.files.atomic import write_json
-from malora_dist.files.exit_status import MEASURED_ON
+from malora_dist.files.exit_status import MEASURED_ON, read_exit_status
+from malora_dist.tracking import trackers
 from malora_dist.tracking.metrics import MetricsWriter, read_metrics
 from malora_dist.training.resume import find_resume_point
+from malora_dist.training.run_lifecycle import RunLifecycle
 from malora_dist.training.run_logger import RunLogger
 from tests.multiprocess import run_distributed
 from tests.training.test_resume import begun, config
@@ -36,6 +40,42 @@ def go_on(world: World, run: str, wanted: str) -> dict[str, Any]:
             f"{record['kind']} {record.get('step', '')}" for record in read_metrics(Path(run) / "metrics.jsonl")
         ],
     }
+
+
+class Recorder:
+    """A tracker that keeps how it was closed."""
+
+    def __init__(self, *_: object) -> None:
+        self.closed: list[bool] = []
+
+    def log(self, record: object) -> None:
+        pass
+
+    def close(self, *, failed: bool = False) -> None:
+        self.closed.append(failed)
+
+
+def fail_in_a_run(world: World, run: str) -> dict[str, Any]:
+    """End a run by an error of rank 1 alone; how its tracker was closed, and what exit.json says."""
+    tracker = Recorder()
+    trackers._TRACKERS = {"tensorboard": lambda *_: tracker}
+    try:
+        with RunLifecycle(config(Path(run), report_to="tensorboard"), world) as lifecycle:
+            lifecycle.open()
+            with sharing_errors(world):
+                if world.rank == 1:
+                    raise ValueError("a bug")
+    except (ValueError, TrainingError) as error:
+        return {"closed": tracker.closed, "error": repr(error), "exit": read_exit_status(Path(run))}
+    return {}
+
+
+@pytest.mark.distributed
+def test_a_run_that_fails_closes_its_trackers(tmp_path: Path) -> None:
+    first, second = run_distributed("tests.training.test_run_logger:fail_in_a_run", 2, run=str(tmp_path / "run"))
+    assert first["closed"] == [True] and second["closed"] == []
+    assert first["exit"]["outcome"] == "failed" and first["exit"]["reason"] == "rank 1: ValueError: a bug"
+    assert second["error"] == "ValueError('a bug')"
 
 
 @pytest.mark.distributed
