@@ -107,17 +107,18 @@ def read_evaluations(folder: Path) -> dict[str, Any]:
     path = folder / "eval.json"
     if not path.exists():
         return {}
-    found = _read_json(path)
+    found = read_json(path)
     if not isinstance(found, dict):
-        raise CheckpointError(str(found))
+        raise CheckpointError(f"{path} is damaged: it holds no evaluations by name")
     return found
 
 
 def read_measured_on(path: Path) -> Any:
-    """Read what the evaluations in a run's folder were measured on; None if that is not known."""
-    if not path.exists():
-        return None
-    return _read_json(path)
+    """Read what the evaluations in a run's folder were measured on; None if that was never written.
+
+    Raises CheckpointError if it is damaged: whether the evaluations are of this recipe, nobody can say then.
+    """
+    return read_json(path) if path.exists() else None
 
 
 def forget_evaluations(folder: Path) -> None:
@@ -130,20 +131,32 @@ def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
     """Return the file for `result`: eval.json, or eval-2.json, -3, ... if that holds what `result` does not.
 
     So the same measurement rewrites its file, an interrupted one is completed, and one with other tasks, rows or
-    numbers (beyond rounding) gets a file of its own.
+    numbers (beyond rounding) gets a file of its own. A file that cannot be read is left as it is.
     """
     for number in count(1):
         path = folder / ("eval.json" if number == 1 else f"eval-{number}.json")
-        if not path.exists() or _says_all_of(result, _read_json(path)):
+        if not path.exists() or _completes(result, path):
             return path
     raise AssertionError("count() ended")
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run's folder. Raises CheckpointError if it cannot be read, or is damaged."""
     try:
         return parse_json(path.read_bytes(), non_finite=True)
-    except ValueError:
-        return f"{path} is damaged, and nobody else's to overwrite"
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}. Remove it, and this run measures again what it cannot know without it"
+        ) from error
+
+
+def _completes(result: dict[str, Any], path: Path) -> bool:
+    try:
+        return _says_all_of(result, read_json(path))
+    except CheckpointError:
+        return False
 
 
 def _says_all_of(new: Any, old: Any) -> bool:

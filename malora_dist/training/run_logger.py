@@ -25,8 +25,8 @@ from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.rank_errors import run_on_rank0
 from malora_dist.distributed.zero3 import gathered_adapter_state
 from malora_dist.files.atomic import write_json, write_text
+from malora_dist.files.durable import reading
 from malora_dist.files.exit_status import MEASURED_ON
-from malora_dist.files.json_text import parse_json
 from malora_dist.report import print_results, write_report
 from malora_dist.tracking.metrics import (
     BASE_DTYPE,
@@ -51,7 +51,13 @@ from malora_dist.tracking.metrics import (
 )
 from malora_dist.tracking.trackers import open_trackers
 from malora_dist.training.best_checkpoint import Tasks, score
-from malora_dist.training.run_folder import forget_evaluations, read_evaluations, read_measured_on, writing_into
+from malora_dist.training.run_folder import (
+    forget_evaluations,
+    read_evaluations,
+    read_json,
+    read_measured_on,
+    writing_into,
+)
 from malora_dist.training.run_summary import injection_lines, next_steps, placement_lines
 
 
@@ -152,7 +158,8 @@ class RunLogger:
     def _record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add the record of a checkpoint of this run whose writer was killed before it could."""
         step, files = checkpoint.manifest.step, checkpoint.manifest.files.values()
-        if not run_on_rank0(lambda: self.metrics.holds(CHECKPOINT, step), self.world):
+        holds = reading(self.folder / "metrics.jsonl")(self.metrics.holds)
+        if not run_on_rank0(lambda: holds(CHECKPOINT, step), self.world):
             self.record({KIND: CHECKPOINT, STEP: step, BYTES: sum(record.bytes for record in files)})
 
     def measured_on(self, what: Mapping[str, Any]) -> None:
@@ -171,7 +178,7 @@ class RunLogger:
         path = self.folder / name
         if not run_on_rank0(path.exists, self.world):
             self._write_json(name, measure())
-        content: dict[str, Any] = run_on_rank0(lambda: parse_json(path.read_bytes(), non_finite=True), self.world)
+        content: dict[str, Any] = run_on_rank0(lambda: read_json(path), self.world)
         return content
 
     def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from malora_dist.checkpoint.read import Checkpoint
-from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.process_groups import World, wait_for_all
 from malora_dist.distributed.rank_errors import sharing_errors
-from malora_dist.errors import TrainingError
+from malora_dist.errors import CheckpointError, TrainingError
 from malora_dist.files.atomic import write_json
 from malora_dist.files.exit_status import MEASURED_ON, read_exit_status
 from malora_dist.tracking import trackers
@@ -40,6 +40,41 @@ def go_on(world: World, run: str, wanted: str) -> dict[str, Any]:
             f"{record['kind']} {record.get('step', '')}" for record in read_metrics(Path(run) / "metrics.jsonl")
         ],
     }
+
+
+def read_damaged(world: World, run: str) -> list[str]:
+    """Meet the damage of each file that a start reads, which is then put right; what is raised."""
+    folder, raised = Path(run), []
+    for name, content in (
+        ("eval.json", '{"base": {"ta'),
+        ("eval.json", "[]"),
+        (MEASURED_ON, "{"),
+        ("baseline.json", "{"),
+    ):
+        if world.is_main:
+            (folder / name).write_text(content)
+        wait_for_all()
+        try:
+            logger = RunLogger(config(folder), folder, world)
+            logger.measured_on({"recipe": 1})
+            logger.kept("baseline.json", lambda: MEASURED)
+        except CheckpointError as error:
+            raised.append(str(error))
+        wait_for_all()
+        if world.is_main:
+            write_json(folder / name, {"recipe": 1} if name == MEASURED_ON else {"base": MEASURED})
+    return raised
+
+
+@pytest.mark.distributed
+def test_a_damaged_file_of_a_run_is_named_and_costs_no_evaluation(tmp_path: Path) -> None:
+    write_json(tmp_path / MEASURED_ON, {"recipe": 1})
+    first, second = run_distributed("tests.training.test_run_logger:read_damaged", 2, run=str(tmp_path))
+    names = ["eval.json", "eval.json", MEASURED_ON, "baseline.json"]
+    assert first == second
+    for name, message in zip(names, first, strict=True):
+        assert message.startswith(f"{tmp_path / name} is damaged: ")
+    assert json.loads((tmp_path / "eval.json").read_text()) == {"base": MEASURED}
 
 
 class Recorder:
