@@ -150,7 +150,8 @@ def _read_inputs(context: RunContext) -> _Inputs:
     notes, dtype = check_device(config, world), base_dtype(config, world)
     with context.while_waiting() as poll:
         trusted = config.model.trust_remote_code
-        folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
+        name, revision = config.model.name_or_path, config.model.revision
+        folder = resolve_model(name, revision, trust_remote_code=trusted, poll=poll)
         model_config = read_model_config(folder, trust_remote_code=trusted)
         attention_for(config.model.attn_implementation, model_config, dtype, world.device)
         tokenizer = load_tokenizer(folder, trust_remote_code=trusted)

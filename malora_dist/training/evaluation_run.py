@@ -106,7 +106,8 @@ def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, 
     config, world, watchdog = context.config, context.world, context.watchdog
     trusted, dtype = config.model.trust_remote_code, base_dtype(config, world)
     with context.while_waiting() as poll:
-        folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
+        name, revision = config.model.name_or_path, config.model.revision
+        folder = resolve_model(name, revision, trust_remote_code=trusted, poll=poll)
         model_config = read_model_config(folder, trust_remote_code=trusted)
         attention_for(config.model.attn_implementation, model_config, dtype, world.device)
         tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
