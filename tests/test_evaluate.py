@@ -94,16 +94,14 @@ def test_results_of_a_run_of_somebody_else(folder: Path, tmp_path: Path) -> None
     only_shown = run_alone(command, ["runs/tiny", "--no-save", *fast], folder)
     assert contents(run) == before
     for done in (elsewhere, only_shown):
-        assert done.code == 0 and "Average accuracy" in done.output and "evaluating runs/tiny" in done.output, (
-            done.output
-        )
+        assert done.code == 0 and "Accuracy in %" in done.output and "evaluating runs/tiny" in done.output, done.output
     assert read(tmp_path / "mine.json")["tuned"]["tasks"].keys() == read(run / "eval.json")["tuned"]["tasks"].keys()
     assert again.code == 2 and f"--output {tmp_path}/mine.json exists" in again.output
     # Before the model is loaded, and by both processes, of which neither waits for the other.
     assert refused.code == 2 and "reading the base model" not in refused.output
     assert "/proc cannot be written: " in refused.output and "--no-save only prints it" in refused.output
     assert printed.code == 1 and not (tmp_path / "lost.json").exists()
-    before_error, _, after = printed.output.partition("Average accuracy")
+    before_error, _, after = printed.output.partition("Accuracy in %")
     assert "the result is printed above" in after and "the result is printed above" not in before_error
 
 

@@ -1,5 +1,6 @@
 """What `malora evaluate` measures: a run, or an adapter with a recipe."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class EvaluationTarget:
         """
         if not self.save:
             return
-        if self.output is not None and self.output.exists():
+        if self.output is not None and os.path.lexists(self.output):
             raise ConfigError(f"--output {self.output} exists, and is not overwritten")
         place = self.folder if self.output is None else self.output.parent
         try:
