@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from malora_dist.adapters.adapted_layers import adapter_parameters
+from malora_dist.distributed.expert_groups import expert_parallel_group, is_slice
 from malora_dist.distributed.optimizer_state import OptimizerState
 from malora_dist.distributed.rank_errors import raise_on_all_ranks
-from malora_dist.distributed.zero012 import is_slice
 from malora_dist.distributed.zero3 import gather_experts
+from malora_dist.ops.partitioned import whole_shape
 from malora_dist.optimizers.registry import DEFAULT, optimizer_spec
 from malora_dist.optimizers.spec import OptimizerSpec, Shape
 
@@ -49,18 +50,12 @@ def whole_tensors(model: nn.Module, optim: str = DEFAULT) -> list[Whole]:
 
 
 def _whole(name: str, parameter: Any, spec: OptimizerSpec) -> Whole:
-    shape, first = tuple(getattr(parameter, "ds_shape", parameter.shape)), 0
+    shape, first = whole_shape(parameter), 0
     if is_slice(parameter):
-        group = _expert_ranks(parameter)
+        group = expert_parallel_group(parameter)
         first = dist.get_rank(group) * math.prod(shape)
         shape = (shape[0] * dist.get_world_size(group), *shape[1:])
     return Whole(name, parameter, shape, first, spec.layout.shapes(shape) if parameter.requires_grad else {})
-
-
-def _expert_ranks(parameter: Any) -> Any:
-    from deepspeed.utils import groups
-
-    return groups._get_expert_parallel_group(parameter.group_name)
 
 
 def snapshot(

@@ -204,8 +204,8 @@ class RunLogger:
             self.log.info("%s: accuracy %.3f on average over %d tasks", side, result["average"], measured)
 
     def adapter(self, model: nn.Module, name: str) -> None:
-        """Write the adapter folder `name`; gathers the weights, so every process must call it."""
-        state = dict(gathered_adapter_state(model))
+        """Write the adapter folder `name`. Every process must call: all gather the weights, and rank 0 keeps them."""
+        state = dict(gathered_adapter_state(model, keep=self.world.is_main))
         self._write(lambda: save_adapter(self.folder / name, self.adapter_info(), state, self._card()))
         self.log.info("saved %s", self.folder / name)
 

@@ -1,10 +1,13 @@
 """What a run's folder keeps of the starts before: what belongs to the work that goes on, and nothing else."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.distributed.process_groups import World, wait_for_all
@@ -14,6 +17,7 @@ from malora_dist.files.atomic import write_json
 from malora_dist.files.exit_status import MEASURED_ON, read_exit_status
 from malora_dist.tracking import trackers
 from malora_dist.tracking.metrics import MetricsWriter, read_metrics
+from malora_dist.training import run_logger
 from malora_dist.training.resume import find_resume_point
 from malora_dist.training.run_lifecycle import RunLifecycle
 from malora_dist.training.run_logger import RunLogger
@@ -75,6 +79,28 @@ def test_a_damaged_file_of_a_run_is_named_and_costs_no_evaluation(tmp_path: Path
     for name, message in zip(names, first, strict=True):
         assert message.startswith(f"{tmp_path / name} is damaged: ")
     assert json.loads((tmp_path / "eval.json").read_text()) == {"base": MEASURED}
+
+
+def save_an_adapter(world: World, run: str) -> list[bool]:
+    """Let each process say whether it was to keep the tensors that all gathered, and whether it wrote them."""
+    said: list[bool] = []
+
+    def gathered(model: nn.Module, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        said.append(keep)
+        yield from [("a", torch.ones(1))] if keep else []
+
+    run_logger.gathered_adapter_state = gathered
+    run_logger.save_adapter = lambda folder, info, state, card: said.append(list(state) == ["a"])  # type: ignore[assignment]
+    RunLogger(config(Path(run)), Path(run), world).adapter(nn.Linear(1, 1), "adapter")
+    return said
+
+
+@pytest.mark.distributed
+def test_one_process_alone_holds_the_whole_adapter(tmp_path: Path) -> None:
+    assert run_distributed("tests.training.test_run_logger:save_an_adapter", 2, run=str(tmp_path)) == [
+        [True, True],
+        [False],
+    ]
 
 
 class Recorder:
