@@ -24,6 +24,7 @@ from malora_dist.distributed.rank_errors import run_on_rank0
 from malora_dist.distributed.zero3 import resident_bytes
 from malora_dist.errors import NonFiniteError
 from malora_dist.evaluation.packing import check_packing
+from malora_dist.files import run_files
 from malora_dist.launch.ranks import place_of
 from malora_dist.models.attention import attention_for
 from malora_dist.models.config import read_model_config
@@ -229,7 +230,7 @@ def _train(
     settings = loop_settings(context.config, parts.loader)
     train_loop(parts, settings, lifecycle.state, actions, context.poll)
     context.watchdog.mark_phase("saving the adapter")
-    logger.adapter(parts.train_step.engine.module, "adapter")
+    logger.adapter(parts.train_step.engine.module, run_files.ADAPTER)
     evaluations.evaluate_tuned()
     checkpoints.complete()
 

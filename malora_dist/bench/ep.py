@@ -63,10 +63,10 @@ def _show(options: EpOptions, result: Result, world: World) -> None:
         console().print(sheet.for_terminal())
     _log(world, "\n".join(NOTES))
     try:
-        if options.json is not None:
-            write_json(options.json, result.as_dict())
-        if options.markdown is not None:
-            write_text(options.markdown, markdown(result, options.command(world.size)))
+        if options.output.json is not None:
+            write_json(options.output.json, result.as_dict())
+        if options.output.markdown is not None:
+            write_text(options.output.markdown, markdown(result, options.command(world.size)))
     except OSError as error:
         raise ConfigError(f"the result cannot be written: {error}") from error
 

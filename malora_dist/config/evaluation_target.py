@@ -9,6 +9,7 @@ from pathlib import Path
 from malora_dist.config.load import load_config
 from malora_dist.config.schema import RunConfig
 from malora_dist.errors import ConfigError
+from malora_dist.files import run_files
 from malora_dist.files.atomic import check_writable
 
 TRUST = "model.trust_remote_code"
@@ -101,6 +102,6 @@ def evaluation_target(
     if adapter is not None and recipe is not None:
         return EvaluationTarget(Path(adapter), recipe, tuple(overrides), Path(adapter), output=output, save=save)
     run = Path(run_dir or "")
-    if not (run / "config.yaml").is_file():
+    if not (run / run_files.CONFIG).is_file():
         raise ConfigError(f"RUN_DIR={run} is not the folder of a run: it has no config.yaml")
-    return EvaluationTarget(run, str(run / "config.yaml"), tuple(overrides), run, run=True, output=output, save=save)
+    return EvaluationTarget(run, str(run / run_files.CONFIG), tuple(overrides), run, run=True, output=output, save=save)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.logging import RichHandler
 
+from malora_dist.console.durations import as_clock
 from malora_dist.console.terminal import is_terminal
 
 if TYPE_CHECKING:
@@ -78,4 +79,4 @@ def peak_memory_gib(device: "torch.device") -> float:
 def time_left(started: float, done: int, total: int) -> str:
     """Return the estimated time to the end as h:mm:ss."""
     seconds = int((time.monotonic() - started) / max(1, done) * (total - done))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return as_clock(seconds)

@@ -11,7 +11,7 @@ from filelock import BaseFileLock, Timeout
 from safetensors import SafetensorError
 
 from malora_dist.errors import CheckpointError, ConfigError, TrainingError
-from malora_dist.files.exit_status import RUN_FILES
+from malora_dist.files import run_files
 from malora_dist.files.json_text import parse_json
 from malora_dist.files.locks import lock_at, marker
 from malora_dist.launch.schedulers import is_requeued
@@ -53,7 +53,7 @@ def claim_run_folder(output_dir: str | Path) -> tuple[Path, BaseFileLock]:
 
 def _is_taken(folder: Path) -> bool:
     try:
-        return bool({path.name for path in folder.iterdir()} & RUN_FILES)
+        return bool({path.name for path in folder.iterdir()} & run_files.OF_A_RUN)
     except OSError as error:
         raise ConfigError(f"output_dir={folder} cannot be read: {error.strerror}") from error
 
@@ -104,7 +104,7 @@ def writing_into(folder: Path) -> Iterator[None]:
 
 def read_evaluations(folder: Path) -> dict[str, Any]:
     """Read eval.json of a run that goes on; {} without one. Raises CheckpointError if it is damaged."""
-    path = folder / "eval.json"
+    path = folder / run_files.EVALUATIONS
     if not path.exists():
         return {}
     found = read_json(path)
@@ -123,7 +123,7 @@ def read_measured_on(path: Path) -> Any:
 
 def forget_evaluations(folder: Path) -> None:
     """Remove what earlier starts of a run without a checkpoint have measured. Raises OSError."""
-    for name in ("eval.json", "baseline.json"):
+    for name in (run_files.EVALUATIONS, run_files.BASELINE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -134,7 +134,7 @@ def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
     numbers (beyond rounding) gets a file of its own. A file that cannot be read is left as it is.
     """
     for number in count(1):
-        path = folder / ("eval.json" if number == 1 else f"eval-{number}.json")
+        path = folder / (run_files.EVALUATIONS if number == 1 else f"eval-{number}.json")
         if not path.exists() or _completes(result, path):
             return path
     raise AssertionError("count() ended")

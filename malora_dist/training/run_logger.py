@@ -24,9 +24,9 @@ from malora_dist.data.build import PreparedData
 from malora_dist.distributed.process_groups import World
 from malora_dist.distributed.rank_errors import run_on_rank0
 from malora_dist.distributed.zero3 import gathered_adapter_state
+from malora_dist.files import run_files
 from malora_dist.files.atomic import write_json, write_text
 from malora_dist.files.durable import reading
-from malora_dist.files.exit_status import MEASURED_ON
 from malora_dist.report import print_results, write_report
 from malora_dist.tracking.metrics import (
     BASE_DTYPE,
@@ -79,9 +79,9 @@ class RunLogger:
         )
 
     def _open(self) -> None:
-        write_text(self.folder / "config.yaml", config_text(self.config))
-        start_logging(self.folder / "train.log")
-        self.metrics = MetricsWriter(self.folder / "metrics.jsonl")
+        write_text(self.folder / run_files.CONFIG, config_text(self.config))
+        start_logging(self.folder / run_files.LOG)
+        self.metrics = MetricsWriter(self.folder / run_files.METRICS)
         self.trackers = open_trackers(self.config.train.report_to, self.folder, self.config.model_dump(mode="json"))
 
     def notes(self, notes: Sequence[str]) -> None:
@@ -92,7 +92,7 @@ class RunLogger:
     def data(self, data: PreparedData) -> None:
         """Write data.json: what was read, skipped and removed, by task."""
         self.notes(data.warnings())
-        self._write_json("data.json", data.counts)
+        self._write_json(run_files.DATA, data.counts)
         sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
         self.log.info("training samples: %s", sizes)
 
@@ -158,20 +158,20 @@ class RunLogger:
     def _record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add the record of a checkpoint of this run whose writer was killed before it could."""
         step, files = checkpoint.manifest.step, checkpoint.manifest.files.values()
-        holds = reading(self.folder / "metrics.jsonl")(self.metrics.holds)
+        holds = reading(self.folder / run_files.METRICS)(self.metrics.holds)
         if not run_on_rank0(lambda: holds(CHECKPOINT, step), self.world):
             self.record({KIND: CHECKPOINT, STEP: step, BYTES: sum(record.bytes for record in files)})
 
     def measured_on(self, what: Mapping[str, Any]) -> None:
         """Forget the evaluations of an earlier start of this run that had another recipe, base or rows."""
-        path = self.folder / MEASURED_ON
+        path = self.folder / run_files.MEASURED_ON
         before = run_on_rank0(lambda: read_measured_on(path), self.world)
         if before is not None and before != what and self.evaluations:
             self.notes(["an earlier start of this run had another recipe, base or rows: evaluations are repeated"])
         if before != what:
             self.evaluations = {}
             self._write(lambda: forget_evaluations(self.folder))
-            self._write_json(MEASURED_ON, what)
+            self._write_json(run_files.MEASURED_ON, what)
 
     def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the content of a JSON file of the folder, which the first start of a run measures and writes."""
@@ -198,7 +198,7 @@ class RunLogger:
     def evaluation(self, side: str, result: dict[str, Any]) -> None:
         """Write the `base` or `tuned` side of eval.json."""
         self.evaluations[side] = result
-        self._write_json("eval.json", self.evaluations)
+        self._write_json(run_files.EVALUATIONS, self.evaluations)
         if result["average"] is not None:
             measured = sum("accuracy" in row for row in result["tasks"].values())
             self.log.info("%s: accuracy %.3f on average over %d tasks", side, result["average"], measured)
@@ -243,7 +243,7 @@ class RunLogger:
         self._write(self._finish)
 
     def _finish(self) -> None:
-        write_text(self.folder / "adapter" / "README.md", self._card())
+        write_text(self.folder / run_files.ADAPTER / "README.md", self._card())
         self._close()
         try:
             write_report(self.folder)

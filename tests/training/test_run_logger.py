@@ -14,7 +14,8 @@ from malora_dist.distributed.process_groups import World, wait_for_all
 from malora_dist.distributed.rank_errors import sharing_errors
 from malora_dist.errors import CheckpointError, TrainingError
 from malora_dist.files.atomic import write_json
-from malora_dist.files.exit_status import MEASURED_ON, read_exit_status
+from malora_dist.files.exit_status import read_exit_status
+from malora_dist.files.run_files import MEASURED_ON
 from malora_dist.tracking import trackers
 from malora_dist.tracking.metrics import MetricsWriter, read_metrics
 from malora_dist.training import run_logger
