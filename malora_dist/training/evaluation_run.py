@@ -15,7 +15,6 @@ from malora_dist.config import RunConfig, config_text
 from malora_dist.config.compatibility import suggest_world_sizes
 from malora_dist.config.evaluation_target import EvaluationTarget
 from malora_dist.console.log import LOGGER, console, start_logging
-from malora_dist.data.build import build_data
 from malora_dist.distributed.consistency import check_consistency, start_facts
 from malora_dist.distributed.rank_errors import run_on_rank0, sharing_errors
 from malora_dist.distributed.zero3 import gathered
@@ -24,20 +23,14 @@ from malora_dist.evaluation.packing import check_packing
 from malora_dist.evaluation.tasks import TaskEvaluator
 from malora_dist.files.atomic import write_json
 from malora_dist.launch.ranks import place_of
-from malora_dist.models.attention import attention_for
-from malora_dist.models.config import read_model_config
-from malora_dist.models.load import load_tokenizer
-from malora_dist.models.resolve import resolve_model
-from malora_dist.models.vocabulary import check_tokens
 from malora_dist.report import print_results
 from malora_dist.training.base_model import base_dtype, base_model
-from malora_dist.training.base_support import check_support
 from malora_dist.training.deepspeed_engine import build_engine
 from malora_dist.training.device_check import check_device, check_memory
+from malora_dist.training.inputs import open_inputs
 from malora_dist.training.process import run_as_process
 from malora_dist.training.run_context import RunContext
 from malora_dist.training.run_folder import evaluation_file
-from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import engine_config
 from malora_dist.training.watchdog import Watchdog, watched
 
@@ -104,19 +97,12 @@ def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, 
         The content of eval.json, on every process.
     """
     config, world, watchdog = context.config, context.world, context.watchdog
-    trusted, dtype = config.model.trust_remote_code, base_dtype(config, world)
+    dtype = base_dtype(config, world)
     with context.while_waiting() as poll:
-        name, revision = config.model.name_or_path, config.model.revision
-        folder = resolve_model(name, revision, trust_remote_code=trusted, poll=poll)
-        model_config = read_model_config(folder, trust_remote_code=trusted)
-        attention_for(config.model.attn_implementation, model_config, dtype, world.device)
-        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-        base = check_support(config, folder, tokenizer, dtype, trains=False)
-        data = build_data(config.data, tokenizer, poll)
-        check_tokens(data, base.spare_tokens)
-        lengths = position_notes(data, folder, trust_remote_code=trusted)
+        inputs = open_inputs(config, dtype, world.device, poll, trains=False)
+    data, folder = inputs.data, inputs.folder
     fitting = _with_fitting_batch(config, world.size)
-    for note in (*base.notes, *lengths, *check_memory(fitting, folder, world, None)):
+    for note in (*inputs.notes, *inputs.data_notes, *check_memory(fitting, folder, world, None)):
         logging.getLogger(LOGGER).info("note: %s", note)
     watchdog.mark_phase("loading the base model")
     settings = engine_config(fitting, world)
