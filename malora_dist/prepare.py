@@ -14,16 +14,11 @@ from rich.text import Text
 
 from malora_dist.config import RunConfig, load_config, split_arguments
 from malora_dist.console.progress import Bar
-from malora_dist.data.build import build_data
-from malora_dist.models.config import read_model_config
-from malora_dist.models.load import base_tensors, build_empty_model, load_tokenizer
-from malora_dist.models.resolve import resolve_model
-from malora_dist.models.vocabulary import check_tokens
+from malora_dist.models.load import base_tensors, build_empty_model
 from malora_dist.models.weights.checkpoint import CheckpointWeights
 from malora_dist.models.weights.prepared import prepared_folder, write_prepared
 from malora_dist.models.weights.ties import untie
-from malora_dist.training.base_support import check_support
-from malora_dist.training.sequence_lengths import position_notes
+from malora_dist.training.inputs import open_inputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,19 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def log(line: str, style: str = "") -> None:
         console.print(Text(line, style=style), soft_wrap=True, highlight=False)
 
-    trusted = config.model.trust_remote_code
-    folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
+    inputs = open_inputs(config, prepared_dtype(config), device=None)
+    folder, data = inputs.folder, inputs.data
     log(f"model: {folder}")
-    read_model_config(folder, trust_remote_code=trusted)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-    base = check_support(config, folder, tokenizer, prepared_dtype(config))
-    for note in base.notes:
+    for note in inputs.notes:
         log(f"note: {note}", style="yellow")
-    data = build_data(config.data, tokenizer)
-    check_tokens(data, base.spare_tokens)
     sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
     log(f"training samples, tokenised: {sizes}")
-    for warning in [*data.warnings(), *position_notes(data, folder, trust_remote_code=trusted)]:
+    for warning in [*data.warnings(), *inputs.data_notes]:
         log(f"note: {warning}", style="yellow")
     if not config.model.load_in_4bit:
         log("base: model.load_in_4bit=false, so runs read it as it is")

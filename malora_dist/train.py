@@ -8,36 +8,33 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import config_text, load_config, plain_config, split_arguments
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.resume_compatibility import decisive
-from malora_dist.data.build import PreparedData, build_data
+from malora_dist.data.build import PreparedData
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.consistency import SHARED_SECONDS, check_consistency, check_shared_folder, start_facts
 from malora_dist.distributed.expert_groups import create_expert_groups
-from malora_dist.distributed.process_groups import run_on_rank0, start_processes
+from malora_dist.distributed.process_groups import start_processes
+from malora_dist.distributed.rank_errors import run_on_rank0
 from malora_dist.distributed.zero3 import resident_bytes
 from malora_dist.errors import NonFiniteError
 from malora_dist.evaluation.packing import check_packing
+from malora_dist.files import run_files
 from malora_dist.launch.ranks import place_of
-from malora_dist.models.attention import attention_for
-from malora_dist.models.config import read_model_config
-from malora_dist.models.load import load_tokenizer
-from malora_dist.models.resolve import resolve_model
-from malora_dist.models.vocabulary import check_tokens
 from malora_dist.tracking.trackers import check_trackers
 from malora_dist.training.base_model import base_dtype, base_identity, base_model
-from malora_dist.training.base_support import check_support
 from malora_dist.training.best_checkpoint import Tasks
 from malora_dist.training.checkpoints import RunCheckpoints
 from malora_dist.training.deepspeed_engine import build_engine
 from malora_dist.training.deterministic import explained, use_deterministic_algorithms
 from malora_dist.training.device_check import check_device, check_memory, first_lengths
 from malora_dist.training.evaluations import RunEvaluations, stored_baseline
+from malora_dist.training.inputs import Inputs, open_inputs
 from malora_dist.training.loop import Actions, train_loop
 from malora_dist.training.preemption import Preempted, PreemptionCoordinator, StopRequest, deadline_of
 from malora_dist.training.process import run_as_process
@@ -45,7 +42,6 @@ from malora_dist.training.resume import check_base, check_data, open_checkpoint
 from malora_dist.training.run_context import RunContext
 from malora_dist.training.run_lifecycle import RunLifecycle
 from malora_dist.training.run_logger import RunLogger
-from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import (
     add_adapters,
     engine_config,
@@ -77,7 +73,9 @@ def _start(arguments: Sequence[str]) -> None:
     with watched(watchdog, config.parallel.timeout_seconds, stop.set):
         world = start_processes(config.parallel.timeout_seconds)
         # Thousands of processes must not all ask the scheduler.
-        deadline = deadline_of(config.train.max_hours, started) if world.is_main else None
+        ends = run_on_rank0(lambda: deadline_of(config.train.max_hours, started), world)
+        # Of the clocks, only that of one process may tell all of them to stop.
+        deadline = ends if world.is_main else None
         nodes = check_consistency(world, start_facts(config_text(config)))
         check_plan(config, world.size)
         # Half the timeout, so that it is not the others' wait that ends the run.
@@ -131,31 +129,13 @@ def run(lifecycle: RunLifecycle, context: RunContext) -> Path:
     return logger.folder
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What a run reads: the folder of its base model, and its data; with notes on device and base, and on the data."""
-
-    folder: Path
-    data: PreparedData
-    notes: list[str]
-    data_notes: list[str]
-
-
-def _read_inputs(context: RunContext) -> _Inputs:
-    """Check the device, find and check the base model, and prepare the data."""
+def _read_inputs(context: RunContext) -> Inputs:
+    """Check the device, find and check the base model, and prepare the data, with notes on all of them."""
     config, world = context.config, context.world
     notes, dtype = check_device(config, world), base_dtype(config, world)
     with context.while_waiting() as poll:
-        trusted = config.model.trust_remote_code
-        folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
-        model_config = read_model_config(folder, trust_remote_code=trusted)
-        attention_for(config.model.attn_implementation, model_config, dtype, world.device)
-        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-        base_facts = check_support(config, folder, tokenizer, dtype)
-        data = build_data(config.data, tokenizer, poll)
-        check_tokens(data, base_facts.spare_tokens)
-        lengths = position_notes(data, folder, trust_remote_code=trusted)
-    return _Inputs(folder, data, [*notes, *base_facts.notes], lengths)
+        inputs = open_inputs(config, dtype, world.device, poll)
+    return replace(inputs, notes=(*notes, *inputs.notes))
 
 
 def _open_checkpoint(
@@ -172,7 +152,7 @@ def _open_checkpoint(
 
 
 def _build(
-    context: RunContext, logger: RunLogger, inputs: _Inputs, loader: TrainLoader, *, init_weights: bool
+    context: RunContext, logger: RunLogger, inputs: Inputs, loader: TrainLoader, *, init_weights: bool
 ) -> TrainStep:
     """Load the base, add adapters, with initial values or to be restored, and start DeepSpeed's engine."""
     config, world = context.config, context.world
@@ -225,7 +205,7 @@ def _train(
     settings = loop_settings(context.config, parts.loader)
     train_loop(parts, settings, lifecycle.state, actions, context.poll)
     context.watchdog.mark_phase("saving the adapter")
-    logger.adapter(parts.train_step.engine.module, "adapter")
+    logger.adapter(parts.train_step.engine.module, run_files.ADAPTER)
     evaluations.evaluate_tuned()
     checkpoints.complete()
 

@@ -3,17 +3,22 @@
 import json
 import logging
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from malora_dist.config.evaluation_target import EvaluationTarget, evaluation_target
 from malora_dist.console.log import LOGGER
+from malora_dist.errors import ConfigError
 from malora_dist.evaluate import main
 from malora_dist.files.atomic import write_json
 from malora_dist.tracking.metrics import read_metrics
+from malora_dist.training import evaluation_run
 from malora_dist.training.run_folder import evaluation_file
+from tests.checkpoint.disks import forbidden
 from tests.config.recipes import recipe
 from tests.e2e import contents, make_folder, run_alone, run_ranks
 
@@ -74,6 +79,43 @@ def test_one_process_with_other_settings_writes_beside(folder: Path) -> None:
 
 
 @pytest.mark.e2e
+def test_results_of_a_run_of_somebody_else(folder: Path, tmp_path: Path) -> None:
+    """Where its folder cannot be written: to another file, on the terminal alone, or not at all."""
+    run = folder / "runs" / "tiny"
+    before = contents(run)
+    fast = ["--evaluation.base", "false", "--parallel.zero_stage", "0"]
+    command, to_file = "malora_dist.evaluate", ["runs/tiny", "--output", tmp_path / "mine.json", *fast]
+    elsewhere = run_ranks(2, command, to_file, folder)
+    printed = run_alone(
+        f"{__name__}:refused_afterwards", ["runs/tiny", "--output", tmp_path / "lost.json", *fast], folder
+    )
+    refused = run_ranks(2, command, ["runs/tiny", "--output", "/proc/mine.json", *fast], folder)
+    again = run_alone(command, to_file, folder)
+    only_shown = run_alone(command, ["runs/tiny", "--no-save", *fast], folder)
+    assert contents(run) == before
+    for done in (elsewhere, only_shown):
+        assert done.code == 0 and "Accuracy in %" in done.output and "evaluating runs/tiny" in done.output, done.output
+    assert read(tmp_path / "mine.json")["tuned"]["tasks"].keys() == read(run / "eval.json")["tuned"]["tasks"].keys()
+    assert again.code == 2 and f"--output {tmp_path}/mine.json exists" in again.output
+    # Before the model is loaded, and by both processes, of which neither waits for the other.
+    assert refused.code == 2 and "reading the base model" not in refused.output
+    assert "/proc cannot be written: " in refused.output and "--no-save only prints it" in refused.output
+    assert printed.code == 1 and not (tmp_path / "lost.json").exists()
+    before_error, _, after = printed.output.partition("Accuracy in %")
+    assert "the result is printed above" in after and "the result is printed above" not in before_error
+
+
+def refused_afterwards(arguments: list[str]) -> int:
+    """Evaluate, and find a full disk at the end."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    evaluation_run.write_json = full
+    return main(arguments)
+
+
+@pytest.mark.e2e
 def test_an_adapter_on_its_own_with_a_recipe(folder: Path) -> None:
     """A checkpoint gives what the validation during training gave at its step; the result lies in its folder."""
     run, adapter = folder / "runs" / "tiny", folder / "runs" / "tiny" / "checkpoints" / "step-000003"
@@ -127,6 +169,27 @@ def test_a_run_cannot_let_code_run(
     for arguments in [*([str(run), *setting] for setting in settings), *named]:
         assert main(arguments) in (1, 2)
         assert "is no adapter folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    target = EvaluationTarget(tmp_path, "recipe.yaml", ("--train.seed=1",), tmp_path)
+    elsewhere = replace(target, output=tmp_path / "mine.json")
+    for one in (target, elsewhere):
+        one.check_output()
+    with forbidden(tmp_path):
+        for one in (target, elsewhere):
+            with pytest.raises(ConfigError, match=f"{tmp_path} cannot be written: Permission denied.*--no-save"):
+                one.check_output()
+        replace(target, save=False).check_output()
+    with pytest.raises(ConfigError, match="none cannot be written: No such file"):
+        replace(target, output=tmp_path / "none" / "mine.json").check_output()
+    assert not list(tmp_path.iterdir())
+    assert elsewhere.words() == [
+        "--adapter", str(tmp_path), "--recipe", "recipe.yaml", "--output", f"{tmp_path}/mine.json", "--train.seed=1",
+    ]  # fmt: skip
+    assert [one.log_file for one in (target, elsewhere)] == [tmp_path / "evaluate.log", None]
+    with pytest.raises(ConfigError, match="exclude each other"):
+        evaluation_target(None, "a", "b", [], output=tmp_path / "x", save=False)
 
 
 def test_where_a_result_goes(tmp_path: Path) -> None:

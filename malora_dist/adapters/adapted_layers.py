@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.models.nf4_linear import NF4Linear
+from malora_dist.ops.partitioned import whole_numel
 
 
 @dataclass(frozen=True)
@@ -65,4 +66,4 @@ def count_base_parameters(model: nn.Module) -> int:
 def _numel(parameter: nn.Parameter) -> int:
     """Return the weights that a parameter stands for, also where bitsandbytes has packed or ZeRO-3 spread them."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return math.prod(shape) if shape is not None else getattr(parameter, "ds_numel", parameter.numel())
+    return math.prod(shape) if shape is not None else whole_numel(parameter)

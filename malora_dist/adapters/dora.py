@@ -10,6 +10,7 @@ from malora_dist.errors import ConfigError
 from malora_dist.models.bitsandbytes_cpu import unpack
 from malora_dist.models.linears import is_conv1d
 from malora_dist.models.nf4_linear import NF4Linear
+from malora_dist.ops.partitioned import is_partitioned
 
 ROWS = 1024
 
@@ -87,7 +88,7 @@ def _weight(base_layer: Any) -> Tensor | None:
         return base_layer.dequantize(torch.float32)
     unpack(base_layer)
     weight: Tensor = base_layer.weight
-    if hasattr(weight, "ds_id") and not weight.numel():
+    if is_partitioned(weight) and not weight.numel():
         raise ConfigError(
             "method='dora' measures the base's weights, which ZeRO-3 keeps in parts: inject_adapters(..., "
             "whole=malora_dist.distributed.zero3.gathered)"

@@ -11,6 +11,7 @@ from malora_dist.adapters.target_names import ALL_LINEAR, EVERYTHING, Narrowing,
 from malora_dist.adapters.text_linears import idle_linears
 from malora_dist.errors import ConfigError, short
 from malora_dist.models.linears import linear_sizes, output_head
+from malora_dist.ops.partitioned import whole_shape
 
 # Before the names of a recipe's keys.
 RECIPE = "adapter."
@@ -124,7 +125,7 @@ def fused_experts(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if "expert" in f"{name}.{type(module).__name__}".lower() and linear_sizes(module) is None
         for leaf, parameter in module.named_parameters(recurse=False)
-        if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and "bias" not in leaf
+        if len(whole_shape(parameter)) >= 2 and "bias" not in leaf
     ]
 
 

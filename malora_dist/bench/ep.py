@@ -18,15 +18,15 @@ from malora_dist.bench.table import NOTES, markdown, sheets, step_line
 from malora_dist.bench.variants import Selection, Variant, select
 from malora_dist.config import RunConfig, load_config
 from malora_dist.console.log import console, start_logging
-from malora_dist.data.build import build_data
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.process_groups import World, gather_lists
+from malora_dist.distributed.rank_errors import run_on_rank0, sharing_errors
+from malora_dist.errors import ConfigError
 from malora_dist.files.atomic import write_json, write_text
-from malora_dist.models.load import load_tokenizer
-from malora_dist.models.resolve import resolve_model
+from malora_dist.training.base_model import base_dtype
 from malora_dist.training.device_check import check_device, check_memory, first_lengths
+from malora_dist.training.inputs import open_inputs
 from malora_dist.training.process import run_as_process
-from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import train_loader
 from malora_dist.training.watchdog import Watchdog, watched
 
@@ -53,27 +53,33 @@ def bench(options: EpOptions, config: RunConfig, world: World) -> None:
     watchdog = Watchdog(world.rank)
     with watched(watchdog, config.parallel.timeout_seconds):
         result = _measure(options, config, world, selection, watchdog)
-    if not world.is_main:
-        return
+    run_on_rank0(lambda: _show(options, result, world), world)
+
+
+def _show(options: EpOptions, result: Result, world: World) -> None:
     for sheet in sheets(result):
         console().print(sheet.for_terminal())
     _log(world, "\n".join(NOTES))
-    if options.json is not None:
-        write_json(options.json, result.as_dict())
-    if options.markdown is not None:
-        write_text(options.markdown, markdown(result, options.command(world.size)))
+    try:
+        if options.output.json is not None:
+            write_json(options.output.json, result.as_dict())
+        if options.output.markdown is not None:
+            write_text(options.output.markdown, markdown(result, options.command(world.size)))
+    except OSError as error:
+        raise ConfigError(f"the result cannot be written: {error}") from error
 
 
 def _measure(options: EpOptions, config: RunConfig, world: World, selection: Selection, watchdog: Watchdog) -> Result:
     for sentence in selection.left_out:
         _log(world, f"left out: {sentence}")
     load = os.getloadavg()[0]
-    trusted = config.model.trust_remote_code
-    folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
-    data = build_data(config.data, load_tokenizer(folder, trust_remote_code=trusted))
+    dtype = base_dtype(config, world)
+    with sharing_errors(world):
+        inputs = open_inputs(config, dtype, world.device)
+    data, folder = inputs.data, inputs.folder
     loader = train_loader(config, data, world)
     notes = check_memory(selection.variants[0].of(config), folder, world, first_lengths(loader, data.train))
-    for note in [*position_notes(data, folder, trust_remote_code=trusted), *notes]:
+    for note in [*inputs.notes, *inputs.data_notes, *notes]:
         _log(world, f"note: {note}")
     steps = options.warmup + options.steps
     # The recipe's own length, so that the learning rate is that of its first steps.

@@ -2,9 +2,8 @@
 
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
-from malora_dist.errors import ConfigError
+from malora_dist.bench.local.output import Output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +15,7 @@ class EpOptions:
     topics: tuple[str, ...] = ()
     steps: int = 10
     warmup: int = 2
-    json: Path | None = None
-    markdown: Path | None = None
+    output: Output = Output()
 
     def command(self, world_size: int) -> str:
         """Return the command line that measures the same again, without the files it writes."""
@@ -31,15 +29,8 @@ class EpOptions:
             "--steps": self.steps,
             "--warmup": self.warmup,
             "--variants": ",".join(self.topics) or None,
-            "--json": self.json,
-            "--markdown": self.markdown,
+            "--json": self.output.json,
+            "--markdown": self.output.markdown,
         }
         options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
         return [self.recipe, *options, *self.overrides]
-
-    def check_files(self) -> None:
-        """Raise ConfigError if a file to write is there already, or has no folder."""
-        for option, path in (("--json", self.json), ("--markdown", self.markdown)):
-            if path is not None and (path.exists() or not path.parent.is_dir()):
-                wrong = "exists, and is not overwritten" if path.exists() else "is in a folder that does not exist"
-                raise ConfigError(f"{option} {path} {wrong}")

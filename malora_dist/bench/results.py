@@ -72,7 +72,7 @@ class Result:
             variant=variant.name,
             step_seconds=median(record.seconds for record in timed),
             ratio=median(ratios),
-            ratio_quartiles=_quartiles(ratios),
+            ratio_quartiles=quartiles(ratios),
             cpu_ratio=median(record.cpu_seconds / other.cpu_seconds for record, other in timed_pairs),
             waiting_share=median(record.waiting_seconds / record.seconds for record in timed),
             sent_bytes=self._by_phase([record.sent_bytes for record in timed]),
@@ -103,7 +103,8 @@ class Result:
         }
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and the third quartile; of one value twice that."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = quantiles(values, n=4, method="inclusive")

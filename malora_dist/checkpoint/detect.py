@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from malora_dist.checkpoint.layout import checkpoint_name, step_of
+from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name, step_of
 
 Names = list[str]
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -16,7 +16,7 @@ def _any(*prefixes: str) -> Callable[[Names], bool]:
 # The first that fits is said.
 FOLDERS: tuple[tuple[Callable[[Names], bool], str], ...] = (
     (_any("global_step", "zero_pp_rank_", "bf16_zero_pp_rank_", "mp_rank_"), "it is a checkpoint of DeepSpeed"),
-    (lambda names: "checkpoints" in names, "it is a run folder; its checkpoints are in `checkpoints`"),
+    (lambda names: CHECKPOINTS in names, "it is a run folder; its checkpoints are in `checkpoints`"),
     (_any("adapter_config.json", "adapter_model."), "it is an adapter folder, without an optimizer"),
     (_any("model.safetensors", "model-0"), "it is a folder of model weights"),
     (lambda names: any(name.endswith(PICKLES) for name in names), "it holds pickles, which are never unpickled"),

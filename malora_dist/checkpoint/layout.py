@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from malora_dist.errors import CheckpointError
+from malora_dist.files import run_files
 from malora_dist.files.durable import reading, write_text
 from malora_dist.files.folder import is_cached
 from malora_dist.files.json_rules import check_document
 from malora_dist.files.json_text import parse_json
 
 FORMAT_VERSION = 1
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS = run_files.CHECKPOINTS
 MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
 RNG_FILE = "rng.safetensors"

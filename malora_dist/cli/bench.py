@@ -196,10 +196,9 @@ def ep(
         topics=tuple(topic for topic in (variants or "").split(",") if topic),
         steps=steps,
         warmup=warmup,
-        json=as_json,
-        markdown=markdown,
+        output=Output(as_json, markdown),
     )
-    options.check_files()
+    options.output.check()
     start(
         lambda: import_module("malora_dist.bench.ep").measure(options),
         MALORA,

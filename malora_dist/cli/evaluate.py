@@ -1,6 +1,7 @@
 """`malora evaluate`: accuracies of a run or an adapter, on one process or several."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +18,10 @@ def evaluate(
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Recipe with the adapter's base model and tasks.")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="New JSON file for the result, instead of one in the folder.")
+    ] = None,
+    no_save: Annotated[bool, typer.Option("--no-save", help="Print the result and write no file.")] = False,
     num_gpus: NumGpus = None,
     master_port: MasterPort = None,
 ) -> None:
@@ -24,7 +29,7 @@ def evaluate(
     overrides = list(context.args)
     if run_dir is not None and run_dir.startswith("--"):
         overrides, run_dir = [run_dir, *overrides], None
-    target = evaluation_target(run_dir, adapter, recipe, overrides)
+    target = evaluation_target(run_dir, adapter, recipe, overrides, output=output, save=not no_save)
     start(
         lambda: import_module("malora_dist.training.evaluation_run").evaluate(target),
         MALORA,

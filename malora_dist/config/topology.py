@@ -29,7 +29,7 @@ def legal_world_sizes(global_batch_size: int, per_device_batch_size: int) -> lis
     """
     if global_batch_size % per_device_batch_size:
         return []
-    return _divisors(global_batch_size // per_device_batch_size)
+    return divisors(global_batch_size // per_device_batch_size)
 
 
 def expert_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
@@ -83,7 +83,7 @@ def _check_divides(ep_size: int, total: int, what: str) -> None:
 
 
 def _nearest_ep_size(ep_size: int, total: int) -> str:
-    nearest = min(_divisors(total), key=lambda divisor: (abs(divisor - ep_size), divisor))
+    nearest = min(divisors(total), key=lambda divisor: (abs(divisor - ep_size), divisor))
     return f"the nearest that does is {nearest}"
 
 
@@ -93,7 +93,7 @@ def _nearest_batches(global_batch_size: int, per_device_batch_size: int, world_s
     options = [_either([below, below + per_round], "global_batch_size {}")]
     if global_batch_size % world_size == 0:
         # Only smaller micro-batches: a larger one may not fit the device.
-        fitting = [size for size in _divisors(global_batch_size // world_size) if size <= per_device_batch_size]
+        fitting = [size for size in divisors(global_batch_size // world_size) if size <= per_device_batch_size]
         options.append(f"per_device_train_batch_size {fitting[-1]}")
     worlds = legal_world_sizes(global_batch_size, per_device_batch_size)
     neighbours = [
@@ -109,5 +109,6 @@ def _either(values: list[int], text: str) -> str:
     return text.format(" or ".join(possible)) if possible else ""
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, rising."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.logging import RichHandler
 
+from malora_dist.console.durations import as_clock
 from malora_dist.console.terminal import is_terminal
 
 if TYPE_CHECKING:
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
 LOGGER = "malora_dist"
 
 
-def start_logging(log_file: Path | None) -> None:
-    """Send this package's messages to stdout, errors to stderr, all to `log_file`; None leaves errors (other ranks)."""
+def start_logging(log_file: Path | None, *, level: int | None = None) -> None:
+    """Send this package's messages to stdout, errors to stderr, all to `log_file`.
+
+    Args:
+        log_file: is appended to; None for none.
+        level: of what is logged. Default: INFO with a file, and ERROR without, as on ranks other than 0.
+    """
     logger = logging.getLogger(LOGGER)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     logger.propagate = False
-    logger.setLevel(logging.INFO if log_file is not None else logging.ERROR)
+    logger.setLevel(level or (logging.INFO if log_file is not None else logging.ERROR))
     logger.addHandler(_stdout_handler())
     errors = logging.StreamHandler(sys.stderr)
     errors.setLevel(logging.ERROR)
@@ -73,4 +79,4 @@ def peak_memory_gib(device: "torch.device") -> float:
 def time_left(started: float, done: int, total: int) -> str:
     """Return the estimated time to the end as h:mm:ss."""
     seconds = int((time.monotonic() - started) / max(1, done) * (total - done))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return as_clock(seconds)

@@ -17,6 +17,7 @@ from malora_dist.console.progress import Bar
 from malora_dist.convert.kinds import KINDS, ConvertOptions, check_options, find_kind, kinds_for, methods_that_fit
 from malora_dist.data.build import PreparedData, build_data
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.files import run_files
 from malora_dist.files.folder import new_folder
 from malora_dist.models.attention import attention_for
 from malora_dist.models.config import KEY, own_code, read_model_config
@@ -83,7 +84,7 @@ class Job:
         """The file of --recipe, else that of the run."""
         if self.options.recipe is not None:
             return self.options.recipe
-        files = (folder / "config.yaml" for folder in (self.sources[0], self.sources[0].parent))
+        files = (folder / run_files.CONFIG for folder in (self.sources[0], self.sources[0].parent))
         return next((file for file in files if file.is_file()), None)
 
     @cached_property

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from malora_dist.config import data_schema
 from malora_dist.data.encode import Encoder
 from malora_dist.data.example import MULTIPLE_CHOICE
 from malora_dist.data.rows import find_files
@@ -28,11 +30,14 @@ from malora_dist.data.tasks import TaskData, load_task
 from malora_dist.data.templates import template_fields
 from malora_dist.data.watch import READING_FILES, Watch
 from malora_dist.errors import DataError
+from malora_dist.files import json_text
 from malora_dist.files.cache import build_once
 
 EVALUATION_SPLITS = ("validation", "test")
 SPLITS = ("train", *EVALUATION_SPLITS)
 BYTES_AT_ONCE = 2**20
+# What a value of a row is, and which fields a template names.
+USED = (json_text, data_schema)
 
 
 def prepare_task(
@@ -43,16 +48,20 @@ def prepare_task(
     `tokenizer_key` is the `tokenizer_fingerprint` of the encoder's tokenizer, which is slow to take for each task anew.
 
     The key is a hash of all that the result depends on: the bytes of the task's files, the settings, the templates,
-    the tokenizer, the length, and this code. Raises DataError as `load_task` does.
+    the tokenizer, the length, and this code. Raises DataError as `load_task` does, and if a file of the task cannot be
+    read or the cache cannot be written.
     """
     fields = [*template_fields(encoder.prompt_template), *template_fields(encoder.response_template)]
     extra = tuple(sorted(set(fields) - {"prompt", "response"}))
     settings = {**settings, "template_fields": extra, "scoring": encoder.scoring}
-    key = content_key(settings, encoder, tokenizer_key)
+    with _readable(settings["name"]):
+        key = content_key(settings, encoder, tokenizer_key)
     folder = cache_dir / "data" / f"{settings['name']}-{key[:20]}"
 
     def build(target: Path) -> None:
-        _write_task(target, load_task(**settings, watch=encoder.watch), encoder)
+        with _readable(settings["name"]):
+            task = load_task(**settings, watch=encoder.watch)
+        _write_task(target, task, encoder)
 
     try:
         build_once(folder, build, lambda: encoder.watch("waiting for the process that prepares it", 0, 0))
@@ -62,7 +71,20 @@ def prepare_task(
 
 
 def read_task(folder: Path, *, task_id: int, first_id: int) -> TaskTokens:
-    """A prepared task; its training samples are numbered from `first_id`."""
+    """A prepared task; its training samples are numbered from `first_id`.
+
+    Raises DataError, naming the folder, if a file of it is missing or damaged.
+    """
+    try:
+        return _read_task(folder, task_id, first_id)
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise DataError(
+            f"{folder} of the cache (data.cache_dir) is damaged: {error!r}; remove that folder, and the task is "
+            "prepared again"
+        ) from error
+
+
+def _read_task(folder: Path, task_id: int, first_id: int) -> TaskTokens:
     summary = read_summary(folder)
     evaluation: dict[str, Any] = {}
     for split in EVALUATION_SPLITS:
@@ -72,6 +94,17 @@ def read_task(folder: Path, *, task_id: int, first_id: int) -> TaskTokens:
             evaluation[split] = list(read_samples(folder, split, task_id=task_id))
     train = read_samples(folder, "train", task_id=task_id, first_id=first_id)
     return TaskTokens(summary["kind"], summary["scoring"], train, evaluation, summary["counts"], summary["digests"])
+
+
+@contextmanager
+def _readable(task: str) -> Iterator[None]:
+    """Turn an OSError of a task's own files into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"task {task}: {error.filename or 'its file'} cannot be read: {error.strerror or error}"
+        ) from error
 
 
 def _write_task(folder: Path, task: TaskData, encoder: Encoder) -> None:
@@ -140,7 +173,8 @@ def _file_hash(path: Path, watch: Watch) -> str:
 
 
 def _code_hash() -> str:
+    """Hash the code that makes samples of rows: this folder, and what it takes from others for that."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in [*sorted(Path(__file__).parent.glob("*.py")), *(Path(str(module.__file__)) for module in USED)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -9,13 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
-import torch.distributed as dist
-
 from malora_dist import __version__
-from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.process_groups import World, gather_lists
+from malora_dist.distributed.rank_errors import run_on_rank0
 from malora_dist.errors import ConfigError, TopologyError
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "triton", "flash_attn")
@@ -46,7 +44,7 @@ def check_consistency(world: World, facts: Mapping[str, str], node: str | None =
     Raises:
         TopologyError: facts differ (it names the nodes), or nodes have unlike numbers of processes; the same on all.
     """
-    found = _gather((node or socket.gethostname(), dict(facts)), world)
+    found = gather_lists([(node or socket.gethostname(), dict(facts))], world.control)
     nodes = [name for name, _ in found]
     problems = [*_different_facts([facts for _, facts in found], nodes), *_unlike_nodes(nodes)]
     if problems:
@@ -74,7 +72,7 @@ def check_shared_folder(world: World, folder: Path, nodes: Sequence[str], second
     with _probe(world, folder) as path:
         place = os.path.abspath(path)
         sees = not looks or _appears(path, seconds)
-        answers = _gather((place, sees), world)
+        answers = gather_lists([(place, sees)], world.control)
     blind = list(dict.fromkeys(nodes[rank] for rank, (_, sees) in enumerate(answers) if not sees))
     if not blind:
         return
@@ -92,26 +90,29 @@ def check_shared_folder(world: World, folder: Path, nodes: Sequence[str], second
 @contextmanager
 def _probe(world: World, folder: Path) -> Iterator[Path]:
     """Let rank 0 write a file in the folder, or in the nearest one above it that exists, and remove it afterwards."""
-    path, error = folder, None
-    if world.is_main:
-        parent = next(parent for parent in (folder, *folder.absolute().parents) if os.path.isdir(parent))
-        if not folder.is_absolute():
-            # As every process will name it.
-            parent = Path(os.path.relpath(parent))
-        path = parent / f".malora-{uuid4().hex}"
-        try:
-            path.write_bytes(b"")
-        except OSError as caught:
-            error = ConfigError(f"output_dir={folder}: {parent} cannot be written: {caught.strerror}")
+    path = run_on_rank0(lambda: _probe_path(folder), world)
     try:
-        path, error = _broadcast_object((path, error), world)
-        if error is not None:
-            raise error
+        run_on_rank0(lambda: _touch(path, folder), world)
         yield path
     finally:
         if world.is_main:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def _probe_path(folder: Path) -> Path:
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if os.path.isdir(parent))
+    if not folder.is_absolute():
+        # As every process will name it.
+        parent = Path(os.path.relpath(parent))
+    return parent / f".malora-{uuid4().hex}"
+
+
+def _touch(path: Path, folder: Path) -> None:
+    try:
+        path.write_bytes(b"")
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: {path.parent} cannot be written: {error.strerror}") from error
 
 
 def _appears(path: Path, seconds: float) -> bool:
@@ -178,16 +179,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _gather(value: Any, world: World) -> list[Any]:
-    """Return the values of all ranks. Over the hosts: connecting the devices may take minutes."""
-    values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value, group=world.control)
-    return values
-
-
-def _broadcast_object(value: Any, world: World) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=world.control)
-    return box[0]

@@ -1,8 +1,13 @@
-"""Which ranks hold which experts: the expert-parallel groups of DeepSpeed, checked against `config.topology`."""
+"""Which ranks hold which experts: the expert-parallel groups of DeepSpeed, checked against `config.topology`.
+
+Its private functions and the mark of a slice are read here; all are in `deepspeed_names`.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from malora_dist.config.topology import expert_data_parallel_ranks, expert_parallel_ranks, local_experts
 from malora_dist.distributed.deepspeed_names import check_names
@@ -52,3 +57,16 @@ def create_expert_groups(ep_size: int, timeout_seconds: float) -> ExpertGroups |
         if ranks not in sets:
             raise TopologyError(f"DeepSpeed groups ranks {ranks} for parallel.ep_size={ep_size}, not one of {sets}")
     return ExpertGroups(ep_size, name, *found)
+
+
+def is_slice(parameter: Tensor) -> bool:
+    """Return whether the parameter is marked as a slice of experts (`zero3.mark_expert_parameter`)."""
+    return hasattr(parameter, "group_name")
+
+
+def expert_parallel_group(parameter: Any) -> dist.ProcessGroup:
+    """Return the processes that together hold every expert of a slice of them."""
+    from deepspeed.utils import groups
+
+    group: dist.ProcessGroup = groups._get_expert_parallel_group(parameter.group_name)
+    return group

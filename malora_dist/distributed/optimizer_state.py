@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from malora_dist.distributed.zero012 import flat_parts, part_of
-from malora_dist.distributed.zero3 import flat_place
+from malora_dist.distributed.zero012 import add_up_parts, flat_parts, part_of
+from malora_dist.distributed.zero3 import flat_masters, flat_place, gather_parts, own_part, partition_rank
 from malora_dist.errors import CheckpointError
+from malora_dist.ops.partitioned import whole_numel, whole_shape
 from malora_dist.optimizers.registry import DEFAULT, optimizer_spec
 from malora_dist.optimizers.spec import OptimizerSpec
 
@@ -143,7 +143,7 @@ class FlatState(_HeldState):
             own = self.read(self.flat[parameter], first, first + numel)
             for whole, part in zip(states, own, strict=True):
                 whole[start : start + numel] = part
-        dist.all_reduce(states, group=parameter._dp_group)
+        add_up_parts(parameter, states)
         return [parameter.detach(), *(state.view(parameter.shape) for state in states)]
 
     def set_weight(self, parameter: Any, read: Read) -> None:
@@ -165,7 +165,7 @@ class PartitionedState(_HeldState):
     """Stage 3: every process keeps its part of each parameter, master and state."""
 
     def __init__(self, optimizer: Any, spec: OptimizerSpec) -> None:
-        super().__init__(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat, spec)
+        super().__init__(optimizer.optimizer, flat_masters(optimizer), spec)
         self.zero_optimizer = optimizer
 
     def gather(self, parameter: Any) -> list[Tensor]:
@@ -179,18 +179,15 @@ class PartitionedState(_HeldState):
         states = self.read(flat, first, first + numel)
         # Where they are offloaded they wait on the CPU.
         own = torch.stack([part.to(parameter.device) for part in (safe_get_local_fp32_param(parameter), *states)])
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(parameter.ds_process_group))]
-        dist.all_gather(parts, own, group=parameter.ds_process_group)
-        whole = torch.cat(parts, dim=1)[:, : parameter.ds_numel]
-        return [row.view(parameter.ds_shape) for row in whole]
+        return gather_parts(parameter, own)
 
     def set_weight(self, parameter: Any, read: Read) -> None:
         import deepspeed
         from deepspeed.utils import safe_set_local_fp32_param
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if dist.get_rank(parameter.ds_process_group) == 0:
-                parameter.data.copy_(read(0, parameter.ds_numel).view(parameter.ds_shape))
+            if partition_rank(parameter) == 0:
+                parameter.data.copy_(read(0, whole_numel(parameter)).view(whole_shape(parameter)))
         if parameter.requires_grad:
             safe_set_local_fp32_param(parameter, _part(parameter, read))
 
@@ -201,8 +198,7 @@ class PartitionedState(_HeldState):
 
 def _part(parameter: Any, read: Read) -> Tensor:
     """Read this process's part, filled up with zeros: DeepSpeed's own setter of whole tensors fails on uneven parts."""
-    size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
-    start, stop = (min(edge * size, parameter.ds_numel) for edge in (rank, rank + 1))
+    start, stop, size = own_part(parameter)
     part = torch.zeros(size, dtype=torch.float32)
     part[: stop - start] = read(start, stop)
     return part

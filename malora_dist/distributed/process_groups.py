@@ -1,7 +1,7 @@
 """Process groups: start and stop them, set their timeouts, and reduce, gather and broadcast over all processes."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from malora_dist.errors import MaloraError, TopologyError
+from malora_dist.errors import TopologyError
 from malora_dist.launch.command import VISIBLE_DEVICES, refuses_gpus
 from malora_dist.launch.environment import allocator_variables
 from malora_dist.launch.network_interface import interface_variables
@@ -141,42 +141,22 @@ def stop_requested() -> bool:
     return found
 
 
-def broadcast_object(value: Any) -> Any:
-    """Return rank 0's value on all ranks. The values of others are ignored."""
+def this_rank() -> int:
+    """Return this process's rank among all processes."""
+    return dist.get_rank()
+
+
+def broadcast_object(value: Any, group: Any = None) -> Any:
+    """Return rank 0's value on all ranks, sent over `group`, by default that of all. Others' values are ignored."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def run_on_rank0(work: Callable[[], Any], world: World) -> Any:
-    """Run `work` on rank 0, and return what it returned on all ranks.
-
-    Raises:
-        MaloraError: `work` raised it; the same on all ranks.
-    """
-    value, error = None, None
-    if world.is_main:
-        try:
-            value = work()
-        except MaloraError as caught:
-            error = caught
-    value, error = broadcast_object((value, error))
-    if error is not None:
-        raise error
-    return value
-
-
-def raise_on_all_ranks(error: MaloraError | None) -> None:
-    """Raise the error that a rank has met on all ranks, that of the lowest rank if several have; None is no error."""
-    errors = [found for found in gather_lists([error]) if found is not None]
-    if errors:
-        raise errors[0]
-
-
-def gather_lists(values: list[Any]) -> list[Any]:
-    """Return the lists of all processes, joined in the order of ranks."""
+def gather_lists(values: list[Any], group: Any = None) -> list[Any]:
+    """Return the lists of all processes, joined in the order of ranks. Sent over `group`, by default that of all."""
     parts: list[list[Any] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values)
+    dist.all_gather_object(parts, values, group=group)
     return [value for part in parts if part is not None for value in part]
 
 

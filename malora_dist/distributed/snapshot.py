@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from malora_dist.adapters.adapted_layers import adapter_parameters
+from malora_dist.distributed.expert_groups import expert_parallel_group, is_slice
 from malora_dist.distributed.optimizer_state import OptimizerState
-from malora_dist.distributed.process_groups import raise_on_all_ranks
-from malora_dist.distributed.zero012 import is_slice
+from malora_dist.distributed.rank_errors import raise_on_all_ranks
 from malora_dist.distributed.zero3 import gather_experts
-from malora_dist.errors import CheckpointError
+from malora_dist.ops.partitioned import whole_shape
 from malora_dist.optimizers.registry import DEFAULT, optimizer_spec
 from malora_dist.optimizers.spec import OptimizerSpec, Shape
 
@@ -50,18 +50,12 @@ def whole_tensors(model: nn.Module, optim: str = DEFAULT) -> list[Whole]:
 
 
 def _whole(name: str, parameter: Any, spec: OptimizerSpec) -> Whole:
-    shape, first = tuple(getattr(parameter, "ds_shape", parameter.shape)), 0
+    shape, first = whole_shape(parameter), 0
     if is_slice(parameter):
-        group = _expert_ranks(parameter)
+        group = expert_parallel_group(parameter)
         first = dist.get_rank(group) * math.prod(shape)
         shape = (shape[0] * dist.get_world_size(group), *shape[1:])
     return Whole(name, parameter, shape, first, spec.layout.shapes(shape) if parameter.requires_grad else {})
-
-
-def _expert_ranks(parameter: Any) -> Any:
-    from deepspeed.utils import groups
-
-    return groups._get_expert_parallel_group(parameter.group_name)
 
 
 def snapshot(
@@ -89,14 +83,14 @@ def _on_cpu(tensors: list[Tensor]) -> Iterable[Tensor]:
 def restore(tensors: list[Whole], state: OptimizerState, step: int, read: ReadElements) -> None:
     """Put weights, masters and optimizer states back, each process its part, as they were after `step` optimizer steps.
 
-    Raises on every process alike the CheckpointError that `read` raised on one of them.
+    Raises on every process what `read` raised on one of them.
     """
-    errors: list[CheckpointError] = []
+    errors: list[Exception] = []
 
     def elements(kind: str, name: str, first: int, start: int, stop: int) -> Tensor:
         try:
             return read(kind, name, first + start, first + stop)
-        except CheckpointError as error:
+        except Exception as error:
             # Others are in the middle of the same tensor and must not wait for this process.
             errors.append(error)
             return torch.zeros(stop - start)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
-from malora_dist.distributed.expert_groups import ExpertGroups
+from malora_dist.distributed.expert_groups import ExpertGroups, is_slice
 from malora_dist.distributed.process_groups import sum_over_processes
 from malora_dist.errors import TopologyError
 
@@ -25,11 +25,6 @@ def parameter_groups(parameters: Sequence[nn.Parameter], groups: ExpertGroups | 
     shared = [p for p in parameters if not is_slice(p)]
     slices = [p for p in parameters if is_slice(p)]
     return [{"params": shared}, {"params": slices, "moe": True, "name": groups.name}]
-
-
-def is_slice(parameter: Tensor) -> bool:
-    """Return whether the parameter is marked as a slice of experts (`zero3.mark_expert_parameter`)."""
-    return hasattr(parameter, "group_name")
 
 
 @contextmanager
@@ -129,3 +124,8 @@ def part_of(parameter: Any) -> tuple[int, int, int]:
     if mapping is None:
         return 0, 0, 0
     return mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+
+
+def add_up_parts(parameter: Any, tensor: Tensor) -> None:
+    """Add a tensor up, in place, over the processes that share a parameter's optimizer state, at stages 1 and 2."""
+    dist.all_reduce(tensor, group=parameter._dp_group)

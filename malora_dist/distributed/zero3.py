@@ -1,7 +1,7 @@
-"""ZeRO-3: parameters are partitioned, gathered and checked here, where alone its private attributes are read.
+"""ZeRO-3: parameters are partitioned, gathered, read and checked here, by DeepSpeed's attributes of them.
 
 Under ZeRO-3 a parameter holds no data between uses: `ds_tensor` is this process's part,
-`ds_numel` the number of all elements, `ds_process_group` the group it is spread over.
+`ds_numel` the number of all elements, `ds_process_group` the group it is spread over. All are in `deepspeed_names`.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
 from malora_dist.distributed.deepspeed_names import check_names
-from malora_dist.distributed.expert_groups import ExpertGroups
+from malora_dist.distributed.expert_groups import ExpertGroups, expert_parallel_group, is_slice
 from malora_dist.distributed.process_groups import replicate
 from malora_dist.errors import TopologyError
+from malora_dist.ops.partitioned import is_partitioned, whole_numel, whole_shape
 
 
 def partition_at_once(
@@ -63,7 +64,7 @@ def partition_parts(
         init._convert_to_deepspeed_param(parameter)
         world_size, rank = parameter.ds_zero_partition_world_size, parameter.ds_zero_partition_rank
         size = parameter.aligned_size() // world_size
-        start, stop = (min(edge * size, parameter.ds_numel) for edge in (rank, rank + 1))
+        start, stop = (min(edge * size, whole_numel(parameter)) for edge in (rank, rank + 1))
         part: Any = torch.zeros(size, dtype=dtype, device=init.remote_device)
         part = get_accelerator().pin_memory(part) if init.pin_memory else part
         part[: stop - start].copy_(read_part(start, stop))
@@ -141,6 +142,41 @@ def flat_place(optimizer: Any, parameter: Any) -> tuple[Tensor, int, int]:
     return optimizer.fp32_partitioned_groups_flat[group], first, numel
 
 
+def flat_masters(optimizer: Any) -> list[Tensor]:
+    """Return this process's flat fp32 tensors, which the optimizer inside of DeepSpeed's updates, at stage 3."""
+    masters: list[Tensor] = optimizer.fp32_partitioned_groups_flat
+    return masters
+
+
+def partition_rank(parameter: Any) -> int:
+    """Return this process's rank in the group over which a parameter is partitioned."""
+    return dist.get_rank(parameter.ds_process_group)
+
+
+def own_part(parameter: Any) -> tuple[int, int, int]:
+    """Return which elements of a partitioned parameter this process keeps.
+
+    Returns:
+        The first, the one after the last, and the size of the part, which is filled up so that all parts have one size.
+    """
+    size, rank = parameter.ds_tensor.numel(), partition_rank(parameter)
+    start, stop = (min(edge * size, whole_numel(parameter)) for edge in (rank, rank + 1))
+    return start, stop, size
+
+
+def gather_parts(parameter: Any, own_KN: Tensor) -> list[Tensor]:
+    """Join K tensors of which each process has a part of N elements, as of the partitioned parameter, by one message.
+
+    Returns:
+        The tensors, shaped like the whole parameter.
+    """
+    group = parameter.ds_process_group
+    parts = [torch.empty_like(own_KN) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own_KN, group=group)
+    whole = torch.cat(parts, dim=1)[:, : whole_numel(parameter)]
+    return [row.view(whole_shape(parameter)) for row in whole]
+
+
 def resident_bytes(model: nn.Module) -> dict[str, int]:
     """Return the bytes of parameters that this process keeps, by kind: `base` and `adapter`."""
     adapters = {id(parameter) for _, parameter in adapter_parameters(model)}
@@ -157,39 +193,36 @@ def gathered(module: nn.Module) -> AbstractContextManager[object]:
 
     parameters = list(module.parameters())
     context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
-        parameters, enabled=any(hasattr(parameter, "ds_id") for parameter in parameters)
+        parameters, enabled=any(is_partitioned(parameter) for parameter in parameters)
     )
     return context
 
 
-def gathered_adapter_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def gathered_adapter_state(model: nn.Module, *, keep: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Yield name and whole tensor (on the CPU) of every adapter parameter, gathering one layer at a time.
 
     Slices of experts are joined in the order of their ranks. Every process must take part to the end.
+
+    Args:
+        model: with adapters.
+        keep: False on a process that only helps the others to gather: it copies nothing and yields nothing.
     """
     import deepspeed
 
     for name, layer in mixture_layers(model):
         own = dict(layer.factors())
-        partitioned = any(hasattr(parameter, "ds_id") for parameter in own.values())
+        partitioned = any(is_partitioned(parameter) for parameter in own.values())
         with deepspeed.zero.GatheredParameters(list(own.values()), enabled=partitioned):
-            tensors = {f"{name}.{factor}": join_experts(p, p.detach()) for factor, p in own.items()}
-        yield from tensors.items()
-
-
-def join_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """Copy a tensor shaped like `parameter` to the CPU; slices of experts are joined (`gather_experts`)."""
-    return gather_experts(parameter, tensor).to("cpu", copy=True)
+            joined = ((f"{name}.{factor}", gather_experts(p, p.detach())) for factor, p in own.items())
+            tensors = [(full_name, tensor.to("cpu", copy=True)) for full_name, tensor in joined if keep]
+        yield from tensors
 
 
 def gather_experts(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     """Join the slices of all expert ranks, if `parameter` is one of experts; else return the tensor itself."""
-    name = getattr(parameter, "group_name", None)
-    if name is None:
+    if not is_slice(parameter):
         return tensor
-    from deepspeed.utils import groups
-
-    group = groups._get_expert_parallel_group(name)
+    group = expert_parallel_group(parameter)
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group=group)

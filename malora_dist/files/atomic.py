@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
@@ -25,6 +26,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of a value as JSON. Raises OSError."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_writable(folder: Path) -> None:
+    """Make a file in a folder, and remove it. Raises OSError if that is not possible."""
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def partial_name(name: str) -> str:

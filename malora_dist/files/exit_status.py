@@ -5,17 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.errors import CheckpointError
+from malora_dist.files import run_files
 from malora_dist.files.atomic import write_json
 from malora_dist.files.json_text import parse_json
 
-EXIT_FILE = "exit.json"
-# The recipe, base and rows that eval.json and baseline.json are of, until a checkpoint says so.
-MEASURED_ON = "measured_on.json"
-# A folder that holds one of these is the folder of a run.
-RUN_FILES = {
-    "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", EXIT_FILE, MEASURED_ON,
-    "metrics.jsonl", "report", "train.log",
-}  # fmt: skip
 FINISHED, PREEMPTED, FAILED = "finished", "preempted", "failed"
 # 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
 EXIT_OK, EXIT_FAILED, EXIT_MISTAKE, EXIT_PREEMPTED = 0, 1, 2, 75
@@ -35,9 +28,9 @@ def write_exit_status(folder: Path, outcome: str, code: int, *, reason: str, ste
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     try:
-        write_json(folder / EXIT_FILE, content)
+        write_json(folder / run_files.EXIT, content)
     except OSError as error:
-        raise CheckpointError(f"{folder / EXIT_FILE} cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"{folder / run_files.EXIT} cannot be written: {error.strerror}") from error
 
 
 def read_exit_status(folder: Path) -> dict[str, Any] | None:
@@ -45,7 +38,7 @@ def read_exit_status(folder: Path) -> dict[str, Any] | None:
 
     Raises CheckpointError if it is damaged.
     """
-    path = folder / EXIT_FILE
+    path = folder / run_files.EXIT
     if not path.exists():
         return None
     try:
@@ -58,5 +51,8 @@ def read_exit_status(folder: Path) -> dict[str, Any] | None:
 
 
 def clear_exit_status(folder: Path) -> None:
-    """Remove exit.json of the session before this one."""
-    (folder / EXIT_FILE).unlink(missing_ok=True)
+    """Remove exit.json of the start before this one. Raises CheckpointError if it cannot be removed."""
+    try:
+        (folder / run_files.EXIT).unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder / run_files.EXIT} cannot be removed: {error.strerror}") from error

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from malora_dist.checkpoint.layout import MANIFEST, step_of
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.files import run_files
 from malora_dist.files.atomic import write_json
 from malora_dist.files.exit_status import (
     EXIT_FAILED,
@@ -14,7 +16,6 @@ from malora_dist.files.exit_status import (
     EXIT_PREEMPTED,
     FINISHED,
     PREEMPTED,
-    RUN_FILES,
     clear_exit_status,
     read_exit_status,
 )
@@ -119,8 +120,8 @@ def read_restarts(run: Path) -> dict[str, Restarts]:
 
 def check_folder(run: Path) -> None:
     """Raise ConfigError if the folder holds files of a run that cannot go on: each start would train beside it."""
-    if run.is_dir() and not (run / "config.yaml").exists():
-        found = sorted({path.name for path in run.iterdir()} & RUN_FILES)
+    if run.is_dir() and not (run / run_files.CONFIG).exists():
+        found = sorted({path.name for path in run.iterdir()} & run_files.OF_A_RUN)
         if found:
             raise ConfigError(
                 f"output_dir={run} holds {', '.join(found)} and no config.yaml: no run can go on there; move it away"
@@ -129,8 +130,8 @@ def check_folder(run: Path) -> None:
 
 def newest_step(run: Path) -> int:
     """Return the step of the newest finished checkpoint, 0 without one."""
-    names = [path.parent.name for path in (run / "checkpoints").glob("step-*/manifest.json")]
-    return max((int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit()), default=0)
+    found = (run / run_files.CHECKPOINTS).glob(f"*/{MANIFEST}")
+    return max((step for path in found if (step := step_of(path.parent.name)) is not None), default=0)
 
 
 def _count(run: Path, job: str, step: int, *, for_others: bool) -> int:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from malora_dist.checkpoint.layout import BEST, MANIFEST, checkpoint_name, step_of
 from malora_dist.errors import MaloraError
+from malora_dist.files import run_files
 from malora_dist.files.exit_status import FAILED, FINISHED, read_exit_status
 from malora_dist.launch.log_errors import last_error
 from malora_dist.launch.restarts import newest_step, read_restarts
@@ -26,7 +28,6 @@ from malora_dist.tracking.metrics import (
 )
 
 WAITING, RUNNING = "waiting to start", "running"
-METRICS, TRAIN_LOG = "metrics.jsonl", "train.log"
 # The time left is estimated from the median of this many records.
 RECENT = 20
 T = TypeVar("T")
@@ -68,12 +69,12 @@ def read_run_status(folder: Path, log: Path | None = None) -> RunStatus:
     damaged: list[str] = []
     outcome = _try(lambda: read_exit_status(folder), damaged)
     restarts = _try(lambda: read_restarts(folder), damaged)
-    records, done = _records(folder / METRICS, damaged)
+    records, done = _records(folder / run_files.METRICS, damaged)
     newest = newest_step(folder)
     steps = [record for record in done if record[KIND] == TRAIN]
     step = max([newest, *(_count(record, STEP) for record in steps), _count(outcome or {}, STEP)])
     total = next((_count(record, MAX_STEPS) or None for record in reversed(records) if record[KIND] == RUN), None)
-    begun = (folder / "config.yaml").exists()
+    begun = (folder / run_files.CONFIG).exists()
     state = str(outcome["outcome"]) if outcome else RUNNING if begun else WAITING
     resumed = sum(record[KIND] == RESUME for record in records)
     return RunStatus(
@@ -82,9 +83,9 @@ def read_run_status(folder: Path, log: Path | None = None) -> RunStatus:
         step=step,
         total=total,
         eta_seconds=None if state == FINISHED else _time_left(steps, step, total),
-        age_seconds=_age(folder / METRICS) if records else None,
-        newest=f"step-{newest:06d}" if newest else None,
-        best=_best(folder / "checkpoints"),
+        age_seconds=_age(folder / run_files.METRICS) if records else None,
+        newest=checkpoint_name(newest) if newest else None,
+        best=_best(folder / run_files.CHECKPOINTS),
         error=None if state == FINISHED else _error(folder, outcome, log),
         damaged=tuple(damaged),
     )
@@ -131,13 +132,13 @@ def _age(path: Path) -> float | None:
 
 def _best(checkpoints: Path) -> str | None:
     try:
-        name = (checkpoints / "best").read_text(encoding="utf-8").strip()
+        name = (checkpoints / BEST).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
-    return name if name and (checkpoints / name / "manifest.json").is_file() else None
+    return name if step_of(name) is not None and (checkpoints / name / MANIFEST).is_file() else None
 
 
 def _error(folder: Path, outcome: dict[str, Any] | None, log: Path | None) -> str | None:
     if outcome is not None and outcome["outcome"] == FAILED and outcome.get("reason"):
         return str(outcome["reason"]).splitlines()[0]
-    return (last_error(log) if log else None) or last_error(folder / TRAIN_LOG)
+    return (last_error(log) if log else None) or last_error(folder / run_files.LOG)

@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,12 +36,14 @@ def resolve_model(
     cache_dir: Path | None = None,
     *,
     trust_remote_code: bool = False,
+    poll: Callable[[], None] = lambda: None,
 ) -> Path:
     """A local folder in Hugging Face layout. A GGUF file is converted once, a hub id downloaded once.
 
     Python files of a hub id are downloaded only with `trust_remote_code`. Safe to call on every process: a file lock
-    lets one work while the others wait, and no collective is held open. Raises ConfigError if there is no such model,
-    or for no name at all.
+    lets one work while the others wait, and no collective is held open; those call `poll` several times a second, and
+    what it raises ends the wait. Raises ConfigError if there is no such model, or for no name at all, and if the cache
+    cannot be written.
     """
     if not name_or_path.strip():
         raise ConfigError("the base model has no name: say which folder or hub id it is (malora convert: --base)")
@@ -48,7 +53,7 @@ def resolve_model(
     if path.suffix == ".gguf":
         if not os.path.isfile(path):
             raise ConfigError(f"{_said(name_or_path)}: there is no such GGUF file")
-        return _convert_gguf(path, cache_dir or default_cache_dir())
+        return _convert_gguf(path, cache_dir or default_cache_dir(), poll)
     if path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
         raise ConfigError(f"{_said(name_or_path)}: there is no such folder, or none to be read")
     return _download(name_or_path, revision, trust_remote_code)
@@ -114,15 +119,18 @@ def _download(repository: str, revision: str | None, code: bool) -> Path:
         raise ConfigError(f"{said} is neither a local folder nor a model that can be downloaded: {error}") from error
 
 
-def _convert_gguf(path: Path, cache_dir: Path) -> Path:
+def _convert_gguf(path: Path, cache_dir: Path, poll: Callable[[], None]) -> Path:
     """Return the cached safetensors folder of a GGUF file, named by what tells the file from others.
 
-    Raises ConfigError if it has to be converted and the package gguf is not installed.
+    Raises ConfigError if it has to be converted and the package gguf is not installed, or the cache cannot be written.
     """
     target = _converted_folder(path, cache_dir)
     if not target.is_dir():
         require_package("gguf", "gguf", f"model.name_or_path={str(path)!r}: a GGUF file")
-    build_once(target, partial(_write_converted, path.resolve()))
+    try:
+        build_once(target, partial(_write_converted, path.resolve()), poll)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"MALORA_CACHE: {target.parent} cannot be written: {error}") from error
     return target
 
 
@@ -133,16 +141,14 @@ def _converted_folder(path: Path, cache_dir: Path) -> Path:
 
 def _write_converted(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     log_line(f"converting {path.name} to a model folder in the cache, once")
-    if not is_terminal(sys.stderr):
-        logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        with _progress_on_terminals_only():
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # of many families, for a file that anybody may have written
         raise ConfigError(
             f"model.name_or_path={str(path)!r}: transformers cannot read this GGUF file: {error}"
@@ -156,6 +162,21 @@ def _write_converted(path: Path, target: Path) -> None:
     (target / "model.safetensors").chmod(target.stat().st_mode & 0o666)
     model.config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _progress_on_terminals_only() -> Iterator[None]:
+    """Let transformers show no progress bar in a log file, for a while."""
+    from transformers.utils import logging
+
+    silenced = logging.is_progress_bar_enabled() and not is_terminal(sys.stderr)
+    if silenced:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silenced:
+            logging.enable_progress_bar()
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.config import RunConfig
+from malora_dist.config.topology import divisors
 from malora_dist.errors import MaloraError
 from malora_dist.plan.duration import Hardware, step_seconds
 from malora_dist.plan.memory import bytes_per_rank
@@ -101,9 +102,9 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
     samples = config.train.global_batch_size // world_size
     shared = gcd(config.adapter.num_experts, world_size)
     for zero_stage in range(4):
-        for ep_size in _divisors(shared):
+        for ep_size in divisors(shared):
             for checkpointing in (False, True):
-                for micro_batch in _divisors(samples):
+                for micro_batch in divisors(samples):
                     # The file may name a stage of its own, which these plans replace.
                     parallel = {"zero_stage": zero_stage, "ep_size": ep_size, "ds_config": None}
                     train = {
@@ -126,7 +127,3 @@ def _for_stage(zero: ZeroSettings, stage: int) -> ZeroSettings:
         offload_optimizer=zero.offload_optimizer and stage >= 1,
         offload_param=zero.offload_param and stage == 3,
     )
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

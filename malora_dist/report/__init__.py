@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from malora_dist.errors import MaloraError
+from malora_dist.files import run_files
 from malora_dist.files.atomic import write_text
 from malora_dist.report.inputs import read_run
 from malora_dist.report.page import build_page
@@ -20,7 +21,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """
     run_dir = Path(run_dir)
     page = build_page(read_run(run_dir))
-    path = run_dir / "report" / "index.html"
+    path = run_dir / run_files.REPORT / "index.html"
     try:
         path.parent.mkdir(exist_ok=True)
         write_text(path, page)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from malora_dist.console.durations import in_words
 from malora_dist.report.inputs import RunFiles
 from malora_dist.tracking.metrics import (
     BASE_DTYPE,
@@ -35,16 +36,6 @@ def training_seconds(run: RunFiles) -> float:
     return total
 
 
-def duration(seconds: float) -> str:
-    """`8 s`, `12 min 5 s` or `3 h 20 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def key_facts(run: RunFiles) -> dict[str, Fact]:
     """The few numbers for the top of the page; those that are not known are left out."""
     facts = {}
@@ -52,7 +43,7 @@ def key_facts(run: RunFiles) -> dict[str, Fact]:
     if parameters is not None:
         facts["trainable parameters"] = Fact(f"{parameters:,}", _share(parameters, run))
     if run.train:
-        facts["training time"] = Fact(duration(training_seconds(run)), f"{run.train[-1][STEP]:,} steps")
+        facts["training time"] = Fact(in_words(training_seconds(run)), f"{run.train[-1][STEP]:,} steps")
     speeds = run.series(TOKENS_PER_SECOND)[1]
     if speeds:
         facts["tokens per second"] = Fact(f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "median")

@@ -8,6 +8,7 @@ from typing import Any
 
 from malora_dist.config.yaml_reader import read_yaml_text
 from malora_dist.errors import MaloraError
+from malora_dist.files import run_files
 from malora_dist.files.json_text import parse_json
 from malora_dist.report.rules import (
     check_adapter,
@@ -88,24 +89,30 @@ def read_run(run_dir: Path) -> RunFiles:
     """Read what is there. Raises MaloraError if `run_dir` is no folder, or naming the file that is damaged."""
     if not run_dir.is_dir():
         raise MaloraError(f"{run_dir} is not a folder")
-    wanted = ("config.yaml", "metrics.jsonl", "eval.json", "data.json", "adapter/adapter_config.json")
+    wanted = (
+        run_files.CONFIG,
+        run_files.METRICS,
+        run_files.EVALUATIONS,
+        run_files.DATA,
+        f"{run_files.ADAPTER}/adapter_config.json",
+    )
     missing = [name for name in wanted if not (run_dir / name).is_file()]
-    records = [] if "metrics.jsonl" in missing else _records(run_dir / "metrics.jsonl")
+    records = [] if run_files.METRICS in missing else _records(run_dir / run_files.METRICS)
     routing = [record for record in records if record[KIND] == ROUTING and record.get(TASKS)]
-    text = "" if "config.yaml" in missing else _text(run_dir / "config.yaml")
+    text = "" if run_files.CONFIG in missing else _text(run_dir / run_files.CONFIG)
     return RunFiles(
         name=clean(run_dir.resolve().name),
-        config=_yaml(run_dir / "config.yaml", text),
+        config=_yaml(run_dir / run_files.CONFIG, text),
         config_text=text,
         # Of several starts the last: one before may have been of another recipe.
         run=next((record for record in reversed(records) if record[KIND] == RUN), {}),
         train=[record for record in records if record[KIND] == TRAIN],
         validation=[record for record in records if record[KIND] == EVAL],
         routing=routing[-1] if routing else None,
-        evaluations=_json(run_dir / "eval.json", check_evaluations),
-        counts=_json(run_dir / "data.json", check_counts),
-        adapter=_json(run_dir / "adapter" / "adapter_config.json", check_adapter),
-        parameters=_count_parameters(run_dir / "adapter" / "adapter_model.safetensors"),
+        evaluations=_json(run_dir / run_files.EVALUATIONS, check_evaluations),
+        counts=_json(run_dir / run_files.DATA, check_counts),
+        adapter=_json(run_dir / run_files.ADAPTER / "adapter_config.json", check_adapter),
+        parameters=_count_parameters(run_dir / run_files.ADAPTER / "adapter_model.safetensors"),
         missing=missing,
     )
 

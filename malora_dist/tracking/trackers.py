@@ -1,13 +1,17 @@
 """Trackers beside metrics.jsonl: TensorBoard and Weights & Biases, imported only when a recipe asks for them."""
 
+import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from malora_dist.errors import ConfigError, MaloraError
+from malora_dist.files.atomic import write_text
 from malora_dist.tracking.metrics import EVAL, KIND, RESUME, ROUTING, SHARE, STEP, TRAIN
 
 
@@ -17,8 +21,8 @@ class Tracker(Protocol):
     def log(self, record: Mapping[str, Any]) -> None:
         """Take a record of metrics.jsonl."""
 
-    def close(self) -> None:
-        """Write what is left, and take nothing more."""
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is left, and take nothing more; `failed`: the run has ended by an error."""
 
 
 class TensorBoardTracker:
@@ -44,7 +48,7 @@ class TensorBoardTracker:
             self._writer.add_text("config", _as_markdown(self._config))
         return self._writer
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         if self._writer is not None:
             self._writer.close()
         self._writer = None
@@ -57,12 +61,9 @@ class WandbTracker:
     """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        id_file = run_dir / "wandb-id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(8))
         self._run = _wandb().init(
             project=os.environ.get("WANDB_PROJECT", "malora_dist"),
-            id=id_file.read_text(),
+            id=_wandb_id(run_dir / "wandb-id"),
             resume="allow",
             name=run_dir.name,
             dir=str(run_dir),
@@ -74,8 +75,60 @@ class WandbTracker:
         if values:
             self._run.log(values, step=record[STEP])
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _wandb_id(path: Path) -> str:
+    """Return the id in a file, which gets a new one if it has none, or was left empty by a killed process."""
+    known = path.read_text().strip() if path.exists() else ""
+    if known:
+        return known
+    new = secrets.token_hex(8)
+    write_text(path, new)
+    return new
+
+
+class _OptionalTracker:
+    """A tracker that is dropped with one warning when it fails: whatever it raises, the run goes on."""
+
+    def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
+        self._name = name
+        self._tracker: Tracker | None = None
+        try:
+            self._tracker = start()
+        except MaloraError:
+            # Its package is missing: a mistake in the recipe.
+            raise
+        except Exception as error:
+            self._warn(error)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        tracker = self._tracker
+        if tracker is None:
+            return
+        try:
+            tracker.log(record)
+        except Exception as error:
+            self._tracker = None
+            self._warn(error)
+            with suppress(Exception):
+                tracker.close(failed=True)
+
+    def close(self, *, failed: bool = False) -> None:
+        tracker, self._tracker = self._tracker, None
+        try:
+            if tracker is not None:
+                tracker.close(failed=failed)
+        except Exception as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        logging.getLogger(__name__).warning(
+            "train.report_to=%s failed, and gets no more records of this run; metrics.jsonl has them all: %r",
+            self._name,
+            error,
+        )
 
 
 _TRACKERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
@@ -94,7 +147,8 @@ def check_trackers(report_to: Sequence[str]) -> None:
 def open_trackers(report_to: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> list[Tracker]:
     """Open a tracker for each name in `report_to`; `config` is stored with the run.
 
-    Raises MaloraError for an unknown name, or if a tracker's package is not installed; nothing is left open then.
+    A tracker that fails, now or later, is dropped with a warning. Raises MaloraError for an unknown name, or if a
+    tracker's package is not installed; nothing is left open then.
     """
     unknown = [name for name in report_to if name not in _TRACKERS]
     if unknown:
@@ -102,7 +156,7 @@ def open_trackers(report_to: Sequence[str], run_dir: Path, config: Mapping[str, 
     opened: list[Tracker] = []
     try:
         for name in report_to:
-            opened.append(_TRACKERS[name](run_dir, config))
+            opened.append(_OptionalTracker(name, partial(_TRACKERS[name], run_dir, config)))
     except BaseException:
         for tracker in opened:
             tracker.close()

@@ -11,7 +11,8 @@ from malora_dist.config import RunConfig
 from malora_dist.console.log import LOGGER
 from malora_dist.console.progress import Bar
 from malora_dist.distributed.nodes import this_node
-from malora_dist.distributed.process_groups import World, broadcast_object, gather_lists, run_on_rank0
+from malora_dist.distributed.process_groups import World, broadcast_object, gather_lists
+from malora_dist.distributed.rank_errors import run_on_rank0, sharing_errors
 from malora_dist.distributed.zero3 import partition_at_once, partition_parts
 from malora_dist.models.attention import attention_for
 from malora_dist.models.config import read_model_config
@@ -43,7 +44,9 @@ def base_model(context: RunContext, folder: Path, deepspeed_settings: dict[str, 
     dtype, trusted = base_dtype(config, world), config.model.trust_remote_code
     model_config = read_model_config(folder, trust_remote_code=trusted)
     attention = attention_for(config.model.attn_implementation, model_config, dtype, world.device)
-    weights, where = _weights(config, folder, dtype, world)
+    prepared = _prepared(config, folder, dtype, world)
+    with sharing_errors(world):
+        weights, where = _weights(config, folder, prepared, world)
     with Bar("reading the base model, tensors", active=world.is_main) as bar:
         before = _after(context.poll, bar.advance)
         model = load_base_model(
@@ -75,18 +78,23 @@ def _why(config: RunConfig, model: Any, attention: str) -> str:
     return f", as {type(model).__name__} has no other here"
 
 
-def _weights(config: RunConfig, folder: Path, dtype: torch.dtype, world: World) -> tuple[Weights, str]:
-    """Return where the base is read from, the same on all processes, and a sentence about it."""
+def _prepared(config: RunConfig, folder: Path, dtype: torch.dtype, world: World) -> tuple[Path, bool] | None:
+    """Return the folder of the prepared 4-bit base, and whether all processes see it; None if it is not 4-bit."""
     if not config.model.load_in_4bit:
+        return None
+    double_quant = config.model.bnb_4bit_use_double_quant
+    prepared, _ = run_on_rank0(lambda: prepared_folder(folder, dtype=dtype, double_quant=double_quant), world)
+    return prepared, all(gather_lists([prepared.is_dir()]))
+
+
+def _weights(config: RunConfig, folder: Path, prepared: tuple[Path, bool] | None, world: World) -> tuple[Weights, str]:
+    """Return where the base is read from, the same on all processes, and a sentence about it."""
+    if prepared is None:
         return CheckpointWeights(folder, world.device), str(folder)
-    prepared = Path(broadcast_object(str(_prepared_folder(config, folder, dtype)) if world.is_main else None))
-    if all(gather_lists([prepared.is_dir()])):
-        return PreparedWeights(prepared), f"prepared in {prepared}"
-    return CheckpointWeights(folder, world.device), f"{folder}, quantised now (`malora prepare` would make {prepared})"
-
-
-def _prepared_folder(config: RunConfig, folder: Path, dtype: torch.dtype) -> Path:
-    return prepared_folder(folder, dtype=dtype, double_quant=config.model.bnb_4bit_use_double_quant)[0]
+    made, seen = prepared
+    if seen:
+        return PreparedWeights(made), f"prepared in {made}"
+    return CheckpointWeights(folder, world.device), f"{folder}, quantised now (`malora prepare` would make {made})"
 
 
 def _placement(

@@ -27,15 +27,9 @@ from malora_dist.checkpoint.shards import file_record, plan_shards, write_shard
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.console.log import LOGGER
 from malora_dist.distributed.optimizer_state import OptimizerState
-from malora_dist.distributed.process_groups import (
-    World,
-    gather_lists,
-    max_over_control,
-    raise_on_all_ranks,
-    run_on_rank0,
-)
+from malora_dist.distributed.process_groups import World, gather_lists, max_over_control
+from malora_dist.distributed.rank_errors import run_on_rank0, sharing_errors
 from malora_dist.distributed.snapshot import Whole, snapshot
-from malora_dist.errors import CheckpointError
 from malora_dist.files.durable import write_text
 from malora_dist.tracking.metrics import BYTES, CHECKPOINT, KIND, SECONDS, STALL_SECONDS, STEP
 
@@ -186,7 +180,7 @@ class Saver:
         return not done, done and self._job.files.exception() is not None
 
     def complete(self) -> None:
-        """Wait until the save in flight is written, and make it a checkpoint. Raises CheckpointError on all if not."""
+        """Wait until the save in flight is written, and make it a checkpoint. Raises on all what fails on one."""
         if self._job is None:
             return
         job, self._job = self._job, None
@@ -195,16 +189,12 @@ class Saver:
         while max_over_control([int(not job.files.done())], self.world)[0]:
             self.poll()
             time.sleep(POLL_SECONDS)
-        error, records = None, {}
         try:
-            records = job.files.result()
-        except CheckpointError as caught:
-            error = caught
-        try:
-            raise_on_all_ranks(error)
+            with sharing_errors(self.world):
+                records = job.files.result()
             files = dict(gather_lists(list(records.items())))
             run_on_rank0(lambda: self._commit(job, files), self.world)
-        except CheckpointError:
+        except Exception:
             if self.world.is_main:
                 self.store.discard(job.step)
             raise

@@ -10,7 +10,8 @@ from malora_dist.config import RunConfig
 from malora_dist.config.summary import adapter_spec
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import TrainLoader
-from malora_dist.distributed.process_groups import World, gather_lists, raise_on_all_ranks
+from malora_dist.distributed.process_groups import World, gather_lists
+from malora_dist.distributed.rank_errors import sharing_errors
 from malora_dist.errors import ConfigError
 from malora_dist.ops.devices import missing_for_triton
 from malora_dist.optimizers.registry import optimizer_spec
@@ -40,12 +41,8 @@ def check_device(config: RunConfig, world: World, *, trains: bool = True) -> lis
             or if the kernels that adapter.computation names or train.optim cannot run.
     """
     dtype = base_dtype(config, world)
-    error: ConfigError | None = None
-    try:
+    with sharing_errors(world):
         _check_one(config, world.device, dtype, trains)
-    except ConfigError as found:
-        error = found
-    raise_on_all_ranks(error)
     return list(_notes(config, world.device))
 
 
@@ -108,13 +105,9 @@ def check_memory(config: RunConfig, folder: Path, world: World, lengths: Lengths
     """
     if world.device.type != "cuda":
         return []
-    error: ConfigError | None = None
-    notes: list[str] = []
-    try:
-        notes = memory_notes(config, folder, world.size, base_dtype(config, world), Gpu.of(world.device), lengths)
-    except ConfigError as found:
-        error = found
-    raise_on_all_ranks(error)
+    dtype, gpu = base_dtype(config, world), Gpu.of(world.device)
+    with sharing_errors(world):
+        notes = memory_notes(config, folder, world.size, dtype, gpu, lengths)
     return gather_lists(notes)[:1]
 
 

@@ -1,11 +1,12 @@
 """The work of `malora evaluate`: measures the accuracy of an adapter and of its base on each task.
 
-The result goes to `RUN/eval.json` (`DIR/eval.json`), the log to `evaluate.log` beside it. Nothing measured before is
-lost: a result that says something else than the file, because settings, rows or numbers are others, becomes
-`eval-2.json`, `eval-3.json`, ...
+The result goes to `RUN/eval.json` (`DIR/eval.json`), the log to `evaluate.log` beside it, or the result alone to a file
+that the command names. Nothing measured before is lost: a result that says something else than the file, because
+settings, rows or numbers are others, becomes `eval-2.json`, `eval-3.json`, ...
 """
 
 import logging
+import os
 import shlex
 
 from malora_dist.adapters.io.folder import AdapterTensors, open_adapter
@@ -14,26 +15,22 @@ from malora_dist.config import RunConfig, config_text
 from malora_dist.config.compatibility import suggest_world_sizes
 from malora_dist.config.evaluation_target import EvaluationTarget
 from malora_dist.console.log import LOGGER, console, start_logging
-from malora_dist.data.build import build_data
 from malora_dist.distributed.consistency import check_consistency, start_facts
+from malora_dist.distributed.rank_errors import run_on_rank0, sharing_errors
 from malora_dist.distributed.zero3 import gathered
+from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.evaluation.packing import check_packing
 from malora_dist.evaluation.tasks import TaskEvaluator
 from malora_dist.files.atomic import write_json
-from malora_dist.models.attention import attention_for
-from malora_dist.models.config import read_model_config
-from malora_dist.models.load import load_tokenizer
-from malora_dist.models.resolve import resolve_model
-from malora_dist.models.vocabulary import check_tokens
+from malora_dist.launch.ranks import place_of
 from malora_dist.report import print_results
 from malora_dist.training.base_model import base_dtype, base_model
-from malora_dist.training.base_support import check_support
 from malora_dist.training.deepspeed_engine import build_engine
 from malora_dist.training.device_check import check_device, check_memory
+from malora_dist.training.inputs import open_inputs
 from malora_dist.training.process import run_as_process
 from malora_dist.training.run_context import RunContext
 from malora_dist.training.run_folder import evaluation_file
-from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import engine_config
 from malora_dist.training.watchdog import Watchdog, watched
 
@@ -47,10 +44,15 @@ def _evaluate(target: EvaluationTarget) -> None:
     from malora_dist.distributed.process_groups import start_processes
 
     config = target.config()
-    adapter = open_adapter(target.adapter)
+    if place_of(os.environ)[1] == 1:
+        # No other process has to learn of a mistake, which is then found before DeepSpeed is imported.
+        open_adapter(target.adapter)
     world = start_processes(config.parallel.timeout_seconds)
     check_consistency(world, start_facts(config_text(config)))
-    start_logging(target.folder / "evaluate.log" if world.is_main else None)
+    with sharing_errors(world):
+        adapter = open_adapter(target.adapter)
+    start_logging(None)
+    run_on_rank0(lambda: _start_logging(target), world)
     log = logging.getLogger(LOGGER)
     log.info("evaluating %s on %s %s", adapter.path, target.recipe, shlex.join(target.overrides))
     for note in check_device(config, world, trains=False):
@@ -58,11 +60,28 @@ def _evaluate(target: EvaluationTarget) -> None:
     context = RunContext(config, world, Watchdog(world.rank))
     with watched(context.watchdog, config.parallel.timeout_seconds):
         result = evaluate_adapter(context, adapter)
-    if world.is_main:
-        path = evaluation_file(target.folder, result)
+    run_on_rank0(lambda: _show(target, result), world)
+
+
+def _start_logging(target: EvaluationTarget) -> None:
+    target.check_output()
+    try:
+        start_logging(target.log_file, level=logging.INFO)
+    except OSError as error:
+        raise ConfigError(f"{target.log_file} cannot be written: {error.strerror}") from error
+
+
+def _show(target: EvaluationTarget, result: dict[str, object]) -> None:
+    """Print the result first: hours of work must not be lost with a file that cannot be written."""
+    console().print(print_results(result))
+    if not target.save:
+        return
+    path = target.output or evaluation_file(target.folder, result)
+    try:
         write_json(path, result)
-        log.info("wrote %s", path)
-        console().print(print_results(result))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}; the result is printed above") from error
+    logging.getLogger(LOGGER).info("wrote %s", path)
 
 
 def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, object]:
@@ -78,17 +97,12 @@ def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, 
         The content of eval.json, on every process.
     """
     config, world, watchdog = context.config, context.world, context.watchdog
-    trusted, dtype = config.model.trust_remote_code, base_dtype(config, world)
-    folder = resolve_model(config.model.name_or_path, config.model.revision, trust_remote_code=trusted)
-    model_config = read_model_config(folder, trust_remote_code=trusted)
-    attention_for(config.model.attn_implementation, model_config, dtype, world.device)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-    base = check_support(config, folder, tokenizer, dtype, trains=False)
-    data = build_data(config.data, tokenizer)
-    check_tokens(data, base.spare_tokens)
+    dtype = base_dtype(config, world)
+    with context.while_waiting() as poll:
+        inputs = open_inputs(config, dtype, world.device, poll, trains=False)
+    data, folder = inputs.data, inputs.folder
     fitting = _with_fitting_batch(config, world.size)
-    lengths = position_notes(data, folder, trust_remote_code=trusted)
-    for note in (*base.notes, *lengths, *check_memory(fitting, folder, world, None)):
+    for note in (*inputs.notes, *inputs.data_notes, *check_memory(fitting, folder, world, None)):
         logging.getLogger(LOGGER).info("note: %s", note)
     watchdog.mark_phase("loading the base model")
     settings = engine_config(fitting, world)

@@ -8,6 +8,7 @@ from malora_dist.data.build import PreparedData
 from malora_dist.data.packed_row import Packing
 from malora_dist.errors import ConfigError
 from malora_dist.evaluation.tasks import TaskEvaluator
+from malora_dist.files import run_files
 from malora_dist.training.best_checkpoint import Tasks, read_baseline
 from malora_dist.training.run_context import RunContext
 from malora_dist.training.run_logger import RunLogger
@@ -48,7 +49,7 @@ class RunEvaluations:
             self.logger.evaluation("base", self._measure("base", use_adapter=False))
         if train.eval_steps is None or train.best_metric != "worst_drop" or baseline is not None:
             return baseline
-        kept = self.logger.kept("baseline.json", lambda: self._measure("validation", use_adapter=False))
+        kept = self.logger.kept(run_files.BASELINE, lambda: self._measure("validation", use_adapter=False))
         tasks: Tasks = kept["tasks"]
         return tasks
 

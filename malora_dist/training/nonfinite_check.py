@@ -105,12 +105,14 @@ def first_nonfinite_layer(
         return hook
 
     handles = [layer.register_forward_hook(watch(index)) for index, (_, layer) in enumerate(layers)]
-    with torch.no_grad():
-        for batch in batches:
-            set_token_keys(engine.module, batch, seed, step)
-            cross_entropies(engine, batch)
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                set_token_keys(engine.module, batch, seed, step)
+                cross_entropies(engine, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
     index = -int(max_over_processes(first))
     return layers[index][0] if index < len(layers) else "the loss"
 

@@ -4,11 +4,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from malora_dist.distributed.process_groups import World, broadcast_stop, max_over_control, stop_requested
+from malora_dist.distributed.rank_errors import sharing_errors
 from malora_dist.launch.schedulers import end_time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -88,12 +89,18 @@ class PreemptionCoordinator:
         """Give a `poll` for work in which processes are not in step, as where one prepares what others wait for.
 
         This `poll` may be called at any time. It leaves the block soon after any process that is still in it was asked
-        to stop. All processes agree at the end of the block, which raises as `PreemptionCoordinator.poll` does.
+        to stop, or has failed. All processes agree at the end of the block, which raises as `poll` and
+        `sharing_errors` do.
         """
-        try:
-            yield self._poll_alone
-        except _Abandoned:
-            pass
+        with sharing_errors(self.world):
+            try:
+                yield self._poll_alone
+            except _Abandoned:
+                pass
+            except Exception:
+                with suppress(RuntimeError):
+                    broadcast_stop()
+                raise
         self.poll()
 
     def _poll_alone(self) -> None:
@@ -114,8 +121,11 @@ class PreemptionCoordinator:
             self.stop.set(TIME_IS_UP)
 
 
-class _Abandoned(Exception):
-    """Leaves a block of `while_waiting` whose work is no longer needed."""
+class _Abandoned(BaseException):
+    """Leaves a block of `while_waiting` whose work is no longer needed.
+
+    No Exception, as the work may handle those of its own.
+    """
 
 
 def deadline_of(max_hours: float | None, started: float) -> float | None:

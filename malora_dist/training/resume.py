@@ -10,9 +10,11 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, load_config, plain_config
 from malora_dist.config.resume_compatibility import Change, changes
-from malora_dist.distributed.process_groups import World, raise_on_all_ranks
+from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.rank_errors import sharing_errors
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.files.exit_status import FINISHED, MEASURED_ON, read_exit_status
+from malora_dist.files import run_files
+from malora_dist.files.exit_status import FINISHED, read_exit_status
 from malora_dist.training.base_model import base_quantizer
 
 
@@ -72,7 +74,7 @@ def find_resume_point(config: RunConfig) -> ResumePoint:
 
 def is_run(folder: Path) -> bool:
     """Return whether it is the folder of a run."""
-    return (folder / "config.yaml").is_file()
+    return (folder / run_files.CONFIG).is_file()
 
 
 def is_finished(run: Path) -> bool:
@@ -83,7 +85,7 @@ def is_finished(run: Path) -> bool:
 
 def _check_begun_from(path: Path, run: Path) -> None:
     """Raise ConfigError unless the run there is the one that this command, of a requeued job, began."""
-    begun_from = load_config(run / "config.yaml").train.resume_from_checkpoint
+    begun_from = load_config(run / run_files.CONFIG).train.resume_from_checkpoint
     if begun_from in (None, "auto") or Path(begun_from).resolve() != path.resolve() or is_finished(run):
         raise ConfigError(
             f"train.resume_from_checkpoint={path} starts a new run, but output_dir={run} holds a run already; "
@@ -108,13 +110,13 @@ def _go_on(config: RunConfig, run: Path) -> ResumePoint:
 
 def _is_of_old(run: Path) -> bool:
     """Return whether a version without checkpoints has finished there; later ones may be killed after the adapter."""
-    return (run / "adapter").is_dir() and not (run / MEASURED_ON).exists()
+    return (run / run_files.ADAPTER).is_dir() and not (run / run_files.MEASURED_ON).exists()
 
 
 def _changed_since(config: RunConfig, run: Path) -> tuple[str, ...]:
     """Return notes on how the recipe differs from that of an earlier start; none if that cannot be read any more."""
     try:
-        before = plain_config(load_config(run / "config.yaml"))
+        before = plain_config(load_config(run / run_files.CONFIG))
     except ConfigError:
         return ()
     return _notes(changes(before, plain_config(config)))
@@ -187,13 +189,9 @@ def open_checkpoint(folder: Path, world: World) -> Checkpoint:
     Raises:
         CheckpointError: on all processes, naming the file.
     """
-    error = None
-    try:
+    with sharing_errors(world):
         checkpoint = Checkpoint.open(folder)
         checkpoint.verify(sorted(checkpoint.manifest.files)[world.rank :: world.size])
-    except CheckpointError as caught:
-        error = caught
-    raise_on_all_ranks(error)
     return checkpoint
 
 

@@ -1,11 +1,12 @@
 """What every part of a run is handed: its recipe, its processes, and what to call between two pieces of work."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 from malora_dist.config import RunConfig
 from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.rank_errors import sharing_errors
 from malora_dist.training.preemption import Background, PreemptionCoordinator
 from malora_dist.training.watchdog import Watchdog
 
@@ -39,9 +40,18 @@ class RunContext:
             self.preemption.poll()
 
     def while_waiting(self) -> AbstractContextManager[Callable[[], None]]:
-        """Return `PreemptionCoordinator.while_waiting` of this run."""
-        assert self.preemption is not None
+        """Give a `poll` for work in which processes are not in step; what fails on one of them is raised on all.
+
+        See `PreemptionCoordinator.while_waiting`; where nothing would be saved, the work is not interrupted.
+        """
+        if self.preemption is None:
+            return self._alone()
         return self.preemption.while_waiting()
+
+    @contextmanager
+    def _alone(self) -> Iterator[Callable[[], None]]:
+        with sharing_errors(self.world):
+            yield self.watchdog.heartbeat
 
     def with_background(self, background: Background) -> "RunContext":
         """Return the context whose `poll` also completes a checkpoint that is written in the background."""

@@ -1,7 +1,8 @@
 """The folder of a run: claimed once, never overwritten, every file whole or absent."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 from filelock import BaseFileLock, Timeout
 from safetensors import SafetensorError
 
-from malora_dist.distributed.process_groups import World, broadcast_object
 from malora_dist.errors import CheckpointError, ConfigError, TrainingError
-from malora_dist.files.exit_status import RUN_FILES
+from malora_dist.files import run_files
 from malora_dist.files.json_text import parse_json
 from malora_dist.files.locks import lock_at, marker
 from malora_dist.launch.schedulers import is_requeued
@@ -52,7 +52,10 @@ def claim_run_folder(output_dir: str | Path) -> tuple[Path, BaseFileLock]:
 
 
 def _is_taken(folder: Path) -> bool:
-    return bool({path.name for path in folder.iterdir()} & RUN_FILES)
+    try:
+        return bool({path.name for path in folder.iterdir()} & run_files.OF_A_RUN)
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder} cannot be read: {error.strerror}") from error
 
 
 def lock_run_folder(folder: Path, seconds: float = LOCK_SECONDS) -> BaseFileLock:
@@ -90,46 +93,37 @@ def _lock(folder: Path, seconds: float) -> BaseFileLock | None:
     return lock
 
 
-def write_on_rank0(write: Callable[[], None], folder: Path, world: World) -> None:
-    """Write into the folder on the main process while the others wait.
-
-    Raises:
-        TrainingError: on all processes, if the files cannot be written.
-    """
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            write()
-        except Exception as caught:
-            error = caught
-    problem = broadcast_object(None if error is None else f"{folder} cannot be written: {error}")
-    if error is not None and not isinstance(error, OSError | SafetensorError):
-        raise error
-    if problem is not None:
-        raise TrainingError(problem) from error
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Turn what a file's writer raises where the system refuses into a TrainingError that names the run's folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{folder} cannot be written: {error}") from error
 
 
 def read_evaluations(folder: Path) -> dict[str, Any]:
     """Read eval.json of a run that goes on; {} without one. Raises CheckpointError if it is damaged."""
-    path = folder / "eval.json"
+    path = folder / run_files.EVALUATIONS
     if not path.exists():
         return {}
-    found = _read_json(path)
+    found = read_json(path)
     if not isinstance(found, dict):
-        raise CheckpointError(str(found))
+        raise CheckpointError(f"{path} is damaged: it holds no evaluations by name")
     return found
 
 
 def read_measured_on(path: Path) -> Any:
-    """Read what the evaluations in a run's folder were measured on; None if that is not known."""
-    if not path.exists():
-        return None
-    return _read_json(path)
+    """Read what the evaluations in a run's folder were measured on; None if that was never written.
+
+    Raises CheckpointError if it is damaged: whether the evaluations are of this recipe, nobody can say then.
+    """
+    return read_json(path) if path.exists() else None
 
 
 def forget_evaluations(folder: Path) -> None:
     """Remove what earlier starts of a run without a checkpoint have measured. Raises OSError."""
-    for name in ("eval.json", "baseline.json"):
+    for name in (run_files.EVALUATIONS, run_files.BASELINE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -137,20 +131,32 @@ def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
     """Return the file for `result`: eval.json, or eval-2.json, -3, ... if that holds what `result` does not.
 
     So the same measurement rewrites its file, an interrupted one is completed, and one with other tasks, rows or
-    numbers (beyond rounding) gets a file of its own.
+    numbers (beyond rounding) gets a file of its own. A file that cannot be read is left as it is.
     """
     for number in count(1):
-        path = folder / ("eval.json" if number == 1 else f"eval-{number}.json")
-        if not path.exists() or _says_all_of(result, _read_json(path)):
+        path = folder / (run_files.EVALUATIONS if number == 1 else f"eval-{number}.json")
+        if not path.exists() or _completes(result, path):
             return path
     raise AssertionError("count() ended")
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run's folder. Raises CheckpointError if it cannot be read, or is damaged."""
     try:
         return parse_json(path.read_bytes(), non_finite=True)
-    except ValueError:
-        return f"{path} is damaged, and nobody else's to overwrite"
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}. Remove it, and this run measures again what it cannot know without it"
+        ) from error
+
+
+def _completes(result: dict[str, Any], path: Path) -> bool:
+    try:
+        return _says_all_of(result, read_json(path))
+    except CheckpointError:
+        return False
 
 
 def _says_all_of(new: Any, old: Any) -> bool:

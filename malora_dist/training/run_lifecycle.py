@@ -11,7 +11,8 @@ from malora_dist.checkpoint.layout import CHECKPOINTS, checkpoint_name
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig
 from malora_dist.console.log import LOGGER
-from malora_dist.distributed.process_groups import World, run_on_rank0
+from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.rank_errors import run_on_rank0
 from malora_dist.errors import CheckpointError, MaloraError
 from malora_dist.files.exit_status import (
     EXIT_OK,
@@ -116,6 +117,8 @@ class RunLifecycle:
         except CheckpointError as second:
             # Keep the original exception.
             error.add_note(str(second))
+        if self.logger is not None:
+            self.logger.close_after_failure()
 
     def _written_to(self) -> Path | None:
         if self.logger is not None:

@@ -5,6 +5,7 @@ What cannot be written ends the run on all processes.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from malora_dist.config import RunConfig, config_text
 from malora_dist.config.summary import adapter_spec
 from malora_dist.console.log import LOGGER, console, start_logging
 from malora_dist.data.build import PreparedData
-from malora_dist.distributed.process_groups import World, run_on_rank0
+from malora_dist.distributed.process_groups import World
+from malora_dist.distributed.rank_errors import run_on_rank0
 from malora_dist.distributed.zero3 import gathered_adapter_state
+from malora_dist.files import run_files
 from malora_dist.files.atomic import write_json, write_text
-from malora_dist.files.exit_status import MEASURED_ON
-from malora_dist.files.json_text import parse_json
+from malora_dist.files.durable import reading
 from malora_dist.report import print_results, write_report
 from malora_dist.tracking.metrics import (
     BASE_DTYPE,
@@ -49,7 +51,13 @@ from malora_dist.tracking.metrics import (
 )
 from malora_dist.tracking.trackers import open_trackers
 from malora_dist.training.best_checkpoint import Tasks, score
-from malora_dist.training.run_folder import forget_evaluations, read_evaluations, read_measured_on, write_on_rank0
+from malora_dist.training.run_folder import (
+    forget_evaluations,
+    read_evaluations,
+    read_json,
+    read_measured_on,
+    writing_into,
+)
 from malora_dist.training.run_summary import injection_lines, next_steps, placement_lines
 
 
@@ -65,15 +73,15 @@ class RunLogger:
         self.evaluations: dict[str, Any] = run_on_rank0(lambda: read_evaluations(folder), world)
         self.report: InjectionReport | None = None
         start_logging(None)
-        self._run_on_rank0(self._open)
+        self._write(self._open)
         self.log.info(
             "run folder %s, %d process%s on %s", folder, world.size, "es" if world.size > 1 else "", world.device.type
         )
 
     def _open(self) -> None:
-        write_text(self.folder / "config.yaml", config_text(self.config))
-        start_logging(self.folder / "train.log")
-        self.metrics = MetricsWriter(self.folder / "metrics.jsonl")
+        write_text(self.folder / run_files.CONFIG, config_text(self.config))
+        start_logging(self.folder / run_files.LOG)
+        self.metrics = MetricsWriter(self.folder / run_files.METRICS)
         self.trackers = open_trackers(self.config.train.report_to, self.folder, self.config.model_dump(mode="json"))
 
     def notes(self, notes: Sequence[str]) -> None:
@@ -84,7 +92,7 @@ class RunLogger:
     def data(self, data: PreparedData) -> None:
         """Write data.json: what was read, skipped and removed, by task."""
         self.notes(data.warnings())
-        self._write("data.json", data.counts)
+        self._write_json(run_files.DATA, data.counts)
         sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
         self.log.info("training samples: %s", sizes)
 
@@ -127,7 +135,7 @@ class RunLogger:
             for tracker in self.trackers:
                 tracker.log(record)
 
-        self._run_on_rank0(append)
+        self._write(append)
 
     def resumed(self, step: int, checkpoint: Checkpoint | None, *, validated: bool = True) -> None:
         """Remove the records of lost work from metrics.jsonl, and add one that training goes on after `step`.
@@ -138,7 +146,7 @@ class RunLogger:
             validated: False if the validation of the step is still to be done, and so to be recorded again.
         """
         own = checkpoint is not None and is_of_run(checkpoint.folder, self.folder)
-        self._run_on_rank0(lambda: self.metrics.cut(step if own else 0, () if validated else (EVAL, ROUTING)))
+        self._write(lambda: self.metrics.cut(step if own else 0, () if validated else (EVAL, ROUTING)))
         folder = None
         if checkpoint is not None:
             folder = str(checkpoint.folder)
@@ -150,26 +158,27 @@ class RunLogger:
     def _record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add the record of a checkpoint of this run whose writer was killed before it could."""
         step, files = checkpoint.manifest.step, checkpoint.manifest.files.values()
-        if not run_on_rank0(lambda: self.metrics.holds(CHECKPOINT, step), self.world):
+        holds = reading(self.folder / run_files.METRICS)(self.metrics.holds)
+        if not run_on_rank0(lambda: holds(CHECKPOINT, step), self.world):
             self.record({KIND: CHECKPOINT, STEP: step, BYTES: sum(record.bytes for record in files)})
 
     def measured_on(self, what: Mapping[str, Any]) -> None:
         """Forget the evaluations of an earlier start of this run that had another recipe, base or rows."""
-        path = self.folder / MEASURED_ON
+        path = self.folder / run_files.MEASURED_ON
         before = run_on_rank0(lambda: read_measured_on(path), self.world)
         if before is not None and before != what and self.evaluations:
             self.notes(["an earlier start of this run had another recipe, base or rows: evaluations are repeated"])
         if before != what:
             self.evaluations = {}
-            self._run_on_rank0(lambda: forget_evaluations(self.folder))
-            self._write(MEASURED_ON, what)
+            self._write(lambda: forget_evaluations(self.folder))
+            self._write_json(run_files.MEASURED_ON, what)
 
     def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the content of a JSON file of the folder, which the first start of a run measures and writes."""
         path = self.folder / name
         if not run_on_rank0(path.exists, self.world):
-            self._write(name, measure())
-        content: dict[str, Any] = run_on_rank0(lambda: parse_json(path.read_bytes(), non_finite=True), self.world)
+            self._write_json(name, measure())
+        content: dict[str, Any] = run_on_rank0(lambda: read_json(path), self.world)
         return content
 
     def validation(self, step: int, result: dict[str, Any], metric: str, baseline: Tasks | None) -> float:
@@ -189,15 +198,15 @@ class RunLogger:
     def evaluation(self, side: str, result: dict[str, Any]) -> None:
         """Write the `base` or `tuned` side of eval.json."""
         self.evaluations[side] = result
-        self._write("eval.json", self.evaluations)
+        self._write_json(run_files.EVALUATIONS, self.evaluations)
         if result["average"] is not None:
             measured = sum("accuracy" in row for row in result["tasks"].values())
             self.log.info("%s: accuracy %.3f on average over %d tasks", side, result["average"], measured)
 
     def adapter(self, model: nn.Module, name: str) -> None:
-        """Write the adapter folder `name`; gathers the weights, so every process must call it."""
-        state = dict(gathered_adapter_state(model))
-        self._run_on_rank0(lambda: save_adapter(self.folder / name, self.adapter_info(), state, self._card()))
+        """Write the adapter folder `name`. Every process must call: all gather the weights, and rank 0 keeps them."""
+        state = dict(gathered_adapter_state(model, keep=self.world.is_main))
+        self._write(lambda: save_adapter(self.folder / name, self.adapter_info(), state, self._card()))
         self.log.info("saved %s", self.folder / name)
 
     def adapter_info(self) -> AdapterInfo:
@@ -216,19 +225,25 @@ class RunLogger:
 
     def close(self) -> None:
         """Close the files of a run that is to go on later."""
-        self._run_on_rank0(self._close)
+        self._write(self._close)
 
-    def _close(self) -> None:
-        self.metrics.close()
+    def close_after_failure(self) -> None:
+        """Close the files of a run that has failed, and let trackers show it as failed. For rank 0 alone."""
+        # The error of the run is the one to show.
+        with suppress(OSError):
+            self._close(failed=True)
+
+    def _close(self, *, failed: bool = False) -> None:
         for tracker in self.trackers:
-            tracker.close()
+            tracker.close(failed=failed)
+        self.metrics.close()
 
     def finish(self) -> None:
         """Write the report and the adapter's model card, and print what to look at next."""
-        self._run_on_rank0(self._finish)
+        self._write(self._finish)
 
     def _finish(self) -> None:
-        write_text(self.folder / "adapter" / "README.md", self._card())
+        write_text(self.folder / run_files.ADAPTER / "README.md", self._card())
         self._close()
         try:
             write_report(self.folder)
@@ -241,8 +256,9 @@ class RunLogger:
         text = next_steps(self.folder, trust_remote_code=self.config.model.trust_remote_code)
         terminal.print(Text(text), soft_wrap=True)
 
-    def _write(self, name: str, value: Any) -> None:
-        self._run_on_rank0(lambda: write_json(self.folder / name, value))
+    def _write_json(self, name: str, value: Any) -> None:
+        self._write(lambda: write_json(self.folder / name, value))
 
-    def _run_on_rank0(self, write: Callable[[], None]) -> None:
-        write_on_rank0(write, self.folder, self.world)
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write into the folder on rank 0. Raises TrainingError on all if it cannot be written."""
+        run_on_rank0(writing_into(self.folder)(write), self.world)

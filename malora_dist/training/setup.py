@@ -13,6 +13,7 @@ from malora_dist.config.summary import adapter_spec
 from malora_dist.data.build import PreparedData
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.all_to_all import AllToAll
+from malora_dist.distributed.deepspeed_names import check_names
 from malora_dist.distributed.expert_groups import ExpertGroups
 from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
 from malora_dist.distributed.process_groups import World
@@ -25,7 +26,8 @@ from malora_dist.training.train_step import StepSettings, TrainStep
 
 
 def engine_config(config: RunConfig, world: World) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of this run."""
+    """Return DeepSpeed's configuration of this run. Raises ConfigError if the installed version cannot run it."""
+    check_names(f"parallel.zero_stage={config.parallel.zero_stage}")
     result = deepspeed_config(config, world.size)
     # DeepSpeed would replace F.linear for the whole process by one that breaks non-reentrant recomputation.
     result["zero_optimization"].setdefault("memory_efficient_linear", False)

@@ -11,6 +11,7 @@ from malora_dist.checkpoint.read import Checkpoint, optimizer_kind
 from malora_dist.console.log import LOGGER
 from malora_dist.data.loader import TrainLoader
 from malora_dist.distributed.optimizer_state import OptimizerState, optimizer_state
+from malora_dist.distributed.rank_errors import sharing_errors
 from malora_dist.distributed.snapshot import Whole, restore, whole_tensors
 from malora_dist.errors import CheckpointError, short
 from malora_dist.optimizers.spec import OptimizerSpec
@@ -105,7 +106,9 @@ def restore_training(checkpoint: Checkpoint, parts: TrainingParts, state: LoopSt
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     _restore_balance(checkpoint, parts.train_step.balance)
     parts.step_metrics.load_state_dict(saved["window"])
-    set_random_state(_random_state_of(checkpoint, parts.train_step.world.rank))
+    world = parts.train_step.world
+    with sharing_errors(world):
+        set_random_state(_random_state_of(checkpoint, world.rank))
     state.step, state.validated, state.best = step, saved["validated"], Best(**saved["best"])
     state.loader, state.random = parts.loader.state_dict(), random_state()
 

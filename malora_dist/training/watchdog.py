@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import ClassVar
 
 from torch import nn
 
@@ -89,8 +91,10 @@ class _WatchThread:
     """A thread that reports once where this process is when it has not moved for `limit_seconds`, and ends nothing.
 
     The main thread may be waiting inside PyTorch or CUDA, where Python runs no signal handler. So the thread receives
-    signals through a socket.
+    signals through a socket. Handlers of signals are the whole process's, and so is the list of threads that have them.
     """
+
+    active: ClassVar[list["_WatchThread"]] = []
 
     def __init__(self, watchdog: Watchdog, limit_seconds: float, on_signal: Callable[[int], None] | None) -> None:
         self.watchdog, self.limit_seconds, self.on_signal = watchdog, limit_seconds, on_signal
@@ -106,13 +110,15 @@ class _WatchThread:
         self._inbox.settimeout(self.limit_seconds / 20)
         self._old_handlers = {number: signal.signal(number, lambda _number, _frame: None) for number in self._signals}
         self._old_wakeup = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=_forget)
+        _forget_in_children()
+        self.active.append(self)
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread and restore the handlers."""
         self._outbox.send(bytes([STOP]))
         self._thread.join()
+        self.active.remove(self)
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
@@ -165,8 +171,17 @@ class _WatchThread:
         os._exit(128 + number)
 
 
+@cache
+def _forget_in_children() -> None:
+    """Let every fork of this process call `_forget`: once, as that cannot be taken back."""
+    os.register_at_fork(after_in_child=_forget)
+
+
 def _forget() -> None:
     """Keep a forked child, which shares the socket, from sending its own SIGTERM to its parent's thread."""
+    if not _WatchThread.active:
+        return
+    _WatchThread.active.clear()
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)

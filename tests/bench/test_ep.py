@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from malora_dist.bench.ep_options import EpOptions
+from malora_dist.bench.local.output import Output
 from tests.e2e import RECIPE, make_folder, run_alone
 from tests.multiprocess import run_distributed
 
@@ -30,8 +31,7 @@ def measured(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         recipe=str(folder / "absolute.yaml"),
         steps=STEPS,
         warmup=WARMUP,
-        json=folder / "two.json",
-        markdown=folder / "two.md",
+        output=Output(folder / "two.json", folder / "two.md"),
     )
     seen = run_distributed("tests.bench.workers:recorded_bench", 2, options=options)
     return json.loads((folder / "two.json").read_text()), seen

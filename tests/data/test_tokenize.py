@@ -1,6 +1,7 @@
 """Built once, whole or not at all; and built again exactly when its content changes."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from malora_dist.data import tokenize
 from malora_dist.data.encode import Encoder
-from malora_dist.data.tokenize import prepare_task, read_task, tokenizer_fingerprint
+from malora_dist.data.tokenize import USED, content_key, prepare_task, read_task, tokenizer_fingerprint
 from malora_dist.errors import DataError
 
 ROWS = [{"prompt": f"p {i} of many", "choices": ["no", "yes it is"], "label": i % 2} for i in range(20)]
@@ -96,6 +97,62 @@ def test_a_failed_build_leaves_nothing_behind(
     with pytest.raises(DataError, match="choices"):
         prepare(settings(path), Encoder(tokenizer, 64), tmp_path / "cache")
     assert [found.suffix for found in (tmp_path / "cache" / "data").iterdir()] == [".lock"]
+
+
+def change_every_module_in_turn(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each module that rows pass through, with other bytes."""
+    read, sources = (
+        Path.read_bytes,
+        [*Path(tokenize.__file__).parent.glob("*.py"), *(Path(str(m.__file__)) for m in USED)],
+    )
+    for changed in sources:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path, changed=changed: read(path) + b"#" * (path == changed))
+            yield changed.name
+
+
+def test_the_key_follows_the_code(
+    write_jsonl: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fingerprint = write_jsonl("t.jsonl", ROWS), tokenizer_fingerprint(tokenizer)
+    key = lambda: content_key(settings(path), Encoder(tokenizer, 64), fingerprint)  # noqa: E731
+    keys = {name: key() for name in change_every_module_in_turn(monkeypatch)}
+    assert {"tokenize.py", "json_text.py", "data_schema.py"} <= keys.keys()
+    assert len({key(), *keys.values()}) == len(keys) + 1
+
+
+def test_a_damaged_folder_of_the_cache_is_named(
+    write_jsonl: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Any file of it: missing, empty or cut, as a full disk or a cleaner of /tmp leaves it."""
+    folder, _ = prepare(settings(write_jsonl("t.jsonl", ROWS)), Encoder(tokenizer, 64), tmp_path)
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("test."))
+    for path in files:
+        content = path.read_bytes()
+        for left in (None, b"", content[: len(content) // 2], content[:-1]):
+            path.unlink()
+            if left is not None:
+                path.write_bytes(left)
+            with pytest.raises(DataError, match=f"{folder} of the cache .* is damaged: .*; remove that folder"):
+                read_task(folder, task_id=0, first_id=0)
+            path.write_bytes(content)
+    assert len(files) > 5 and read_task(folder, task_id=0, first_id=0).kind == "multiple_choice"
+
+
+def test_a_row_file_that_cannot_be_read_is_named(
+    write_jsonl: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not the cache that is at fault."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error", "rows.jsonl")
+
+    path = write_jsonl("t.jsonl", ROWS)
+    for name in ("load_task", "content_key"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenize, name, broken)
+            with pytest.raises(DataError, match="task t: rows.jsonl cannot be read: Input/output error"):
+                prepare(settings(path), Encoder(tokenizer, 64), tmp_path / "cache")
 
 
 def test_a_cache_that_cannot_be_written_is_named(

@@ -168,12 +168,16 @@ def engine_of_adapters(world: World, folder: str) -> dict[str, Any]:
     engine = build_engine(model, CONFIG, None, zero_stage=3, timeout_seconds=OTHER_TIMEOUT)
     empty = all(parameter.numel() == 0 for _, parameter in adapter_parameters(engine.module))
     state = dict(gathered_adapter_state(engine.module))
+    on_one = dict(gathered_adapter_state(engine.module, keep=world.is_main))
     return {
         "timeouts": {"before": before, "after": group_timeouts()},
         "adapters": {
             "partitioned": empty,
             "names": list(state) == list(wanted),
             "same": all(same_bits(state[name], tensor) for name, tensor in wanted.items()),
+            "on one": len(on_one)
+            and list(on_one) == list(wanted)
+            and all(map(torch.equal, on_one.values(), state.values())),
         },
     }
 

@@ -82,7 +82,13 @@ def test_damage_and_a_shell(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"output_dir=.* cannot be written"):
         begin(tmp_path / "restarts.json" / "run", "7")
     (tmp_path / "checkpoints" / "step-000009").mkdir(parents=True)
+    # Names that no run resumes from count for no progress either.
+    for name in ("step-5", "step-0000007", "step-\u0663\u0663\u0663\u0663\u0663\u0663", ".step-000008.partial"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "manifest.json").touch()
     assert newest_step(tmp_path) == 0
+    (tmp_path / "checkpoints" / "step-000009" / "manifest.json").touch()
+    assert newest_step(tmp_path) == 9
 
 
 def test_a_folder_in_which_no_run_goes_on(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging as progress
 
 from malora_dist.distributed.process_groups import World
 from malora_dist.errors import ConfigError
 from malora_dist.files.cache import default_cache_dir
-from malora_dist.models.resolve import local_model, resolve_model, stored_tensors
+from malora_dist.files.locks import lock_at
+from malora_dist.models.resolve import _converted_folder, local_model, resolve_model, stored_tensors
 from malora_dist.plan.find_shape import local_config
 from tests.families import family_model
 from tests.hub import local_hub
@@ -105,6 +107,38 @@ def test_a_gguf_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"model.name_or_path='{file}': transformers cannot read this GGUF file"):
         resolve_model(str(file), cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("gguf/m-*[0-9a-f]"))
+
+
+def test_a_cache_for_conversions_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"MALORA_CACHE: {tmp_path / 'file'}/gguf cannot be written: "):
+        resolve_model(str(tmp_path / "m.gguf"), cache_dir=tmp_path / "file")
+
+
+def test_whoever_waits_for_a_conversion_polls(tmp_path: Path) -> None:
+    """So that a process which is told to stop does not wait for it."""
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    folder = _converted_folder(tmp_path / "m.gguf", tmp_path)
+    folder.parent.mkdir(parents=True)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with lock_at(Path(f"{folder}.lock")), pytest.raises(KeyboardInterrupt):
+        resolve_model(str(tmp_path / "m.gguf"), cache_dir=tmp_path, poll=stop)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_conversion_leaves_progress_bars_as_they_were(shown: bool, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(60))
+    (progress.enable_progress_bar if shown else progress.disable_progress_bar)()
+    try:
+        with pytest.raises(ConfigError, match="cannot read this GGUF file"):
+            resolve_model(str(tmp_path / "m.gguf"), cache_dir=tmp_path)
+        assert progress.is_progress_bar_enabled() == shown
+    finally:
+        progress.enable_progress_bar()
 
 
 def test_a_gguf_file_asks_for_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

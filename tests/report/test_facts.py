@@ -1,9 +1,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from malora_dist.report.facts import Fact, duration, key_facts, run_facts, training_seconds
+from malora_dist.report.facts import Fact, key_facts, run_facts, training_seconds
 from malora_dist.report.inputs import RunFiles, read_run
 from tests.report.run_folder import write_run
 
@@ -11,13 +9,6 @@ from tests.report.run_folder import write_run
 def test_each_record_counts_for_its_steps() -> None:
     records = [{"step": 1, "step_seconds": 9.0}, {"step": 10, "step_seconds": 2.0}, {"step": 13, "step_seconds": 1.0}]
     assert training_seconds(RunFiles(name="r", train=records)) == 9 + 9 * 2 + 3 * 1
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(8.4, "8 s"), (59.6, "1 min 0 s"), (725, "12 min 5 s"), (12_000, "3 h 20 min")]
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_facts_come_from_the_adapter_first_and_unknown_ones_are_left_out(tmp_path: Path) -> None:

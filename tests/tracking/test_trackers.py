@@ -94,6 +94,72 @@ def test_tensorboard_hides_the_steps_that_are_done_again(tmp_path: Path) -> None
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
+class Broken:
+    """A tracker whose service is down, from the call of this number on."""
+
+    def __init__(self, works: int) -> None:
+        self.works, self.calls = works, ["open"]
+        self._call("open")
+
+    def _call(self, name: str) -> None:
+        self.works -= 1
+        if self.works < 0:
+            raise ConnectionError(f"{name}: no route to host")
+
+    def log(self, record: object) -> None:
+        self.calls.append("log")
+        self._call("log")
+
+    def close(self, *, failed: bool = False) -> None:
+        self.calls.append(f"close {failed}")
+        self._call("close")
+
+
+@pytest.mark.parametrize("works", range(5))
+def test_a_tracker_that_fails_is_dropped_with_one_warning(
+    works: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At its start, at the first or second record, or at its end; the other tracker of the run has every record."""
+    made: list[Broken] = []
+
+    def make(works: int) -> Broken:
+        made.append(Broken(works))
+        return made[-1]
+
+    table = {"wandb": lambda *_: make(works), "tensorboard": lambda *_: make(100)}
+    monkeypatch.setattr(trackers, "_TRACKERS", table)
+    opened = open_trackers(["wandb", "tensorboard"], tmp_path, {})
+    for tracker in opened:
+        tracker.log(TRAIN)
+        tracker.log(TRAIN)
+        tracker.close()
+        tracker.close()
+    assert made[-1].calls == ["open", "log", "log", "close False"]
+    wanted = [[], ["open", "log", "close True"], ["open", "log", "log", "close True"], made[-1].calls, made[-1].calls]
+    assert [one.calls for one in made[:-1]] == ([wanted[works]] if works else [])
+    assert caplog.text.count("train.report_to=wandb failed") == int(works < 4) == caplog.text.count("no route")
+
+
+@pytest.mark.parametrize("left", [None, "", "\n"])
+def test_a_wandb_run_has_one_id_for_all_its_starts(
+    left: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a process that was killed while it wrote the id."""
+    ids: list[str] = []
+
+    class Wandb:
+        def init(self, **settings: str) -> None:
+            ids.append(settings["id"])
+
+    monkeypatch.setattr(trackers, "_wandb", Wandb)
+    if left is not None:
+        (tmp_path / "wandb-id").write_text(left)
+    for _ in range(2):
+        open_trackers(["wandb"], tmp_path, {})
+    assert ids == [(tmp_path / "wandb-id").read_text()] * 2 and len(ids[0]) == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["wandb-id"]
+
+
 @pytest.mark.e2e
 def test_wandb_takes_the_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import_module("wandb")

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,27 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
-from malora_dist.training.nonfinite_check import NonFiniteCheck
+from malora_dist.training import nonfinite_check
+from malora_dist.training.nonfinite_check import NonFiniteCheck, first_nonfinite_layer
 from tests.multiprocess import run_distributed
 from tests.training.nonfinite_check_workers import TASKS
 from tests.training.workers import build_model, make_model
+
+
+def test_a_search_that_fails_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hooks would wait for the device in every later forward."""
+    layer = nn.Linear(1, 1)
+    monkeypatch.setattr(nonfinite_check, "mixture_layers", lambda _model: [("layer", layer)])
+
+    def broken(*_: Any) -> None:
+        assert len(layer._forward_hooks) == 1
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(nonfinite_check, "set_token_keys", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        first_nonfinite_layer(SimpleNamespace(module=layer), [object()], torch.device("cpu"), seed=0, step=1)  # type: ignore[list-item]
+    assert not layer._forward_hooks
+
 
 CASES: dict[str, dict[str, Any]] = {
     f"{fault} zero{stage}": {"fault": fault, "zero_stage": stage, "gradient_checkpointing": stage == 3}

@@ -183,6 +183,23 @@ def test_a_signal_to_a_forked_child_is_not_taken_for_the_parents() -> None:
     os.close(begun)
 
 
+def test_a_fork_after_the_watch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fork of a process calls what was registered, for good: a second watch registers nothing."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _frame: heard.append(number))
+    try:
+        for _ in range(2):
+            with watched(Watchdog(), 2, lambda _number: None):
+                monkeypatch.setattr(os, "register_at_fork", lambda **_: pytest.fail("registered again"))
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGUSR1)
+            os._exit(len(heard))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_mistake_found_before_the_first_step_needs_no_place() -> None:
     for error, notes in ((ConfigError("no"), []), (OSError("no"), ["rank 1 at step 0, loading the base model"])):
         here = Watchdog(rank=1)

@@ -24,9 +24,9 @@ from malora_dist.distributed.expert_groups import ExpertGroups, create_expert_gr
 from malora_dist.distributed.expert_parallel import connect_experts, keep_local_experts
 from malora_dist.distributed.process_groups import World, replicate
 from malora_dist.distributed.zero3 import (
+    gather_experts,
     gathered,
     gathered_adapter_state,
-    join_experts,
     partition_at_once,
     resident_bytes,
 )
@@ -220,7 +220,9 @@ class RecordingTrainStep(TrainStep):
         number = arguments[0]
         for name, parameter in adapter_parameters(self.engine.module):
             if parameter.requires_grad:
-                self.gradients.append((number, name, join_experts(parameter, safe_get_full_grad(parameter))))
+                self.gradients.append(
+                    (number, name, gather_experts(parameter, safe_get_full_grad(parameter)).to("cpu", copy=True))
+                )
         return totals
 
 
@@ -245,7 +247,7 @@ def gathered_moments(train_step: TrainStep) -> Iterator[tuple[str, Tensor]]:
                     moment = optimizer.state[parameter][key]
                 else:
                     moment = safe_get_full_optimizer_state(parameter, key)
-                yield f"{key}.{name}", join_experts(parameter, moment)
+                yield f"{key}.{name}", gather_experts(parameter, moment).to("cpu", copy=True)
 
 
 def evaluate_between(engine: Any, step: int) -> None:

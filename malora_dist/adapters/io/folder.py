@@ -32,6 +32,7 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.shards import file_record
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.errors import CheckpointError, brief
+from malora_dist.files import run_files
 from malora_dist.files.atomic import share_file
 from malora_dist.files.durable import write_text
 from malora_dist.files.folder import file_in, new_folder
@@ -90,9 +91,10 @@ def open_adapter(path: AnyPath) -> AdapterTensors:
 def _find(path: Path) -> Path:
     """The folder with adapter_config.json that `path` is or, as a run, holds."""
     if not (path / CONFIG).exists():
-        if (path / "adapter" / CONFIG).exists():
-            return path / "adapter"
-        latest = CheckpointStore(path / "checkpoints").latest() if (path / "checkpoints").is_dir() else None
+        if (path / run_files.ADAPTER / CONFIG).exists():
+            return path / run_files.ADAPTER
+        checkpoints = path / run_files.CHECKPOINTS
+        latest = CheckpointStore(checkpoints).latest() if checkpoints.is_dir() else None
         if latest is not None:
             return latest
         if not (path / MANIFEST).exists():

@@ -11,8 +11,9 @@ from typing import Any
 from malora_dist.bench.local.machine import describe
 from malora_dist.bench.local.output import Output
 from malora_dist.bench.local.records import Measurement, Report
-from malora_dist.bench.local.timing import interleave, quartiles
+from malora_dist.bench.local.timing import interleave
 from malora_dist.bench.measure import Subject
+from malora_dist.bench.results import quartiles
 from malora_dist.bench.variants import recipe_variant
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.data_schema import DataConfig

@@ -3,12 +3,13 @@
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 
 from malora_dist.bench.local.records import Measurement
+from malora_dist.bench.results import quartiles
 from malora_dist.errors import ConfigError
 
 
@@ -72,11 +73,3 @@ def records_of(
             )
         )
     return records
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third; of one value twice that."""
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return low, high

@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
-from malora_dist.cli.cluster.status_command import duration, progress
+from malora_dist.cli.cluster.status_command import progress
+from malora_dist.console.durations import as_clock
 from malora_dist.errors import ConfigError
+from malora_dist.files import run_files
 from malora_dist.files.exit_status import FAILED, FINISHED
 from malora_dist.launch.jobs import TRAIN, SubmittedJob, job_states, jobs_of, runs_of
-from malora_dist.launch.run_status import RUNNING, TRAIN_LOG, WAITING, RunStatus, read_run_status
+from malora_dist.launch.run_status import RUNNING, WAITING, RunStatus, read_run_status
 from malora_dist.launch.scheduler import COMPLETED, UNKNOWN, JobState
 from malora_dist.launch.schedulers import queues
 
@@ -86,7 +88,7 @@ class _Following:
     tail: Tail = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tail = Tail(Path(self.job.log) if self.job else self.run / TRAIN_LOG)
+        self.tail = Tail(Path(self.job.log) if self.job else self.run / run_files.LOG)
 
     def until_the_end(self) -> int:
         """Print log and states; return the exit code."""
@@ -129,7 +131,7 @@ class _Following:
         if now != self.said:
             self.said = now
             name = f"job {self.job.job}: {state}" if self.job else str(self.run)
-            left = f", {duration(seen.eta_seconds)} left" if seen.eta_seconds and seen.state == RUNNING else ""
+            left = f", {as_clock(seen.eta_seconds)} left" if seen.eta_seconds and seen.state == RUNNING else ""
             steps = "" if seen.state == WAITING else f", step {progress(seen)}{left}"
             print("\n" * self.within_line + f"-- {name}; run {seen.state}{steps}")
             self.within_line = False

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from malora_dist.console.durations import as_clock
 from malora_dist.errors import ConfigError
 from malora_dist.launch.jobs import TRAIN, SubmittedJob, has_jobs, job_states, jobs_of, runs_of
 from malora_dist.launch.log_errors import last_error, last_line
@@ -134,19 +135,13 @@ def table(rows: Iterable[StatusRow]) -> Table:
 
 
 def _progress(seen: RunStatus) -> tuple[str, str, str]:
-    left = "" if seen.eta_seconds is None else duration(seen.eta_seconds)
+    left = "" if seen.eta_seconds is None else as_clock(seen.eta_seconds)
     return str(seen.restarts), progress(seen), left
 
 
 def progress(seen: RunStatus) -> str:
     """Return `40/100`, or `40` while the number of steps is not known."""
     return f"{seen.step}" if seen.total is None else f"{seen.step}/{seen.total}"
-
-
-def duration(seconds: float) -> str:
-    """Return h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def _console() -> Console:

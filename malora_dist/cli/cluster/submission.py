@@ -85,7 +85,7 @@ def submit(
     """Submit one after another, each to start when the one before has succeeded, and note them in jobs.jsonl.
 
     Scripts and recipes are kept beside the logs. Raises ConfigError with the scheduler's words if it refuses one, or if
-    something cannot be written; those before it are then cancelled.
+    something cannot be written; those before it are then cancelled, and its notes say which could not be.
     """
     folder = target.folder(Path(configs[0].output_dir))
     submitted: list[SubmittedJob] = []
@@ -101,10 +101,18 @@ def submit(
     except (MaloraError, OSError) as error:
         refused = error if isinstance(error, MaloraError) else ConfigError(f"{folder} cannot be written: {error}")
         for one in submitted:
-            target.queue.cancel(one.job, os.environ)
-            refused.add_note(f"job {one.job} ({one.stage}), submitted before that, is cancelled")
+            refused.add_note(f"job {one.job} ({one.stage}), submitted before that, {_cancelled(target, one)}")
         raise refused from error
     return submitted
+
+
+def _cancelled(target: Target, one: SubmittedJob) -> str:
+    """Cancel a job; return in words whether it is."""
+    try:
+        target.queue.cancel(one.job, os.environ)
+    except MaloraError as error:
+        return f"could not be cancelled ({error}); end it yourself: {target.queue.cancel_command(one.job)}"
+    return "is cancelled"
 
 
 def dry_run(target: Target, jobs: Sequence[Submission], configs: Sequence[RunConfig], flags: Sequence[str]) -> str:

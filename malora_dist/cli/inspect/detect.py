@@ -10,6 +10,7 @@ from malora_dist.checkpoint.detect import detect_kind
 from malora_dist.cli.inspect import folders
 from malora_dist.cli.inspect.adapters import Facts, adapter_facts, routing_shares
 from malora_dist.errors import CheckpointError
+from malora_dist.files import run_files
 
 GGUF_MAGIC = b"GGUF"
 
@@ -55,7 +56,7 @@ def _adapter(folder: Path) -> Facts:
     facts: Facts = {"kind": "adapter of PEFT" if peft else "adapter", "damaged": []}
     try:
         adapter = open_peft(folder) if peft else open_adapter(folder)
-        return facts | adapter_facts(adapter, routing_shares(folder.parent / folders.METRICS))
+        return facts | adapter_facts(adapter, routing_shares(folder.parent / run_files.METRICS))
     except CheckpointError as error:
         return facts | ({"not_read": str(error)} if peft else {"damaged": [str(error)]})
 

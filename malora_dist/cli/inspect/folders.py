@@ -11,11 +11,11 @@ from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.cli.inspect.adapters import Facts, adapter_facts, routing_shares
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.files import run_files
 from malora_dist.files.json_text import parse_json
 from malora_dist.files.tensor_file import TensorPlace, read_header
 from malora_dist.models.weights.reader import weight_files
 
-METRICS = "metrics.jsonl"
 OF_DEEPSPEED = re.compile(
     r"global_step\d+|(bf16_)?zero_pp_rank_\d+_.*|mp_rank_\d+_model_states\.pt|layer_\d+_expert_.*"
 )
@@ -36,7 +36,7 @@ def checkpoint_facts(folder: Path) -> Facts:
             facts["damaged"].append(str(error))
     if facts["damaged"]:
         return facts
-    shares = routing_shares(folder.parent.parent / METRICS, checkpoint.manifest.step)
+    shares = routing_shares(folder.parent.parent / run_files.METRICS, checkpoint.manifest.step)
     try:
         return facts | adapter_facts(open_adapter(folder), shares)
     except CheckpointError as error:
@@ -60,15 +60,15 @@ def run_facts(folder: Path) -> Facts:
     facts: Facts = {"kind": "run", "damaged": [], "checkpoints": []}
     if (folder / CHECKPOINTS).is_dir():
         facts |= checkpoints_facts(folder / CHECKPOINTS) | {"kind": "run"}
-    if (folder / "exit.json").is_file():
+    if (folder / run_files.EXIT).is_file():
         try:
-            facts["exit"] = parse_json((folder / "exit.json").read_bytes())
+            facts["exit"] = parse_json((folder / run_files.EXIT).read_bytes())
         except (OSError, ValueError) as error:
             facts["damaged"].append(f"{folder / 'exit.json'} cannot be read: {error}")
     try:
         adapter = open_adapter(folder)
         step = None if adapter.checkpoint is None else adapter.checkpoint.manifest.step
-        found = adapter_facts(adapter, routing_shares(folder / METRICS, step))
+        found = adapter_facts(adapter, routing_shares(folder / run_files.METRICS, step))
     except CheckpointError as error:
         return facts | {"damaged": [*facts["damaged"], str(error)]}
     return facts | found | {"adapter": str(adapter.path), "damaged": facts["damaged"] + found["damaged"]}
@@ -164,8 +164,8 @@ def deepspeed_facts(folder: Path) -> Facts:
 
 def is_run(folder: Path) -> bool:
     """Return whether this is the output folder of a run."""
-    parts = (CHECKPOINTS, "adapter", METRICS)
-    return (folder / "config.yaml").is_file() and any((folder / part).exists() for part in parts)
+    parts = (run_files.CHECKPOINTS, run_files.ADAPTER, run_files.METRICS)
+    return (folder / run_files.CONFIG).is_file() and any((folder / part).exists() for part in parts)
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 from malora_dist.errors import ConfigError
 
 SECONDS = 60
+# What scancel says of a job that it need not end.
+HAS_ENDED = ("invalid job id", "already completing or completed")
 # Variables that a job's script sets; a job submitted from within another must not inherit them.
 OF_A_JOB = ("NPROC_PER_NODE", "PROCESSES", "CUDA_VISIBLE_DEVICES", "LOGS", "MALORA_EXIT_CODE", "OMP_NUM_THREADS")
 
@@ -39,8 +41,11 @@ def sbatch(script: str, flags: Sequence[str], environment: Mapping[str, str], fo
 
 
 def cancel(job: str, environment: Mapping[str, str]) -> None:
-    """End a job, if Slurm still has it. Raises ConfigError if Slurm does not answer."""
-    _run(["scancel", job], "", environment, None)
+    """End a job, if Slurm still has it. Raises ConfigError with Slurm's words if it refuses, or does not answer."""
+    done = _run(["scancel", job], "", environment, None)
+    said = done.stderr.strip()
+    if done.returncode and not any(words in said.lower() for words in HAS_ENDED):
+        raise ConfigError(f"scancel refuses: {said or f'exit code {done.returncode}'}")
 
 
 def _run(

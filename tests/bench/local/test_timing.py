@@ -5,7 +5,8 @@ from itertools import pairwise, permutations
 
 import pytest
 
-from malora_dist.bench.local.timing import interleave, quartiles, records_of, reference
+from malora_dist.bench.local.timing import interleave, records_of, reference
+from malora_dist.bench.results import quartiles
 from malora_dist.errors import ConfigError
 
 

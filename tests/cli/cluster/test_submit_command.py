@@ -227,6 +227,30 @@ def test_without_slurm_and_without_torch(folder: Path) -> None:
     assert done.returncode == 2 and "cannot run sbatch" in done.stderr and "login node" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("scancel", "outcome"),
+    [
+        ("exit 0", "is cancelled"),
+        ("echo 'scancel: error: Kill job error on job id 100: Invalid job id specified' >&2; exit 1", "is cancelled"),
+        ("echo 'scancel: error: Kill job error: Access/permission denied' >&2; exit 1",
+         "could not be cancelled (scancel refuses: scancel: error: Kill job error: Access/permission denied)"),
+        ("exit 3", "could not be cancelled (scancel refuses: exit code 3)"),
+    ],
+)  # fmt: skip
+def test_jobs_that_run_on_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, scancel: str, outcome: str
+) -> None:
+    """Each job before a refused one is cancelled, whatever becomes of the others, and the refusal is still said."""
+    (folder / "bin" / "scancel").write_text(f'{SCANCEL}[ "$1" = 100 ] || exit 0\n{scancel}\n')
+    monkeypatch.setenv("REFUSE", "6")
+    assert run(RECIPE, *SMALL, "--after", "train,evaluate,convert") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "Invalid partition name" in error and (folder / "cancelled").read_text() == "100\n101\n"
+    end = "" if outcome == "is cancelled" else "; end it yourself: scancel 100"
+    assert f"job 100 (train), submitted before that, {outcome}{end}" in error
+    assert "job 101 (evaluate), submitted before that, is cancelled" in error
+
+
 def test_a_full_disk_leaves_no_job_that_nobody_knows(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
