@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_tokens(data, base.spare_tokens)
     sizes = ", ".join(f"{name} {size}" for name, size in zip(data.task_names, data.train_sizes, strict=True))
     log(f"training samples, tokenised: {sizes}")
-    for warning in [*data.warnings(), *position_notes(data, folder, trust_remote_code=trusted)]:
+    samples = config.train.per_device_train_batch_size
+    lengths = position_notes(data, folder, samples=samples, trust_remote_code=trusted)
+    for warning in [*data.warnings(), *lengths]:
         log(f"note: {warning}", style="yellow")
     if not config.model.load_in_4bit:
         log("base: model.load_in_4bit=false, so runs read it as it is")

@@ -154,7 +154,8 @@ def _read_inputs(context: RunContext) -> _Inputs:
         base_facts = check_support(config, folder, tokenizer, dtype)
         data = build_data(config.data, tokenizer, poll)
         check_tokens(data, base_facts.spare_tokens)
-        lengths = position_notes(data, folder, trust_remote_code=trusted)
+        samples = config.train.per_device_train_batch_size
+        lengths = position_notes(data, folder, samples=samples, trust_remote_code=trusted)
     return _Inputs(folder, data, [*notes, *base_facts.notes], lengths)
 
 
