@@ -46,7 +46,8 @@ class Run:
         """To step `last`, keeping what each step gave."""
         while self.state.step < last:
             number = self.state.step + 1
-            result = self.train_step.run(number, next(self.loader))
+            batches = [batch.to(self.world.device) for batch in next(self.loader)]
+            result = self.train_step.run(number, batches)
             self.step_metrics.add(result, 1.0)
             self.state = LoopState(number, True, self.loader.state_dict(), random_state(), Best(0.5, 1))
             numbers = (result.loss, result.aux_loss, result.grad_norm, result.learning_rate)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.recompute import DeferredBalance
 from malora_dist.ops.balance import expert_statistics, load_balancing_loss, token_mask
 from malora_dist.ops.routing import Routing
 
@@ -46,8 +47,9 @@ def aux_loss(model: nn.Module, attention_mask: Tensor | None = None) -> Tensor:
     return _HandOver.apply(loss, torch.zeros((), device=device, requires_grad=True), terms, attention_mask)  # type: ignore[no-any-return]
 
 
-# A layer that will be run again in backward, how often, and the gradient of its tokens' probabilities (E,).
-_Term = tuple[MixtureLinear, int, Tensor]
+# What waits for a layer to be run again in backward, for which forward, how often, and the gradient of its tokens'
+# probabilities (E,).
+_Term = tuple[DeferredBalance, int, int, Tensor]
 _Calls = Mapping[MixtureLinear, Sequence[Routing]]
 
 
@@ -77,9 +79,10 @@ def _losses(calls: _Calls, attention_mask: Tensor | None, num_layers: int, terms
         prob_sum_LE = probs_LE if number == 0 else prob_sum_LE + probs_LE
     tokens = (counts_LE[0].sum() / top_k).clamp(min=1)
     for layer, counts_E in zip(calls, counts_LE, strict=True):
-        if layer.deferred_balance is not None and layer.deferred_balance.waiting:
+        deferred = layer.deferred_balance
+        if deferred is not None and deferred.waiting:
             gradient_E = len(counts_E) * counts_E / (top_k * tokens) / tokens / num_layers
-            terms.append((layer, layer.deferred_balance.waiting, gradient_E))
+            terms.append((deferred, deferred.number, deferred.waiting, gradient_E))
     return load_balancing_loss(counts_LE, prob_sum_LE, tokens, top_k)
 
 
@@ -94,9 +97,10 @@ class _HandOver(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        for layer, calls, gradient_E in ctx.terms:
+        for deferred, forward, calls, gradient_E in ctx.terms:
             scaled_E = grads[0].to(gradient_E.device) * gradient_E
-            layer.deferred_balance.hand_over(scaled_E, ctx.attention_mask, calls)
+            deferred.hand_over(forward, scaled_E, ctx.attention_mask, calls)
+            torch.autograd.Variable._execution_engine.queue_callback(deferred.check_taken)
         return grads[0], torch.zeros_like(grads[0]), None, None
 
 

@@ -1,7 +1,7 @@
 """What activation checkpointing does to a forward: which pass it is, and how the balance loss gets its gradient."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,33 +68,57 @@ class DeferredBalance:
     then takes it up.
 
     Attributes:
+        number: how many forwards there were before the last one.
         waiting: how many calls of the last forward had no graph.
-        gradient: of each token's probabilities (E,), and the forward's attention mask, None where all tokens count.
-        calls: how many calls the gradient is for.
+        gradients: of each token's probabilities (E,), and the attention mask that goes with it, None where all tokens
+            count; one for each loss of the forward that gradients are for.
+        owner: the number of that forward.
+        calls: how many calls are to take them up.
     """
 
+    number: int = 0
     waiting: int = 0
-    gradient: tuple[Tensor, Tensor | None] | None = None
+    gradients: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    owner: int = -1
     calls: int = 0
 
     def reset(self) -> None:
         """Forget the last forward."""
-        self.waiting, self.gradient, self.calls = 0, None, 0
+        self.number, self.waiting = self.number + 1, 0
+        self._forget_gradients()
 
-    def hand_over(self, gradient_E: Tensor, attention_mask: Tensor | None, calls: int) -> None:
-        """Take the gradient that so many calls are to take up."""
-        self.gradient, self.calls = (gradient_E, attention_mask), calls
+    def hand_over(self, forward: int, gradient_E: Tensor, attention_mask: Tensor | None, calls: int) -> None:
+        """Take a gradient that so many calls of a forward are to take up, beside others of the same forward."""
+        if self.owner != forward or self.calls != calls:
+            self.gradients, self.owner, self.calls = [], forward, calls
+        self.gradients.append((gradient_E, attention_mask))
 
     def attach(self, routing: Routing) -> Routing:
-        """Return the routing of a recomputation, whose probabilities get the gradient, once for each call."""
-        if self.gradient is None or not routing.probs_TE.requires_grad:
+        """Return the routing of a recomputation, whose probabilities get the gradients, once for each call."""
+        if not self.gradients or not routing.probs_TE.requires_grad:
             return routing
-        gradient_E, attention_mask = self.gradient
+        for gradient_E, attention_mask in self.gradients:
+            mask_T = token_mask(attention_mask, len(routing.probs_TE), routing.probs_TE.device)
+            gates_TE = _AddGradient.apply(routing.gates_TE, routing.probs_TE, gradient_E, mask_T)
+            routing = routing._replace(gates_TE=gates_TE)
         self.calls -= 1
         if self.calls == 0:
-            self.gradient = None
-        mask_T = token_mask(attention_mask, len(routing.probs_TE), routing.probs_TE.device)
-        return routing._replace(gates_TE=_AddGradient.apply(routing.gates_TE, routing.probs_TE, gradient_E, mask_T))
+            self._forget_gradients()
+        return routing
+
+    def check_taken(self) -> None:
+        """Raise TrainingError at the end of a backward in which nothing has taken the gradients up."""
+        if not self.gradients:
+            return
+        self._forget_gradients()
+        raise TrainingError(
+            "the balance loss went backward, and not all the layers that it is of have been run again in that "
+            "backward, so that their routers got no gradient: under reentrant activation checkpointing add "
+            "aux_loss(model) to the loss that goes backward, or choose use_reentrant=False"
+        )
+
+    def _forget_gradients(self) -> None:
+        self.gradients, self.owner, self.calls = [], -1, 0
 
 
 class _AddGradient(torch.autograd.Function):

@@ -1,17 +1,18 @@
 """What a target of adapters says of names alone; needs no torch."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from malora_dist.errors import short
+from malora_dist.errors import ConfigError, short
 
 ALL_LINEAR = "all-linear"
 # Names of modules have none of these.
 _NO_NAME = re.compile(r"[^\w.\-]")
 # Of a layer in the first list that its name tells of.
 FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<number>\d+)\.")
-LONGEST_PATTERN = 2000
+LONGEST_PATTERN, LONGEST_SECONDS = 2000, 1.0
 
 
 def is_pattern(target: str) -> bool:
@@ -26,7 +27,7 @@ def is_pattern(target: str) -> bool:
 def name_matches(target: str, name: str) -> bool:
     """Return whether a target means the module of this whole name, if that is a linear.
 
-    Raises ValueError as `compiled`.
+    Raises ValueError as `compiled`, ConfigError as `NamePattern`.
 
     >>> [name_matches(target, "layers.0.mlp.up_proj") for target in ("up_proj", "proj", r".*\\.up_proj", "all-linear")]
     [True, False, True, True]
@@ -38,7 +39,34 @@ def name_matches(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def compiled(pattern: str, form: str = "{}") -> re.Pattern[str]:
+@dataclass(frozen=True)
+class NamePattern:
+    """A regular expression that anybody may have written, and that is given a moment for each name.
+
+    Raises ConfigError for one that tries more and more ways to match a name.
+    """
+
+    expression: Any
+
+    def fullmatch(self, name: str) -> Any:
+        """Return the match of a whole name, or None."""
+        return self._in_time(self.expression.fullmatch, name)
+
+    def match(self, name: str) -> Any:
+        """Return the match of the beginning of a name, or None."""
+        return self._in_time(self.expression.match, name)
+
+    def _in_time(self, find: Callable[..., Any], name: str) -> Any:
+        try:
+            return find(name, timeout=LONGEST_SECONDS)
+        except TimeoutError as error:
+            raise ConfigError(
+                f"the pattern {short(self.expression.pattern)} takes more than {LONGEST_SECONDS:g} s for the name "
+                f"{name!r}: there are too many ways to match it; repeat nothing that is repeated itself"
+            ) from error
+
+
+def compiled(pattern: str, form: str = "{}") -> NamePattern:
     """The regular expression of a pattern that anybody may have written. Raises ValueError, saying why, if it is none.
 
     `form`: what stands around the pattern.
@@ -50,9 +78,12 @@ def compiled(pattern: str, form: str = "{}") -> re.Pattern[str]:
     """
     if len(pattern) > LONGEST_PATTERN:
         raise ValueError(f"it has {len(pattern)} characters, more than {LONGEST_PATTERN}")
+    import regex
+
     try:
-        return re.compile(form.format(pattern))
-    except (re.error, OverflowError) as error:
+        # What a pattern means is told by `re`; the other one can be stopped.
+        return NamePattern(regex.compile(re.compile(form.format(pattern)).pattern))
+    except (re.error, regex.error, OverflowError) as error:
         raise ValueError(str(error)) from error
     except RecursionError:
         raise ValueError("it is nested too deep") from None
@@ -77,27 +108,27 @@ def in_layers(layers: Sequence[int], layers_pattern: Sequence[str], name: str) -
     >>> in_layers([0], ["h"], "transformer.blocks.3.h.0.fc")
     True
     """
-    patterns = [number_in_list(pattern) for pattern in layers_pattern] or [FIRST_NUMBER]
+    patterns: list[Any] = [number_in_list(pattern) for pattern in layers_pattern] or [FIRST_NUMBER]
     found = next((match for match in (pattern.match(name) for pattern in patterns) if match), None)
     return found is not None and int(found["number"]) in layers
 
 
-def whole_name(pattern: str) -> re.Pattern[str]:
+def whole_name(pattern: str) -> NamePattern:
     """Return what matches the names that the pattern matches whole. Raises ValueError if it is none."""
     return _named(pattern, "{}")
 
 
-def number_in_list(pattern: str) -> re.Pattern[str]:
+def number_in_list(pattern: str) -> NamePattern:
     """Return what finds a layer's number in the list whose name the pattern is. Raises ValueError if it is none."""
     return _named(pattern, r"(?:^|.*?\.){}\.(?P<number>\d+)\.")
 
 
-def end_of_name(pattern: str) -> re.Pattern[str]:
+def end_of_name(pattern: str) -> NamePattern:
     """Return what matches names whose end, from a dot on, the pattern is. Raises ValueError if it is none."""
     return _named(pattern, r"(.*\.)?({})$")
 
 
-def _named(pattern: str, form: str) -> re.Pattern[str]:
+def _named(pattern: str, form: str) -> NamePattern:
     try:
         return compiled(pattern, form)
     except ValueError as error:

@@ -34,6 +34,8 @@ MOST_VALUES, DEEPEST, MOST_DIGITS = 100_000, 100, 300
 # What no file name, name of a task or template can have.
 CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
+COMMENT = re.compile(r"(?<!\S)#")
+
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     """The kinds of words, by the letter they begin with, as PyYAML looks them up."""
@@ -153,8 +155,25 @@ def read_yaml(path: str | FilePath) -> tuple[dict[str, Any], dict[Path, int]]:
 
 
 def parse_value(text: str, key: str) -> Any:
-    """The value of the command-line override of a key, read as YAML reads it. Raises ConfigError if it is none."""
-    return read_yaml_text(text, f"--{brief(key)}={short(text)}")
+    """The value of the command-line override of a key, read as YAML reads it.
+
+    Raises ConfigError if it is none, or if a part of it would be left out as a comment.
+    """
+    where = f"--{brief(key)}={short(text)}"
+    value, comment = read_yaml_text(text, where), COMMENT.search(text)
+    if comment is not None and _is_left_out(text, comment.start(), value):
+        raise ConfigError(
+            f"{where}: {short(text[comment.start() :])} is a comment in YAML; write the value in quotes of its own "
+            "within those of the shell"
+        )
+    return value
+
+
+def _is_left_out(text: str, start: int, value: Any) -> bool:
+    try:
+        return bool(read_yaml_text(text[:start], "") == value)
+    except ConfigError:
+        return False
 
 
 def read_yaml_text(text: str, where: str) -> Any:

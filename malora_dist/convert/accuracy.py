@@ -9,7 +9,7 @@ from malora_dist.data.encode import ChoiceItem, Sample
 from malora_dist.evaluation.packing import packing_of
 from malora_dist.evaluation.scoring import row_tokens, score_items, scores_of_questions, task_result
 from malora_dist.evaluation.tasks import as_question, forward_of
-from malora_dist.models.packed_attention import is_masked
+from malora_dist.models.packed_attention import is_masked, longest_row
 
 GAP_HEADER = f"{'task':<16} {'n':>5}  {'measure':<10} {'routed':>8} {'static':>8} {'change':>8}"
 
@@ -31,7 +31,7 @@ def measure(model: Any, rows: Sequence[ChoiceItem] | Sequence[Sample], batch_tok
         scores = score_items(
             forward_of(model),
             items,
-            batch_tokens=row_tokens(batch_tokens, device, is_masked(model)),
+            batch_tokens=row_tokens(batch_tokens, device, is_masked(model), longest_row(model.config)),
             packing=packing_of(model, longest=longest),
             device=device,
             progress=bar.update,

@@ -15,6 +15,7 @@ from malora_dist.data.packed_row import Packing
 from malora_dist.errors import DataError
 from malora_dist.evaluation.packed_forward import cross_entropies
 from malora_dist.evaluation.packing import packing_of
+from malora_dist.models.packed_attention import longest_row
 from malora_dist.ops.routing import Routing
 
 ROW_TOKENS = 2048
@@ -69,7 +70,8 @@ def collect(
 
     device = next(model.parameters()).device
     longest = max(len(sample.input_ids) for sample in samples)
-    limit = 1 if packing_of(model, longest=longest) is Packing.ALONE else ROW_TOKENS
+    most = longest_row(model.config) or ROW_TOKENS
+    limit = 1 if packing_of(model, longest=longest) is Packing.ALONE else min(ROW_TOKENS, most)
     with deciding(model, note):
         for row in tracked("measuring gates, rows", _rows(samples, limit)):
             cross_entropies(model, collate(row).to(device))

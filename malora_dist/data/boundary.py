@@ -32,7 +32,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, 
         whole = _encode(tokenizer, texts)
     ids: list[Tokens] = whole["input_ids"]
     if whole.encodings is not None:
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        # Not the token of what no other one stands for: it is written nowhere, and may stand for prompt and answer.
+        special = (set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)) - {tokenizer.unk_token_id}
         ends = [
             _prompt_tokens(found, text, len(prompt), special)
             for found, text, (prompt, _) in zip(whole.encodings, texts, pairs, strict=True)

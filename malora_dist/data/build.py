@@ -54,6 +54,8 @@ class PreparedData:
             "leaked_duplicates_removed": "training rows repeat an evaluation row and were removed",
             "near_duplicates_removed": "training rows nearly repeat an evaluation row and were removed",
             "duplicates_removed": "training rows repeat another and were removed",
+            "choices_alike": "questions have a choice of the same tokens as the right one, as the tokenizer reads "
+            "them or max_seq_length cuts them: no model can tell these apart, and the first of them is taken",
             "labels_from_1": "labels are numbers from 1 on, none is 0, and 1 is taken for the second choice: if it "
             "is the first one, set first_label: 1",
             "choice_fields_unused": "of the last fields in fields.choices hold a choice in no row: are they misspelt?",

@@ -84,7 +84,8 @@ class Encoder:
 
     What the tokenizer puts around a text stands around it once, also where a template writes it too. A prompt that is
     too long loses its start (never what every text begins with). A response that alone is too long loses its end:
-    `counts` reports both, `prompts_cut` and `responses_cut`.
+    `counts` reports both, `prompts_cut` and `responses_cut`, and questions of which another choice has the right one's
+    tokens, `choices_alike`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -115,6 +116,7 @@ class Encoder:
         for cut in self._usable(examples, counts):
             assert cut.example.label is not None
             prompt, ids = self._fit(cut, cut.answers, counts)
+            counts["choices_alike"] += ids.count(ids[cut.example.label]) > 1
             lengths = tuple(len(text.strip()) for text in cut.texts)
             items.append(ChoiceItem(task_id, tuple(prompt), tuple(map(tuple, ids)), lengths, cut.example.label))
         return items

@@ -38,6 +38,7 @@ SPLITS = ("train", *EVALUATION_SPLITS)
 BYTES_AT_ONCE = 2**20
 # What a value of a row is, and which fields a template names.
 USED = (json_text, data_schema)
+PROBE = "  A  Probe\n\tof 1234,5 \u00c9e\u0301 \U0001f600"
 
 
 def prepare_task(
@@ -154,7 +155,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         # State of the last call, not of the tokenizer.
         rules.pop("truncation", None)
         rules.pop("padding", None)
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+    # Some settings are the wrapper's, and in no rules: what it makes of blanks, cases and special tokens shows them.
+    text = " ".join([PROBE, *map(str, tokenizer.all_special_tokens)])
+    probe = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return hashlib.sha256(json.dumps([rules, probe], sort_keys=True).encode()).hexdigest()
 
 
 def _paths(value: Any) -> list[str]:

@@ -1,7 +1,9 @@
 """Process groups: start and stop them, set their timeouts, and reduce, gather and broadcast over all processes."""
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,15 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from malora_dist.errors import TopologyError
+from malora_dist.console.progress import log_line
+from malora_dist.errors import TopologyError, TrainingError
 from malora_dist.launch.command import VISIBLE_DEVICES, refuses_gpus
 from malora_dist.launch.environment import allocator_variables
 from malora_dist.launch.network_interface import interface_variables
 from malora_dist.launch.ports import free_port
-from malora_dist.launch.ranks import rank_variables
+from malora_dist.launch.ranks import LAUNCHED, rank_variables
 from malora_dist.launch.schedulers import hides_other_devices
 
 STOP_KEY = "malora_dist/stop"
+PATIENCE_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def start_processes(timeout_seconds: float) -> World:
 
     Raises:
         TopologyError: the environment describes no run that can start.
+        TrainingError: the other processes have not come within the timeout.
     """
     os.environ.update(rank_variables(os.environ) or _alone())
     # Read when the first memory of a GPU is taken.
@@ -81,10 +86,30 @@ def start_processes(timeout_seconds: float) -> World:
     if device.type == "cpu":
         # Otherwise DeepSpeed compiles an operator for inference that training never calls, for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    with joining():
+        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
     control = dist.new_group(backend="gloo") if device.type == "cuda" else None
     set_timeouts(timeout_seconds)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """Say which other processes are waited for, after a while, and where they have not come."""
+    place = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCHED)
+    waiting = threading.Timer(PATIENCE_SECONDS, log_line, [f"waiting for the other processes of this run ({place})"])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield
+    except dist.DistError as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise TrainingError(
+            f"the processes of this run have not come together ({place}): {why}. Either another one failed, or these "
+            "variables are left over from something else: then unset them"
+        ) from error
+    finally:
+        waiting.cancel()
 
 
 def _takes_a_gpu() -> bool:

@@ -2,7 +2,7 @@
 
 Questions are packed into rows of about `batch_tokens` tokens, without padding. Where the model takes `Packing.TREES`, a
 question's prompt stands once in its row and every choice attends to it; else each choice carries its own copy of the
-prompt, and has a row of its own where the model takes ALONE. All give the same scores.
+prompt wherever it stands, and has a row of its own where the model takes ALONE. All give the same scores.
 """
 
 import math
@@ -33,17 +33,19 @@ class Row(PackedRow):
     items: tuple[int, ...]
 
 
-def row_tokens(batch_tokens: int | str, device: torch.device | str, masked: bool) -> int:
-    """Return the tokens of a row, also for the setting `auto`.
+def row_tokens(batch_tokens: int | str, device: torch.device | str, masked: bool, most: int | None = None) -> int:
+    """Return the tokens of a row, also for the setting `auto`; `most` is what the model takes.
 
     On a CPU long rows cost more than they save, as attention with a mask computes all T^2 pairs; on a GPU they keep the
     device busy, and a mask is what limits them.
     """
     if batch_tokens != "auto":
-        return int(batch_tokens)
-    if torch.device(device).type == "cpu":
-        return CPU_TOKENS
-    return GPU_MASK_TOKENS if masked else GPU_TOKENS
+        wanted = int(batch_tokens)
+    elif torch.device(device).type == "cpu":
+        wanted = CPU_TOKENS
+    else:
+        wanted = GPU_MASK_TOKENS if masked else GPU_TOKENS
+    return wanted if most is None else min(wanted, most)
 
 
 def plan_rows(items: Sequence[ChoiceItem], batch_tokens: int, share_prompt: bool) -> list[tuple[int, ...]]:
@@ -154,8 +156,10 @@ def score_items(
         Summed log-likelihoods by the number of the choice, counted through all questions.
     """
     share_prompt = packing is Packing.TREES
+    if not share_prompt:
+        items = choices_alone(items)
     if packing is Packing.ALONE:
-        items, batch_tokens = choices_alone(items), 1
+        batch_tokens = 1
     rows = plan_rows(items, batch_tokens, share_prompt)
     first = list(accumulate((len(item.choice_ids) for item in items), initial=0))
     rounds = math.ceil(len(rows) / world_size)

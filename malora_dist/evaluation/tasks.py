@@ -24,7 +24,7 @@ from malora_dist.evaluation.scoring import (
     summarise,
     task_result,
 )
-from malora_dist.models.packed_attention import is_masked
+from malora_dist.models.packed_attention import is_masked, longest_row
 from malora_dist.ops.products import kept_weight_copies
 
 Rows = Mapping[str, Sequence[ChoiceItem] | Sequence[Sample]]
@@ -79,12 +79,13 @@ class TaskEvaluator:
             bar.update(done, total)
             self.poll()
 
-        engine, world = self.engine, self.world
+        engine, world, model = self.engine, self.world, self.engine.module
+        tokens = row_tokens(self.batch_tokens, world.device, is_masked(model), longest_row(model.config))
         with evaluating(engine, use_adapter), Bar(title, active=world.is_main) as bar:
             mine = score_items(
                 forward_of(engine),
                 items,
-                batch_tokens=row_tokens(self.batch_tokens, world.device, is_masked(engine.module)),
+                batch_tokens=tokens,
                 packing=self.packing,
                 rank=world.rank,
                 world_size=world.size,

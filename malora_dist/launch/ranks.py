@@ -5,7 +5,7 @@ inherits the number of tasks of its whole job. Only the variables that a launche
 names this process as one of several tasks, make it one of several.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from malora_dist.errors import ConfigError, TopologyError
@@ -13,8 +13,12 @@ from malora_dist.launch.schedulers import local_sizes, task_of
 
 # What torch needs; launchers set all of them.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Set by mpirun and the like, which do not set what torch needs.
-OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# Set by mpirun and the like, which do not set what torch needs: rank and number of processes.
+OTHERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -88,16 +92,30 @@ def _is_complete(environment: Mapping[str, str]) -> bool:
             f"{_listed(environment, LAUNCHED)}: RANK must be a number from 0 to WORLD_SIZE less 1, the others numbers "
             "too"
         )
-    found = task_of(environment)
-    if found is not None and int(size) < found[1].size:
-        # A launcher in each task has at least as many processes in all as there are tasks.
-        scheduler, task = found
-        raise TopologyError(
-            f"RANK={rank} and WORLD_SIZE={size} are set, and {scheduler.name} has started this process as task "
-            f"{task.rank} of {task.size} ({_listed(task.told, task.told)}): each would train alone. If the former are "
-            f"left over from something else, unset {', '.join(LAUNCHED)}; otherwise start with only one of the two"
-        )
+    for starter, other_rank, other_size, told in _places_told(environment):
+        # A launcher in each task has at least as many processes in all as there are tasks, and counts them as it likes.
+        own = not local_sizes(environment) and other_rank != int(rank)
+        if int(size) < other_size or (int(size) == other_size and own):
+            raise TopologyError(
+                f"RANK={rank} and WORLD_SIZE={size} are set, and {starter} has started this process as task "
+                f"{other_rank} of {other_size} ({_listed(environment, told)}): "
+                f"{'each would train alone' if int(size) < other_size else 'all would be the same one'}. If the former "
+                f"are left over from something else, unset {', '.join(LAUNCHED)}; otherwise start with only one of the "
+                "two"
+            )
     return True
+
+
+def _places_told(environment: Mapping[str, str]) -> Iterator[tuple[str, int, int, Iterable[str]]]:
+    """Who else says that it started this process beside others: as which one of how many, in which variables."""
+    found = task_of(environment)
+    if found is not None:
+        scheduler, task = found
+        yield scheduler.name, task.rank, task.size, task.told
+    for names in OTHERS:
+        rank, size = (environment.get(name, "") for name in names)
+        if rank.isdecimal() and size.isdecimal() and int(rank) < int(size) > 1:
+            yield "mpirun", int(rank), int(size), names
 
 
 def _told_by(environment: Mapping[str, str]) -> str:
@@ -121,7 +139,7 @@ def _refuse_half_a_launcher(environment: Mapping[str, str]) -> None:
             "those (malora launch torchrun), set the rest too (LOCAL_RANK is 0 where each machine has one process), "
             "or unset RANK and WORLD_SIZE"
         )
-    for name in OTHERS:
+    for _, name in OTHERS:
         if environment.get(name, "1") not in ("", "0", "1"):
             raise TopologyError(
                 f"{name}={environment[name]}: mpirun has started this process beside others, and does not set "

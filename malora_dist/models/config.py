@@ -43,12 +43,16 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> "PreT
 
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Read a folder's tokenizer. Raises ConfigError if transformers cannot."""
+    """Read a folder's tokenizer, which reads a text alike every time. Raises ConfigError if transformers cannot."""
     from transformers import AutoTokenizer
 
-    return _read(
+    tokenizer: PreTrainedTokenizerBase = _read(
         folder, "the tokenizer", lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     )
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):
+        model.dropout = None  # merges left out at random, as when the model was trained: no text would be read alike
+    return tokenizer
 
 
 def own_code(folder: Path) -> list[str]:

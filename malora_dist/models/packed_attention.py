@@ -21,6 +21,10 @@ TORCH_VARLEN = "malora_varlen"
 FLASH_VARLEN = "malora_varlen_fa2"
 FULL = "full_attention"
 OTHER = "choose model.attn_implementation=sdpa or eager"
+# Models whose biases of distance count the tokens of the mask through the row, and round the counts to 8 bits.
+COUNTING_MASK = ("bloom", "falcon")
+# Models with a causal mask, or biases of distance, for so many tokens of a row, by the key that says how many.
+ROW_LIMITS = {"gpt_neo": "max_position_embeddings", "mpt": "max_seq_len"}
 
 # (q (T,H,D), k (T,G,D), v (T,G,D), cumulative lengths (S+1,), longest, scale, window or None) -> (T,H,D), causal
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]
@@ -142,12 +146,25 @@ def attention_arguments(model: Any, row: Row) -> dict[str, Any]:
 
     One of them is a mask that hides nothing: without it transformers would look for samples in the positions.
     """
-    shown = {"attention_mask": torch.ones_like(row.position_ids)}
+    shown = {"attention_mask": _nothing_hidden(model, row)}
     if is_masked(model):
         return shown
     assert row.token_branch is None
     lengths = length_arguments(row.cu_seq_lens, row.max_length)
     return lengths | (shown if is_varlen(model) else {"attention_mask": None})
+
+
+def _nothing_hidden(model: Any, row: Row) -> Tensor:
+    """Return the mask of a row, (1, T), whose sums along the row are positions + 1 where a model counts by them."""
+    if model.config.model_type in COUNTING_MASK:
+        return row.position_ids.diff(prepend=row.position_ids.new_full((1, 1), -1))
+    return torch.ones_like(row.position_ids)
+
+
+def longest_row(config: Any) -> int | None:
+    """Return how many tokens a row may have at most, all samples together; None without such a limit."""
+    key = ROW_LIMITS.get(config.model_type)
+    return None if key is None else int(getattr(config, key))
 
 
 def length_arguments(cu_seq_lens: Tensor, max_length: int) -> dict[str, Any]:

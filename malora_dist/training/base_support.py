@@ -1,5 +1,6 @@
 """Checks of a base before its weights are read: by its configuration, tokenizer and files' headers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,9 +58,9 @@ def check_support(
             that is not read, or tokens are beyond the embedding.
     """
     model, unwritten, unknown = _empty_base(config, folder, dtype, trains)
-    _check_weights(model, folder, unwritten)
+    unread = _check_weights(model, folder, unwritten)
     spare = check_vocabulary(tokenizer, embedding_rows(model))
-    return BaseFacts((*_notes(config, folder, spare), *unknown), spare)
+    return BaseFacts((*_notes(config, folder, spare, unread), *unknown), spare)
 
 
 def check_local_support(config: RunConfig) -> tuple[str, ...]:
@@ -130,10 +131,10 @@ def _check_trainable(model: "PreTrainedModel") -> None:
         )
 
 
-def _check_weights(model: "PreTrainedModel", folder: Path, unwritten: set[str]) -> None:
+def _check_weights(model: "PreTrainedModel", folder: Path, unwritten: set[str]) -> list[str]:
     """Raise ConfigError for tensors of the model that the folder's files do not hold, or not of the size it has.
 
-    Reads the files' headers alone.
+    Reads the files' headers alone. Returns the names in them that the model does not read.
     """
     weights = CheckpointWeights(folder)
     stored = weights.stored_names(model)
@@ -147,13 +148,17 @@ def _check_weights(model: "PreTrainedModel", folder: Path, unwritten: set[str]) 
     if mistakes := weights.mistakes(model):
         more = f"\n  and {len(mistakes) - SHOWN} more like these" if len(mistakes) > SHOWN else ""
         raise ConfigError("\n  ".join(mistakes[:SHOWN]) + more)
+    return weights.unread(model)
 
 
-def _notes(config: RunConfig, folder: Path, spare: dict[int, str]) -> list[str]:
+def _notes(config: RunConfig, folder: Path, spare: dict[int, str], unread: Sequence[str]) -> list[str]:
     notes = []
     if config.model.trust_remote_code and (code := own_code(folder)):
         notes.append(f"model.trust_remote_code=true: code of {folder} is run ({', '.join(code)})")
     if spare:
         shown = ", ".join(list(spare.values())[:SHOWN])
         notes.append(f"the model has no row for {shown}; task rows that spell one of them out are refused")
+    if unread:
+        shown = ", ".join(unread[:SHOWN]) + (", ..." if len(unread) > SHOWN else "")
+        notes.append(f"{len(unread)} of the tensors in the model's files are not used by its config.json: {shown}")
     return notes

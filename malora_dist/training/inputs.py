@@ -57,4 +57,6 @@ def open_inputs(
     base = check_support(config, folder, tokenizer, dtype, trains=trains)
     data = build_data(config.data, tokenizer, poll)
     check_tokens(data, base.spare_tokens)
-    return Inputs(folder, data, base.notes, tuple(position_notes(data, folder, trust_remote_code=trusted)))
+    samples = config.train.per_device_train_batch_size if trains else 1
+    lengths = position_notes(data, folder, samples=samples, trust_remote_code=trusted)
+    return Inputs(folder, data, base.notes, tuple(lengths))

@@ -11,6 +11,7 @@ from malora_dist import MaloraConfig, aux_loss, get_malora_model
 from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_layers
 from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.methods import mixture_spec
+from malora_dist.errors import TrainingError
 from tests.reference import balance_reference
 from tests.tiny_models import tiny_llama
 
@@ -147,9 +148,7 @@ def test_repeated_layers_count_in_every_call() -> None:
         found = gradients(model, y_TO.square().mean() + 3 * aux_loss(model))
         torch.testing.assert_close(found, wanted, **CLOSE)
     layers = dict(mixture_layers(model))
-    assert all(
-        layer.deferred_balance is not None and layer.deferred_balance.gradient is None for layer in layers.values()
-    )
+    assert all(layer.deferred_balance is not None and not layer.deferred_balance.gradients for layer in layers.values())
     # What is called outside of the model's forward is not added to it, and lets go of it.
     model.often(x_TI)
     assert not layers["often"].routings and layers["once"].routings
@@ -164,7 +163,34 @@ def test_two_forwards_of_one_reentrant_backward() -> None:
     found = gradients(model, sum(model(**batch).loss for batch in batches))  # type: ignore[arg-type]
     torch.testing.assert_close(found, wanted, **CLOSE)
     for _, layer in mixture_layers(model):
-        assert layer.deferred_balance.gradient is None
+        assert not layer.deferred_balance.gradients
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_two_losses_of_one_reentrant_forward(mask: Tensor | None) -> None:
+    """That of `outputs.loss`, and one that a loop adds; of other tokens, too."""
+    model = adapted()
+
+    def both(scale: float) -> Any:
+        loss = model(IDS, attention_mask=MASK, labels=LABELS, use_cache=False).loss
+        return gradients(model, loss + scale * aux_loss(model, mask))
+
+    wanted = both(0.3)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    torch.testing.assert_close(both(0.3), wanted, **CLOSE)
+    assert any(not torch.allclose(found, wanted[name]) for name, found in both(0.0).items() if name.endswith("gate"))
+
+
+def test_a_balance_loss_that_goes_backward_alone_is_refused_under_reentrant_checkpointing() -> None:
+    """No layer is run again then."""
+    model = adapted(router_aux_loss_coef=0.0)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    logits = model(IDS, use_cache=False).logits
+    with pytest.raises(TrainingError, match="routers got no gradient: .* add aux_loss"):
+        aux_loss(model).backward()
+    logits.square().mean().backward()
+    loss = model(IDS, use_cache=False).logits.square().mean() + aux_loss(model)
+    loss.backward()
 
 
 def test_a_plain_loop_under_reentrant_checkpointing() -> None:

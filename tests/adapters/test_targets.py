@@ -15,7 +15,7 @@ from malora_dist.adapters.adapted_layers import adapter_parameters
 from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.methods import mixture_spec
 from malora_dist.adapters.near_names import near_names
-from malora_dist.adapters.target_names import ALL_LINEAR
+from malora_dist.adapters.target_names import ALL_LINEAR, Narrowing
 from malora_dist.adapters.targets import all_linear, check_targets, find_targets, plain_names
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
@@ -27,6 +27,8 @@ from tests.families import families, family_model
 from tests.tiny_models import tiny_llama
 
 LORA = mixture_spec("lora", r=2)
+# Two ways for every pair of letters, none of which ends as it should.
+SLOW = r"(.|..)+(?<!\w)"
 MALORA = mixture_spec("malora", num_experts=4, r=2, shared_r=2)
 # Reversible layers for texts of one length, and a kernel that is compiled where it is used.
 OTHERS = ("reformer", "rwkv")
@@ -192,6 +194,14 @@ def test_targets_of_models_that_are_none_of_transformers() -> None:
     model: Any = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.ModuleDict({"out": nn.Linear(6, 2)}))
     assert all_linear(model) == ["0", "2.out"]
     check_targets(model, [ALL_LINEAR], LORA)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"exclude_modules": (SLOW,)}, {"layers_pattern": (SLOW,)}])
+def test_a_pattern_that_never_ends_is_stopped(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_names, "LONGEST_SECONDS", 0.05)
+    model, narrowing = tiny_llama(), Narrowing(**arguments, layers_to_transform=(0,))
+    with pytest.raises(ConfigError, match=r"the pattern '.*\(.\|..\)\+.*' takes more than 0.05 s for the name '"):
+        find_targets(model, ["q_proj"] if arguments else [SLOW], MALORA, narrowing)
 
 
 @pytest.mark.parametrize("module", [targets_module, names_module, target_names])

@@ -1,6 +1,7 @@
 import pytest
 
 from malora_dist.config import config_from_dict
+from malora_dist.config.overrides import parse_overrides
 from malora_dist.errors import ConfigError
 from tests.config.recipes import recipe
 
@@ -58,6 +59,8 @@ def test_null_takes_the_files_value_away() -> None:
         ),
         pytest.param(["--train.seed=99999999999999999999"], "must be less than 9223372036854775808", id="seed"),
         pytest.param(["--parallel.timeout_seconds=1e300"], "timeout_seconds=1e+300: ", id="timeout"),
+        pytest.param(["--output_dir", "### runs"], "--output_dir='### runs': '### runs' is a comment", id="comment"),
+        pytest.param(["--output_dir=a #b"], "'#b' is a comment in YAML; write the value in quotes", id="half"),
         pytest.param(["--adapter.r=0"], "adapter.r=0: must be greater", id="range"),
     ],
 )
@@ -65,3 +68,9 @@ def test_wrong_overrides(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         config_from_dict(recipe(), arguments)
     assert message in str(error.value)
+
+
+def test_a_number_sign_that_is_no_comment_is_text() -> None:
+    values = ["runs/#3", "'### {x}'", '"a #b"', "[a, '#b']"]
+    pairs = parse_overrides([f"--output_dir={value}" for value in values])
+    assert [value for _, value in pairs] == ["runs/#3", "### {x}", "a #b", ["a", "#b"]]

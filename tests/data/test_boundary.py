@@ -128,6 +128,15 @@ def test_a_special_token_that_takes_the_blanks_beside_it_belongs_where_it_is_wri
     assert pieces(tokenizer, "wall ", "<end>") == (["wall"], ["<end>"])
 
 
+def test_an_unknown_token_that_crosses_the_boundary_belongs_to_the_answer() -> None:
+    """It is a special token too, and stands for letters of both."""
+    tokenizer = letters_tokenizer("abc ", "<unk>")
+    tokenizer.backend_tokenizer.model.fuse_unk = True
+    assert tokenizer.tokenize("ab xyz c") == ["a", "b", " ", "<unk>", " ", "c"]
+    assert pieces(tokenizer, "ab x", "yz c") == (["a", "b", " "], ["<unk>", " ", "c"])
+    assert pieces(tokenizer, "ab xyz", " c") == (["a", "b", " ", "<unk>"], [" ", "c"])
+
+
 def test_a_tokenizer_without_offsets_cuts_at_the_first_token_that_is_another(tmp_path: Path) -> None:
     slow = sentencepiece_tokenizer(tmp_path)
     assert not slow.is_fast

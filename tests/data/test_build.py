@@ -96,6 +96,15 @@ def test_labels_that_may_count_from_1_are_named(
     assert warned(["2", "2"]) == []  # the choice's own text
 
 
+def test_choices_of_the_same_tokens_are_named(
+    data_section: dict[str, Any], tokenizer: PreTrainedTokenizerBase, write_jsonl: Any
+) -> None:
+    rows = [{"prompt": f"q{i}", "choices": ["x" * 20 + "a", "x" * 20 + "b"], "label": 1} for i in range(4)]
+    task = {"name": "t", "train": write_jsonl("t.jsonl", rows), "validation_size": 2}
+    warnings = build(data_section | {"tasks": [task], "max_seq_length": 12}, tokenizer).warnings()
+    assert any(text.startswith("task t: 2 questions have a choice of the same tokens") for text in warnings)
+
+
 def test_the_second_time_loads_the_same(
     data_section: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -106,6 +106,23 @@ def test_a_row_without_tokens_is_named_or_skipped_and_counted(tokenizer: PreTrai
     assert counts["bad_rows_skipped"] == 2
 
 
+def test_choices_that_the_tokenizer_reads_alike_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Only where one of them is the right one."""
+    import copy
+
+    from tokenizers.normalizers import Lowercase
+
+    small = copy.deepcopy(tokenizer)
+    small.backend_tokenizer.normalizer = Lowercase()
+    counts: Counter[str] = Counter()
+    examples = [Example("t", "p", "yes", ("Yes", "yes", "no"), label) for label in (0, 1, 2)]
+    Encoder(small, 64).choice_items(examples, 0, counts)
+    assert counts["choices_alike"] == 2
+    cut = Encoder(tokenizer, 12, "{prompt}", "{response}")
+    cut.choice_items([Example("t", "p", "", ("abcdefghijkl", "abcdefghijkm"), 0)], 0, counts)
+    assert counts["choices_alike"] == 3
+
+
 def test_a_tokenizer_without_end_of_text_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     import copy
 

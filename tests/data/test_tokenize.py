@@ -90,6 +90,14 @@ def test_the_fingerprint_follows_the_vocabulary(tokenizer: PreTrainedTokenizerBa
     assert tokenizer_fingerprint(same) == tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other)
 
 
+def test_the_fingerprint_follows_what_the_wrapper_makes_of_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A setting that is in no rules: special tokens in a text are read as plain letters."""
+    other = copy.deepcopy(tokenizer)
+    other.split_special_tokens = True
+    assert other("</s>")["input_ids"] != tokenizer("</s>")["input_ids"]
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+
+
 def test_a_failed_build_leaves_nothing_behind(
     write_jsonl: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

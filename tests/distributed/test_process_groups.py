@@ -1,7 +1,13 @@
 """Two real processes: timeouts and collectives of their groups, and parameters in parts of the right size and bits."""
 
-import pytest
+from datetime import timedelta
 
+import pytest
+import torch.distributed as dist
+
+from malora_dist.distributed import process_groups
+from malora_dist.distributed.process_groups import joining
+from malora_dist.errors import TrainingError
 from tests.distributed.workers import DTYPES, OTHER_TIMEOUT, TIMEOUT, results
 
 pytestmark = pytest.mark.distributed
@@ -19,6 +25,20 @@ def test_a_rank_that_never_joins_ends_the_others_within_the_timeout() -> None:
     main = results()[0]["absent"]
     assert "imed out" in main["error"] or "timeout" in main["error"].lower(), main
     assert TIMEOUT - 1 < main["seconds"] < TIMEOUT + 25
+
+
+def test_processes_that_never_come_are_waited_for_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the variables of a launcher were exported once, for one process."""
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(process_groups, "PATIENCE_SECONDS", 0)
+    place = "RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR=localhost, MASTER_PORT=0"
+    with pytest.raises(TrainingError, match=rf"have not come together \({place}\): .*unset them$"), joining():
+        dist.TCPStore("localhost", 0, 2, is_master=True, timeout=timedelta(seconds=1))
+    assert capsys.readouterr().err == f"waiting for the other processes of this run ({place})\n"
 
 
 def test_values_over_all_processes() -> None:

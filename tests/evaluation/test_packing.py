@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +16,11 @@ from malora_dist.data.packed_row import Packing
 from malora_dist.errors import ConfigError
 from malora_dist.evaluation.packed_forward import cross_entropies
 from malora_dist.evaluation.packing import check_rows, packing_of
-from malora_dist.evaluation.scoring import build_row, score_items, scores_of_questions
+from malora_dist.evaluation.scoring import build_row, row_tokens, score_items, scores_of_questions
 from malora_dist.evaluation.tasks import forward_of
 from malora_dist.models.attention import choose_attention
 from malora_dist.models.loss_head import install_loss_head
-from malora_dist.models.packed_attention import TORCH_VARLEN, register_attention
+from malora_dist.models.packed_attention import TORCH_VARLEN, longest_row, register_attention
 from tests.adapters.varlen_kernel import kernel_on_cpu
 from tests.families import families, family_config, family_model, without_compiler
 from tests.tiny_models import tiny_config
@@ -117,6 +118,14 @@ def by_a_plain_loop(model: Any, first: int = 9) -> list[float]:
 def packed(model: Any, packing: Packing, first: int = 9) -> list[float]:
     found = score_items(forward_of(model), questions(first), batch_tokens=256, packing=packing)
     return [score for scores in scores_of_questions(questions(first), found) for score in scores]
+
+
+@torch.no_grad()
+def assert_place_in_the_row_does_not_matter(model: Any) -> None:
+    """Behind 300 tokens, where distances that are counted through the row have no exact number in 16 bits."""
+    items = [questions()[1], *questions() * 8, questions()[1]]
+    losses = cross_entropies(model, build_row(items, tuple(range(len(items))), share_prompt=False))
+    assert torch.equal(losses[:7], losses[-7:])
 
 
 @torch.no_grad()
@@ -277,3 +286,23 @@ def test_a_state_along_the_row_is_refused_before_any_weight_is_read(name: str) -
         ConfigError, match=f"per_device_train_batch_size=2 must be 1 for {name}: its layers carry state"
     ):
         check_rows(config, samples=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("family", "changes"), [("bloom", {}), ("falcon", {"alibi": True})])
+def test_distances_are_counted_in_each_sample(family: str, changes: dict[str, Any], dtype: torch.dtype) -> None:
+    assert_place_in_the_row_does_not_matter(family_model(family, **changes).to(dtype))
+
+
+@pytest.mark.parametrize(("family", "changes"), [("gpt_neo", {}), ("mpt", {"max_seq_len": 64})])
+def test_a_row_is_no_longer_than_the_mask_of_the_model(family: str, changes: dict[str, Any]) -> None:
+    """Not even where one question with all its choices is."""
+    model = family_model(family, **changes)
+    (question, _), most = questions(9), longest_row(model.config)
+    item = replace(question, choice_ids=question.choice_ids * 5, choice_lengths=(1,) * 15)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        score_items(forward_of(model), [item], batch_tokens=1024, packing=Packing.SEQUENCES)
+    tokens = row_tokens("auto", "cpu", True, most)
+    found = score_items(forward_of(model), [item], batch_tokens=tokens, packing=Packing.SEQUENCES)
+    assert most == tokens == 64
+    assert [found[choice] for choice in range(15)] == pytest.approx(by_a_plain_loop(model)[:3] * 5, rel=1e-4)

@@ -97,11 +97,9 @@ def test_packed_scores_equal_one_sequence_at_a_time(
     count: Counter[str] = Counter()
     found = score_items(counting(model, count), items, batch_tokens=batch_tokens, packing=packing)
     assert_same(items, found, naive_scores(model, items))
-    if packing is Packing.ALONE:
-        assert count["forwards"] == sum(len(choices) for _, choices in SHAPES)
-        return
-    expected = {1: len(items), 4096: 1}.get(batch_tokens)
-    assert count["forwards"] == expected if expected else 1 < count["forwards"] < len(items)
+    parts = len(items) if packing is Packing.TREES else sum(len(choices) for _, choices in SHAPES)
+    expected = parts if packing is Packing.ALONE else {1: parts, 4096: 1}.get(batch_tokens)
+    assert count["forwards"] == expected if expected else 1 < count["forwards"] < parts
 
 
 def test_a_score_that_is_no_number_is_refused() -> None:
@@ -166,6 +164,7 @@ def test_tokens_of_a_row_by_device() -> None:
     found = [row_tokens("auto", device, masked) for device in ("cpu", "cuda") for masked in (True, False)]
     assert found == [1024, 1024, 4096, 16_384]
     assert row_tokens(7, "cuda", False) == 7
+    assert [row_tokens(wanted, "cpu", True, most=100) for wanted in ("auto", 7, 400)] == [100, 7, 100]
 
 
 def question(label: int, ids: tuple[tuple[int, ...], ...], lengths: tuple[int, ...]) -> ChoiceItem:

@@ -60,7 +60,12 @@ def test_what_is_left_of_other_jobs_is_no_launcher(environment: dict[str, str]) 
 
 
 def test_a_launchers_process_is_what_the_launcher_says() -> None:
-    for environment in (LAUNCHED, {**LAUNCHED, **BATCH}, {**LAUNCHED, **STEP}):
+    mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "PMI_RANK": "0", "PMI_SIZE": "1"}
+    node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    # What counts the processes of a node in each task numbers them as it likes.
+    inside = [{**LAUNCHED, **STEP, "LOCAL_WORLD_SIZE": "1"}, {**LAUNCHED, **STEP, "LOCAL_SIZE": "1"}]
+    tasks = [{**LAUNCHED, **STEP, "SLURM_PROCID": "1"}, {**LAUNCHED, **STEP, **node}, {**LAUNCHED, **mpi}]
+    for environment in (LAUNCHED, {**LAUNCHED, **BATCH}, *inside, *tasks):
         assert under_launcher(environment)
         assert rank_variables(environment) == LAUNCHED and place_of(environment) == (1, 4)
     assert under_launcher({**LAUNCHED, "RANK": "0", "WORLD_SIZE": "1"})
@@ -109,6 +114,16 @@ def test_a_step_of_which_slurm_does_not_tell_all(name: str) -> None:
             "RANK=0 and WORLD_SIZE=1 are set, and slurm .* task 3 of 4 .SLURM_PROCID=3, .* unset RANK, WORLD_SIZE",
         ),
         ({**LAUNCHED, "WORLD_SIZE": "2", **STEP}, "WORLD_SIZE=2 are set, and slurm .* each would train alone"),
+        # Exported once for all tasks.
+        ({**LAUNCHED, "RANK": "0", **STEP}, "RANK=0 and .* slurm .* task 3 of 4 .* all would be the same one"),
+        (
+            {**LAUNCHED, "RANK": "0", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"},
+            "RANK=0 and .* mpirun .* task 2 of 4 .OMPI_COMM_WORLD_RANK=2, .*SIZE=4.: all would be the same one",
+        ),
+        (
+            {**LAUNCHED, "RANK": "0", "WORLD_SIZE": "1", "PMI_RANK": "1", "PMI_SIZE": "4"},
+            "mpirun .* task 1 of 4 .* each would train alone",
+        ),
     ],
 )
 def test_processes_that_would_each_train_alone_are_refused(environment: dict[str, str], message: str) -> None:

@@ -14,7 +14,7 @@ from malora_dist.models.config import own_code, read_model_config
 from malora_dist.models.load import build_empty_model, load_base_model, load_tokenizer
 from tests.models.own_code import keep_code_in, own_model
 from tests.multiprocess import ROOT
-from tests.tiny_models import byte_tokenizer, save_tiny_llama, tiny_llama
+from tests.tiny_models import byte_tokenizer, merging_tokenizer, save_tiny_llama, tiny_llama
 
 TOKENIZER_CODE = """
 from pathlib import Path
@@ -129,6 +129,16 @@ def test_a_sentencepiece_model_asks_for_its_packages(
     asked = rf'needs the package {package}: pip install "malora_dist\[sentencepiece\]"'
     with pytest.raises(ConfigError, match=asked):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_reads_a_text_alike_every_time(tmp_path: Path) -> None:
+    """Also one that left out merges at random when its model was trained."""
+    merging_tokenizer().save_pretrained(tmp_path)
+    rules = json.loads((tmp_path / "tokenizer.json").read_text())
+    rules["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
+    found = load_tokenizer(tmp_path)
+    assert len({tuple(found("red red red")["input_ids"]) for _ in range(30)}) == 1
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from malora_dist.config import AdapterConfig, RunConfig, config_from_dict, load_config
 from malora_dist.errors import ConfigError
-from malora_dist.models.load import load_tokenizer
+from malora_dist.models.load import load_base_model, load_tokenizer
 from malora_dist.training.base_support import check_local_support, check_support, family_targets
 from tests.commands import malora
 from tests.config.recipes import recipe
@@ -77,6 +77,32 @@ def test_weights_of_another_size_are_named_all_at_once(folder: Path) -> None:
         check_local_support(_config(folder))
     for layer in range(2):
         assert f"layers.{layer}.mlp.gate_proj.weight has shape (80, 48), the config says (96, 48)" in str(caught.value)
+
+
+def test_tensors_that_the_model_does_not_use_are_a_note(folder: Path) -> None:
+    """Transformers warns of them; buffers of its older versions say nothing."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {
+        "model.layers.0.self_attn.q_proj.bias": torch.ones(48),
+        "model.layers.7.mlp.up_proj.weight": torch.ones(2),
+    }
+    tensors |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (note,) = check_local_support(_config(folder))
+    assert note.startswith("2 of the tensors in the model's files are not used by its config.json: model.layers.0.")
+    assert note.endswith("q_proj.bias, model.layers.7.mlp.up_proj.weight")
+
+
+def test_weights_stored_as_integers_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their scales are elsewhere; as they are, they are numbers without meaning."""
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"weight {name} is stored as int8: only bitsandbytes' nf4"):
+        check_local_support(_config(folder))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=f"weight {name} is stored as int8"):
+        load_base_model(folder, load_in_4bit=False)
 
 
 def test_tokens_without_a_row_are_refused(folder: Path) -> None:

@@ -15,7 +15,7 @@ from malora_dist.data.store import SampleStore, TrainStore
 from malora_dist.errors import ConfigError
 from malora_dist.training.sequence_lengths import LIMITS, position_notes
 from tests.evaluation.test_packing import REFUSED
-from tests.families import families, family_model
+from tests.families import families, family_config, family_model
 from tests.tiny_models import tiny_config
 
 SIZES = {"vocab_size": 61, "n_embd": 16, "n_layer": 1, "n_head": 2}
@@ -60,6 +60,14 @@ def test_a_base_with_a_table_of_positions_refuses_them(config: PreTrainedConfig,
     config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="task a: 1 of 1 samples .*\n  This base has .* set data.max_seq_length=16"):
         position_notes(data_of([17], 3), tmp_path)
+
+
+def test_a_base_whose_mask_is_of_a_size_refuses_longer_rows(tmp_path: Path) -> None:
+    """Four samples of 16 tokens are 64; evaluation makes shorter rows by itself."""
+    family_config("gpt_neo").save_pretrained(tmp_path)
+    assert position_notes(data_of([16, 3], 30), tmp_path, samples=4) == []
+    with pytest.raises(ConfigError, match="batch_size=4 must be at most 3 for this gpt_neo, .* at most 16: a row"):
+        position_notes(data_of([17, 3], 30), tmp_path, samples=4)
 
 
 def test_a_base_whose_rotations_change_beyond_its_positions_refuses_them(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Base tensors from a model folder in Hugging Face layout, quantised as they are read."""
 
 import ctypes
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from malora_dist.errors import ConfigError
+from malora_dist.files.tensor_file import TensorPlace
 from malora_dist.models.weights.base_tensor import BaseTensor
-from malora_dist.models.weights.prequantized import STATE, is_stored_in_4bit, stored_blob
+from malora_dist.models.weights.prequantized import READ, STATE, is_stored_in_4bit, stored_blob
 from malora_dist.models.weights.reader import TensorReader
 from malora_dist.models.weights.stored_names import StoredAs, stored_names
 from malora_dist.models.weights.ties import differing_ties
@@ -18,6 +20,9 @@ from malora_dist.ops.nf4 import quantize_nf4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Buffers that older versions of transformers have saved.
+LEFT_OVER = (r"rotary_emb\.inv_freq$", r"(^|\.)(masked_bias|position_ids)$", r"attn(ention)?\.bias$")
 
 
 class CheckpointWeights:
@@ -51,9 +56,25 @@ class CheckpointWeights:
                 found[str(error)] = None
                 continue
             is_4bit = any(self.reader.holds(f"{part}.{STATE}") for part in source.names)
+            if state[name].is_floating_point() and not is_4bit:
+                found |= dict.fromkeys(map(_no_fraction, source.names, places))
             if source.conversion is None and not is_4bit and places[0].shape != state[name].shape:
                 found[_other_shape(source.names[0], places[0].shape, state[name].shape)] = None
+        found.pop("", None)
         return list(found)
+
+    def unread(self, model: "PreTrainedModel") -> list[str]:
+        """Names in the files of what an empty model does not read, but for what transformers knows to be left over."""
+        read = {name for source in self.stored_names(model).values() for name in source.names}
+        left_over = [re.compile(pattern) for pattern in (*(model._keys_to_ignore_on_load_unexpected or ()), *LEFT_OVER)]
+        return [
+            name
+            for name in self.reader.names()
+            if name not in read
+            and name.rpartition(".")[0] not in read
+            and name.removesuffix(f".{STATE}") not in read
+            and not any(pattern.search(name) for pattern in left_over)
+        ]
 
     def untied_names(self, model: "PreTrainedModel") -> list[str]:
         return differing_ties(model, self.stored_names(model), self.reader)
@@ -79,7 +100,10 @@ class CheckpointWeights:
 
     def _whole(self, tensor: BaseTensor) -> Tensor:
         if tensor.conversion is None:
-            _check_shape(tensor, self.reader.place(tensor.sources).shape)
+            place = self.reader.place(tensor.sources)
+            _check_shape(tensor, place.shape)
+            if tensor.weight_dtype.is_floating_point and (said := _no_fraction(tensor.sources[0], place)):
+                raise ConfigError(said)
             return self.reader.read(tensor.sources)
         try:
             made = tensor.conversion(lambda name: self.reader.read([name]).to(tensor.weight_dtype))
@@ -94,6 +118,13 @@ class CheckpointWeights:
 def _check_shape(tensor: BaseTensor, found: tuple[int, ...]) -> None:
     if found != tensor.weight_shape:
         raise ConfigError(_other_shape(tensor.sources[0], found, tensor.weight_shape))
+
+
+def _no_fraction(name: str, place: TensorPlace) -> str:
+    """Integers are a weight in a format that has its scales elsewhere, if there are any. Empty for other numbers."""
+    if place.dtype.is_floating_point:
+        return ""
+    return f"weight {name} is stored as {str(place.dtype).removeprefix('torch.')}: {READ}"
 
 
 def _other_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
