@@ -12,6 +12,7 @@ from malora_dist.config import RunConfig
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.summary import adapter_spec
 from malora_dist.launch.command import (
+    count_gpus,
     deepspeed_command,
     launcher_environment,
     launcher_path,
@@ -62,4 +63,8 @@ def start(
         options=["--master_port", str(meeting_port(master_port))],
     )
     Console(stderr=True).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
-    raise typer.Exit(run_command(command, launcher_environment(os.environ)))
+    environment = launcher_environment(os.environ)
+    if not count_gpus(os.environ):
+        # Told that there is no accelerator, DeepSpeed does not warn that it found none.
+        environment["DS_ACCELERATOR"] = "cpu"
+    raise typer.Exit(run_command(command, environment))

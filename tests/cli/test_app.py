@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from malora_dist.cli.app import main
+from malora_dist.config import load_config
 from malora_dist.errors import MaloraError
 from malora_dist.launch.ports import free_port
 from malora_dist.launch.ranks import LAUNCHED
@@ -43,6 +44,10 @@ def test_without_a_world_size_all_that_fit_are_listed(recipe: str, capsys: pytes
     assert "on 1, 2, 3, 6 processes" in " ".join(capsys.readouterr().out.split())
     assert malora("validate", recipe, "train.global_batch_size=18") == 2
     assert "Nearest that work" in capsys.readouterr().err
+
+
+def test_the_run_of_a_new_recipe_has_its_name(recipe: str) -> None:
+    assert load_config(recipe).output_dir == "runs/r"
 
 
 def test_init_never_overwrites(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +96,7 @@ def test_several_processes_go_through_deepspeed(
 ) -> None:
     """The command is printed and run, and its exit code is ours; a script stands in for the launcher."""
     launcher = tmp_path / "deepspeed"
-    launcher.write_text('#!/bin/sh\necho "started: $*"\nexit 9\n')
+    launcher.write_text('#!/bin/sh\necho "started on ${DS_ACCELERATOR:-any}: $*"\nexit 9\n')
     launcher.chmod(0o755)
     monkeypatch.setattr("malora_dist.cli.start.launcher_path", lambda: str(launcher))
     # What a pod or a batch script has set is no launcher.
@@ -102,7 +107,7 @@ def test_several_processes_go_through_deepspeed(
     assert malora("train", recipe, "--num_gpus", "2", "--master_port", port, "--adapter.r", "6") == 9
     out, err = capfd.readouterr()
     words = f"--log_level error --num_gpus 2 --master_port {port} --module malora_dist.train r.yaml --adapter.r 6"
-    assert out == f"started: {words}\n" and f"$ {launcher} {words}" in err
+    assert out == f"started on cpu: {words}\n" and f"$ {launcher} {words}" in err
     make_run("runs/x")
     assert malora("evaluate", "runs/x", "--num_gpus", "2", "--evaluation.split", "validation") == 9
     assert "--module malora_dist.evaluate runs/x --evaluation.split validation\n" in capfd.readouterr().out
