@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from malora_dist.errors import ConfigError
@@ -14,6 +15,8 @@ from malora_dist.launch.environment import allocator_variables
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 # Without its INFO lines, which name each process that it starts; failures are logged as errors.
 QUIET = ("--log_level", "error")
+# What `deepspeed` starts, one on each node, to start the ranks.
+NODE_LAUNCHER = "deepspeed.launcher.launch"
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -79,14 +82,14 @@ def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run and wait; the exit code, 128 + n if signal n ended the command.
 
-    Ctrl-C reaches the command too and is its to handle. SIGTERM is passed on, and SIGUSR1 and SIGUSR2 as SIGTERM, which
-    launchers hand on to their processes. Raises ConfigError if it cannot start.
+    Ctrl-C reaches the command too and is its to handle. SIGTERM, SIGUSR1 and SIGUSR2 go to the ranks that it has
+    started (`pass_on`), which save and exit. Raises ConfigError if it cannot start.
     """
     try:
         process = subprocess.Popen(command, env=dict(environment))
     except OSError as error:
         raise ConfigError(f"cannot start {command[0]}: {error.strerror}; is it installed here?") from error
-    old = {number: signal.signal(number, lambda *_: process.terminate()) for number in PASSED_ON}
+    old = {number: signal.signal(number, lambda sent, _: pass_on(sent, process.pid)) for number in PASSED_ON}
     old[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         code = process.wait()
@@ -94,6 +97,41 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
         for number, handler in old.items():
             signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def pass_on(number: int, launcher: int) -> None:
+    """Send a signal to the ranks that a launcher has started; before there are any, end it.
+
+    The ranks get it themselves: on one machine `deepspeed` dies of SIGTERM and leaves what it has started running, and
+    that kills the ranks 30 seconds after it has passed a signal on.
+
+    Args:
+        number: The signal.
+        launcher: The launcher's process id.
+    """
+    ranks, node_launchers = _started(launcher)
+    for pid in ranks or [*node_launchers, launcher]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number if ranks else signal.SIGTERM)
+
+
+def _started(launcher: int) -> tuple[list[int], list[int]]:
+    """Return the ids of the ranks below a launcher, and of DeepSpeed's launchers of one node."""
+    import psutil
+
+    ranks: list[int] = []
+    node_launchers: list[int] = []
+    unseen = [launcher]
+    while unseen:
+        with suppress(psutil.Error):
+            for child in psutil.Process(unseen.pop()).children():
+                if "LOCAL_RANK" in child.environ():
+                    ranks.append(child.pid)
+                    continue
+                unseen.append(child.pid)
+                if NODE_LAUNCHER in child.cmdline():
+                    node_launchers.append(child.pid)
+    return ranks, node_launchers
 
 
 def _devices(num_gpus: int, environment: Mapping[str, str]) -> list[str]:
