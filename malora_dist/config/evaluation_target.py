@@ -55,6 +55,20 @@ def evaluation_target(
     if adapter is not None and recipe is not None:
         return EvaluationTarget(Path(adapter), recipe, tuple(overrides), Path(adapter))
     run = Path(run_dir or "")
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"RUN_DIR={run} is not the folder of a run: it has no config.yaml")
+    check_run_folder(run)
     return EvaluationTarget(run, str(run / "config.yaml"), tuple(overrides), run, run=True)
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise ConfigError, with what the folder is instead, if it is not that of a run."""
+    if (folder / "config.yaml").is_file():
+        return
+    problem = "it has no config.yaml" if folder.is_dir() else "there is no such folder"
+    if (folder / "adapter_config.json").is_file():
+        run = next((parent for parent in folder.parents[:2] if (parent / "config.yaml").is_file()), None)
+        problem += (
+            f"; it is an adapter of the run {run}"
+            if run
+            else (f"; it is an adapter: malora evaluate --adapter {shlex.quote(str(folder))} --recipe RECIPE")
+        )
+    raise ConfigError(f"RUN_DIR={folder} is not the folder of a run: {problem}")

@@ -46,6 +46,24 @@ def test_without_a_world_size_all_that_fit_are_listed(recipe: str, capsys: pytes
     assert "Nearest that work" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_an_adapter_given_as_a_run_is_told_from_it(
+    recipe: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A report of it would be empty."""
+    make_run("runs/x")
+    for folder, said in {
+        "runs/x/adapter": "it has no config.yaml; it is an adapter of the run runs/x",
+        "runs/x/checkpoints/step-000004": "it is an adapter of the run runs/x",
+        "adapter": "it is an adapter: malora evaluate --adapter adapter --recipe RECIPE",
+    }.items():
+        Path(folder).mkdir(parents=True)
+        Path(folder, "adapter_config.json").write_text("{}")
+        assert malora(command, folder) == 2
+        assert f"RUN_DIR={folder} is not the folder of a run: " in (err := " ".join(capsys.readouterr().err.split()))
+        assert said in err and not Path(folder, "report").exists()
+
+
 def test_the_run_of_a_new_recipe_has_its_name(recipe: str) -> None:
     assert load_config(recipe).output_dir == "runs/r"
 
@@ -80,7 +98,7 @@ def test_errors_are_one_message_and_code_2(recipe: str, capsys: pytest.CaptureFi
         (["evaluate", "runs/x", "--adapter", "a"], "give either RUN_DIR"),
         (["evaluate", "--adapter", "a"], "belong together"),
         (["evaluate", "runs/none"], "RUN_DIR=runs/none is not the folder of a run"),
-        (["report", "runs/none"], "is not a folder"),
+        (["report", "runs/none"], "is not the folder of a run: there is no such folder"),
     ],
 )
 def test_refusals_before_anything_starts(
