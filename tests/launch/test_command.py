@@ -101,18 +101,31 @@ sys.exit(subprocess.run([sys.executable, "-c", code, "node"]).returncode)
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_the_ranks_and_not_their_launchers(number: signal.Signals) -> None:
-    rank = RANK.format(int(number))
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGUSR1, signal.SIGUSR1),
+        (signal.SIGHUP, signal.SIGUSR1),
+        (signal.SIGINT, signal.SIGUSR1),
+    ],
+)
+def test_a_signal_reaches_the_ranks_and_not_their_launchers(sent: signal.Signals, received: signal.Signals) -> None:
+    """A terminal sends SIGINT, for Ctrl-C, and SIGHUP to all of its group."""
+    rank = RANK.format(int(received))
     launcher = LAUNCHER.format(rank=rank)
     parent = (
-        "import os, sys; from malora_dist.launch.command import run_command;"
+        "import os, signal, sys; from malora_dist.launch.command import run_command;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL);"
         f"sys.exit(run_command([sys.executable, '-c', {launcher!r}, {launcher!r}], os.environ))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
-    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "up\n"
-    process.send_signal(number)
+    os.killpg(process.pid, sent)
     assert process.wait(timeout=200) == 75
     process.stdout.close()
 

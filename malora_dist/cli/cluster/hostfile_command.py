@@ -170,4 +170,4 @@ def _run_on_hosts(command: Sequence[str], chosen: Slots, *, try_ssh: bool, dry_r
 def _run(command: Sequence[str], environment: Mapping[str, str], dry_run: bool) -> int:
     """Print the command and run it; its exit code."""
     Console(stderr=not dry_run).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
-    return 0 if dry_run else run_command(command, launcher_environment(environment))
+    return 0 if dry_run else run_command(command, launcher_environment(environment), local=False)
