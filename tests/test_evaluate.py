@@ -137,7 +137,7 @@ def test_an_adapter_on_its_own_with_a_recipe(folder: Path) -> None:
     ("arguments", "part"),
     [
         ([], "give either RUN_DIR"),
-        (["runs/none"], "RUN_DIR=runs/none is not the folder of a run: it has no config.yaml"),
+        (["runs/none"], "RUN_DIR=runs/none is not the folder of a run: there is no such folder"),
         (["--adapter", "a"], "belong together"),
         (["--adapter"], "'--adapter' requires an argument"),
         (["--local_rank=0", "runs/none"], "RUN_DIR=runs/none"),

@@ -89,8 +89,10 @@ def _refuse(model: nn.Module, wrong: Sequence[str], section: str) -> None:
     if wrong:
         fused = next(iter(fused_experts(model)), None)
         kept = "" if fused is None else f"; experts kept as one parameter ({fused}) are none"
+        text = "; ".join(wrong)
+        end = "" if text.endswith("?") else "."
         raise ConfigError(
-            f"{section}target_modules: {'; '.join(wrong)}. The model's linears are {described(linears_of(model))}{kept}"
+            f"{section}target_modules: {text}{end} The model's linears are {described(linears_of(model))}{kept}"
         )
 
 

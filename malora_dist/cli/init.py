@@ -23,7 +23,9 @@ def init(
     """Write a commented recipe to start from. Nothing is ever overwritten."""
     console = Console()
     targets = None if model is None else family_targets(model)
-    for written in write_new_files(path, recipe_text(model, targets), with_cluster_files=with_cluster_files):
+    # Runs of several recipes in one folder stay apart.
+    text = recipe_text(model, targets, f"runs/{path.stem}")
+    for written in write_new_files(path, text, with_cluster_files=with_cluster_files):
         console.print(Text(f"wrote {written}"), soft_wrap=True)
     if model is not None and targets is None:
         console.print(

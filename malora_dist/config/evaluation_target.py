@@ -102,6 +102,20 @@ def evaluation_target(
     if adapter is not None and recipe is not None:
         return EvaluationTarget(Path(adapter), recipe, tuple(overrides), Path(adapter), output=output, save=save)
     run = Path(run_dir or "")
-    if not (run / run_files.CONFIG).is_file():
-        raise ConfigError(f"RUN_DIR={run} is not the folder of a run: it has no config.yaml")
+    check_run_folder(run)
     return EvaluationTarget(run, str(run / run_files.CONFIG), tuple(overrides), run, run=True, output=output, save=save)
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise ConfigError, with what the folder is instead, if it is not that of a run."""
+    if (folder / run_files.CONFIG).is_file():
+        return
+    problem = f"it has no {run_files.CONFIG}" if folder.is_dir() else "there is no such folder"
+    if (folder / "adapter_config.json").is_file():
+        run = next((parent for parent in folder.parents[:2] if (parent / run_files.CONFIG).is_file()), None)
+        problem += (
+            f"; it is an adapter of the run {run}"
+            if run
+            else (f"; it is an adapter: malora evaluate --adapter {shlex.quote(str(folder))} --recipe RECIPE")
+        )
+    raise ConfigError(f"RUN_DIR={folder} is not the folder of a run: {problem}")

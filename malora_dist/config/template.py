@@ -90,10 +90,15 @@ EXAMPLE_TASKS = """\
 """
 
 
-def recipe_text(model: str | None = None, target_modules: tuple[str, ...] | None = None) -> str:
-    """A recipe that loads as it stands. `model` is the base model's id; None writes a small public one.
+def recipe_text(
+    model: str | None = None, target_modules: tuple[str, ...] | None = None, output_dir: str | None = None
+) -> str:
+    """Return a recipe that loads as it stands.
 
-    `target_modules` are the model's linears to adapt; None writes the default.
+    Args:
+        model: The base model's id; None for a small public one.
+        target_modules: The model's linears to adapt; None for the default.
+        output_dir: The folder of the run; None for the default.
     """
     lines = [
         "# A run of malora_dist. A line such as '#seed: 42' holds a key's default; remove the '#' to change it.",
@@ -103,7 +108,7 @@ def recipe_text(model: str | None = None, target_modules: tuple[str, ...] | None
     for key, field in RunConfig.model_fields.items():
         section = section_of(RunConfig, key)
         if section is None:
-            lines += _leaf((key,), field)
+            lines += _leaf((key,), field, output_dir if key == "output_dir" else None)
             continue
         lines += [f"{key}:  # {field.description}"]
         lines += _section_lines(section, key, {"name_or_path": model, "target_modules": target_modules})

@@ -57,12 +57,20 @@ def _existing(pattern: str, task: str) -> list[Path]:
     if Path(pattern).is_file():
         return [Path(pattern)]
     if not glob.has_magic(pattern):
-        kind = "is a folder; name its files, for example with *.jsonl" if Path(pattern).is_dir() else "no such file"
-        raise DataError(f"task {task!r}: {pattern}: {kind}")
+        is_folder = Path(pattern).is_dir()
+        what = (
+            "is a folder; name its files, for example with *.jsonl" if is_folder else f"no such file{_place(pattern)}"
+        )
+        raise DataError(f"task {task!r}: {pattern}: {what}")
     found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
     if not found:
-        raise DataError(f"task {task!r}: {pattern}: no file matches this pattern")
+        raise DataError(f"task {task!r}: {pattern}: no file matches this pattern{_place(pattern)}")
     return found
+
+
+def _place(path: str) -> str:
+    """Return where a relative path begins, which is not where the recipe is."""
+    return "" if Path(path).is_absolute() else f" (relative to {Path.cwd()}, the folder that the command runs in)"
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -90,7 +90,10 @@ class _Reader:
     def _report(self, problems: list[str], examples: list[Example], files: str) -> None:
         if problems and not self.skip_bad_rows:
             lines = "\n  ".join(problems)
-            raise DataError(f"task {self.rules.task!r}: bad rows (on_bad_row: skip leaves them out):\n  {lines}")
+            number = f", the first {len(problems)}" if len(problems) == MAX_PROBLEMS_SHOWN else ""
+            raise DataError(
+                f"task {self.rules.task!r}: bad rows (on_bad_row: skip leaves them out){number}:\n  {lines}"
+            )
         self.counts["bad_rows_skipped"] += len(problems)
         if not examples:
             why = f"all {len(problems)} rows are bad, the first: {problems[0]}" if problems else "no rows"
@@ -141,7 +144,7 @@ def load_task(
     splits, removed = remove_leaks(splits, near_duplicate_threshold=near_duplicate_threshold, watch=watch)
     counts.update(removed)
     if not splits.train:
-        raise DataError(f"task {name!r}: evaluation rows repeat every training row ({dict(removed)}); none is left")
+        raise DataError(f"task {name!r}: {_all_leaked(removed, near_duplicate_threshold)}")
     assert reader.kind is not None
     if scoring == "letter" and reader.kind == COMPLETION:
         raise DataError(f"task {name!r}: scoring=letter needs rows with choices; kind is {COMPLETION}")
@@ -154,6 +157,18 @@ def load_task(
     counts["over_the_cap"] = sum(len(getattr(splits, split)) - len(part) for split, part in parts.items())
     counts.update({split: len(part) for split, part in parts.items()})
     return TaskData(name=name, kind=reader.kind, scoring=scoring, counts=dict(counts), **parts)
+
+
+def _all_leaked(removed: Mapping[str, int], near_duplicate_threshold: float | None) -> str:
+    """Explain that no training row is left; `removed` counts them by the names of `remove_leaks`."""
+    groups, equal, near = removed.values()
+    found = {
+        f"{equal} equal to one": equal,
+        f"{near} nearly equal to one (data.near_duplicate_threshold={near_duplicate_threshold})": near,
+        f"{groups} of a group that has one": groups,
+    }
+    reasons = ", ".join(text for text, number in found.items() if number)
+    return f"evaluation rows repeat every training row: {reasons}; none is left. Are train and test the same file?"
 
 
 def _as_list(paths: str | Sequence[str] | None) -> list[str] | None:

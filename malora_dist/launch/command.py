@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from malora_dist.errors import ConfigError
 from malora_dist.launch.environment import allocator_variables
@@ -14,7 +16,12 @@ from malora_dist.launch.environment import allocator_variables
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 # Without its INFO lines, which name each process that it starts; failures are logged as errors.
 QUIET = ("--log_level", "error")
+# What `deepspeed` starts, one on each node, to start the ranks.
+NODE_LAUNCHER = "deepspeed.launcher.launch"
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Ctrl-C, and a terminal that is closed, for ranks SIGUSR1: SIGINT ends those that still import with a traceback, and
+# SIGTERM makes them say that another one may have failed.
+TERMINAL = (signal.SIGINT, signal.SIGHUP)
 
 
 def deepspeed_command(
@@ -76,24 +83,81 @@ def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {**own, "PATH": os.pathsep.join([scripts, environment.get("PATH", os.defpath)])}
 
 
-def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run and wait; the exit code, 128 + n if signal n ended the command.
+def run_command(command: Sequence[str], environment: Mapping[str, str], *, local: bool = True) -> int:
+    """Run a launcher and wait.
 
-    Ctrl-C reaches the command too and is its to handle. SIGTERM is passed on, and SIGUSR1 and SIGUSR2 as SIGTERM, which
-    launchers hand on to their processes. Raises ConfigError if it cannot start.
+    SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C and a terminal that is closed go to the ranks (`pass_on`), which save and exit.
+
+    Args:
+        command: The launcher and its arguments.
+        environment: All of its variables.
+        local: Whether all ranks are on this machine. The launcher is then kept from Ctrl-C, at which it would end with
+            a traceback before the ranks have saved; otherwise it ends the ranks of other machines at Ctrl-C itself.
+
+    Returns:
+        The exit code; 128 + n if signal n ended the command.
+
+    Raises:
+        ConfigError: If it cannot start.
     """
+    apart: dict[str, Any] = {"process_group": 0, "stdin": subprocess.DEVNULL} if local else {}
     try:
-        process = subprocess.Popen(command, env=dict(environment))
+        process = subprocess.Popen(command, env=dict(environment), **apart)
     except OSError as error:
         raise ConfigError(f"cannot start {command[0]}: {error.strerror}; is it installed here?") from error
-    old = {number: signal.signal(number, lambda *_: process.terminate()) for number in PASSED_ON}
-    old[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def stop(number: int, _frame: object) -> None:
+        pass_on(signal.SIGUSR1 if number in TERMINAL else number, process.pid)
+        if number == signal.SIGINT:
+            print("Ctrl-C: the run saves and ends", file=sys.stderr, flush=True)
+
+    handlers: dict[signal.Signals, Any] = dict.fromkeys((*PASSED_ON, *TERMINAL) if local else PASSED_ON, stop)
+    if not local:
+        handlers[signal.SIGINT] = signal.SIG_IGN
+    # nohup
+    handlers = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         code = process.wait()
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def pass_on(number: int, launcher: int) -> None:
+    """Send a signal to the ranks that a launcher has started; before there are any, end it.
+
+    The ranks get it themselves: on one machine `deepspeed` dies of SIGTERM and leaves what it has started running, and
+    that kills the ranks 30 seconds after it has passed a signal on.
+
+    Args:
+        number: The signal.
+        launcher: The launcher's process id.
+    """
+    ranks, node_launchers = _started(launcher)
+    for pid in ranks or [*node_launchers, launcher]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number if ranks else signal.SIGTERM)
+
+
+def _started(launcher: int) -> tuple[list[int], list[int]]:
+    """Return the ids of the ranks below a launcher, and of DeepSpeed's launchers of one node."""
+    import psutil
+
+    ranks: list[int] = []
+    node_launchers: list[int] = []
+    unseen = [launcher]
+    while unseen:
+        with suppress(psutil.Error):
+            for child in psutil.Process(unseen.pop()).children():
+                if "LOCAL_RANK" in child.environ():
+                    ranks.append(child.pid)
+                    continue
+                unseen.append(child.pid)
+                if NODE_LAUNCHER in child.cmdline():
+                    node_launchers.append(child.pid)
+    return ranks, node_launchers
 
 
 def _devices(num_gpus: int, environment: Mapping[str, str]) -> list[str]:

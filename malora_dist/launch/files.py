@@ -26,7 +26,7 @@ def write_new_files(recipe: Path, text: str, *, with_cluster_files: bool) -> lis
         planned |= {recipe.parent / name: content for name, content in cluster_files().items()}
     taken = [str(path) for path in planned if path.exists()]
     if taken:
-        raise ConfigError(f"will not overwrite {', '.join(taken)}; give another PATH, or move them away")
+        raise ConfigError(f"will not overwrite {', '.join(taken)}; give another PATH, or move what is there away")
     folders = [folder for path in planned for folder in path.parents if not folder.exists()]
     try:
         for path, content in planned.items():

@@ -12,7 +12,7 @@ from malora_dist.distributed.process_groups import World, broadcast_stop, max_ov
 from malora_dist.distributed.rank_errors import sharing_errors
 from malora_dist.launch.schedulers import end_time
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 TIME_IS_UP, ENOUGH_STEPS = 1000, 1001
 POLL_SECONDS = 0.3
 # How much of a job's remaining time is kept for the last step and save, at most and at least.

@@ -155,6 +155,8 @@ class _WatchThread:
         return True
 
     def _on_signal(self, number: int) -> None:
+        if number == signal.SIGINT and self.stop_signal is None:
+            log_error("Ctrl-C: the run saves and ends")
         if number == signal.SIGTERM and self.watchdog.phase is not None and self.stop_signal is None:
             log_error(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.watchdog}")
         if self.on_signal is None:

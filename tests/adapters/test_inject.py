@@ -168,7 +168,7 @@ def test_a_suffix_with_dots_picks_modules() -> None:
 @pytest.mark.parametrize(
     ("target", "named"),
     [
-        ("qproj", ["'qproj'", "did you mean q_proj"]),
+        ("qproj", ["'qproj'", "did you mean q_proj? The model's linears are"]),
         ("w13", ["'w13'", "down_proj", "lm_head", "v_proj"]),
         ("proj", ["'proj'", "q_proj"]),  # the end of a name, but not a name
         ("mlp", ["'mlp'", "model.layers.0.mlp", "LlamaMLP", "not a linear layer"]),

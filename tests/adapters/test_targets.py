@@ -113,6 +113,7 @@ def test_all_mistakes_are_said_at_once_with_the_linears_there_are() -> None:
     with pytest.raises(ConfigError) as caught:
         find_targets(family_model("phi"), targets, mixture_spec("malora", r=2, shared_r=40))
     message = str(caught.value)
+    assert ". The model's linears are" in message
     for part in (
         "target_modules: 'gate_proj' matches no module of the model, did you mean fc1?",
         "'o_proj' matches no module of the model, did you mean dense?",

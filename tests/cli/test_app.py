@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from malora_dist.cli.app import main
+from malora_dist.config import load_config
 from malora_dist.errors import MaloraError
 from malora_dist.launch.ports import free_port
 from malora_dist.launch.ranks import LAUNCHED
@@ -45,6 +46,28 @@ def test_without_a_world_size_all_that_fit_are_listed(recipe: str, capsys: pytes
     assert "Nearest that work" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_an_adapter_given_as_a_run_is_told_from_it(
+    recipe: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A report of it would be empty."""
+    make_run("runs/x")
+    for folder, said in {
+        "runs/x/adapter": "it has no config.yaml; it is an adapter of the run runs/x",
+        "runs/x/checkpoints/step-000004": "it is an adapter of the run runs/x",
+        "adapter": "it is an adapter: malora evaluate --adapter adapter --recipe RECIPE",
+    }.items():
+        Path(folder).mkdir(parents=True)
+        Path(folder, "adapter_config.json").write_text("{}")
+        assert malora(command, folder) == 2
+        assert f"RUN_DIR={folder} is not the folder of a run: " in (err := " ".join(capsys.readouterr().err.split()))
+        assert said in err and not Path(folder, "report").exists()
+
+
+def test_the_run_of_a_new_recipe_has_its_name(recipe: str) -> None:
+    assert load_config(recipe).output_dir == "runs/r"
+
+
 def test_init_never_overwrites(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = Path(recipe).read_text()
     assert malora("init", recipe, "--model", "other") == 2
@@ -75,7 +98,7 @@ def test_errors_are_one_message_and_code_2(recipe: str, capsys: pytest.CaptureFi
         (["evaluate", "runs/x", "--adapter", "a"], "give either RUN_DIR"),
         (["evaluate", "--adapter", "a"], "belong together"),
         (["evaluate", "runs/none"], "RUN_DIR=runs/none is not the folder of a run"),
-        (["report", "runs/none"], "is not a folder"),
+        (["report", "runs/none"], "is not the folder of a run: there is no such folder"),
     ],
 )
 def test_refusals_before_anything_starts(
@@ -91,7 +114,7 @@ def test_several_processes_go_through_deepspeed(
 ) -> None:
     """The command is printed and run, and its exit code is ours; a script stands in for the launcher."""
     launcher = tmp_path / "deepspeed"
-    launcher.write_text('#!/bin/sh\necho "started: $*"\nexit 9\n')
+    launcher.write_text('#!/bin/sh\necho "started on ${DS_ACCELERATOR:-any}: $*"\nexit 9\n')
     launcher.chmod(0o755)
     monkeypatch.setattr("malora_dist.launch.ssh.launcher.launcher_path", lambda: str(launcher))
     # What a pod or a batch script has set is no launcher.
@@ -102,7 +125,7 @@ def test_several_processes_go_through_deepspeed(
     assert malora("train", recipe, "--num_gpus", "2", "--master_port", port, "--adapter.r", "6") == 9
     out, err = capfd.readouterr()
     words = f"--log_level error --num_gpus 2 --master_port {port} --module malora_dist.train r.yaml --adapter.r 6"
-    assert out == f"started: {words}\n" and f"$ {launcher} {words}" in err
+    assert out == f"started on cpu: {words}\n" and f"$ {launcher} {words}" in err
     make_run("runs/x")
     assert malora("evaluate", "runs/x", "--num_gpus", "2", "--evaluation.split", "validation") == 9
     assert "--module malora_dist.cli evaluate runs/x --evaluation.split validation\n" in capfd.readouterr().out

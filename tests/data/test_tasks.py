@@ -168,6 +168,11 @@ def test_files_that_cannot_be_used(tmp_path: Path, write_jsonl: Any) -> None:
     (tmp_path / "broken.json").write_text('[{"prompt": 1},\n oops]')
     assert "nothing.jsonl: no such file" in message(str(tmp_path / "nothing.jsonl"))
     assert "*.none: no file matches this pattern" in message(str(tmp_path / "*.none"))
+    for name, problem in {"nothing.jsonl": "no such file", "*.none": "no file matches this pattern"}.items():
+        assert (
+            message(name)
+            == f"task 't': {name}: {problem} (relative to {Path.cwd()}, the folder that the command runs in)"
+        )
     assert "is a folder" in message(str(tmp_path))
     assert "empty.jsonl: the file is empty" in message(str(tmp_path / "empty.jsonl"))
     assert "blank.jsonl: no rows" in message(str(tmp_path / "blank.jsonl"))
@@ -229,8 +234,16 @@ def test_splits_are_clean_and_counted(write_jsonl: Any) -> None:
 
 def test_train_that_repeats_test_entirely_is_refused(write_jsonl: Any) -> None:
     path = write_jsonl("t.jsonl", [GOOD])
-    with pytest.raises(DataError, match="none is left"):
+    with pytest.raises(
+        DataError, match="every training row: 1 equal to one; none is left. Are train and test the same"
+    ):
         load_task(name="t", train=path, test=path)
+
+
+def test_of_many_bad_rows_the_first_are_named(write_jsonl: Any) -> None:
+    with pytest.raises(DataError, match=r"leaves them out\), the first 5:\n") as error:
+        load_task(name="t", train=write_jsonl("t.jsonl", [{}] * 7))
+    assert len(str(error.value).splitlines()) == 6
 
 
 def test_letters_need_choices(write_jsonl: Any) -> None:

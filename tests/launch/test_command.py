@@ -88,6 +88,48 @@ def test_a_termination_reaches_the_command(number: signal.Signals) -> None:
     process.stdout.close()
 
 
+RANK = "import signal, sys, time; signal.signal({}, lambda *_: sys.exit(75)); print('up', flush=True); time.sleep(99)"
+# As `deepspeed` on one machine: dies of SIGTERM, and so does its code for a node, which has started the rank.
+LAUNCHER = """
+import os, subprocess, sys
+code, rank = sys.argv[1], {rank!r}
+if code == "node":
+    command = [sys.executable, "-c", rank]
+    sys.exit(subprocess.run(command, env={{**os.environ, "LOCAL_RANK": "0"}}).returncode)
+sys.exit(subprocess.run([sys.executable, "-c", code, "node"]).returncode)
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGUSR1, signal.SIGUSR1),
+        (signal.SIGHUP, signal.SIGUSR1),
+        (signal.SIGINT, signal.SIGUSR1),
+    ],
+)
+def test_a_signal_reaches_the_ranks_and_not_their_launchers(sent: signal.Signals, received: signal.Signals) -> None:
+    """A terminal sends SIGINT, for Ctrl-C, and SIGHUP to all of its group."""
+    rank = RANK.format(int(received))
+    launcher = LAUNCHER.format(rank=rank)
+    parent = (
+        "import os, signal, sys; from malora_dist.launch.command import run_command;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL);"
+        f"sys.exit(run_command([sys.executable, '-c', {launcher!r}, {launcher!r}], os.environ))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    os.killpg(process.pid, sent)
+    assert process.wait(timeout=200) == 75
+    process.stdout.close()
+
+
 def catches(pid: int, number: int) -> bool:
     """Whether a process has a handler for a signal."""
     (line,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())

@@ -147,4 +147,4 @@ def _start(scheduler: str, path: str, overrides: list[str], placement: Placement
         for note in launcher.notes(placement, os.environ):
             Console(stderr=True).print(Text(note), soft_wrap=True)
         Console(stderr=not dry_run).print(Text(f"$ {shlex.join(command)}"), soft_wrap=True)
-        return 0 if dry_run else run_command(command, environment)
+        return 0 if dry_run else run_command(command, environment, local=not placement.hosts)

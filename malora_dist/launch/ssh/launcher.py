@@ -7,7 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from malora_dist.errors import ConfigError
-from malora_dist.launch.command import VISIBLE_DEVICES, deepspeed_command, launcher_environment, launcher_path
+from malora_dist.launch.command import (
+    VISIBLE_DEVICES,
+    count_gpus,
+    deepspeed_command,
+    launcher_environment,
+    launcher_path,
+)
 from malora_dist.launch.launcher import Launcher, Placement
 from malora_dist.launch.ports import meeting_port
 from malora_dist.launch.ssh.check import check_hosts, is_this_machine
@@ -61,6 +67,9 @@ class DeepSpeedLauncher(Launcher):
         """Give the launcher's environment; for hosts, with a file of the variables that their processes get."""
         own = launcher_environment(environment)
         if not _is_remote(placement):
+            if not placement.hosts and not count_gpus(environment):
+                # Told that there is no accelerator, DeepSpeed does not warn that it found none.
+                own["DS_ACCELERATOR"] = "cpu"
             yield own
             return
         with tempfile.TemporaryDirectory(prefix="malora-") as folder:
