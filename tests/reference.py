@@ -37,6 +37,17 @@ def init_reference(K_EDI: Tensor, r: int, beta: float) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------ routing and adapter
 
 
+def scaling_reference(rule: str, lora_alpha: float, r: int, gates: Sequence[float]) -> float:
+    """s by a rule, of the gates that a token's chosen experts have: those of a uniform router at the start."""
+    lora = lora_alpha / r
+    return {
+        "lora": lora,
+        "rslora": lora_alpha / r**0.5,
+        "gate_norm": lora / sum(gate**2 for gate in gates) ** 0.5,
+        "gate_sum": lora / sum(gates),
+    }[rule]
+
+
 def routing_reference(
     x_TI: Tensor, gate_EI: Tensor, top_k: int, normalize: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+from malora_dist.adapters.scaling import LORA, RSLORA, SCALINGS, uniform_gates
 from malora_dist.adapters.target_names import end_of_name, pattern_value
 from malora_dist.errors import ConfigError, short
 
@@ -85,7 +86,7 @@ class MixtureSpec:
     """A method with its numbers; what `inject_adapters` builds on each target linear.
 
     r is the rank of an expert (r-bar in the paper), shared_r the rank of S_A (d), None for methods without one.
-    use_rslora: the scaling keeps its size as r grows (PEFT's name and meaning).
+    scaling_rule: how s follows from lora_alpha and r (`adapters.scaling`).
     rank_pattern, alpha_pattern: r and lora_alpha of layers whose names a pattern matches, as pairs of pattern and
     number in PEFT's order and meaning; what such a layer gets is `of_layer`.
     """
@@ -98,7 +99,7 @@ class MixtureSpec:
     lora_alpha: float
     beta: float
     normalize_gates: bool
-    use_rslora: bool = False
+    scaling_rule: str = LORA
     rank_pattern: Patterns = ()
     alpha_pattern: Patterns = ()
 
@@ -132,8 +133,14 @@ class MixtureSpec:
 
     @property
     def scaling(self) -> float:
-        """s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`; it multiplies the sum over experts."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """s, which multiplies the sum over experts: lora_alpha / r, or by another rule (`adapters.scaling`)."""
+        gates = uniform_gates(self.num_experts, self.top_k, self.normalize_gates)
+        return SCALINGS[self.scaling_rule](self.lora_alpha, self.r, gates)
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether s = lora_alpha / sqrt(r), by the name that PEFT has for it."""
+        return self.scaling_rule == RSLORA
 
 
 def default_shared_r(num_experts: int, r: int, compression_ratio: float) -> int:
@@ -155,12 +162,13 @@ def mixture_spec(
     lora_alpha: float | None = None,
     beta: float = 1.0,
     normalize_gates: bool = False,
+    scaling_rule: str = LORA,
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | Patterns = (),
     alpha_pattern: Mapping[str, float] | Patterns = (),
 ) -> MixtureSpec:
     """Fill in what follows from the method: one expert without a router, all experts for a dense gate, `shared_r`
-    (r where experts have no expert_down), and lora_alpha = 2 r.
+    (r where experts have no expert_down), and lora_alpha = 2 r. `use_rslora` is PEFT's name of a scaling_rule.
 
     Raises ConfigError for an unknown method or impossible numbers.
     """
@@ -191,10 +199,24 @@ def mixture_spec(
         lora_alpha=2.0 * r if lora_alpha is None else lora_alpha,
         beta=beta,
         normalize_gates=normalize_gates,
-        use_rslora=use_rslora,
+        scaling_rule=_scaling_rule(structure, scaling_rule, use_rslora),
         rank_pattern=_patterns("rank_pattern", rank_pattern, "integers of at least 1", _is_rank),
         alpha_pattern=_patterns("alpha_pattern", alpha_pattern, "positive numbers", _is_positive),
     )
+
+
+def _scaling_rule(structure: Structure, rule: str, use_rslora: bool) -> str:
+    """Return the rule, which `use_rslora` may name too; without a router one of those that read no gates.
+
+    Raises ConfigError for an unknown one, and for two that differ.
+    """
+    if rule not in SCALINGS:
+        raise ConfigError(f"scaling={short(rule)} must be one of {', '.join(SCALINGS)}")
+    if use_rslora and rule not in (LORA, RSLORA):
+        raise ConfigError(f"use_rslora=True is scaling={RSLORA!r}, and scaling={rule!r} is given too")
+    if use_rslora:
+        return RSLORA
+    return rule if structure.routed or rule == RSLORA else LORA
 
 
 def _patterns(argument: str, given: Any, rule: str, holds: Callable[[Any], bool]) -> Patterns:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from malora_dist.adapters.methods import METHODS, Structure, unknown_method
+from malora_dist.adapters.scaling import LORA, RSLORA
 from malora_dist.adapters.target_names import compiled
 from malora_dist.config.base import MOST, Rule, Section, usable_path
 from malora_dist.config.dtypes import dtype_rule, long_name
@@ -141,7 +142,13 @@ class AdapterConfig(Section):
     lora_alpha: float | None = Field(
         None, gt=0, description="The adapter's output is scaled by lora_alpha / r; null: 2 r."
     )
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r): PEFT's name of scaling: rslora.")
+    scaling: Literal["lora", "rslora", "gate_norm", "gate_sum"] = Field(
+        "lora",
+        description="Rule of the output's scale. lora: lora_alpha / r. rslora: lora_alpha / sqrt(r). gate_norm and "
+        "gate_sum: so that a mixture with a uniform router has the scale of a single LoRA, measured by its gradients "
+        "(GOAT) or by its output. See docs/methods.md.",
+    )
     beta: float = Field(
         1.0, gt=0, description="Initial balance of the shared and the experts' down-projections (malora)."
     )
@@ -176,6 +183,10 @@ class AdapterConfig(Section):
 
     def rules(self) -> Iterator[Rule]:
         structure = METHODS[self.method]
+        if not structure.routed and self.scaling not in (LORA, RSLORA):
+            yield Rule(("scaling", "method"), f"has no meaning for adapter.method={self.method}, which has no gates")
+        if self.use_rslora and self.scaling not in (LORA, RSLORA):
+            yield Rule(("scaling", "use_rslora"), "contradicts adapter.use_rslora=true, which is scaling: rslora")
         if structure.sparse and self.top_k > self.num_experts:
             yield Rule(("top_k", "num_experts"), f"must be at most adapter.num_experts={self.num_experts}")
         if structure.expert_down and self.shared_r is not None and self.shared_r < self.r:

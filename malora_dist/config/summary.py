@@ -26,6 +26,7 @@ def adapter_spec(config: RunConfig) -> MixtureSpec:
         lora_alpha=adapter.lora_alpha,
         beta=adapter.beta,
         normalize_gates=adapter.normalize_gates,
+        scaling_rule=adapter.scaling,
         use_rslora=adapter.use_rslora,
     )
 

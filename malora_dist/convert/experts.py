@@ -7,6 +7,7 @@ from torch import Tensor
 
 from malora_dist.adapters.inject import remove_adapters
 from malora_dist.adapters.io.folder import AdapterTensors, put_adapter
+from malora_dist.adapters.scaling import LORA, RSLORA
 from malora_dist.convert.calibration import calibration_samples, collect
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.job import Job
@@ -39,13 +40,15 @@ def to_peft_experts(job: Job) -> None:
         folder = job.folder / f"expert-{expert}"
         folder.mkdir()
         spec = adapter.info.spec
+        # PEFT knows two rules; by another one s itself is lora_alpha / r.
+        alpha = spec.lora_alpha if spec.scaling_rule in (LORA, RSLORA) else spec.scaling * spec.r
         fill_peft_folder(
             folder,
             adapter.info,
             {name: shape for layer in adapter.layers() for name, shape in _shapes(adapter, layer).items()},
             _values(adapter, expert, gates),
             r=spec.r,
-            lora_alpha=spec.lora_alpha,
+            lora_alpha=alpha,
             use_rslora=spec.use_rslora,
             card=_card(adapter, expert, gate),
         )

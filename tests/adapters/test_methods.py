@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from malora_dist.adapters.methods import (
     METHODS,
@@ -13,7 +14,9 @@ from malora_dist.adapters.methods import (
     match_budget,
     mixture_spec,
 )
+from malora_dist.adapters.scaling import SCALINGS
 from malora_dist.errors import ConfigError
+from tests.reference import routing_reference, scaling_reference
 
 
 def test_default_shared_r_is_the_papers() -> None:
@@ -46,6 +49,22 @@ def test_a_method_keeps_only_the_numbers_it_has() -> None:
 def test_rank_stabilised_scaling() -> None:
     assert mixture_spec("malora", r=16, lora_alpha=8, use_rslora=True).scaling == 2.0
     assert mixture_spec("malora", r=16, lora_alpha=8).scaling == 0.5
+
+
+@pytest.mark.parametrize("rule", list(SCALINGS))
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("method", ["malora", "molora", "hydralora"])
+def test_the_scale_equals_the_twin(method: str, normalize: bool, rule: str) -> None:
+    """With the gates that a uniform router gives, whatever their number."""
+    spec = mixture_spec(method, num_experts=6, top_k=3, r=9, lora_alpha=5, normalize_gates=normalize, scaling_rule=rule)
+    gates_TK, _, _ = routing_reference(torch.ones(1, 4), torch.zeros(6, 4), spec.top_k, normalize)
+    assert spec.scaling == pytest.approx(scaling_reference(rule, 5, 9, gates_TK[0].tolist()))
+
+
+def test_without_gates_there_is_nothing_to_align() -> None:
+    assert mixture_spec("lora", r=4, scaling_rule="gate_norm").scaling == mixture_spec("lora", r=4).scaling == 2.0
+    with pytest.raises(ConfigError, match="scaling='goat' must be one of lora, rslora"):
+        mixture_spec("malora", scaling_rule="goat")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def make_workspace(folder: Path) -> Path:
     make_folder(folder)
     for method, changes in {
         "malora": {"r": 4, "shared_r": 6},
-        "molora": {"r": 3, "normalize_gates": True},
+        "molora": {"r": 3, "normalize_gates": True, "scaling": "gate_norm"},
         "hydralora": {"r": 4, "use_rslora": True},
         "lora": {"r": 4},
         "dora": {"r": 3, "use_rslora": True},

@@ -12,6 +12,7 @@ from typing import Any
 
 from malora_dist.adapters.io.rules import check_config, read_settings, read_spec
 from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.adapters.scaling import LORA, RSLORA
 from malora_dist.errors import CheckpointError
 from malora_dist.files.json_rules import OBJECT, POSITIVE, check_rule
 from malora_dist.files.json_text import parse_json
@@ -48,6 +49,7 @@ def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict
     """The content of adapter_config.json. `weights_sha256` is the checksum of the file of weights beside it."""
     numbers = asdict(info.spec)
     patterns = {key: dict(numbers.pop(key)) for key in PATTERNS}
+    scaling = numbers.pop("scaling_rule")
     return {
         "peft_type": "LORA" if not info.spec.structure.routed else info.spec.method.upper(),
         "task_type": "CAUSAL_LM",
@@ -65,6 +67,8 @@ def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict
         "malora": {
             "format_version": FORMAT_VERSION if info.spec.has_patterns else PLAIN_VERSION,
             **numbers,
+            "use_rslora": info.spec.use_rslora,
+            **({} if scaling in (LORA, RSLORA) else {"scaling": scaling}),
             **({"trust_remote_code": True} if info.trust_remote_code else {}),
             **_sealed(weights_sha256),
         },

@@ -31,6 +31,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"malora.lora_alpha": 0}, "malora.lora_alpha=0 must be a positive number"),
     ({"malora.beta": 10**400}, "must be a positive number"),
     ({"malora.normalize_gates": "no"}, "malora.normalize_gates='no' must be true or false"),
+    ({"malora.scaling": "gate"}, "malora.scaling='gate' must be one of lora, rslora, gate_norm, gate_sum"),
+    ({"malora.scaling": 3}, "malora.scaling=3 must be one of"),
     ({"malora.use_newlora": True}, "malora.use_newlora is not a key of this format"),
     ({"malora.format_version": "1"}, "malora.format_version='1' must be an integer"),
     ({"malora.weights_sha256": "f00d"}, "malora.weights_sha256='f00d' must be 64 lower-case hex digits"),
