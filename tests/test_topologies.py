@@ -35,6 +35,12 @@ CORNERS: dict[int, dict[str, Case]] = {
         "grouped": {"ep_size": 2, "computation": "grouped", "load_in_4bit": True, "gradient_checkpointing": True},
         "experts without S_A": {"ep_size": 2, "method": "molora"},
         "evaluation between steps": {"ep_size": 2, "evaluation_between": True, "load_in_4bit": True},
+        "learning rates": {"ep_size": 2, "lr_ratios": {"gate": 0.25, "P": 2.0, "B": 4.0}},
+        "learning rates below 3": {
+            "ep_size": 2,
+            "zero_stage": 2,
+            "lr_ratios": {"shared_A": 0.25, "gate": 0.25, "B": 4.0},
+        },
         "top 3 of 8": {"ep_size": 2, "shape": {"num_experts": 8, "top_k": 3}, "normalization": "task"},
     },
     4: {

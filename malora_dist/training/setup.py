@@ -95,6 +95,7 @@ def optimizer_settings(config: RunConfig, total_steps: int) -> OptimizerSettings
         warmup_steps=math.ceil(total_steps * train.warmup_ratio),
         total_steps=total_steps,
         optim=train.optim,
+        lr_ratios=train.lr_ratios.by_factor(),
     )
 
 

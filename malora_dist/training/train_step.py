@@ -19,6 +19,7 @@ from malora_dist.ops.devices import to_device
 from malora_dist.ops.loss import batch_counts, sum_by_group, target_weights
 from malora_dist.ops.products import kept_weight_copies
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
+from malora_dist.training.deepspeed_engine import base_learning_rate
 from malora_dist.training.nonfinite_check import NonFiniteCheck, first_nonfinite_layer, stop_if_nonfinite
 from malora_dist.training.watchdog import Watchdog
 
@@ -117,7 +118,7 @@ class TrainStep:
         sent_before = self._sent_bytes()
         step_counts = self._step_counts(batches)
         self.balance.start(step_counts.tokens, len(batches))
-        learning_rate = float(self.engine.optimizer.param_groups[0]["lr"])
+        learning_rate = base_learning_rate(self.engine.optimizer)
         sums = _Sums(len(self.task_names), self.world.device)
         with kept_weight_copies(self.engine.module):
             for batch in batches[:-1]:

@@ -16,7 +16,9 @@ REFUSED = {
     "adapter.target_modules", "adapter.router_aux_loss_coef", "adapter.router_aux_loss_reduction",
     "adapter.balance_scope", "adapter.normalize_gates", "data.mixture", "data.temperature",
     "train.max_steps", "train.num_train_epochs", "train.global_batch_size", "train.learning_rate",
-    "train.lr_scheduler_type", "train.warmup_ratio", "train.weight_decay", "train.adam_beta1", "train.adam_beta2",
+    "train.lr_ratios.router", "train.lr_ratios.shared_A", "train.lr_ratios.P", "train.lr_ratios.A",
+    "train.lr_ratios.B", "train.lr_scheduler_type", "train.warmup_ratio", "train.weight_decay",
+    "train.adam_beta1", "train.adam_beta2",
     "train.adam_epsilon", "train.optim", "train.max_grad_norm", "train.loss_normalization", "train.seed",
 }  # fmt: skip
 

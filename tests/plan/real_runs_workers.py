@@ -63,6 +63,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "zero2-8bit": {"parallel": {"zero_stage": 2}, "train": {"optim": "adamw_8bit"}},
     "zero3-8bit": {"zero": ALL_SPLIT, "train": {"optim": "adamw_8bit"}},
+    "zero2-8bit-rates": {
+        "parallel": {"zero_stage": 2, "ep_size": 2},
+        "train": {"optim": "adamw_8bit", "lr_ratios": {"shared_A": 0.5, "B": 4}},
+    },
+    "zero3-8bit-rates": {"zero": ALL_SPLIT, "train": {"optim": "adamw_8bit", "lr_ratios": {"router": 0.5, "B": 4}}},
     "zero0-adafactor": {"parallel": {"zero_stage": 0}, "train": {"optim": "adafactor"}},
     "zero3-short": {"zero": SHORT_OF_ROOM, "sizes": DEEP},
     "zero3-short-recompute": {"zero": SHORT_OF_ROOM, "sizes": DEEP, "train": {"gradient_checkpointing": True}},

@@ -60,13 +60,14 @@ def reference_run(
             stepping.step()
             continue
         with torch.no_grad():
-            for i, (parameter, gradient) in enumerate(zip(parameters, clipped, strict=True)):
+            for i, (name, parameter, gradient) in enumerate(zip(names, parameters, clipped, strict=True)):
+                ratio = case.get("lr_ratios", {}).get(name.rpartition(".")[2], 1.0)
                 new, *moments_i = adamw_reference_step(
                     parameter,
                     gradient,
                     *moments[i],
                     step,
-                    learning_rate=LEARNING_RATE,
+                    learning_rate=ratio * LEARNING_RATE,
                     epsilon=EPSILON,
                     weight_decay=0.01,
                 )

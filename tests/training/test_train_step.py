@@ -33,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2-dora": {"zero_stage": 2, "method": "dora", "load_in_4bit": True},
     "zero3-dora": {"zero_stage": 3, "method": "dora", "load_in_4bit": True, "gradient_checkpointing": True},
     "zero3-hydralora": {"zero_stage": 3, "method": "hydralora"},
+    **{f"zero{stage}-rates": {"zero_stage": stage, "lr_ratios": {"gate": 0.25, "B": 4.0}} for stage in range(4)},
+    "zero1-rates-lora": {"zero_stage": 1, "method": "lora", "lr_ratios": {"A": 0.5, "B": 8.0}},
     "zero0-fused": {"zero_stage": 0, "gradient_checkpointing": True},
     "zero3-fused": {"zero_stage": 3, "load_in_4bit": True, "gradient_checkpointing": True},
     "zero3-apart": {"zero_stage": 3, "fuse_projections": False, "gradient_checkpointing": True},

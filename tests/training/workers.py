@@ -146,6 +146,7 @@ def new_train_step(world: World, folder: str, case: dict[str, Any], kind: type[T
         warmup_steps=0,
         total_steps=STEPS,
         optim=case.get("optim", "adamw_torch"),
+        lr_ratios=case.get("lr_ratios", {}),
     )
     model = build_model(folder, case, world, config, groups)
     return (kind or RecordingTrainStep)(
