@@ -85,12 +85,14 @@ def adapter_reference(
     scaling: float,
     normalize: bool = False,
     dropout_p: float = 0.0,
+    router_input: str = "x",
 ) -> Tensor:
     """Eq. 5 with the frozen output: y_t = base_t + scaling * sum_k g_tk Delta W_{e_tk} x_t, (T, O), token by token.
 
     `tensors`: x (T, I), base (T, O), B (E, O, R); malora: gate (E, I), shared_A (D, I), P (E, R, D);
     molora: gate (E, I), A (E, R, I); hydralora: gate (E, I), shared_A (R, I), and all experts whatever top_k says;
-    lora: A (1, R, I), no gate. The router reads x; the experts read
+    lora: A (1, R, I), no gate. The router reads x, or with router_input h what S_A makes for the experts (gate then
+    (E, D)); the experts read
     x * mask / (1 - dropout_p) with mask (T, I), or x where there is no mask.
     """
     x_TI, base_TO, mask_TI = tensors["x"], tensors["base"], tensors.get("mask")
@@ -99,7 +101,8 @@ def adapter_reference(
         gates_TK, expert_ids_TK = x_TI.new_ones(len(x_TI), 1), torch.zeros(len(x_TI), 1, dtype=torch.int64)
     else:
         top_k = len(tensors["gate"]) if method == "hydralora" else top_k
-        gates_TK, expert_ids_TK, _ = routing_reference(x_TI, tensors["gate"], top_k, normalize)
+        read = x_TI if router_input == "x" else dropped_TI @ tensors["shared_A"].T
+        gates_TK, expert_ids_TK, _ = routing_reference(read, tensors["gate"], top_k, normalize)
     expert = _expert_reference(method, tensors)
     y_TO = []
     for t in range(len(x_TI)):

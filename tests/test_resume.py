@@ -32,6 +32,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "hydralora": {"zero_stage": 2, "method": "hydralora", "shape": {"shared_r": None}},
     "molora": {"zero_stage": 3, "ep_size": 2, "method": "molora", "shape": {"shared_r": None}},
     "frozen router": {"zero_stage": 3, "ep_size": 2, "tied_router": True},
+    "router on h": {"zero_stage": 3, "ep_size": 2, "shape": {"router_input": "h"}},
     "kept whole": {"zero_stage": 3, "default_persistence": True},
 }
 PAIRS = [f"{source} -> {target}" for target in CASES for source in CASES]

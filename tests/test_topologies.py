@@ -35,6 +35,7 @@ CORNERS: dict[int, dict[str, Case]] = {
         "grouped": {"ep_size": 2, "computation": "grouped", "load_in_4bit": True, "gradient_checkpointing": True},
         "experts without S_A": {"ep_size": 2, "method": "molora"},
         "evaluation between steps": {"ep_size": 2, "evaluation_between": True, "load_in_4bit": True},
+        "router on h": {"ep_size": 2, "shape": {"router_input": "h", "scaling_rule": "gate_norm"}},
         "learning rates": {"ep_size": 2, "lr_ratios": {"gate": 0.25, "P": 2.0, "B": 4.0}},
         "learning rates below 3": {
             "ep_size": 2,

@@ -36,6 +36,8 @@ class MaloraConfig:
         lora_alpha: the output is scaled by lora_alpha / r, or as `scaling` says.
         scaling: `lora`, `rslora` (lora_alpha / sqrt(r)), or `gate_norm` or `gate_sum`, which give a mixture the scale
             of a single LoRA (`adapters.scaling`).
+        router_input: `x`, the layer's input, or `h`, what the experts read behind the shared down-projection.
+        router_dtype: of the router's product: `float32`, or `input` for the dtype of what it reads.
         use_rslora: PEFT's name of scaling="rslora".
         lora_dropout: dropout before the down-projection; the router reads its input undropped.
         beta: initial balance between shared and experts' down-projections of `malora`.
@@ -66,6 +68,8 @@ class MaloraConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     scaling: str = LORA
+    router_input: str = "x"
+    router_dtype: str = "float32"
     beta: float = 1.0
     normalize_gates: bool = False
     router_aux_loss_coef: float = 0.01

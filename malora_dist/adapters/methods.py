@@ -86,6 +86,9 @@ class MixtureSpec:
     """A method with its numbers; what `inject_adapters` builds on each target linear.
 
     r is the rank of an expert (r-bar in the paper), shared_r the rank of S_A (d), None for methods without one.
+    router_input: `x`: the router reads the layer's input. `h`: it reads what the experts read, S_A drop(x), and so has
+    D instead of I inputs (CoMoL, arXiv 2603.00573).
+    router_dtype: of the router's product, `float32` or `input`, that of what it reads. Softmax and gates are fp32.
     scaling_rule: how s follows from lora_alpha and r (`adapters.scaling`).
     rank_pattern, alpha_pattern: r and lora_alpha of layers whose names a pattern matches, as pairs of pattern and
     number in PEFT's order and meaning; what such a layer gets is `of_layer`.
@@ -100,6 +103,8 @@ class MixtureSpec:
     beta: float
     normalize_gates: bool
     scaling_rule: str = LORA
+    router_input: str = "x"
+    router_dtype: str = "float32"
     rank_pattern: Patterns = ()
     alpha_pattern: Patterns = ()
 
@@ -163,6 +168,8 @@ def mixture_spec(
     beta: float = 1.0,
     normalize_gates: bool = False,
     scaling_rule: str = LORA,
+    router_input: str = "x",
+    router_dtype: str = "float32",
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | Patterns = (),
     alpha_pattern: Mapping[str, float] | Patterns = (),
@@ -184,6 +191,7 @@ def mixture_spec(
         raise ConfigError(
             f"r={r}, num_experts={num_experts}, top_k={top_k}: each must be at least 1 and top_k at most num_experts"
         )
+    _check_router(router_input, router_dtype)
     if not structure.expert_down:
         shared_r = r if structure.shared_down else None
     else:
@@ -200,6 +208,8 @@ def mixture_spec(
         beta=beta,
         normalize_gates=normalize_gates,
         scaling_rule=_scaling_rule(structure, scaling_rule, use_rslora),
+        router_input=router_input if structure.shared_down else "x",
+        router_dtype=router_dtype if structure.routed else "float32",
         rank_pattern=_patterns("rank_pattern", rank_pattern, "integers of at least 1", _is_rank),
         alpha_pattern=_patterns("alpha_pattern", alpha_pattern, "positive numbers", _is_positive),
     )
@@ -217,6 +227,16 @@ def _scaling_rule(structure: Structure, rule: str, use_rslora: bool) -> str:
     if use_rslora:
         return RSLORA
     return rule if structure.routed or rule == RSLORA else LORA
+
+
+ROUTER_INPUTS, ROUTER_DTYPES = ("x", "h"), ("float32", "input")
+
+
+def _check_router(router_input: str, router_dtype: str) -> None:
+    given = {"router_input": (router_input, ROUTER_INPUTS), "router_dtype": (router_dtype, ROUTER_DTYPES)}
+    for name, (value, known) in given.items():
+        if value not in known:
+            raise ConfigError(f"{name}={short(value)} must be one of {', '.join(known)}")
 
 
 def _patterns(argument: str, given: Any, rule: str, holds: Callable[[Any], bool]) -> Patterns:
@@ -242,13 +262,16 @@ def _is_positive(value: Any) -> bool:
 def factor_shapes(spec: MixtureSpec, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every adapter tensor on one linear of I inputs and O outputs.
 
-    `gate` (E, I) is the router's linear; `shared_A` (D, I) is S_A; `P` (E, R, D) or `A` (E, R, I) lead into an expert's
-    rank; `B` (E, O, R) leads out. Experts are stacked on dim 0. `magnitude` (O,) is DoRA's norm of each output's row.
+    `gate` (E, I), or (E, D) if it reads h, is the router's linear; `shared_A` (D, I) is S_A; `P` (E, R, D) or
+    `A` (E, R, I) lead into an expert's rank; `B` (E, O, R) leads out. Experts are stacked on dim 0. `magnitude` (O,) is
+    DoRA's norm of each output's row.
     """
     E, R = spec.num_experts, spec.r
     shapes: dict[str, tuple[int, ...]] = {}
     if spec.structure.routed:
-        shapes["gate"] = (E, in_features)
+        width = in_features if spec.router_input == "x" else spec.shared_r
+        assert width is not None
+        shapes["gate"] = (E, width)
     if spec.shared_r is not None:
         shapes["shared_A"] = (spec.shared_r, in_features)
     if spec.structure.expert_down:
@@ -266,6 +289,7 @@ def count_parameters(spec: MixtureSpec, in_features: int, out_features: int) -> 
     """Trainable numbers on one linear of n inputs and m outputs.
 
     LoRA r(n+m); DoRA r(n+m) + m; MoLoRA N r(n+m) + N n; HydraLoRA r n + N r m + N n; MALoRA d n + N r d + N r m + N n.
+    A router that reads h has N d (HydraLoRA N r) instead of N n.
     """
     return sum(math.prod(shape) for shape in factor_shapes(spec, in_features, out_features).values())
 

@@ -87,7 +87,8 @@ class ModelConfig(Section):
 def _unused_keys(structure: Structure) -> list[str]:
     """Return the keys of `adapter` that nothing reads for a method of this structure."""
     keys = [] if structure.routed else ["num_experts"]
-    keys += [] if structure.shared_down else ["fuse_projections"]
+    keys += [] if structure.routed else ["router_dtype"]
+    keys += [] if structure.shared_down else ["fuse_projections", "router_input"]
     if not structure.sparse:
         keys += ["top_k", "normalize_gates", "router_aux_loss_coef", "router_aux_loss_reduction", "balance_scope"]
     return keys if structure.expert_down else [*keys, "shared_r", "compression_ratio", "beta"]
@@ -171,6 +172,14 @@ class AdapterConfig(Section):
         "process; the latter depends on how samples are dealt.",
     )
     normalize_gates: bool = Field(False, description="Scale a token's chosen gates to sum to 1.")
+    router_input: Literal["x", "h"] = Field(
+        "x",
+        description="What routers read. x: the layer's input. h: S_A drop(x), as the experts, which drops a product as "
+        "wide as the input and num_experts numbers for each input.",
+    )
+    router_dtype: Literal["float32", "input"] = Field(
+        "float32", description="Precision of the routers' products. input: that of what they read."
+    )
     computation: Literal["auto", "dense", "grouped", "grouped_triton"] = Field(
         "auto",
         description="All experts with masked gates, or rows grouped by expert, with the same result. grouped_triton: "

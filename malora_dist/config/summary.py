@@ -27,6 +27,8 @@ def adapter_spec(config: RunConfig) -> MixtureSpec:
         beta=adapter.beta,
         normalize_gates=adapter.normalize_gates,
         scaling_rule=adapter.scaling,
+        router_input=adapter.router_input,
+        router_dtype=adapter.router_dtype,
         use_rslora=adapter.use_rslora,
     )
 

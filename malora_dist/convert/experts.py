@@ -12,7 +12,7 @@ from malora_dist.convert.calibration import calibration_samples, collect
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.job import Job
 from malora_dist.convert.peft_folder import fill_peft_folder, lora_card, lora_shapes
-from malora_dist.convert.subspace import subspace_of
+from malora_dist.convert.subspace import down_shape, subspace_of
 from malora_dist.convert.verify import Factors, logits_of, text_rows, verify_peft
 from malora_dist.errors import ConfigError
 
@@ -73,7 +73,8 @@ def _mean_gates(job: Job, adapter: AdapterTensors) -> Gates:
 
 
 def _shapes(adapter: AdapterTensors, layer: str) -> dict[str, tuple[int, int]]:
-    inputs, outputs = adapter.shapes[f"{layer}.gate"][1], adapter.shapes[f"{layer}.B"][1]
+    factors = {factor: adapter.shapes[f"{layer}.{factor}"] for factor in adapter.layers()[layer]}
+    inputs, outputs = down_shape(factors)[1], factors["B"][1]
     return lora_shapes(layer, adapter.info.spec.r, inputs, outputs)
 
 

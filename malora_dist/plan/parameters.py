@@ -80,7 +80,9 @@ def weight_copy_bytes(run: Run) -> int:
         return 0
     numel = 0
     for linear in run.adapted:
-        in_tiles = EXPERT_FACTORS if run.computation != "grouped" and is_grouped(run, linear) else ()
+        in_tiles: tuple[str, ...] = EXPERT_FACTORS if run.computation != "grouped" and is_grouped(run, linear) else ()
+        # A router that reads h is rounded within the graph, if at all.
+        in_tiles += ("gate",) if run.spec.router_input == "h" else ()
         for factor, shape in factor_shapes(run.spec, linear.in_features, linear.out_features).items():
             if factor not in in_tiles:
                 part = math.prod(shape) // (run.ep_size if factor in EXPERT_FACTORS else 1)

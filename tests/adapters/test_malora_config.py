@@ -23,6 +23,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"scaling": "gate_norm", "num_experts": 4},
     {"scaling": "gate_sum", "normalize_gates": True},
     {"scaling": "rslora"},
+    {"router_input": "h", "router_dtype": "input"},
     {"method": "lora", "use_rslora": True},
     {"method": "lora", "rank_pattern": {"q_proj": 2}, "base_model_name_or_path": "some/base"},
 ]

@@ -83,6 +83,16 @@ def test_factors_of_a_method(method: str, shapes: dict[str, tuple[int, ...]]) ->
     assert count_parameters(spec, 20, 30) == sum(math.prod(shape) for shape in shapes.values())
 
 
+@pytest.mark.parametrize(("method", "width"), [("malora", 7), ("hydralora", 3), ("molora", 20), ("lora", None)])
+def test_a_router_that_reads_h_is_as_wide_as_the_experts_input(method: str, width: int | None) -> None:
+    """CoMoL drops N (n - d) numbers; methods without S_A have no h that the router could read."""
+    spec = mixture_spec(method, num_experts=5, r=3, shared_r=7, router_input="h")
+    plain = mixture_spec(method, num_experts=5, r=3, shared_r=7)
+    assert factor_shapes(spec, 20, 30).get("gate", (0, None))[1] == width
+    saved = 0 if width is None else 5 * (20 - width)
+    assert count_parameters(plain, 20, 30) - count_parameters(spec, 20, 30) == saved
+
+
 @pytest.mark.parametrize(
     ("method", "numbers", "named"),
     [
@@ -94,6 +104,8 @@ def test_factors_of_a_method(method: str, shapes: dict[str, tuple[int, ...]]) ->
         ("malora", {"num_experts": 4, "top_k": 5}, ["num_experts=4", "top_k=5"]),
         ("malora", {"r": 12, "shared_r": 11}, ["shared_r=11", "r=12"]),
         ("malora", {"num_experts": 2, "top_k": 1, "r": 12}, ["shared_r=8", "r=12"]),
+        ("malora", {"router_input": "y"}, ["router_input='y'", "x, h"]),
+        ("malora", {"router_dtype": "bf16"}, ["router_dtype='bf16'", "float32, input"]),
     ],
 )
 def test_impossible_numbers_are_named(method: str, numbers: dict[str, Any], named: list[str]) -> None:

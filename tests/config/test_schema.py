@@ -76,6 +76,8 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
         broken("adapter", {"method": "lora", "router_aux_loss_coef": 0}, "router_aux_loss_coef=0: has no meaning"),
         broken("adapter", {"method": "lora", "scaling": "gate_sum"}, "adapter.scaling='gate_sum': has no meaning"),
         broken("adapter", {"scaling": "gate_sum", "use_rslora": True}, "contradicts adapter.use_rslora=true"),
+        broken("adapter", {"method": "molora", "router_input": "h"}, "router_input='h': has no meaning"),
+        broken("adapter", {"method": "lora", "router_dtype": "input"}, "router_dtype='input': has no meaning"),
         broken("adapter", {"method": "molora", "beta": 2}, "adapter.beta=2: has no meaning for adapter.method=molora"),
         broken(
             "adapter", {"method": "dora", "num_experts": 8}, "num_experts=8: has no meaning for adapter.method=dora"

@@ -63,6 +63,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "zero2-8bit": {"parallel": {"zero_stage": 2}, "train": {"optim": "adamw_8bit"}},
     "zero3-8bit": {"zero": ALL_SPLIT, "train": {"optim": "adamw_8bit"}},
+    "zero2-router-h": {
+        "parallel": {"zero_stage": 2},
+        "adapter": {"router_input": "h"},
+        "model": {"dtype": "bfloat16", "load_in_4bit": False},
+    },
     "zero2-8bit-rates": {
         "parallel": {"zero_stage": 2, "ep_size": 2},
         "train": {"optim": "adamw_8bit", "lr_ratios": {"shared_A": 0.5, "B": 4}},

@@ -28,6 +28,8 @@ CASES = list(
             "fuse_projections": [False, True],
             "normalize_gates": [False, True],
             "gradient_checkpointing": [False, True],
+            "router_input": ["x", "h"],
+            "router_dtype": ["float32", "input"],
             "loss_head": [False, True],
             "balance": ["global", "local"],
         }
@@ -38,7 +40,8 @@ CASES = list(
 def numbers(case: dict[str, Any], device: str) -> dict[str, Tensor]:
     """The loss, the balance loss and every gradient of one micro-batch, of a model adapted on the device."""
     model = tiny_llama().to(device)
-    spec = mixture_spec(case["method"], num_experts=4, r=3, normalize_gates=case["normalize_gates"])
+    switches = {key: case[key] for key in ("normalize_gates", "router_input", "router_dtype")}
+    spec = mixture_spec(case["method"], num_experts=4, r=3, **switches)
     inject_adapters(
         model,
         spec,

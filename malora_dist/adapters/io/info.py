@@ -5,8 +5,8 @@ other tools load; the routed methods add a block `malora` to the config and keep
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict
     """The content of adapter_config.json. `weights_sha256` is the checksum of the file of weights beside it."""
     numbers = asdict(info.spec)
     patterns = {key: dict(numbers.pop(key)) for key in PATTERNS}
-    scaling = numbers.pop("scaling_rule")
+    scaling, router = numbers.pop("scaling_rule"), _not_default(numbers, ("router_input", "router_dtype"))
     return {
         "peft_type": "LORA" if not info.spec.structure.routed else info.spec.method.upper(),
         "task_type": "CAUSAL_LM",
@@ -69,10 +69,18 @@ def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict
             **numbers,
             "use_rslora": info.spec.use_rslora,
             **({} if scaling in (LORA, RSLORA) else {"scaling": scaling}),
+            **router,
             **({"trust_remote_code": True} if info.trust_remote_code else {}),
             **_sealed(weights_sha256),
         },
     }
+
+
+def _not_default(numbers: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Take keys out of a spec's numbers, and return those that are not the default, which files do not hold."""
+    defaults = {each.name: each.default for each in fields(MixtureSpec)}
+    taken = {key: numbers.pop(key) for key in keys}
+    return {key: value for key, value in taken.items() if value != defaults[key]}
 
 
 def _sealed(weights_sha256: str | None) -> dict[str, str]:

@@ -1,12 +1,12 @@
 """What adapter_config.json of our own adapters must say."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from malora_dist.adapters.methods import MixtureSpec, mixture_spec, unknown_method
+from malora_dist.adapters.methods import ROUTER_DTYPES, ROUTER_INPUTS, MixtureSpec, mixture_spec, unknown_method
 from malora_dist.adapters.scaling import SCALINGS
 from malora_dist.errors import CheckpointError, ConfigError, brief, short
 from malora_dist.files.json_rules import DIGEST, OBJECT, POSITIVE, TEXT, Rule, check_rule
@@ -18,6 +18,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item for item in value)
+
+
+def _one_of(names: Iterable[str]) -> Rule:
+    known = tuple(names)
+    return f"must be one of {', '.join(known)}", lambda value: isinstance(value, str) and value in known
 
 
 TRUTH: Rule = ("must be true or false", lambda value: isinstance(value, bool))
@@ -64,7 +69,9 @@ SETTINGS: dict[str, Rule] = {
 TWICE = ("r", "lora_alpha", "use_rslora")
 OPTIONAL: dict[str, Rule] = {
     "use_rslora": TRUTH,
-    "scaling": (f"must be one of {', '.join(SCALINGS)}", lambda value: isinstance(value, str) and value in SCALINGS),
+    "scaling": _one_of(SCALINGS),
+    "router_input": _one_of(ROUTER_INPUTS),
+    "router_dtype": _one_of(ROUTER_DTYPES),
     "trust_remote_code": TRUTH,
     "weights_sha256": DIGEST,
 }

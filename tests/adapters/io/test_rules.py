@@ -32,6 +32,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"malora.beta": 10**400}, "must be a positive number"),
     ({"malora.normalize_gates": "no"}, "malora.normalize_gates='no' must be true or false"),
     ({"malora.scaling": "gate"}, "malora.scaling='gate' must be one of lora, rslora, gate_norm, gate_sum"),
+    ({"malora.router_input": "y"}, "malora.router_input='y' must be one of x, h"),
+    ({"malora.router_dtype": 3}, "malora.router_dtype=3 must be one of float32, input"),
     ({"malora.scaling": 3}, "malora.scaling=3 must be one of"),
     ({"malora.use_newlora": True}, "malora.use_newlora is not a key of this format"),
     ({"malora.format_version": "1"}, "malora.format_version='1' must be an integer"),
