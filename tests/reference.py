@@ -174,6 +174,18 @@ def balance_reference(
     return num_experts * loss
 
 
+def z_loss_reference(logits_TE: Tensor) -> Tensor:
+    """Mean over tokens of log(sum_e exp(l_e))^2 (ST-MoE, arXiv 2202.08906, eq. 5), token by token."""
+    return sum((torch.log(sum(torch.exp(l_E))) ** 2 for l_E in logits_TE), logits_TE.new_zeros(())) / len(logits_TE)
+
+
+def coefficient_reference(schedule: str, coefficient: float, step: int, last_step: int) -> float:
+    """Weight of the balance loss in optimizer step number `step`, from 1."""
+    if schedule == "linear":
+        return coefficient * max(0, last_step - step + 1) / last_step
+    return 0.0 if schedule == "until" and step > last_step else coefficient
+
+
 # ------------------------------------------------------------------------------------------- expert parallelism
 
 

@@ -10,7 +10,7 @@ from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.ops.dropout import keyed_dropout
 from malora_dist.ops.input_projection import autocast, inner_router_logits, project
 from malora_dist.ops.products import WeightCopies
-from malora_dist.ops.routing import Routing, choose
+from malora_dist.ops.routing import Routing, choose, choose_each
 
 
 class ProjectedInput(NamedTuple):
@@ -38,8 +38,10 @@ class InputProjection(nn.Module):
 
     token_keys: which tokens the next forward sees, so that dropout masks do not depend on ranks (`ops.dropout`). None
     outside our training loop: then keys are drawn, as nn.Dropout would draw a mask.
+    keeps_log_sums: whether routings hold what the z-loss needs.
     """
 
+    keeps_log_sums = False
     weight_copies: WeightCopies | None = None
     gate: nn.Parameter | None
     shared_A: nn.Parameter | None
@@ -101,6 +103,8 @@ class InputProjection(nn.Module):
         if self.reads_h:
             logits_TE = inner_router_logits(h_TD, gates, self.narrow)[0]
         routing = choose(logits_TE, self.top_k, self.normalize_gates) if gates else None
+        if self.keeps_log_sums and routing is not None:
+            routing = routing._replace(log_sum_T=logits_TE.logsumexp(dim=-1))
         return x_TI, h_TD if downs else None, routing
 
     def extra_repr(self) -> str:
@@ -115,6 +119,7 @@ class FusedProjection(nn.Module):
     own, because ZeRO-3 gathers weights module by module.
     """
 
+    keeps_log_sums = False
     weight_copies: WeightCopies | None = None
 
     def __init__(self, projections: Sequence[InputProjection]) -> None:
@@ -139,6 +144,5 @@ class FusedProjection(nn.Module):
             logits_LTE = inner_router_logits(h_TW, gates, self.narrow)
         else:
             logits_LTE = logits_TN.unflatten(1, (L, -1)).transpose(0, 1)
-        routing = choose(logits_LTE, self.top_k, self.normalize_gates)
-        routings = [Routing(*each) for each in zip(*(part_L.unbind() for part_L in routing), strict=True)]
+        routings = choose_each(logits_LTE, self.top_k, self.normalize_gates, self.keeps_log_sums)
         return x_TI, list(h_TW.chunk(L, dim=1)), routings

@@ -91,6 +91,7 @@ def _unused_keys(structure: Structure) -> list[str]:
     keys += [] if structure.shared_down else ["fuse_projections", "router_input"]
     if not structure.sparse:
         keys += ["top_k", "normalize_gates", "router_aux_loss_coef", "router_aux_loss_reduction", "balance_scope"]
+        keys += ["router_aux_loss_schedule", "router_aux_loss_ratio", "router_z_loss_coef"]
     return keys if structure.expert_down else [*keys, "shared_r", "compression_ratio", "beta"]
 
 
@@ -119,6 +120,7 @@ class AdapterConfig(Section):
         "norm_topk_prob": "normalize_gates",
         "aux_loss_coef": "router_aux_loss_coef",
         "moe_aux_loss_coef": "router_aux_loss_coef",
+        "moe_z_loss_coeff": "router_z_loss_coef",
         "shared_rank": "shared_r",
         "fuse_siblings": "fuse_projections",
     }
@@ -166,6 +168,17 @@ class AdapterConfig(Section):
     router_aux_loss_reduction: Literal["mean", "sum"] = Field(
         "mean", description="How the balance losses of all routers become one."
     )
+    router_aux_loss_schedule: Literal["constant", "linear", "until"] = Field(
+        "constant",
+        description="The load-balancing loss's weight over the run. linear: falls to 0 over router_aux_loss_ratio of "
+        "the steps. until: 0 after them.",
+    )
+    router_aux_loss_ratio: float = Field(
+        0.1, gt=0, le=1, description="Share of all steps with a load-balancing loss, for schedules but constant."
+    )
+    router_z_loss_coef: float = Field(
+        0.0, ge=0, description="Weight of the z-loss, the mean square of the log of a router's sum of exponentials."
+    )
     balance_scope: Literal["global", "local"] = Field(
         "global",
         description="Balance experts over all tokens of an optimizer step, or over those of each micro-batch on each "
@@ -212,4 +225,7 @@ class AdapterConfig(Section):
 
     def inapplicable_fields(self) -> dict[str, str]:
         keys = _unused_keys(METHODS[self.method])
-        return {key: f"has no meaning for adapter.method={self.method}" for key in keys}
+        reasons = {key: f"has no meaning for adapter.method={self.method}" for key in keys}
+        if self.router_aux_loss_schedule == "constant":
+            reasons.setdefault("router_aux_loss_ratio", "has no meaning for adapter.router_aux_loss_schedule=constant")
+        return reasons

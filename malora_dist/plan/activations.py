@@ -99,9 +99,13 @@ def _a_block(run: Run, linear: Linear) -> float:
 
 
 def _routing_bytes(run: Run) -> int:
-    """Probabilities and gates (fp32) over all experts, and the numbers of the chosen ones (int64)."""
+    """Probabilities and gates (fp32) over all experts, and the numbers of the chosen ones (int64).
+
+    The z-loss keeps logits and the log of their sum too.
+    """
     spec = run.spec
-    return run.tokens * (spec.num_experts * 2 * FP32 + spec.top_k * INDEX) if spec.structure.routed else 0
+    logits = (spec.num_experts + 1) * FP32 if run.z_loss else 0
+    return run.tokens * (spec.num_experts * 2 * FP32 + spec.top_k * INDEX + logits) if spec.structure.routed else 0
 
 
 def _adapter_bytes(run: Run, linear: Linear) -> int:

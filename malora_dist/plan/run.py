@@ -60,6 +60,7 @@ class Run:
     zero: ZeroSettings
     optim: str = DEFAULT
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
+    z_loss: bool = False
 
     @property
     def tokens(self) -> int:
@@ -127,6 +128,7 @@ def run_of(
         zero=zero_settings(config) if zero is None else zero,
         optim=config.train.optim,
         lr_ratios=config.train.lr_ratios.by_factor(),
+        z_loss=adapter.router_z_loss_coef > 0,
     )
 
 

@@ -76,9 +76,9 @@ class TrainStep:
     """Runs optimizer steps on an engine.
 
     loss = sum of weighted cross-entropies over the whole global batch (`ops.loss`) + coefficient x its balance
-    loss (`training.balance_loss`). DeepSpeed divides by the accumulation steps and averages over processes, so each
-    process back-propagates its weighted sum times both. The host waits for the device once a step, when the numbers
-    that must be finite are read.
+    loss, and the z-loss if it has one (`training.balance_loss`). DeepSpeed divides by the accumulation steps and
+    averages over processes, so each process back-propagates its weighted sum times both. The host waits for the device
+    once a step, when the numbers that must be finite are read.
     """
 
     def __init__(
@@ -171,7 +171,10 @@ class TrainStep:
             self.settings.normalization,
         )
         loss = (ce_N * weights_N).sum()
-        share = loss + self.balance.settings.coefficient * balance
+        settings = self.balance.settings
+        share = loss + settings.coefficient_at(number) * balance
+        if settings.z_coefficient > 0:
+            share = share + settings.z_coefficient * self.balance.z_share
         self.watchdog.mark_phase("backward")
         self.engine.backward(share * accumulation * self.world.size)
         self.nonfinite.collect()

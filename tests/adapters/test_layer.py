@@ -183,8 +183,8 @@ def test_routing_is_kept_and_reads_x_before_dropout() -> None:
     layer.token_keys = token_keys(1, 2, torch.zeros(case.T), torch.arange(case.T))
     layer(tensors["x"])
     expected = route(tensors["x"], layer.input_projection.gate, case.K)
-    assert all(torch.equal(got, want) for got, want in zip(layer.routing, expected, strict=True))
-    assert layer.routing.probs_TE.requires_grad
+    assert all(torch.equal(got, want) for got, want in zip(layer.routing[:3], expected[:3], strict=True))
+    assert layer.routing.log_sum_T is None and layer.routing.probs_TE.requires_grad
     lora = _filled(case, "lora", "auto", make_inputs(case, "lora"))
     lora(tensors["x"])
     assert lora.routing is None

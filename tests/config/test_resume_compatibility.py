@@ -14,6 +14,7 @@ REFUSED = {
     "adapter.compression_ratio", "adapter.lora_alpha", "adapter.use_rslora", "adapter.scaling", "adapter.beta",
     "adapter.lora_dropout",
     "adapter.target_modules", "adapter.router_aux_loss_coef", "adapter.router_aux_loss_reduction",
+    "adapter.router_aux_loss_schedule", "adapter.router_aux_loss_ratio", "adapter.router_z_loss_coef",
     "adapter.router_input",
     "adapter.router_dtype", "adapter.balance_scope", "adapter.normalize_gates", "data.mixture", "data.temperature",
     "train.max_steps", "train.num_train_epochs", "train.global_batch_size", "train.learning_rate",

@@ -154,7 +154,7 @@ def new_train_step(world: World, folder: str, case: dict[str, Any], kind: type[T
         world,
         StepSettings(
             task_names=["a", "b", "c"],
-            balance=BalanceSettings(COEFFICIENT, "mean", "global"),
+            balance=BalanceSettings(COEFFICIENT, "mean", "global", **case.get("balance", {})),
             normalization=case.get("normalization", "token"),
             zero_stage=stage,
             max_grad_norm=MAX_NORM,
