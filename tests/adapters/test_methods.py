@@ -137,6 +137,20 @@ def test_budget_takes_the_nearest_rank(method: str) -> None:
     assert match_budget(method, SMOLLM2, 1).r == 1
 
 
+@pytest.mark.parametrize(("num_experts", "top_k", "r"), [(16, 4, 6), (24, 6, 4)])
+def test_finer_experts_cost_the_same(num_experts: int, top_k: int, r: int) -> None:
+    """More experts of lower rank, as many ranks in all and in each token: the budget gives r, shared_r the rest."""
+    budget = total("malora", r=12)
+    finer = {"num_experts": num_experts, "top_k": top_k}
+    assert match_budget("malora", SMOLLM2, budget, **finer).r == r and r * num_experts == 12 * 8
+    by_rank = {d: total("malora", r=r, shared_r=d, **finer) for d in range(r, 60)}
+    d, nearest = min(by_rank.items(), key=lambda item: abs(item[1] - budget))
+    assert abs(nearest / budget - 1) < 0.01 and d > r
+    # What changes is N n of the routers, and N r d of P for the rank d of S_A.
+    inputs = sum(n for n, _ in SMOLLM2)
+    assert nearest - budget == inputs * (num_experts - 8 + d - 32) + len(SMOLLM2) * 96 * (d - 32)
+
+
 def test_budget_out_of_reach_of_a_fixed_shared_r() -> None:
     assert match_budget("malora", SMOLLM2, total("malora", r=6, shared_r=8), shared_r=8).r == 6
     with pytest.raises(ConfigError, match="shared_r=8"):
