@@ -173,7 +173,7 @@ def _build(
         expert_groups=groups,
     )
     logger.placement(str(model.dtype), resident_bytes(model), steps, loader.steps_per_epoch)
-    return new_train_step(context, inputs.data, engine, all_to_all)
+    return new_train_step(context, inputs.data, engine, all_to_all, steps)
 
 
 def _resume(

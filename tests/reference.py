@@ -37,6 +37,17 @@ def init_reference(K_EDI: Tensor, r: int, beta: float) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------ routing and adapter
 
 
+def scaling_reference(rule: str, lora_alpha: float, r: int, gates: Sequence[float]) -> float:
+    """s by a rule, of the gates that a token's chosen experts have: those of a uniform router at the start."""
+    lora = lora_alpha / r
+    return {
+        "lora": lora,
+        "rslora": lora_alpha / r**0.5,
+        "gate_norm": lora / sum(gate**2 for gate in gates) ** 0.5,
+        "gate_sum": lora / sum(gates),
+    }[rule]
+
+
 def routing_reference(
     x_TI: Tensor, gate_EI: Tensor, top_k: int, normalize: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,12 +85,14 @@ def adapter_reference(
     scaling: float,
     normalize: bool = False,
     dropout_p: float = 0.0,
+    router_input: str = "x",
 ) -> Tensor:
     """Eq. 5 with the frozen output: y_t = base_t + scaling * sum_k g_tk Delta W_{e_tk} x_t, (T, O), token by token.
 
     `tensors`: x (T, I), base (T, O), B (E, O, R); malora: gate (E, I), shared_A (D, I), P (E, R, D);
     molora: gate (E, I), A (E, R, I); hydralora: gate (E, I), shared_A (R, I), and all experts whatever top_k says;
-    lora: A (1, R, I), no gate. The router reads x; the experts read
+    lora: A (1, R, I), no gate. The router reads x, or with router_input h what S_A makes for the experts (gate then
+    (E, D)); the experts read
     x * mask / (1 - dropout_p) with mask (T, I), or x where there is no mask.
     """
     x_TI, base_TO, mask_TI = tensors["x"], tensors["base"], tensors.get("mask")
@@ -88,7 +101,8 @@ def adapter_reference(
         gates_TK, expert_ids_TK = x_TI.new_ones(len(x_TI), 1), torch.zeros(len(x_TI), 1, dtype=torch.int64)
     else:
         top_k = len(tensors["gate"]) if method == "hydralora" else top_k
-        gates_TK, expert_ids_TK, _ = routing_reference(x_TI, tensors["gate"], top_k, normalize)
+        read = x_TI if router_input == "x" else dropped_TI @ tensors["shared_A"].T
+        gates_TK, expert_ids_TK, _ = routing_reference(read, tensors["gate"], top_k, normalize)
     expert = _expert_reference(method, tensors)
     y_TO = []
     for t in range(len(x_TI)):
@@ -158,6 +172,18 @@ def balance_reference(
     for e in range(num_experts):
         loss = loss + chosen.count(e) / len(chosen) * sum(probs_TE[t, e] for t in counted) / len(counted)
     return num_experts * loss
+
+
+def z_loss_reference(logits_TE: Tensor) -> Tensor:
+    """Mean over tokens of log(sum_e exp(l_e))^2 (ST-MoE, arXiv 2202.08906, eq. 5), token by token."""
+    return sum((torch.log(sum(torch.exp(l_E))) ** 2 for l_E in logits_TE), logits_TE.new_zeros(())) / len(logits_TE)
+
+
+def coefficient_reference(schedule: str, coefficient: float, step: int, last_step: int) -> float:
+    """Weight of the balance loss in optimizer step number `step`, from 1."""
+    if schedule == "linear":
+        return coefficient * max(0, last_step - step + 1) / last_step
+    return 0.0 if schedule == "until" and step > last_step else coefficient
 
 
 # ------------------------------------------------------------------------------------------- expert parallelism

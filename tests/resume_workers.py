@@ -92,7 +92,9 @@ class Run:
     def counts(self) -> dict[str, int]:
         """Steps by everything that counts them."""
         engine, groups = self.train_step.engine, self.train_step.engine.optimizer.param_groups
-        assert len({group["lr"] for group in groups}) == 1
+        ratios = {group.get("lr_ratio", 1.0) for group in groups}
+        assert ratios == {1.0, *self.case.get("lr_ratios", {}).values()}
+        assert len({round(group["lr"] / group.get("lr_ratio", 1.0), 12) for group in groups}) == 1
         return {
             "optimizer": self.optimizer.step_count(),
             "scheduler": engine.lr_scheduler.last_epoch,

@@ -16,8 +16,10 @@ from tests.training.workers import make_model
 pytestmark = [pytest.mark.distributed, pytest.mark.slow("every topology goes on from every other one")]
 
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
+# Several parameter groups, of routers and S_A alone, of experts alone, and of both.
+RATES: dict[str, Any] = {"lr_ratios": {"gate": 0.5, "B": 4.0}}
 CASES: dict[str, dict[str, Any]] = {
-    f"w{world}ep{ep}z{stage}": {"world": world, "ep_size": ep, "zero_stage": stage, "load_in_4bit": True}
+    f"w{world}ep{ep}z{stage}": {"world": world, "ep_size": ep, "zero_stage": stage, "load_in_4bit": True} | RATES
     for world, ep in LAYOUTS
     for stage in (0, 2, 3)
 }
@@ -30,6 +32,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "hydralora": {"zero_stage": 2, "method": "hydralora", "shape": {"shared_r": None}},
     "molora": {"zero_stage": 3, "ep_size": 2, "method": "molora", "shape": {"shared_r": None}},
     "frozen router": {"zero_stage": 3, "ep_size": 2, "tied_router": True},
+    "router on h": {"zero_stage": 3, "ep_size": 2, "shape": {"router_input": "h"}},
     "kept whole": {"zero_stage": 3, "default_persistence": True},
 }
 PAIRS = [f"{source} -> {target}" for target in CASES for source in CASES]

@@ -35,6 +35,18 @@ CORNERS: dict[int, dict[str, Case]] = {
         "grouped": {"ep_size": 2, "computation": "grouped", "load_in_4bit": True, "gradient_checkpointing": True},
         "experts without S_A": {"ep_size": 2, "method": "molora"},
         "evaluation between steps": {"ep_size": 2, "evaluation_between": True, "load_in_4bit": True},
+        "router on h": {"ep_size": 2, "shape": {"router_input": "h", "scaling_rule": "gate_norm"}},
+        "z-loss and a schedule": {
+            "ep_size": 2,
+            "gradient_checkpointing": True,
+            "balance": {"schedule": "linear", "last_step": 3, "z_coefficient": 0.2},
+        },
+        "learning rates": {"ep_size": 2, "lr_ratios": {"gate": 0.25, "P": 2.0, "B": 4.0}},
+        "learning rates below 3": {
+            "ep_size": 2,
+            "zero_stage": 2,
+            "lr_ratios": {"shared_A": 0.25, "gate": 0.25, "B": 4.0},
+        },
         "top 3 of 8": {"ep_size": 2, "shape": {"num_experts": 8, "top_k": 3}, "normalization": "task"},
     },
     4: {

@@ -74,7 +74,7 @@ def _losses(calls: _Calls, attention_mask: Tensor | None, num_layers: int, terms
     for number, routings in enumerate(zip(*calls.values(), strict=True)):
         T, top_k = routings[0].expert_ids_TK.shape
         mask_T = token_mask(attention_mask, T, routings[0].probs_TE.device)
-        counts_GLE, probs_LE = expert_statistics(routings, mask_T=mask_T)
+        counts_GLE, probs_LE, _ = expert_statistics(routings, mask_T=mask_T)
         counts_LE = counts_GLE[0] if number == 0 else counts_LE + counts_GLE[0]
         prob_sum_LE = probs_LE if number == 0 else prob_sum_LE + probs_LE
     tokens = (counts_LE[0].sum() / top_k).clamp(min=1)

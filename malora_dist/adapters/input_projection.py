@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.ops.dropout import keyed_dropout
-from malora_dist.ops.input_projection import autocast, project
+from malora_dist.ops.input_projection import autocast, inner_router_logits, project
 from malora_dist.ops.products import WeightCopies
-from malora_dist.ops.routing import Routing, choose
+from malora_dist.ops.routing import Routing, choose, choose_each
 
 
 class ProjectedInput(NamedTuple):
@@ -31,14 +31,17 @@ class ProjectedInput(NamedTuple):
 class InputProjection(nn.Module):
     """Router and shared down-projection S_A of one linear (MALoRA eqs. 4 and 7).
 
-    The router reads x before dropout, h = S_A drop(x). A method without S_A (MoLoRA, LoRA) has no h here, one without a
-    router (LoRA, DoRA) no routing. A module of its own, because ZeRO-3 gathers weights module by module: linears that
-    share their input can then be projected together, without gathering what their experts hold.
+    The router reads x before dropout, or with `router_input` h what the experts read, h = S_A drop(x). A method without
+    S_A (MoLoRA, LoRA) has no h here, one without a router (LoRA, DoRA) no routing. A module of its own, because ZeRO-3
+    gathers weights module by module: linears that share their input can then be projected together, without gathering
+    what their experts hold.
 
     token_keys: which tokens the next forward sees, so that dropout masks do not depend on ranks (`ops.dropout`). None
     outside our training loop: then keys are drawn, as nn.Dropout would draw a mask.
+    keeps_log_sums: whether routings hold what the z-loss needs.
     """
 
+    keeps_log_sums = False
     weight_copies: WeightCopies | None = None
     gate: nn.Parameter | None
     shared_A: nn.Parameter | None
@@ -46,11 +49,13 @@ class InputProjection(nn.Module):
     def __init__(self, in_features: int, spec: MixtureSpec, *, dropout: float = 0.0, input_salt: int = 0) -> None:
         super().__init__()
         self.in_features, self.top_k, self.normalize_gates = in_features, spec.top_k, spec.normalize_gates
+        self.reads_h, self.narrow = spec.router_input == "h", spec.router_dtype == "input"
         self.dropout, self.input_salt = dropout, input_salt
         self.token_keys: Tensor | None = None
         gate = shared_A = None
         if spec.structure.routed:
-            gate = nn.Parameter(torch.empty(spec.num_experts, in_features, dtype=torch.float32))
+            width = spec.shared_r if self.reads_h and spec.shared_r is not None else in_features
+            gate = nn.Parameter(torch.empty(spec.num_experts, width, dtype=torch.float32))
         if spec.shared_r is not None:
             shared_A = nn.Parameter(torch.empty(spec.shared_r, in_features, dtype=torch.float32))
         self.register_parameter("gate", gate)
@@ -92,8 +97,14 @@ class InputProjection(nn.Module):
         gates = [] if self.gate is None else [self.gate]
         if not downs and not gates:
             return x_TI, None, None
-        x_TI, h_TD, logits_TE = project(x_TI, downs, gates, keys_T, self.input_salt, self.dropout, self.weight_copies)
+        outer = [] if self.reads_h else gates
+        dropout = keys_T, self.input_salt, self.dropout
+        x_TI, h_TD, logits_TE = project(x_TI, downs, outer, *dropout, self.weight_copies, self.narrow)
+        if self.reads_h:
+            logits_TE = inner_router_logits(h_TD, gates, self.narrow)[0]
         routing = choose(logits_TE, self.top_k, self.normalize_gates) if gates else None
+        if self.keeps_log_sums and routing is not None:
+            routing = routing._replace(log_sum_T=logits_TE.logsumexp(dim=-1))
         return x_TI, h_TD if downs else None, routing
 
     def extra_repr(self) -> str:
@@ -108,6 +119,7 @@ class FusedProjection(nn.Module):
     own, because ZeRO-3 gathers weights module by module.
     """
 
+    keeps_log_sums = False
     weight_copies: WeightCopies | None = None
 
     def __init__(self, projections: Sequence[InputProjection]) -> None:
@@ -118,13 +130,19 @@ class FusedProjection(nn.Module):
             self.register_parameter(f"shared_A_{number}", projection.shared_A)
             self.register_parameter(f"gate_{number}", projection.gate)
         self.num_linears, self.top_k, self.normalize_gates = len(projections), first.top_k, first.normalize_gates
+        self.reads_h, self.narrow = first.reads_h, first.narrow
         self.dropout, self.input_salt = first.dropout, first.input_salt
 
     def forward(self, x_TI: Tensor, keys_T: Tensor | None = None) -> tuple[Tensor, list[Tensor], list[Routing]]:
         """Return x (T, I) as the base layers must read it, and h (T, D) and routing of each linear."""
         L = self.num_linears
         downs, gates = ([self.get_parameter(f"{name}_{n}") for n in range(L)] for name in ("shared_A", "gate"))
-        x_TI, h_TW, logits_TN = project(x_TI, downs, gates, keys_T, self.input_salt, self.dropout, self.weight_copies)
-        routing = choose(logits_TN.unflatten(1, (L, -1)).transpose(0, 1), self.top_k, self.normalize_gates)
-        routings = [Routing(*each) for each in zip(*(part_L.unbind() for part_L in routing), strict=True)]
+        outer = [] if self.reads_h else gates
+        dropout = keys_T, self.input_salt, self.dropout
+        x_TI, h_TW, logits_TN = project(x_TI, downs, outer, *dropout, self.weight_copies, self.narrow)
+        if self.reads_h:
+            logits_LTE = inner_router_logits(h_TW, gates, self.narrow)
+        else:
+            logits_LTE = logits_TN.unflatten(1, (L, -1)).transpose(0, 1)
+        routings = choose_each(logits_LTE, self.top_k, self.normalize_gates, self.keeps_log_sums)
         return x_TI, list(h_TW.chunk(L, dim=1)), routings

@@ -173,7 +173,8 @@ class MixtureLinear(nn.Module):
         n, E, projection = self.in_features, self.num_experts, self.input_projection
         shared_A = projection.shared_A
         if projection.gate is not None:
-            projection.gate.copy_(kaiming_uniform((E, n), fan_in=n, generator=generator))
+            width = projection.gate.shape[1]
+            projection.gate.copy_(kaiming_uniform((E, width), fan_in=width, generator=generator))
         if shared_A is None or self.expert_down is None:
             down = self.expert_down if shared_A is None else shared_A
             assert down is not None

@@ -11,6 +11,7 @@ from malora_dist.adapters.io.hub import adapter_folder
 from malora_dist.adapters.io.info import CONFIG, PATTERNS, AdapterInfo, adapter_config, info_of, read_config
 from malora_dist.adapters.io.rules import SETTINGS
 from malora_dist.adapters.methods import MixtureSpec, mixture_spec
+from malora_dist.adapters.scaling import LORA, RSLORA, SCALINGS
 from malora_dist.adapters.target_names import ALL_LINEAR, Narrowing, number_in_list, whole_name
 from malora_dist.errors import ConfigError, short
 from malora_dist.files.durable import write_text
@@ -32,7 +33,12 @@ class MaloraConfig:
         num_experts, top_k: experts on each linear, and how many of them a token is sent to.
         shared_r: rank of the shared down-projection of `malora`; None follows from `compression_ratio`.
         compression_ratio: lambda of the paper, shared_r = lambda / (2 - lambda) * num_experts * r.
-        lora_alpha, use_rslora: the output is scaled by lora_alpha / r, or lora_alpha / sqrt(r).
+        lora_alpha: the output is scaled by lora_alpha / r, or as `scaling` says.
+        scaling: `lora`, `rslora` (lora_alpha / sqrt(r)), or `gate_norm` or `gate_sum`, which give a mixture the scale
+            of a single LoRA (`adapters.scaling`).
+        router_input: `x`, the layer's input, or `h`, what the experts read behind the shared down-projection.
+        router_dtype: of the router's product: `float32`, or `input` for the dtype of what it reads.
+        use_rslora: PEFT's name of scaling="rslora".
         lora_dropout: dropout before the down-projection; the router reads its input undropped.
         beta: initial balance between shared and experts' down-projections of `malora`.
         normalize_gates: scale the gates of a token's chosen experts to sum to 1.
@@ -61,6 +67,9 @@ class MaloraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    scaling: str = LORA
+    router_input: str = "x"
+    router_dtype: str = "float32"
     beta: float = 1.0
     normalize_gates: bool = False
     router_aux_loss_coef: float = 0.01
@@ -80,6 +89,9 @@ class MaloraConfig:
     def __post_init__(self, fuse_siblings: bool | None) -> None:
         if fuse_siblings is not None:
             object.__setattr__(self, "fuse_projections", fuse_siblings)
+        if self.use_rslora and self.scaling == LORA:
+            object.__setattr__(self, "scaling", RSLORA)
+        object.__setattr__(self, "use_rslora", self.use_rslora or self.scaling == RSLORA)
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
@@ -94,8 +106,9 @@ class MaloraConfig:
     @property
     def spec(self) -> MixtureSpec:
         """The method with its numbers, as every layer takes them."""
-        numbers = {each.name: getattr(self, each.name) for each in fields(MixtureSpec)}
-        return mixture_spec(**numbers, compression_ratio=self.compression_ratio)
+        named = {each.name: each.name for each in fields(MixtureSpec)} | {"scaling_rule": "scaling"}
+        numbers = {name: getattr(self, own) for name, own in named.items()}
+        return mixture_spec(**numbers, use_rslora=self.use_rslora, compression_ratio=self.compression_ratio)
 
     @property
     def narrowing(self) -> Narrowing:
@@ -117,7 +130,7 @@ class MaloraConfig:
         """Return the config that an adapter folder was made with, but for the targets, which are those it has."""
         derived = _derived(info.spec, info.settings)
         numbers = {key: value for key, value in asdict(info.spec).items() if key not in derived}
-        numbers |= {key: dict(numbers[key]) for key in PATTERNS}
+        numbers |= {key: dict(numbers[key]) for key in PATTERNS} | {"scaling": numbers.pop("scaling_rule")}
         return cls(
             **numbers,
             **info.settings,
@@ -180,6 +193,7 @@ def _rules(config: MaloraConfig) -> dict[str, tuple[bool, str]]:
         "beta": (config.beta > 0, "positive"),
         "compression_ratio": (0 < config.compression_ratio <= 1, "above 0 and at most 1"),
         "router_aux_loss_coef": (config.router_aux_loss_coef >= 0, "at least 0"),
+        "scaling": (config.scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
         "computation": (config.computation in COMPUTATIONS, f"one of {', '.join(COMPUTATIONS)}"),
         "target_modules": (config.target_modules != (), "None or name at least one linear"),
         "layers_to_transform": (all(type(n) is int and n >= 0 for n in layers), "numbers of layers, from 0"),

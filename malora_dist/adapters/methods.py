@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+from malora_dist.adapters.scaling import LORA, RSLORA, SCALINGS, uniform_gates
 from malora_dist.adapters.target_names import end_of_name, pattern_value
 from malora_dist.errors import ConfigError, short
 
@@ -95,7 +96,10 @@ class MixtureSpec:
     """A method with its numbers; what `inject_adapters` builds on each target linear.
 
     r is the rank of an expert (r-bar in the paper), shared_r the rank of S_A (d), None for methods without one.
-    use_rslora: the scaling keeps its size as r grows (PEFT's name and meaning).
+    router_input: `x`: the router reads the layer's input. `h`: it reads what the experts read, S_A drop(x), and so has
+    D instead of I inputs (CoMoL, arXiv 2603.00573).
+    router_dtype: of the router's product, `float32` or `input`, that of what it reads. Softmax and gates are fp32.
+    scaling_rule: how s follows from lora_alpha and r (`adapters.scaling`).
     rank_pattern, alpha_pattern: r and lora_alpha of layers whose names a pattern matches, as pairs of pattern and
     number in PEFT's order and meaning; what such a layer gets is `of_layer`.
     """
@@ -108,7 +112,9 @@ class MixtureSpec:
     lora_alpha: float
     beta: float
     normalize_gates: bool
-    use_rslora: bool = False
+    scaling_rule: str = LORA
+    router_input: str = "x"
+    router_dtype: str = "float32"
     rank_pattern: Patterns = ()
     alpha_pattern: Patterns = ()
 
@@ -142,8 +148,14 @@ class MixtureSpec:
 
     @property
     def scaling(self) -> float:
-        """s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`; it multiplies the sum over experts."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """s, which multiplies the sum over experts: lora_alpha / r, or by another rule (`adapters.scaling`)."""
+        gates = uniform_gates(self.num_experts, self.top_k, self.normalize_gates)
+        return SCALINGS[self.scaling_rule](self.lora_alpha, self.r, gates)
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether s = lora_alpha / sqrt(r), by the name that PEFT has for it."""
+        return self.scaling_rule == RSLORA
 
 
 def default_shared_r(num_experts: int, r: int, compression_ratio: float) -> int:
@@ -165,12 +177,15 @@ def mixture_spec(
     lora_alpha: float | None = None,
     beta: float = 1.0,
     normalize_gates: bool = False,
+    scaling_rule: str = LORA,
+    router_input: str = "x",
+    router_dtype: str = "float32",
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | Patterns = (),
     alpha_pattern: Mapping[str, float] | Patterns = (),
 ) -> MixtureSpec:
     """Fill in what follows from the method: one expert without a router, all experts for a dense gate, `shared_r`
-    (r where experts have no expert_down), and lora_alpha = 2 r.
+    (r where experts have no expert_down), and lora_alpha = 2 r. `use_rslora` is PEFT's name of a scaling_rule.
 
     Raises ConfigError for an unknown method or impossible numbers.
     """
@@ -187,6 +202,7 @@ def mixture_spec(
             raise ConfigError(f"{argument}={number} must be at least 1")
     if top_k > num_experts:
         raise ConfigError(f"top_k={top_k} must be at most num_experts={num_experts}")
+    _check_router(router_input, router_dtype)
     if structure.expert_down:
         shared_r = _rank_of_shared_down(shared_r, r, num_experts, compression_ratio)
     else:
@@ -200,7 +216,9 @@ def mixture_spec(
         lora_alpha=2.0 * r if lora_alpha is None else lora_alpha,
         beta=beta,
         normalize_gates=normalize_gates,
-        use_rslora=use_rslora,
+        scaling_rule=_scaling_rule(structure, scaling_rule, use_rslora),
+        router_input=router_input if structure.shared_down else "x",
+        router_dtype=router_dtype if structure.routed else "float32",
         rank_pattern=_patterns("rank_pattern", rank_pattern, "integers of at least 1", _is_rank),
         alpha_pattern=_patterns("alpha_pattern", alpha_pattern, "positive numbers", _is_positive),
     )
@@ -214,6 +232,30 @@ def _rank_of_shared_down(shared_r: int | None, r: int, num_experts: int, compres
         )
         raise ConfigError(f"{given} must be at least r={r}, because each P_t has r rows of rank shared_r")
     return found
+
+
+def _scaling_rule(structure: Structure, rule: str, use_rslora: bool) -> str:
+    """Return the rule, which `use_rslora` may name too; without a router one of those that read no gates.
+
+    Raises ConfigError for an unknown one, and for two that differ.
+    """
+    if rule not in SCALINGS:
+        raise ConfigError(f"scaling={short(rule)} must be one of {', '.join(SCALINGS)}")
+    if use_rslora and rule not in (LORA, RSLORA):
+        raise ConfigError(f"use_rslora=True is scaling={RSLORA!r}, and scaling={rule!r} is given too")
+    if use_rslora:
+        return RSLORA
+    return rule if structure.routed or rule == RSLORA else LORA
+
+
+ROUTER_INPUTS, ROUTER_DTYPES = ("x", "h"), ("float32", "input")
+
+
+def _check_router(router_input: str, router_dtype: str) -> None:
+    given = {"router_input": (router_input, ROUTER_INPUTS), "router_dtype": (router_dtype, ROUTER_DTYPES)}
+    for name, (value, known) in given.items():
+        if value not in known:
+            raise ConfigError(f"{name}={short(value)} must be one of {', '.join(known)}")
 
 
 def _patterns(argument: str, given: Any, rule: str, holds: Callable[[Any], bool]) -> Patterns:
@@ -239,13 +281,16 @@ def _is_positive(value: Any) -> bool:
 def factor_shapes(spec: MixtureSpec, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every adapter tensor on one linear of I inputs and O outputs.
 
-    `gate` (E, I) is the router's linear; `shared_A` (D, I) is S_A; `P` (E, R, D) or `A` (E, R, I) lead into an expert's
-    rank; `B` (E, O, R) leads out. Experts are stacked on dim 0. `magnitude` (O,) is DoRA's norm of each output's row.
+    `gate` (E, I), or (E, D) if it reads h, is the router's linear; `shared_A` (D, I) is S_A; `P` (E, R, D) or
+    `A` (E, R, I) lead into an expert's rank; `B` (E, O, R) leads out. Experts are stacked on dim 0. `magnitude` (O,) is
+    DoRA's norm of each output's row.
     """
     E, R = spec.num_experts, spec.r
     shapes: dict[str, tuple[int, ...]] = {}
     if spec.structure.routed:
-        shapes["gate"] = (E, in_features)
+        width = in_features if spec.router_input == "x" else spec.shared_r
+        assert width is not None
+        shapes["gate"] = (E, width)
     if spec.shared_r is not None:
         shapes["shared_A"] = (spec.shared_r, in_features)
     if spec.structure.expert_down:
@@ -263,6 +308,7 @@ def count_parameters(spec: MixtureSpec, in_features: int, out_features: int) -> 
     """Trainable numbers on one linear of n inputs and m outputs.
 
     LoRA r(n+m); DoRA r(n+m) + m; MoLoRA N r(n+m) + N n; HydraLoRA r n + N r m + N n; MALoRA d n + N r d + N r m + N n.
+    A router that reads h has N d (HydraLoRA N r) instead of N n.
     """
     return sum(math.prod(shape) for shape in factor_shapes(spec, in_features, out_features).values())
 

@@ -70,7 +70,7 @@ class Subject:
             expert_groups=groups,
         )
         kept = sum(resident_bytes(model).values())
-        train_step = new_train_step(context, data, engine, all_to_all)
+        train_step = new_train_step(context, data, engine, all_to_all, steps)
         return cls(variant, train_step, config.train.gradient_checkpointing, model.dtype, kept)
 
     def step(self, number: int, batches: Sequence[MicroBatch]) -> StepRecord:

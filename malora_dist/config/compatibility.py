@@ -11,6 +11,7 @@ from importlib import metadata
 from malora_dist.adapters.methods import METHODS
 from malora_dist.config.base import MOST
 from malora_dist.config.deepspeed import ds_config_problems, read_ds_config
+from malora_dist.config.learning_rates import ratios_without_meaning
 from malora_dist.config.schema import RunConfig
 from malora_dist.config.topology import (
     accumulation_steps,
@@ -88,6 +89,7 @@ def _plan_errors(config: RunConfig, world_size: int, version: str | None) -> Ite
     yield from _expert_parallel_errors(config, world_size)
     yield from _ds_config_errors(config, world_size)
     yield from _optimizer_errors(config)
+    yield from _learning_rate_errors(config)
 
 
 def _version_errors(version: str | None, zero_stage: int) -> Iterator[MaloraError]:
@@ -172,6 +174,16 @@ def _optimizer_errors(config: RunConfig) -> Iterator[MaloraError]:
         yield ConfigError(
             f"train.optim={spec.name} is refused at parallel.ep_size={parallel.ep_size}, where a process has some of "
             f"the experts: {reason} parallel.ep_size: 1, or train.optim: {DEFAULT}"
+        )
+
+
+def _learning_rate_errors(config: RunConfig) -> Iterator[MaloraError]:
+    ratios, method = config.train.lr_ratios.by_factor(), config.adapter.method
+    for factor in ratios_without_meaning(ratios, method):
+        key = "router" if factor == "gate" else factor
+        yield ConfigError(
+            f"train.lr_ratios.{key}={ratios[factor]:g} has no meaning for adapter.method={method}, which has no such "
+            f"factor. Nearest legal plan: train.lr_ratios.{key}: 1"
         )
 
 

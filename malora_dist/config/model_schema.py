@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from malora_dist.adapters.methods import METHODS, Structure, default_shared_r, unknown_method
+from malora_dist.adapters.scaling import LORA, RSLORA
 from malora_dist.adapters.target_names import compiled
 from malora_dist.config.base import MOST, Rule, Section, usable_path
 from malora_dist.config.dtypes import dtype_rule, long_name
@@ -86,9 +87,11 @@ class ModelConfig(Section):
 def _unused_keys(structure: Structure) -> list[str]:
     """Return the keys of `adapter` that nothing reads for a method of this structure."""
     keys = [] if structure.routed else ["num_experts"]
-    keys += [] if structure.shared_down else ["fuse_projections"]
+    keys += [] if structure.routed else ["router_dtype"]
+    keys += [] if structure.shared_down else ["fuse_projections", "router_input"]
     if not structure.sparse:
         keys += ["top_k", "normalize_gates", "router_aux_loss_coef", "router_aux_loss_reduction", "balance_scope"]
+        keys += ["router_aux_loss_schedule", "router_aux_loss_ratio", "router_z_loss_coef"]
     return keys if structure.expert_down else [*keys, "shared_r", "compression_ratio", "beta"]
 
 
@@ -117,6 +120,7 @@ class AdapterConfig(Section):
         "norm_topk_prob": "normalize_gates",
         "aux_loss_coef": "router_aux_loss_coef",
         "moe_aux_loss_coef": "router_aux_loss_coef",
+        "moe_z_loss_coeff": "router_z_loss_coef",
         "shared_rank": "shared_r",
         "fuse_siblings": "fuse_projections",
     }
@@ -144,7 +148,13 @@ class AdapterConfig(Section):
     lora_alpha: float | None = Field(
         None, gt=0, description="The adapter's output is scaled by lora_alpha / r; null: 2 r."
     )
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead of lora_alpha / r (rsLoRA).")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r): PEFT's name for scaling: rslora.")
+    scaling: Literal["lora", "rslora", "gate_norm", "gate_sum"] = Field(
+        "lora",
+        description="How the adapter's output is scaled. lora: lora_alpha / r. rslora: lora_alpha / sqrt(r). gate_norm "
+        "and gate_sum: lora_alpha / r times a factor that gives a mixture with a uniform router the scale of a single "
+        "LoRA, measured by its gradients (GOAT) or by its output. See docs/methods.md.",
+    )
     beta: float = Field(
         1.0, gt=0, description="Initial scale of the shared down-projection S_A relative to the experts' P_t (malora)."
     )
@@ -161,6 +171,20 @@ class AdapterConfig(Section):
     router_aux_loss_reduction: Literal["mean", "sum"] = Field(
         "mean", description="Reduction of the load-balancing loss over all routers."
     )
+    router_aux_loss_schedule: Literal["constant", "linear", "until"] = Field(
+        "constant",
+        description="Schedule of the load-balancing loss's weight. linear: decays to 0 over the first "
+        "router_aux_loss_ratio of all steps. until: constant during them, then 0.",
+    )
+    router_aux_loss_ratio: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Fraction of all steps with a load-balancing loss, for the schedules linear and until.",
+    )
+    router_z_loss_coef: float = Field(
+        0.0, ge=0, description="Weight of the router z-loss: the mean over tokens of logsumexp(logits) ** 2."
+    )
     balance_scope: Literal["global", "local"] = Field(
         "global",
         description="Tokens over which expert load is balanced. global: all tokens of an optimizer step, across "
@@ -168,6 +192,14 @@ class AdapterConfig(Section):
     )
     normalize_gates: bool = Field(
         False, description="Normalise the gates of each token's selected experts to sum to 1."
+    )
+    router_input: Literal["x", "h"] = Field(
+        "x",
+        description="Input of the routers. x: the layer's input. h: S_A drop(x), which the experts read too; saves one "
+        "matrix product and num_experts * (in_features - shared_r) parameters on each linear (malora, hydralora).",
+    )
+    router_dtype: Literal["float32", "input"] = Field(
+        "float32", description="Precision of the routers' products. input: the dtype of what they read."
     )
     computation: Literal["auto", "dense", "grouped", "grouped_triton"] = Field(
         "auto",
@@ -184,6 +216,10 @@ class AdapterConfig(Section):
 
     def rules(self) -> Iterator[Rule]:
         structure = METHODS[self.method]
+        if not structure.routed and self.scaling not in (LORA, RSLORA):
+            yield Rule(("scaling", "method"), f"has no meaning for adapter.method={self.method}, which has no gates")
+        if self.use_rslora and self.scaling not in (LORA, RSLORA):
+            yield Rule(("scaling", "use_rslora"), "contradicts adapter.use_rslora=true, which is scaling: rslora")
         if structure.sparse and self.top_k > self.num_experts:
             yield Rule(("top_k", "num_experts"), f"must be at most adapter.num_experts={self.num_experts}")
         if structure.expert_down and self.shared_r is not None and self.shared_r < self.r:
@@ -206,4 +242,7 @@ class AdapterConfig(Section):
 
     def inapplicable_fields(self) -> dict[str, str]:
         keys = _unused_keys(METHODS[self.method])
-        return {key: f"has no meaning for adapter.method={self.method}" for key in keys}
+        reasons = {key: f"has no meaning for adapter.method={self.method}" for key in keys}
+        if self.router_aux_loss_schedule == "constant":
+            reasons.setdefault("router_aux_loss_ratio", "has no meaning for adapter.router_aux_loss_schedule=constant")
+        return reasons

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from malora_dist.config.base import MOST, MOST_STEPS, MOST_TOKENS, Rule, Section, split_commas, usable_path
 from malora_dist.config.data_schema import DataConfig, RowFields, TaskConfig
 from malora_dist.config.launch_schema import LaunchConfig
+from malora_dist.config.learning_rates import LearningRateRatios
 from malora_dist.config.model_schema import AdapterConfig, ModelConfig
 from malora_dist.errors import ConfigError
 from malora_dist.optimizers.registry import DEFAULT, OPTIMIZERS, choices_text, optimizer_spec
@@ -104,6 +105,7 @@ class TrainConfig(Section):
         "optimizer": "optim",
         "scheduler": "lr_scheduler_type",
         "lr_scheduler": "lr_scheduler_type",
+        "learning_rate_ratios": "lr_ratios",
         "epochs": "num_train_epochs",
         "num_epochs": "num_train_epochs",
         "steps": "max_steps",
@@ -144,6 +146,9 @@ class TrainConfig(Section):
         DEFAULT, description=f"The optimizer. {choices_text()}. See docs/optimizers.md."
     )
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
+    lr_ratios: LearningRateRatios = Field(
+        LearningRateRatios(), description="Learning rates of parts of the adapter, as multiples of learning_rate."
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="Learning rate schedule after warm-up."
     )

@@ -26,6 +26,9 @@ def adapter_spec(config: RunConfig) -> MixtureSpec:
         lora_alpha=adapter.lora_alpha,
         beta=adapter.beta,
         normalize_gates=adapter.normalize_gates,
+        scaling_rule=adapter.scaling,
+        router_input=adapter.router_input,
+        router_dtype=adapter.router_dtype,
         use_rslora=adapter.use_rslora,
     )
 
@@ -113,7 +116,9 @@ def _length_line(config: RunConfig) -> str:
     train = config.train
     length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.num_train_epochs:g} epochs"
     stop = f", stopped after {train.stop_after_steps} steps" if train.stop_after_steps is not None else ""
-    return f"{length}{stop}, learning rate {train.learning_rate:g} {train.lr_scheduler_type}"
+    ratios = ", ".join(f"{factor} x {ratio:g}" for factor, ratio in train.lr_ratios.by_factor().items())
+    rates = f" ({ratios})" if ratios else ""
+    return f"{length}{stop}, learning rate {train.learning_rate:g}{rates} {train.lr_scheduler_type}"
 
 
 def _plan_line(config: RunConfig, plan: Plan) -> str:

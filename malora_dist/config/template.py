@@ -173,4 +173,6 @@ def _yaml(value: Any) -> str:
         return value if PLAIN_TEXT.fullmatch(value) else json.dumps(value)
     if isinstance(value, tuple):
         return f"[{', '.join(_yaml(item) for item in value)}]"
+    if isinstance(value, Section):
+        return "{" + ", ".join(f"{key}: {_yaml(getattr(value, key))}" for key in type(value).model_fields) + "}"
     return json.dumps(value)

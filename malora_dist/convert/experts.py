@@ -8,11 +8,12 @@ from torch import Tensor
 from malora_dist.adapters.inject import remove_adapters
 from malora_dist.adapters.io.folder import AdapterTensors
 from malora_dist.adapters.loading import put_adapter
+from malora_dist.adapters.scaling import LORA, RSLORA
 from malora_dist.convert.calibration import calibration_samples, collect
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.job import Job
 from malora_dist.convert.peft_folder import fill_peft_folder, lora_card, lora_shapes
-from malora_dist.convert.subspace import subspace_of
+from malora_dist.convert.subspace import down_shape, subspace_of
 from malora_dist.convert.verify import Factors, logits_of, text_rows, verify_peft
 from malora_dist.errors import ConfigError
 
@@ -40,13 +41,15 @@ def to_peft_experts(job: Job) -> None:
         folder = job.folder / f"expert-{expert}"
         folder.mkdir()
         spec = adapter.info.spec
+        # PEFT knows two rules; by another one s itself is lora_alpha / r.
+        alpha = spec.lora_alpha if spec.scaling_rule in (LORA, RSLORA) else spec.scaling * spec.r
         fill_peft_folder(
             folder,
             adapter.info,
             {name: shape for layer in adapter.layers() for name, shape in _shapes(adapter, layer).items()},
             _values(adapter, expert, gates),
             r=spec.r,
-            lora_alpha=spec.lora_alpha,
+            lora_alpha=alpha,
             use_rslora=spec.use_rslora,
             card=_card(adapter, expert, gate),
         )
@@ -71,7 +74,8 @@ def _mean_gates(job: Job, adapter: AdapterTensors) -> Gates:
 
 
 def _shapes(adapter: AdapterTensors, layer: str) -> dict[str, tuple[int, int]]:
-    inputs, outputs = adapter.shapes[f"{layer}.gate"][1], adapter.shapes[f"{layer}.B"][1]
+    factors = {factor: adapter.shapes[f"{layer}.{factor}"] for factor in adapter.layers()[layer]}
+    inputs, outputs = down_shape(factors)[1], factors["B"][1]
     return lora_shapes(layer, adapter.info.spec.r, inputs, outputs)
 
 

@@ -10,7 +10,7 @@ from malora_dist.adapters.io.folder import AdapterInfo, AdapterTensors, fill_ada
 from malora_dist.adapters.methods import factor_shapes
 from malora_dist.convert.from_loras import to_mixture
 from malora_dist.convert.job import Job
-from malora_dist.convert.subspace import subspace_of
+from malora_dist.convert.subspace import outer_gate, subspace_of
 from malora_dist.convert.verify import verify_routed
 from malora_dist.errors import ConfigError
 
@@ -18,6 +18,7 @@ from malora_dist.errors import ConfigError
 def to_molora(job: Job) -> None:
     """A molora adapter that is the same function: A_t = P_t S_A, rounded once to fp32; the rest as it is.
 
+    A router that reads S_A x becomes W_g S_A, which reads x.
     S_A in each expert costs (E R - D) I numbers a layer more. Several SRC are LoRAs to be mixed.
     """
     if len(job.sources) > 1:
@@ -25,7 +26,8 @@ def to_molora(job: Job) -> None:
     if job.options.r is not None or job.options.top_k is not None:
         raise ConfigError("--r and --top-k are for a mixture of several SRC; one SRC keeps its own")
     adapter = job.open_adapter()
-    info = replace(adapter.info, spec=replace(adapter.info.spec, method="molora", shared_r=None))
+    spec = replace(adapter.info.spec, method="molora", shared_r=None, router_input="x")
+    info = replace(adapter.info, spec=spec)
     card = model_card(info, job.task_names(), {})
     fill_adapter_folder(job.folder, info, _shapes(adapter, info), _values(adapter), card)
     if job.options.verify:
@@ -35,7 +37,7 @@ def to_molora(job: Job) -> None:
 def _shapes(adapter: AdapterTensors, info: AdapterInfo) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in adapter.layers():
-        inputs, outputs = adapter.shapes[f"{layer}.gate"][1], adapter.shapes[f"{layer}.B"][1]
+        inputs, outputs = adapter.shapes[f"{layer}.shared_A"][1], adapter.shapes[f"{layer}.B"][1]
         shapes |= {f"{layer}.{name}": shape for name, shape in factor_shapes(info.spec, inputs, outputs).items()}
     return shapes
 
@@ -44,6 +46,6 @@ def _values(adapter: AdapterTensors) -> Iterator[Tensor]:
     """In the order of `factor_shapes`: gate, A, B."""
     for layer in adapter.layers():
         factors = adapter.read_layer(layer)
-        yield factors["gate"]
+        yield outer_gate(factors, adapter.info.spec)
         yield subspace_of(factors).downs()
         yield factors["B"]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from malora_dist.adapters.methods import MixtureSpec
+
 
 @dataclass(frozen=True)
 class Subspace:
@@ -38,6 +40,13 @@ def subspace_of(factors: Mapping[str, Tensor]) -> Subspace:
         return Subspace(wide["A"].flatten(0, 1), picks, B_EOR)
     identity = torch.eye(R, dtype=torch.float64).expand(E, R, R)
     return Subspace(wide["shared_A"], wide.get("P", identity), B_EOR)
+
+
+def outer_gate(factors: Mapping[str, Tensor], spec: MixtureSpec) -> Tensor:
+    """Return the router that reads x, (E, I): W_g, or W_g S_A in fp64 of one that reads h = S_A x."""
+    if spec.router_input == "x":
+        return factors["gate"]
+    return factors["gate"].double() @ factors["shared_A"].double()
 
 
 def down_shape(factors: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:

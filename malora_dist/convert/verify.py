@@ -18,7 +18,7 @@ from malora_dist.adapters.loading import put_adapter
 from malora_dist.console.progress import tracked
 from malora_dist.convert.gates import Replay, deciding
 from malora_dist.convert.job import Job
-from malora_dist.convert.subspace import subspace_of
+from malora_dist.convert.subspace import outer_gate, subspace_of
 from malora_dist.errors import CheckpointError, ConfigError
 
 LOGITS_TOLERANCE = 1e-4
@@ -132,7 +132,8 @@ def expert_differences(ours: AdapterTensors, theirs: AdapterTensors) -> Iterable
         return
     for layer in ours.layers():
         mine, other = ours.read_layer(layer), theirs.read_layer(layer)
-        yield difference((mine["gate"].double(), None), (other["gate"].double(), None))
+        gate, other_gate = outer_gate(mine, ours.info.spec), outer_gate(other, theirs.info.spec)
+        yield difference((gate.double(), None), (other_gate.double(), None))
         ours_space, theirs_space = subspace_of(mine), subspace_of(other)
         for B, A, B2, A2 in zip(
             ours_space.B_EOR, ours_space.downs(), theirs_space.B_EOR, theirs_space.downs(), strict=True

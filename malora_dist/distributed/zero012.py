@@ -19,12 +19,16 @@ from malora_dist.errors import TopologyError
 
 
 def parameter_groups(parameters: Sequence[nn.Parameter], groups: ExpertGroups | None) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups; slices of experts are one of their own, with the name of their ranks."""
+    """Return parameters as groups for the optimizer; slices of experts are one of their own, named after their ranks.
+
+    None is empty.
+    """
     if groups is None:
         return [{"params": list(parameters)}]
     shared = [p for p in parameters if not is_slice(p)]
     slices = [p for p in parameters if is_slice(p)]
-    return [{"params": shared}, {"params": slices, "moe": True, "name": groups.name}]
+    found: list[dict[str, Any]] = [{"params": shared}, {"params": slices, "moe": True, "name": groups.name}]
+    return [group for group in found if group["params"]]
 
 
 @contextmanager

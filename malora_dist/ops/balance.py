@@ -16,16 +16,20 @@ EXACT_IN_FP32 = 2**24
 
 
 class ExpertStatistics(NamedTuple):
-    """Sums over tokens for L routers: how often each expert was chosen by each of G groups, and its probabilities."""
+    """Sums over tokens for L routers: how often each expert was chosen by each of G groups, and its probabilities.
+
+    square_sum_L: of the squared logs of the sums of exponentials of logits, where routings hold them.
+    """
 
     counts_GLE: Tensor
     prob_sum_LE: Tensor
+    square_sum_L: Tensor | None = None
 
 
 def expert_statistics(
     routings: Sequence[Routing], group_T: Tensor | None = None, num_groups: int = 1, mask_T: Tensor | None = None
 ) -> ExpertStatistics:
-    """Sum up what routers chose for the same T tokens. Only `prob_sum_LE` carries a gradient.
+    """Sum up what routers chose for the same T tokens. `counts_GLE` carries no gradient.
 
     Args:
         routings: of L routers.
@@ -43,9 +47,10 @@ def expert_statistics(
     assert ids_LTK[0].numel() <= EXACT_IN_FP32
     counts = probs_LTE.new_zeros(L, num_groups * E)
     counts.scatter_add_(1, cells_LN, weight_T[:, None].expand(-1, ids_LTK.shape[2]).reshape(1, -1).expand(L, -1))
-    return ExpertStatistics(
-        counts.view(L, num_groups, E).transpose(0, 1), torch.einsum("t,lte->le", weight_T, probs_LTE)
-    )
+    log_sums = [routing.log_sum_T for routing in routings if routing.log_sum_T is not None]
+    square_sum_L = torch.stack(log_sums).square() @ weight_T if log_sums else None
+    prob_sum_LE = torch.einsum("t,lte->le", weight_T, probs_LTE)
+    return ExpertStatistics(counts.view(L, num_groups, E).transpose(0, 1), prob_sum_LE, square_sum_L)
 
 
 def token_mask(attention_mask: Tensor | None, T: int, device: torch.device) -> Tensor | None:

@@ -21,6 +21,7 @@ def project(
     salt: int = 0,
     p: float = 0.0,
     copies: WeightCopies | None = None,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project x by all down-projections in one product, and by all routers in another.
 
@@ -32,6 +33,7 @@ def project(
             nor the dropped x is kept.
         salt, p: of the dropout.
         copies: where copies of weights in the dtype of x are kept.
+        narrow: routers multiply in the dtype of x.
 
     Returns:
         x for the base layers, h (T, sum W) in the dtype of x, and logits (T, sum E) in fp32 or better. Base layers must
@@ -39,17 +41,35 @@ def project(
         place.
     """
     keys_T = keys_T if downs else None
-    result: tuple[Tensor, Tensor, Tensor] = _Project.apply(x_TI, keys_T, salt, p, copies, len(downs), *downs, *gates)
+    result: tuple[Tensor, Tensor, Tensor] = _Project.apply(
+        x_TI, keys_T, salt, p, copies, narrow, len(downs), *downs, *gates
+    )
     return result
 
 
-def router_logits(x_TI: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    """Compute W_g x, (T, sum E), in fp32 (fp64 for fp64 input)."""
+def router_logits(x_TI: Tensor, gates: Sequence[Tensor], narrow: bool = False) -> Tensor:
+    """Compute W_g x, (T, sum E), in fp32 (fp64 for fp64 input); with `narrow` the product is in the dtype of x."""
     dtype = torch.promote_types(x_TI.dtype, torch.float32)
     if not gates:
         return x_TI.new_empty(len(x_TI), 0, dtype=dtype)
+    used = x_TI.dtype if narrow else dtype
     with torch.autocast(x_TI.device.type, enabled=False):
-        return F.linear(x_TI.to(dtype), _stack(gates, dtype))
+        return F.linear(x_TI.to(used), _stack(gates, used)).to(dtype)
+
+
+def inner_router_logits(h_TW: Tensor, gates: Sequence[Tensor], narrow: bool = False) -> Tensor:
+    """Compute W_g h of L layers, (L, T, E), each router on its own h (T, D) of h_TW, in the dtypes of `router_logits`.
+
+    Args:
+        h_TW: what the experts of L layers read, side by side, W = L D.
+        gates: the layers' routers, (E, D).
+        narrow: as for `router_logits`.
+    """
+    dtype = torch.promote_types(h_TW.dtype, torch.float32)
+    used = h_TW.dtype if narrow else dtype
+    h_LTD = h_TW.to(used).unflatten(1, (len(gates), -1)).transpose(0, 1)
+    with torch.autocast(h_TW.device.type, enabled=False):
+        return torch.bmm(h_LTD, torch.stack(list(gates)).to(used).mT).to(dtype)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -69,6 +89,7 @@ class _Project(torch.autograd.Function):
         salt: int,
         p: float,
         copies: WeightCopies | None,
+        narrow: bool,
         num_downs: int,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,14 +105,14 @@ class _Project(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             # Else the base would compute a gradient that nobody wants.
             ctx.mark_non_differentiable(base_TI)
-        return base_TI, h_TW, router_logits(x_TI, weights[num_downs:])
+        return base_TI, h_TW, router_logits(x_TI, weights[num_downs:], narrow)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, keys_T, *weights = ctx.saved_tensors
         grad_TI, grad_h_TW, grad_logits_TE = grads
-        need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[6:])
+        need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[7:])
         # What reads x undropped shares one product in each direction.
         first = 0 if keys_T is None else ctx.num_downs
         parts = [grad_h_TW] if first == 0 and ctx.num_downs else []
@@ -106,7 +127,7 @@ class _Project(torch.autograd.Function):
                 grad_TI.addmm_(grad_TN, _rows(weights, slice(first, None), x_TI.dtype, ctx.copies))
             if need_weights:
                 grad_weights += _unstack(grad_TN.T @ x_TI, weights[first:])
-        return grad_TI if need_x else None, None, None, None, None, None, *grad_weights
+        return grad_TI if need_x else None, None, None, None, None, None, None, *grad_weights
 
 
 def _dropped_gradients(
@@ -117,7 +138,7 @@ def _dropped_gradients(
     if ctx.needs_input_grad[0]:
         part_TI = scaled_product(grad_h_TW, _rows(weights, downs, x_TI.dtype, ctx.copies), alpha)
         add_dropped_(grad_TI, part_TI, keys_T, ctx.salt, ctx.p)
-    if any(ctx.needs_input_grad[6:]):
+    if any(ctx.needs_input_grad[7:]):
         read_TI = drop(x_TI, keys_T, ctx.salt, ctx.p)
         grads = _unstack(scaled_product(grad_h_TW.T, read_TI, alpha), weights[downs])
     return grads

@@ -19,11 +19,15 @@ FEW = 4
 
 
 class Routing(NamedTuple):
-    """What a router decided for T tokens: weights of all experts, 0 where not chosen; the chosen; probabilities."""
+    """What a router decided for T tokens: weights of all experts, 0 where not chosen; the chosen; probabilities.
+
+    log_sum_T: the log of the sum of exponentials of its logits, where the z-loss asks for it.
+    """
 
     gates_TE: Tensor
     expert_ids_TK: Tensor
     probs_TE: Tensor
+    log_sum_T: Tensor | None = None
 
     @property
     def gates_TK(self) -> Tensor:
@@ -39,6 +43,13 @@ def route(x_TI: Tensor, gate_EI: Tensor, top_k: int, normalize: bool = False) ->
 def choose(logits_TE: Tensor, top_k: int, normalize: bool = False) -> Routing:
     """Choose from the router's logits; a dimension before T is that of several routers."""
     return Routing(*_Choose.apply(logits_TE, top_k, normalize))
+
+
+def choose_each(logits_LTE: Tensor, top_k: int, normalize: bool, log_sums: bool) -> list[Routing]:
+    """Choose from the logits of L routers for the same tokens; with `log_sums` keep what the z-loss needs."""
+    gates_LTE, ids_LTK, probs_LTE, _ = choose(logits_LTE, top_k, normalize)
+    sums = logits_LTE.logsumexp(dim=-1).unbind() if log_sums else [None] * len(logits_LTE)
+    return [Routing(*each) for each in zip(gates_LTE.unbind(), ids_LTK.unbind(), probs_LTE.unbind(), sums, strict=True)]
 
 
 class _Choose(torch.autograd.Function):

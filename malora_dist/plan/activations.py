@@ -99,9 +99,13 @@ def _a_block(run: Run, linear: Linear) -> float:
 
 
 def _routing_bytes(run: Run) -> int:
-    """Probabilities and gates (fp32) over all experts, and the numbers of the chosen ones (int64)."""
+    """Probabilities and gates (fp32) over all experts, and the numbers of the chosen ones (int64).
+
+    The z-loss keeps logits and the log of their sum too.
+    """
     spec = run.spec
-    return run.tokens * (spec.num_experts * 2 * FP32 + spec.top_k * INDEX) if spec.structure.routed else 0
+    logits = (spec.num_experts + 1) * FP32 if run.z_loss else 0
+    return run.tokens * (spec.num_experts * 2 * FP32 + spec.top_k * INDEX + logits) if spec.structure.routed else 0
 
 
 def _adapter_bytes(run: Run, linear: Linear) -> int:
@@ -110,7 +114,15 @@ def _adapter_bytes(run: Run, linear: Linear) -> int:
         run.spec.shared_r is None and run.ep_size == 1 and is_grouped(run)
     )
     dropped = run.tokens * linear.in_features * run.itemsize if run.dropout > 0 and read_by_experts else 0
-    return _routing_bytes(run) + dropped + _expert_bytes(run, linear)
+    return _routing_bytes(run) + dropped + _router_input_bytes(run) + _expert_bytes(run, linear)
+
+
+def _router_input_bytes(run: Run) -> int:
+    """What a router keeps that reads h: h in fp32, a copy where the base has another dtype."""
+    spec = run.spec
+    if spec.router_input == "x" or spec.router_dtype == "input" or run.itemsize == FP32 or spec.shared_r is None:
+        return 0
+    return run.tokens * spec.shared_r * FP32
 
 
 def _expert_bytes(run: Run, linear: Linear) -> int:

@@ -67,7 +67,8 @@ def _attention_flops(run: Run) -> float:
 def _adapter_multiplications(run: Run, linear: Linear) -> float:
     """Per token: router, S_A, and the experts that are computed."""
     spec, E = run.spec, run.num_local_experts
-    total = float(spec.num_experts * linear.in_features) if spec.structure.routed else 0.0
+    read_by_router = linear.in_features if spec.router_input == "x" or spec.shared_r is None else spec.shared_r
+    total = float(spec.num_experts * read_by_router) if spec.structure.routed else 0.0
     total += 0 if spec.shared_r is None else spec.shared_r * linear.in_features
     in_width = linear.in_features if spec.shared_r is None else spec.shared_r
     computed = min(spec.top_k, E) if is_grouped(run) else E

@@ -1,6 +1,7 @@
 """Every stored tensor of a run, what a rank keeps of it under ZeRO, and the optimizer's state on top."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ class Stored:
     """`copies` tensors alike: this rank's share of the experts where `group` is the expert-data-parallel group.
 
     kind: base_4bit, base_other or adapters. numel counts elements before ZeRO-3 splits them over `group` ranks.
+    lr_ratio: of a trained tensor, its learning rate as a multiple of the run's.
     """
 
     kind: str
@@ -28,6 +30,7 @@ class Stored:
     group: int
     copies: int = 1
     trained: bool = False
+    lr_ratio: float = 1.0
     is_embedding: bool = False
 
     @property
@@ -63,7 +66,8 @@ def _adapter_tensors(run: Run, linear: Linear) -> Iterator[Stored]:
         is_expert = factor in EXPERT_FACTORS and run.ep_size > 1
         numel = math.prod(shape) // (run.ep_size if is_expert else 1)
         group = run.expert_group if is_expert else run.world_size
-        yield Stored("adapters", numel, FP32, group, run.shape.copies(linear), trained=True)
+        ratio = run.lr_ratios.get(factor, 1.0)
+        yield Stored("adapters", numel, FP32, group, run.shape.copies(linear), trained=True, lr_ratio=ratio)
 
 
 def weight_copy_bytes(run: Run) -> int:
@@ -76,7 +80,12 @@ def weight_copy_bytes(run: Run) -> int:
         return 0
     numel = 0
     for linear in run.adapted:
-        in_tiles = EXPERT_FACTORS if run.computation == "grouped_triton" and is_grouped(run) else ()
+        in_tiles: tuple[str, ...] = ()
+        if run.computation == "grouped_triton" and is_grouped(run):
+            in_tiles = EXPERT_FACTORS
+        if run.spec.router_input == "h":
+            # A router that reads h is rounded within the graph, if at all.
+            in_tiles += ("gate",)
         for factor, shape in factor_shapes(run.spec, linear.in_features, linear.out_features).items():
             if factor not in in_tiles:
                 part = math.prod(shape) // (run.ep_size if factor in EXPERT_FACTORS else 1)
@@ -120,7 +129,7 @@ def parameter_bytes(run: Run) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """All trained tensors that the same ranks share, as ZeRO-1 and 2 lay them out: `numel` is padded."""
+    """All trained tensors of one learning rate that the same ranks share, as ZeRO-1 and 2 lay them out, padded."""
 
     numel: int
     group: int
@@ -128,16 +137,16 @@ class FlatGroup:
 
 
 def flat_groups(run: Run) -> list[FlatGroup]:
-    """Router and S_A, or everything, over the world; experts over their expert-data-parallel group.
+    """Router and S_A, or everything, over the world; experts over their expert-data-parallel group; by learning rate.
 
     ZeRO-1 and 2 pad a flat tensor to a multiple of 2 x its ranks; ZeRO-0 does not pad.
     """
-    totals: dict[int, int] = {}
+    totals = Counter[tuple[int, float]]()
     for tensor in stored_tensors(run):
         if tensor.trained:
-            totals[tensor.group] = totals.get(tensor.group, 0) + tensor.copies * tensor.numel
+            totals[tensor.group, tensor.lr_ratio] += tensor.copies * tensor.numel
     result = []
-    for group, total in totals.items():
+    for (group, _), total in totals.items():
         alignment = 2 * group if run.zero_stage > 0 else 1
         result.append(FlatGroup(math.ceil(total / alignment) * alignment, group, run.world_size // group))
     return result
@@ -156,10 +165,14 @@ def optimizer_tensors(run: Run) -> list[tuple[Shape, int]]:
     """Return shape and number of the tensors that this rank's optimizer updates.
 
     At stage 0 they are the trained tensors, above it flat ones: this rank's part of each flat tensor, or at stage 3 all
-    its parts in one, as DeepSpeed's sub_group_size is larger than any adapter's.
+    its parts of one learning rate in one, as DeepSpeed's sub_group_size is larger than any adapter's.
     """
     if run.zero_stage == 3:
-        return [((owned_numel(run),), 1)]
+        parts = Counter[float]()
+        for tensor in stored_tensors(run):
+            if tensor.trained:
+                parts[tensor.lr_ratio] += tensor.copies * tensor.part
+        return [((numel,), 1) for numel in parts.values()]
     if run.zero_stage > 0:
         return [((flat.numel // flat.group,), 1) for flat in flat_groups(run)]
     found = []

@@ -1,7 +1,7 @@
 """The facts of a run that memory, traffic and time follow from, taken out of the recipe once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from malora_dist.adapters.methods import MixtureSpec
@@ -59,6 +59,8 @@ class Run:
     computation: str
     zero: ZeroSettings
     optim: str = DEFAULT
+    lr_ratios: Mapping[str, float] = field(default_factory=dict)
+    z_loss: bool = False
 
     @property
     def tokens(self) -> int:
@@ -125,6 +127,8 @@ def run_of(
         computation=adapter.computation,
         zero=zero_settings(config) if zero is None else zero,
         optim=config.train.optim,
+        lr_ratios=config.train.lr_ratios.by_factor(),
+        z_loss=adapter.router_z_loss_coef > 0,
     )
 
 

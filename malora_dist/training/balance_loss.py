@@ -5,6 +5,9 @@ micro-batches. The share f_e of choices that fell on expert e is known only afte
 most gradients have been made; it has no gradient of its own, and the gradient takes it from the step before. The first
 step has none before it and takes f_e = 1/E, which pulls nowhere. The loss that is reported has the step's own f.
 With scope `local` each micro-batch of each process has a loss of its own, as most trainers have it.
+
+The z-loss (ST-MoE, arXiv 2202.08906) keeps the logits of routers small: the mean over all tokens of the step of
+log(sum_e exp(l_e))^2. It is a mean over tokens, so it needs nothing of other processes.
 """
 
 from collections.abc import Mapping
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.adapters.adapted_layers import mixture_layers
+from malora_dist.adapters.input_projection import FusedProjection, InputProjection
 from malora_dist.data.loader import MicroBatch
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.ops.balance import (
@@ -29,11 +33,27 @@ from malora_dist.ops.routing import Routing
 
 @dataclass(frozen=True)
 class BalanceSettings:
-    """How router statistics become a loss. scope: `global` or `local`; reduction over routers: `mean` or `sum`."""
+    """How router statistics become a loss.
+
+    scope: `global` or `local`. reduction over routers: `mean` or `sum`.
+    schedule: the coefficient is `constant`, falls in a `linear` way to 0 after `last_step`, or is 0 `until` then.
+    z_coefficient: of the z-loss.
+    """
 
     coefficient: float
     reduction: str
     scope: str
+    schedule: str = "constant"
+    last_step: int = 0
+    z_coefficient: float = 0.0
+
+    def coefficient_at(self, step: int) -> float:
+        """Return the balance loss's coefficient in an optimizer step, from 1."""
+        if self.schedule == "constant":
+            return self.coefficient
+        if self.schedule == "linear":
+            return self.coefficient * max(0.0, 1 - (step - 1) / self.last_step)
+        return self.coefficient if step <= self.last_step else 0.0
 
 
 def take_statistics(model: nn.Module, batch: MicroBatch, num_tasks: int) -> ExpertStatistics | None:
@@ -54,13 +74,23 @@ def take_statistics(model: nn.Module, batch: MicroBatch, num_tasks: int) -> Expe
     return _of_layers(statistics, [len(calls) for calls in routings])
 
 
+def keep_log_sums(model: nn.Module, keep: bool) -> None:
+    """Let the routers of a model keep what the z-loss needs, or not."""
+    for module in model.modules():
+        if isinstance(module, InputProjection | FusedProjection):
+            module.keeps_log_sums = keep
+
+
 def _of_layers(statistics: ExpertStatistics, calls: list[int]) -> ExpertStatistics:
     """Combine the statistics of several calls of one layer."""
     if max(calls) == 1:
         return statistics
     counts = [part_GCE.sum(dim=1) for part_GCE in statistics.counts_GLE.split(calls, dim=1)]
     prob_sums = [part_CE.mean(dim=0) for part_CE in statistics.prob_sum_LE.split(calls)]
-    return ExpertStatistics(torch.stack(counts, dim=1), torch.stack(prob_sums))
+    squares = statistics.square_sum_L
+    if squares is not None:
+        squares = torch.stack([part_C.mean() for part_C in squares.split(calls)])
+    return ExpertStatistics(torch.stack(counts, dim=1), torch.stack(prob_sums), squares)
 
 
 def _take_routings(name: str, layer: Any, tokens: int) -> list[Routing]:
@@ -97,6 +127,7 @@ class StepBalance:
         self.num_experts = balanced[0][1].num_experts if balanced else 0
         self._zeros_LE = torch.zeros(len(self.layers), self.num_experts, dtype=torch.float64, device=device)
         self._zero = self._zeros_LE.new_zeros(())
+        keep_log_sums(model, settings.z_coefficient > 0)
         self._before(self._zeros_LE)
         self.start(torch.ones((), dtype=torch.float64, device=device), 1)
 
@@ -110,10 +141,13 @@ class StepBalance:
             self._weight_LE = (self._shares_before_LE / tokens).float()
 
     def add(self, batch: MicroBatch) -> Tensor:
-        """Return the share of the micro-batch whose forward has ended."""
+        """Return the share of the micro-batch whose forward has ended; its share of the z-loss is in `z_share`."""
         statistics = take_statistics(self.model, batch, self.num_tasks)
+        self.z_share = self._zero.float()
         if statistics is None:
             return self._zero.float()
+        if statistics.square_sum_L is not None:
+            self.z_share = self._reduce(statistics.square_sum_L) / self.tokens.to(statistics.square_sum_L.dtype)
         prob_sum_LE = statistics.prob_sum_LE
         self.counts_GLE = self.counts_GLE + statistics.counts_GLE
         self._prob_sum_LE = self._prob_sum_LE + prob_sum_LE.detach()

@@ -1,8 +1,8 @@
 """From a model with adapters to a DeepSpeed engine. Holds the only `deepspeed.initialize`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +16,16 @@ from malora_dist.distributed.zero012 import check_reduction, parameter_groups, s
 from malora_dist.distributed.zero3 import check_partitioning
 from malora_dist.optimizers.registry import DEFAULT, optimizer_spec
 
+# In a parameter group, the multiple of the run's learning rate that it has.
+RATIO = "lr_ratio"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Optimizer and schedule, in the words of transformers."""
+    """Optimizer and schedule, in the words of transformers.
+
+    lr_ratios: by factor (gate, shared_A, P, A, B), its learning rate as a multiple of `learning_rate`, where not 1.
+    """
 
     learning_rate: float
     weight_decay: float
@@ -29,6 +35,7 @@ class OptimizerSettings:
     warmup_steps: int
     total_steps: int
     optim: str = DEFAULT
+    lr_ratios: Mapping[str, float] = field(default_factory=dict)
 
 
 def build_engine(
@@ -55,12 +62,12 @@ def build_engine(
         deepspeed_config = {**deepspeed_config, "zero_optimization": {"stage": 0}}
     if zero_stage == 0:
         deepspeed_config = {**deepspeed_config, "gradient_clipping": 0.0}
-    trained = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
+    trained = [(name, parameter) for name, parameter in adapter_parameters(model) if parameter.requires_grad]
     groups_below_3 = expert_groups if zero_stage < 3 else None
     with showing_experts(model) if groups_below_3 is not None else nullcontext():
         engine, _, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=None if settings is None else _optimizer(parameter_groups(trained, groups_below_3), settings),
+            optimizer=None if settings is None else _optimizer(_groups(trained, groups_below_3, settings), settings),
             lr_scheduler=None if settings is None else _schedule(settings),
             config=deepspeed_config,
         )
@@ -69,6 +76,30 @@ def build_engine(
     if groups_below_3 is not None and settings is not None:
         check_reduction(engine, zero_stage, groups_below_3)
     return engine
+
+
+def _groups(
+    trained: Sequence[tuple[str, nn.Parameter]], expert_groups: ExpertGroups | None, settings: OptimizerSettings
+) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups, none of them empty, which DeepSpeed would drop.
+
+    Parameters of another learning rate than `settings.learning_rate` are groups of their own, which say the ratio.
+    """
+    by_ratio: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        ratio = settings.lr_ratios.get(name.rpartition(".")[2], 1.0)
+        by_ratio.setdefault(ratio, []).append(parameter)
+    groups = []
+    for ratio, parameters in by_ratio.items():
+        rate = {} if ratio == 1 else {"lr": settings.learning_rate * ratio, RATIO: ratio}
+        groups += [group | rate for group in parameter_groups(parameters, expert_groups)]
+    return groups
+
+
+def base_learning_rate(optimizer: Any) -> float:
+    """Return the present learning rate of parameters whose ratio is 1, from an engine's optimizer."""
+    group = min(optimizer.param_groups, key=lambda group: RATIO in group)
+    return float(group["lr"] / group.get(RATIO, 1.0))
 
 
 def _optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:

@@ -97,6 +97,7 @@ def optimizer_settings(config: RunConfig, total_steps: int) -> OptimizerSettings
         warmup_steps=math.ceil(total_steps * train.warmup_ratio),
         total_steps=total_steps,
         optim=train.optim,
+        lr_ratios=train.lr_ratios.by_factor(),
     )
 
 
@@ -143,12 +144,27 @@ def unseen_tasks(config: RunConfig, data: PreparedData, loader: TrainLoader) -> 
     ]
 
 
-def new_train_step(context: RunContext, data: PreparedData, engine: Any, all_to_all: AllToAll | None) -> TrainStep:
-    """Return what runs the recipe's optimizer steps on `engine`."""
-    adapter, train = context.config.adapter, context.config.train
+def balance_settings(config: RunConfig, total_steps: int) -> BalanceSettings:
+    """Return the losses of routers; the schedule's end is rounded up to whole steps."""
+    adapter = config.adapter
+    return BalanceSettings(
+        adapter.router_aux_loss_coef,
+        adapter.router_aux_loss_reduction,
+        adapter.balance_scope,
+        schedule=adapter.router_aux_loss_schedule,
+        last_step=math.ceil(total_steps * adapter.router_aux_loss_ratio),
+        z_coefficient=adapter.router_z_loss_coef,
+    )
+
+
+def new_train_step(
+    context: RunContext, data: PreparedData, engine: Any, all_to_all: AllToAll | None, total_steps: int
+) -> TrainStep:
+    """Return what runs the recipe's optimizer steps, `total_steps` in the whole run, on `engine`."""
+    train = context.config.train
     settings = StepSettings(
         task_names=data.task_names,
-        balance=BalanceSettings(adapter.router_aux_loss_coef, adapter.router_aux_loss_reduction, adapter.balance_scope),
+        balance=balance_settings(context.config, total_steps),
         normalization=train.loss_normalization,
         zero_stage=context.config.parallel.zero_stage,
         max_grad_norm=train.max_grad_norm,

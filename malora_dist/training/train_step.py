@@ -19,6 +19,7 @@ from malora_dist.ops.devices import to_device
 from malora_dist.ops.loss import batch_counts, sum_by_group, target_weights
 from malora_dist.ops.products import kept_weight_copies
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
+from malora_dist.training.deepspeed_engine import base_learning_rate
 from malora_dist.training.nonfinite_check import NonFiniteCheck, first_nonfinite_layer, stop_if_nonfinite
 from malora_dist.training.watchdog import Watchdog
 
@@ -75,9 +76,9 @@ class TrainStep:
     """Runs optimizer steps on an engine.
 
     loss = sum of weighted cross-entropies over the whole global batch (`ops.loss`) + coefficient x its balance
-    loss (`training.balance_loss`). DeepSpeed divides by the accumulation steps and averages over processes, so each
-    process back-propagates its weighted sum times both. The host waits for the device once a step, when the numbers
-    that must be finite are read.
+    loss, and the z-loss if it has one (`training.balance_loss`). DeepSpeed divides by the accumulation steps and
+    averages over processes, so each process back-propagates its weighted sum times both. The host waits for the device
+    once a step, when the numbers that must be finite are read.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class TrainStep:
         sent_before = self._sent_bytes()
         step_counts = self._step_counts(batches)
         self.balance.start(step_counts.tokens, len(batches))
-        learning_rate = float(self.engine.optimizer.param_groups[0]["lr"])
+        learning_rate = base_learning_rate(self.engine.optimizer)
         sums = _Sums(len(self.task_names), self.world.device)
         with kept_weight_copies(self.engine.module):
             for batch in batches[:-1]:
@@ -170,7 +171,10 @@ class TrainStep:
             self.settings.normalization,
         )
         loss = (ce_N * weights_N).sum()
-        share = loss + self.balance.settings.coefficient * balance
+        settings = self.balance.settings
+        share = loss + settings.coefficient_at(number) * balance
+        if settings.z_coefficient > 0:
+            share = share + settings.z_coefficient * self.balance.z_share
         self.watchdog.mark_phase("backward")
         self.engine.backward(share * accumulation * self.world.size)
         self.nonfinite.collect()

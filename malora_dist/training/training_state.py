@@ -17,6 +17,7 @@ from malora_dist.errors import CheckpointError, short
 from malora_dist.optimizers.spec import OptimizerSpec
 from malora_dist.training.balance_loss import StepBalance
 from malora_dist.training.best_checkpoint import Best
+from malora_dist.training.deepspeed_engine import RATIO, base_learning_rate
 from malora_dist.training.random_state import random_state, set_random_state
 from malora_dist.training.step_metrics import StepMetrics
 from malora_dist.training.train_step import TrainStep
@@ -78,6 +79,7 @@ def training_state(parts: TrainingParts, state: LoopState) -> dict[str, Any]:
             "kind": spec.kind,
             "step": state.step if counted is None else counted,
             **{key: list(group[key]) if isinstance(group[key], tuple) else group[key] for key in spec.group_keys},
+            "lr": base_learning_rate(engine.optimizer),
         },
         "scheduler": {"last_epoch": engine.lr_scheduler.last_epoch},
         "balance": parts.train_step.balance.state_dict(),
@@ -160,10 +162,11 @@ def _restore_schedule(checkpoint: Checkpoint, engine: Any, optimizer: OptimizerS
     scheduler.step()
     for group in engine.optimizer.param_groups:
         for key in optimizer.spec.group_keys:
-            if not _equal(group[key], saved[key]):
+            value = group[key] / group.get(RATIO, 1.0) if key == "lr" else group[key]
+            if not _equal(value, saved[key]):
                 raise CheckpointError(
                     f"{checkpoint.folder}: {optimizer.spec.label}'s {key} was {saved[key]!r} after step {step}, this "
-                    f"recipe gives {group[key]!r}"
+                    f"recipe gives {value!r}"
                 )
 
 

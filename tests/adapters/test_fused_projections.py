@@ -15,12 +15,13 @@ from malora_dist.convert.gates import constant_gates
 from malora_dist.ops.dropout import token_keys
 from tests.tiny_models import tiny_llama
 
+SPEC = {"normalize_gates", "router_input", "router_dtype"}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def _model(method: str, fuse: bool, dtype: torch.dtype = torch.float64, **switches: Any) -> Any:
     model = tiny_llama(dtype).train()
-    spec = mixture_spec(method, num_experts=4, r=3, normalize_gates=switches.pop("normalize_gates", False))
+    spec = mixture_spec(method, num_experts=4, r=3, **{key: switches.pop(key) for key in SPEC & switches.keys()})
     inject_adapters(model, spec, TARGETS, fuse_projections=fuse, **switches)
     for _, parameter in adapter_parameters(model):
         parameter.data = parameter.data.to(dtype)
@@ -43,7 +44,16 @@ def _results(model: Any) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("switches", [{}, {"lora_dropout": 0.2}, {"computation": "grouped", "normalize_gates": True}])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"lora_dropout": 0.2},
+        {"computation": "grouped", "normalize_gates": True},
+        {"router_input": "h", "lora_dropout": 0.2},
+        {"router_input": "h", "router_dtype": "input"},
+    ],
+)
 @pytest.mark.parametrize("method", ["malora", "hydralora"])
 def test_equal_to_each_by_itself(method: str, switches: dict[str, Any], recompute: bool) -> None:
     alone, together = (_model(method, fuse, **switches) for fuse in (False, True))

@@ -24,11 +24,13 @@ METHODS_AND_FORMS = [("malora", "dense"), ("malora", "grouped"), ("molora", "den
                      ("hydralora", "dense"), ("hydralora", "grouped"), ("lora", "auto"), ("dora", "auto")]  # fmt: skip
 
 
-def _spec(case: AdapterCase, method: str, beta: float = 1.0, normalize_gates: bool = False) -> MixtureSpec:
+def _spec(
+    case: AdapterCase, method: str, beta: float = 1.0, normalize_gates: bool = False, **router: str
+) -> MixtureSpec:
     """The method with the sizes of the case, its output scaled by SCALING."""
     numbers = {"num_experts": case.E, "top_k": case.K, "r": case.r, "lora_alpha": SCALING * case.r}
     shared_r = case.D if METHODS[method].expert_down else None
-    return mixture_spec(method, **numbers, shared_r=shared_r, beta=beta, normalize_gates=normalize_gates)
+    return mixture_spec(method, **numbers, shared_r=shared_r, beta=beta, normalize_gates=normalize_gates, **router)
 
 
 def _layer(base: nn.Module, case: AdapterCase, spec: MixtureSpec, computation: str, **switches: Any) -> MixtureLinear:
@@ -37,12 +39,17 @@ def _layer(base: nn.Module, case: AdapterCase, spec: MixtureSpec, computation: s
 
 
 def _filled(
-    case: AdapterCase, method: str, computation: str, tensors: dict[str, Tensor], normalize: bool = False
+    case: AdapterCase,
+    method: str,
+    computation: str,
+    tensors: dict[str, Tensor],
+    normalize: bool = False,
+    router_input: str = "x",
 ) -> Any:
     """A training layer in float64 whose parameters are those of `tensors`, on a base with bias."""
     with torch.device("meta"):
         base = nn.Linear(case.I, case.O)
-        spec = _spec(case, method, normalize_gates=normalize)
+        spec = _spec(case, method, normalize_gates=normalize, router_input=router_input)
         layer = _layer(base, case, spec, computation, dropout=DROPOUT_P, input_salt=SALT)
     generator = torch.Generator().manual_seed(5)
     state = {name: tensor.detach() for name, tensor in tensors.items() if name not in ("x", "base", "mask")}
@@ -60,8 +67,32 @@ def _filled(
 @pytest.mark.parametrize("case", ADAPTER_CASES)
 def test_layer_equals_the_twin(case: AdapterCase, method: str, computation: str, normalize: bool) -> None:
     """Outputs and every gradient, with the layer's own dropout mask handed to the twin."""
+    _equals_the_twin(case, method, computation, make_inputs(case, method), normalize, "x")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("method", "computation"), [("malora", "dense"), ("malora", "grouped"), ("hydralora", "dense")]
+)
+@pytest.mark.parametrize("case", ADAPTER_CASES)
+def test_a_router_that_reads_h_equals_the_twin(
+    case: AdapterCase, method: str, computation: str, normalize: bool
+) -> None:
     tensors = make_inputs(case, method)
-    layer = _filled(case, method, computation, tensors, normalize)
+    width = len(tensors["shared_A"])
+    tensors["gate"] = tensors["gate"].detach().repeat(1, width // case.I + 1)[:, :width].clone().requires_grad_()
+    _equals_the_twin(case, method, computation, tensors, normalize, "h")
+
+
+def _equals_the_twin(
+    case: AdapterCase,
+    method: str,
+    computation: str,
+    tensors: dict[str, Tensor],
+    normalize: bool,
+    router_input: str,
+) -> None:
+    layer = _filled(case, method, computation, tensors, normalize, router_input)
     assert layer.grouped == (computation == "grouped")
     layer.token_keys = token_keys(1, 2, torch.arange(case.T) // 3, torch.arange(case.T) % 3)
     x = tensors["x"]
@@ -76,7 +107,7 @@ def test_layer_equals_the_twin(case: AdapterCase, method: str, computation: str,
         base = named["base_layer.weight"], named["base_layer.bias"]
         expected = dora_reference(twin, *base, scaling=SCALING, dropout_p=DROPOUT_P)
     else:
-        numbers = {"top_k": case.K, "scaling": SCALING, "dropout_p": DROPOUT_P}
+        numbers = {"top_k": case.K, "scaling": SCALING, "dropout_p": DROPOUT_P, "router_input": router_input}
         expected = adapter_reference(method, twin, normalize=normalize, **numbers)
     torch.testing.assert_close(y[0], expected, **CLOSE)
     leaves, direction = {"x": x, **named}, output_gradient(case)
@@ -152,8 +183,8 @@ def test_routing_is_kept_and_reads_x_before_dropout() -> None:
     layer.token_keys = token_keys(1, 2, torch.zeros(case.T), torch.arange(case.T))
     layer(tensors["x"])
     expected = route(tensors["x"], layer.input_projection.gate, case.K)
-    assert all(torch.equal(got, want) for got, want in zip(layer.routing, expected, strict=True))
-    assert layer.routing.probs_TE.requires_grad
+    assert all(torch.equal(got, want) for got, want in zip(layer.routing[:3], expected[:3], strict=True))
+    assert layer.routing.log_sum_T is None and layer.routing.probs_TE.requires_grad
     lora = _filled(case, "lora", "auto", make_inputs(case, "lora"))
     lora(tensors["x"])
     assert lora.routing is None

@@ -20,6 +20,11 @@ CONFIGS: list[dict[str, Any]] = [
     {"target_modules": "all-linear", "exclude_modules": ["o_proj", r".*\.0\..*"], "fuse_projections": True, "seed": 7},
     {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers", "computation": "grouped"},
     {"rank_pattern": {"q_proj": 2, r"layers\.1\..*": 3}, "alpha_pattern": {"nobody_has_it": 4.5}},
+    {"scaling": "gate_norm", "num_experts": 4},
+    {"scaling": "gate_sum", "normalize_gates": True},
+    {"scaling": "rslora"},
+    {"router_input": "h", "router_dtype": "input"},
+    {"method": "lora", "use_rslora": True},
     {"method": "lora", "rank_pattern": {"q_proj": 2}, "base_model_name_or_path": "some/base"},
 ]
 
@@ -52,6 +57,14 @@ def test_names_and_defaults_are_those_of_peft() -> None:
 def test_no_regular_expressions(key: str, pattern: str, why: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}: .*is not a valid regular expression: .*{re.escape(why)}"):
         MaloraConfig(**{key: {pattern: 3} if key in ("rank_pattern", "alpha_pattern") else [pattern]})
+
+
+def test_rslora_has_two_names() -> None:
+    assert MaloraConfig(use_rslora=True) == MaloraConfig(scaling="rslora")
+    assert (
+        MaloraConfig(scaling="rslora").to_dict()["use_rslora"] and "scaling" not in MaloraConfig().to_dict()["malora"]
+    )
+    assert MaloraConfig(scaling="gate_sum").to_dict()["malora"]["scaling"] == "gate_sum"
 
 
 def test_the_older_name_of_an_argument() -> None:
@@ -89,6 +102,8 @@ def test_numbers_of_single_layers_are_a_newer_format() -> None:
         ({"lora_alpha": 0}, "lora_alpha=0 must be positive"),
         ({"compression_ratio": 2}, "compression_ratio=2 must be above 0 and at most 1"),
         ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1 must be at least 0"),
+        ({"scaling": "goat"}, "scaling='goat' must be one of lora, rslora, gate_norm, gate_sum"),
+        ({"use_rslora": True, "scaling": "gate_sum"}, "use_rslora=True is scaling='rslora', and scaling='gate_sum' is"),
         ({"computation": "sparse"}, "computation='sparse' must be one of auto"),
         ({"target_modules": []}, "target_modules=() must be None or name at least one linear"),
         ({"target_modules": ["(q_proj"]}, "target_modules: '(q_proj' is not a valid regular expression"),

@@ -72,6 +72,15 @@ def test_expert_parallelism_is_a_plan_at_every_stage(stage: int) -> None:
     assert suggest_world_sizes(config("parallel.ep_size=2")) == [2, 4]
 
 
+def test_a_ratio_of_a_factor_that_the_method_lacks_is_refused() -> None:
+    check_plan(config("adapter.method=lora", "train.lr_ratios.B=16", "train.lr_ratios.A=2"), 1)
+    check_plan(config("adapter.method=lora", "train.lr_ratios.P=1"), 1)
+    with pytest.raises(ConfigError, match=r"train.lr_ratios.P=2 has no meaning for adapter.method=molora.*\.P: 1"):
+        check_plan(config("adapter.method=molora", "train.lr_ratios.P=2"), 1)
+    with pytest.raises(ConfigError, match=r"train.lr_ratios.router=0.5 has no meaning for adapter.method=dora"):
+        check_plan(config("adapter.method=dora", "train.lr_ratios.router=0.5"), 1)
+
+
 def test_expert_parallelism_is_refused_with_every_reason() -> None:
     with pytest.raises(TopologyError) as error:
         check_plan(config("parallel.ep_size=3"), 4)

@@ -74,6 +74,14 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
             "adapter.num_experts=8: has no meaning for adapter.method=lora",
         ),
         broken("adapter", {"method": "lora", "router_aux_loss_coef": 0}, "router_aux_loss_coef=0: has no meaning"),
+        broken("adapter", {"method": "lora", "scaling": "gate_sum"}, "adapter.scaling='gate_sum': has no meaning"),
+        broken("adapter", {"scaling": "gate_sum", "use_rslora": True}, "contradicts adapter.use_rslora=true"),
+        broken("adapter", {"method": "molora", "router_input": "h"}, "router_input='h': has no meaning"),
+        broken("adapter", {"method": "lora", "router_dtype": "input"}, "router_dtype='input': has no meaning"),
+        broken(
+            "adapter", {"router_aux_loss_ratio": 0.2}, "has no meaning for adapter.router_aux_loss_schedule=constant"
+        ),
+        broken("adapter", {"method": "hydralora", "router_z_loss_coef": 0.1}, "router_z_loss_coef=0.1: has no meaning"),
         broken("adapter", {"method": "molora", "beta": 2}, "adapter.beta=2: has no meaning for adapter.method=molora"),
         broken(
             "adapter", {"method": "dora", "num_experts": 8}, "num_experts=8: has no meaning for adapter.method=dora"

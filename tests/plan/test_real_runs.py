@@ -106,7 +106,7 @@ def test_a_small_model_is_whole_at_its_last_layer(runs_of_2: RealRuns) -> None:
     assert gathered_bytes(run) == pytest.approx(runs_of_2.ranks[0]["zero3"]["whole"], rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero2-ep2"])
+@pytest.mark.parametrize("name", ["zero2", "zero2-ep2", "zero2-router-h"])
 def test_on_two_processes_within_15_percent(runs_of_2: RealRuns, name: str) -> None:
     """Activations. With ep_size 2 the rows that reach a process are random, so their mean is compared."""
     run = runs_of_2.plan(name)

@@ -29,8 +29,11 @@ CASES = list(
             "fuse_projections": [False, True],
             "normalize_gates": [False, True],
             "gradient_checkpointing": [False, True],
+            "router_input": ["x", "h"],
+            "router_dtype": ["float32", "input"],
             "loss_head": [False, True],
             "balance": ["global", "local"],
+            "z_loss": [0.0, 0.1],
         }
     )
 )
@@ -39,7 +42,8 @@ CASES = list(
 def numbers(case: dict[str, Any], device: str) -> dict[str, Tensor]:
     """The loss, the balance loss and every gradient of one micro-batch, of a model adapted on the device."""
     model = tiny_llama().to(device)
-    spec = mixture_spec(case["method"], num_experts=4, r=3, normalize_gates=case["normalize_gates"])
+    switches = {key: case[key] for key in ("normalize_gates", "router_input", "router_dtype")}
+    spec = mixture_spec(case["method"], num_experts=4, r=3, **switches)
     inject_adapters(
         model,
         spec,
@@ -64,14 +68,15 @@ def numbers(case: dict[str, Any], device: str) -> dict[str, Tensor]:
     ]
     batch = collate(samples).to(torch.device(device))
     model.train()
+    settings = BalanceSettings(0.01, "mean", case["balance"], z_coefficient=case["z_loss"])
+    balance = StepBalance(model, settings, 2, 1, torch.device(device))
     set_token_keys(model, batch, 3, 1)
     ce_N = cross_entropies(model, batch)
-    balance = BalanceSettings(0.01, "mean", case["balance"])
-    aux = StepBalance(model, balance, 2, 1, torch.device(device)).add(batch)
+    aux = balance.add(batch) + case["z_loss"] * balance.z_share
     counts = batch_counts(batch.tasks_and_targets, 2).to(device)
     weights_N = target_weights(batch.target_sample, batch.task_ids, batch.target_counts, counts, "token")
     loss = (ce_N * weights_N).sum()
-    (loss + balance.coefficient * aux).backward()
+    (loss + settings.coefficient * aux).backward()
     gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
     assert set(gradients) == set(trained)
     return {"loss": loss.detach().cpu(), "aux": aux.detach().cpu()} | {n: g.cpu() for n, g in gradients.items()}

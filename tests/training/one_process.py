@@ -10,7 +10,14 @@ from malora_dist.adapters.adapted_layers import adapter_parameters, mixture_laye
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import collate
 from malora_dist.evaluation.packed_forward import set_token_keys
-from tests.reference import adamw_reference_step, balance_reference, clip_reference, loss_reference
+from tests.reference import (
+    adamw_reference_step,
+    balance_reference,
+    clip_reference,
+    coefficient_reference,
+    loss_reference,
+    z_loss_reference,
+)
 from tests.training.workers import (
     COEFFICIENT,
     EPSILON,
@@ -44,10 +51,10 @@ def reference_run(
     earlier: list[Tensor] = []
     for step in range(1, STEPS + 1):
         samples = step_samples(step, case.get("lengths", LENGTHS))
-        ce, routed = _forward(model, samples, step)
+        ce, routed, logits = _forward(model, samples, step)
         tasks = [[[[sample.task_id for sample in samples]]]]
         loss = loss_reference([[[ce]]], case.get("normalization", "token"), tasks)[0]
-        gradients = torch.autograd.grad(loss + COEFFICIENT * _balance(routed, earlier), parameters)
+        gradients = torch.autograd.grad(_objective(case, step, loss, _balance(routed, earlier), logits), parameters)
         earlier = [ids_TK for _, ids_TK in routed]
         state |= {f"gradient.{step}.{name}": g for name, g in zip(names, gradients, strict=True)}
         clipped, norm = clip_reference(gradients, MAX_NORM)
@@ -60,13 +67,14 @@ def reference_run(
             stepping.step()
             continue
         with torch.no_grad():
-            for i, (parameter, gradient) in enumerate(zip(parameters, clipped, strict=True)):
+            for i, (name, parameter, gradient) in enumerate(zip(names, parameters, clipped, strict=True)):
+                ratio = case.get("lr_ratios", {}).get(name.rpartition(".")[2], 1.0)
                 new, *moments_i = adamw_reference_step(
                     parameter,
                     gradient,
                     *moments[i],
                     step,
-                    learning_rate=LEARNING_RATE,
+                    learning_rate=ratio * LEARNING_RATE,
                     epsilon=EPSILON,
                     weight_decay=0.01,
                 )
@@ -78,10 +86,24 @@ def reference_run(
     return numbers | {"initial": initial, "state": state}
 
 
-def _forward(model: nn.Module, samples: Sequence[Sample], step: int) -> tuple[list[Tensor], list[Routed]]:
-    """Cross-entropies of each sample, run on its own; probabilities and choices of all their tokens, by layer."""
+def _objective(case: dict[str, Any], step: int, loss: Tensor, balance: Tensor, logits: list[Tensor]) -> Tensor:
+    """What is minimised: the loss, the balance loss by its schedule, and the z-loss."""
+    given = {"schedule": "constant", "last_step": 0, "z_coefficient": 0.0} | case.get("balance", {})
+    coefficient = coefficient_reference(given["schedule"], COEFFICIENT, step, given["last_step"])
+    total = loss + coefficient * balance
+    if given["z_coefficient"]:
+        total = total + given["z_coefficient"] * sum(map(z_loss_reference, logits)) / len(logits)
+    return total
+
+
+def _forward(model: nn.Module, samples: Sequence[Sample], step: int) -> tuple[list[Tensor], list[Routed], list[Tensor]]:
+    """Cross-entropies of each sample, run on its own; probabilities and choices, and logits, of all tokens by layer."""
     layers = [layer for _, layer in mixture_layers(model)]
-    ce, routings = [], []
+    ce, routings, routers = [], [], [list[Tensor]() for layer in layers if layer.balanced]
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, x, kept=kept: kept.append(_logits(layer, x[0])))
+        for layer, kept in zip((layer for layer in layers if layer.balanced), routers, strict=True)
+    ]
     for sample in samples:
         set_token_keys(model, collate([sample]), SEED, step)
         ids = torch.as_tensor(sample.input_ids, dtype=torch.int64)
@@ -94,7 +116,16 @@ def _forward(model: nn.Module, samples: Sequence[Sample], step: int) -> tuple[li
         (torch.cat([routing.probs_TE for routing in of_layer]), torch.cat([r.expert_ids_TK for r in of_layer]))
         for of_layer in zip(*routings, strict=True)
     ]
-    return ce, routed
+    for hook in hooks:
+        hook.remove()
+    return ce, routed, [torch.cat(of_layer) for of_layer in routers]
+
+
+def _logits(layer: Any, x: Tensor) -> Tensor:
+    """A router's logits (T, E), where it reads the layer's input."""
+    if layer.input_projection.reads_h:
+        return x.new_zeros(0, layer.num_experts)
+    return x[0].float() @ layer.input_projection.gate.T
 
 
 def _balance(routed: list[Routed], earlier: list[Tensor] | None = None) -> Tensor:

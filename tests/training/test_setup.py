@@ -13,8 +13,9 @@ from malora_dist.data.mixture import mixture_shares
 from malora_dist.data.store import TrainStore
 from malora_dist.distributed.process_groups import World
 from malora_dist.models.resolve import native_dtype
-from malora_dist.training.setup import engine_config, optimizer_settings, unseen_tasks
+from malora_dist.training.setup import balance_settings, engine_config, optimizer_settings, unseen_tasks
 from tests.config.recipes import RECIPES
+from tests.reference import coefficient_reference
 
 RECIPE = RECIPES / "demo.yaml"
 
@@ -23,6 +24,17 @@ def test_warm_up_is_rounded_up_to_whole_steps() -> None:
     config = load_config(RECIPE, ["--train.warmup_ratio", "0.07"])
     assert optimizer_settings(config, 101).warmup_steps == 8
     assert optimizer_settings(config, 101).total_steps == 101
+
+
+def test_the_balance_losses_weight_follows_its_schedule() -> None:
+    for schedule in ("constant", "linear", "until"):
+        ratio = [] if schedule == "constant" else ["--adapter.router_aux_loss_ratio=0.07"]
+        changes = [f"--adapter.router_aux_loss_schedule={schedule}", "--adapter.router_aux_loss_coef=0.2", *ratio]
+        settings = balance_settings(load_config(RECIPE, changes), 101)
+        assert schedule == "constant" or settings.last_step == 8
+        for step in range(1, 102):
+            wanted = coefficient_reference(schedule, 0.2, step, 8)
+            assert abs(settings.coefficient_at(step) - wanted) < 1e-15
 
 
 def test_a_task_that_the_run_never_draws_is_named() -> None:

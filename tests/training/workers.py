@@ -147,6 +147,7 @@ def new_train_step(world: World, folder: str, case: dict[str, Any], kind: type[T
         warmup_steps=0,
         total_steps=STEPS,
         optim=case.get("optim", "adamw_torch"),
+        lr_ratios=case.get("lr_ratios", {}),
     )
     model = build_model(folder, case, world, config, groups)
     return (kind or RecordingTrainStep)(
@@ -154,7 +155,7 @@ def new_train_step(world: World, folder: str, case: dict[str, Any], kind: type[T
         world,
         StepSettings(
             task_names=["a", "b", "c"],
-            balance=BalanceSettings(COEFFICIENT, "mean", "global"),
+            balance=BalanceSettings(COEFFICIENT, "mean", "global", **case.get("balance", {})),
             normalization=case.get("normalization", "token"),
             zero_stage=stage,
             max_grad_norm=MAX_NORM,

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from malora_dist.adapters.scaling import LORA
+
 if TYPE_CHECKING:
     from malora_dist.adapters.io.folder import AdapterInfo
 
@@ -13,7 +15,7 @@ def model_card(info: "AdapterInfo", tasks: Sequence[str], evaluations: Mapping[s
     which = "all" if spec.structure.dense else f"top-{spec.top_k}"
     experts = f"{spec.num_experts} experts, {which}, " if spec.structure.routed else ""
     shared = f", shared_r {spec.shared_r}" if spec.shared_r is not None else ""
-    rslora = ", use_rslora" if spec.use_rslora else ""
+    scaling = ", use_rslora" if spec.use_rslora else "" if spec.scaling_rule == LORA else f", {spec.scaling_rule}"
     lines = [
         "---",
         f"base_model: {info.base_model}",
@@ -22,7 +24,7 @@ def model_card(info: "AdapterInfo", tasks: Sequence[str], evaluations: Mapping[s
         "",
         f"# {spec.method} adapter",
         "",
-        f"{experts}r {spec.r}{shared}, lora_alpha {spec.lora_alpha:g}{rslora}, on {', '.join(info.target_modules)} of",
+        f"{experts}r {spec.r}{shared}, lora_alpha {spec.lora_alpha:g}{scaling}, on {', '.join(info.target_modules)} of",
         f"`{info.base_model}`." + (f" Trained on {', '.join(tasks)}." if tasks else ""),
         "",
         *_accuracies(evaluations),

@@ -5,13 +5,14 @@ other tools load; the routed methods add a block `malora` to the config and keep
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from malora_dist.adapters.io.rules import check_config, read_settings, read_spec
 from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.adapters.scaling import LORA, RSLORA
 from malora_dist.errors import CheckpointError
 from malora_dist.files.json_rules import OBJECT, POSITIVE, check_rule
 from malora_dist.files.json_text import parse_json
@@ -48,6 +49,7 @@ def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict
     """The content of adapter_config.json. `weights_sha256` is the checksum of the file of weights beside it."""
     numbers = asdict(info.spec)
     patterns = {key: dict(numbers.pop(key)) for key in PATTERNS}
+    scaling, router = numbers.pop("scaling_rule"), _not_default(numbers, ("router_input", "router_dtype"))
     return {
         "peft_type": "LORA" if not info.spec.structure.routed else info.spec.method.upper(),
         "task_type": "CAUSAL_LM",
@@ -65,10 +67,20 @@ def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict
         "malora": {
             "format_version": FORMAT_VERSION if info.spec.has_patterns else PLAIN_VERSION,
             **numbers,
+            "use_rslora": info.spec.use_rslora,
+            **({} if scaling in (LORA, RSLORA) else {"scaling": scaling}),
+            **router,
             **({"trust_remote_code": True} if info.trust_remote_code else {}),
             **_sealed(weights_sha256),
         },
     }
+
+
+def _not_default(numbers: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Take keys out of a spec's numbers, and return those that are not the default, which files do not hold."""
+    defaults = {each.name: each.default for each in fields(MixtureSpec)}
+    taken = {key: numbers.pop(key) for key in keys}
+    return {key: value for key, value in taken.items() if value != defaults[key]}
 
 
 def _sealed(weights_sha256: str | None) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """What adapter_config.json of our own adapters must say."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from malora_dist.adapters.methods import MixtureSpec, mixture_spec, unknown_method
+from malora_dist.adapters.methods import ROUTER_DTYPES, ROUTER_INPUTS, MixtureSpec, mixture_spec, unknown_method
+from malora_dist.adapters.scaling import SCALINGS
 from malora_dist.errors import CheckpointError, ConfigError, brief, short
 from malora_dist.files.json_rules import DIGEST, OBJECT, POSITIVE, TEXT, Rule, check_rule
 
@@ -17,6 +18,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item for item in value)
+
+
+def _one_of(names: Iterable[str]) -> Rule:
+    known = tuple(names)
+    return f"must be one of {', '.join(known)}", lambda value: isinstance(value, str) and value in known
 
 
 TRUTH: Rule = ("must be true or false", lambda value: isinstance(value, bool))
@@ -61,7 +67,16 @@ SETTINGS: dict[str, Rule] = {
 }
 # What PEFT reads of the same, at the top.
 TWICE = ("r", "lora_alpha", "use_rslora")
-OPTIONAL: dict[str, Rule] = {"use_rslora": TRUTH, "trust_remote_code": TRUTH, "weights_sha256": DIGEST}
+OPTIONAL: dict[str, Rule] = {
+    "use_rslora": TRUTH,
+    "scaling": _one_of(SCALINGS),
+    "router_input": _one_of(ROUTER_INPUTS),
+    "router_dtype": _one_of(ROUTER_DTYPES),
+    "trust_remote_code": TRUTH,
+    "weights_sha256": DIGEST,
+}
+# Keys of the block that `MixtureSpec` has under another name.
+SPEC_NAMES = {"scaling": "scaling_rule"}
 
 
 def _method_rule() -> Rule:
@@ -101,7 +116,9 @@ def read_spec(path: Path, block: Mapping[str, Any], patterns: Mapping[str, Any])
     """The mixture of the block `malora`. Raises CheckpointError if no recipe could give it its numbers."""
     for key, value in patterns.items():
         check_rule(path, key, value, OBJECT)
-    numbers = {field.name: block[field.name] for field in fields(MixtureSpec) if field.name in block}
+    named = {SPEC_NAMES.get(key, key): value for key, value in block.items()}
+    own = (*(field.name for field in fields(MixtureSpec)), "use_rslora")
+    numbers = {name: named[name] for name in own if name in named}
     try:
         wanted = mixture_spec(**numbers, **patterns)
     except ConfigError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 from malora_dist.adapters.io.folder import AdapterTensors
 from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.adapters.scaling import LORA
 from malora_dist.errors import CheckpointError, MaloraError
 from malora_dist.ops.expert_gram import expert_gram, norms_and_cosines
 from malora_dist.tracking.metrics import KIND, ROUTING, SHARE, STEP, read_metrics, without_lost_steps
@@ -45,6 +46,8 @@ def spec_facts(spec: MixtureSpec) -> Facts:
     facts: Facts = {"method": spec.method, "r": spec.r, "lora_alpha": spec.lora_alpha, "scaling": spec.scaling}
     if spec.use_rslora:
         facts["use_rslora"] = True
+    elif spec.scaling_rule != LORA:
+        facts["scaling_rule"] = spec.scaling_rule
     if spec.structure.routed:
         facts |= {"num_experts": spec.num_experts, "top_k": spec.top_k, "normalize_gates": spec.normalize_gates}
     if spec.shared_r is not None:
