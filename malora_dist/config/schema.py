@@ -240,6 +240,11 @@ class EvaluationConfig(Section):
         description="Tokens of one forward pass. auto: 1024 on a CPU, 16384 on a GPU, 4096 there if attention takes a "
         "mask.",
     )
+    write_scores: bool = Field(
+        False,
+        description="Also write the log-likelihood of every choice of every question, to scores-base.jsonl and "
+        "scores-tuned.jsonl.",
+    )
 
 
 class RunConfig(Section):

@@ -14,7 +14,7 @@ MEASURED_ON = "measured_on.json"
 # A folder that holds one of these is the folder of a run.
 RUN_FILES = {
     "adapter", "baseline.json", "checkpoints", "config.yaml", "data.json", "eval.json", EXIT_FILE, MEASURED_ON,
-    "metrics.jsonl", "report", "train.log",
+    "metrics.jsonl", "report", "scores-base.jsonl", "scores-tuned.jsonl", "train.log",
 }  # fmt: skip
 FINISHED, PREEMPTED, FAILED = "finished", "preempted", "failed"
 # 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.

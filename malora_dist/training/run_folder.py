@@ -129,8 +129,13 @@ def read_measured_on(path: Path) -> Any:
 
 def forget_evaluations(folder: Path) -> None:
     """Remove what earlier starts of a run without a checkpoint have measured. Raises OSError."""
-    for name in ("eval.json", "baseline.json"):
+    for name in ("eval.json", "baseline.json", scores_file("base"), scores_file("tuned")):
         (folder / name).unlink(missing_ok=True)
+
+
+def scores_file(side: str) -> str:
+    """Return the name of the file with the scores of every question of one side of eval.json."""
+    return f"scores-{side}.jsonl"
 
 
 def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:

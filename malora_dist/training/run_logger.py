@@ -3,6 +3,7 @@
 What cannot be written ends the run on all processes.
 """
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,13 @@ from malora_dist.tracking.metrics import (
 )
 from malora_dist.tracking.trackers import open_trackers
 from malora_dist.training.best_checkpoint import Tasks, score
-from malora_dist.training.run_folder import forget_evaluations, read_evaluations, read_measured_on, write_on_rank0
+from malora_dist.training.run_folder import (
+    forget_evaluations,
+    read_evaluations,
+    read_measured_on,
+    scores_file,
+    write_on_rank0,
+)
 from malora_dist.training.run_summary import injection_lines, next_steps, placement_lines
 
 
@@ -193,6 +200,11 @@ class RunLogger:
         if result["average"] is not None:
             measured = sum("accuracy" in row for row in result["tasks"].values())
             self.log.info("%s: accuracy %.3f on average over %d tasks", side, result["average"], measured)
+
+    def scores(self, side: str, questions: Sequence[Mapping[str, object]]) -> None:
+        """Write the scores of every question of the `base` or `tuned` side, as scores-SIDE.jsonl."""
+        text = "".join(f"{json.dumps(record)}\n" for record in questions)
+        self._run_on_rank0(lambda: write_text(self.folder / scores_file(side), text))
 
     def adapter(self, model: nn.Module, name: str) -> None:
         """Write the adapter folder `name`; gathers the weights, so every process must call it."""
