@@ -22,8 +22,8 @@ from malora_dist.data.build import build_data
 from malora_dist.distributed.consistency import check_consistency, start_facts
 from malora_dist.distributed.zero3 import gathered
 from malora_dist.evaluation.packing import check_packing
-from malora_dist.evaluation.tasks import TaskEvaluator
-from malora_dist.files.atomic import write_json
+from malora_dist.evaluation.tasks import Measured, TaskEvaluator
+from malora_dist.files.atomic import write_json, write_text
 from malora_dist.launch.entry_point import run_malora
 from malora_dist.models.attention import attention_for
 from malora_dist.models.config import read_model_config
@@ -37,7 +37,7 @@ from malora_dist.training.deepspeed_engine import build_engine
 from malora_dist.training.device_check import check_device, check_memory
 from malora_dist.training.process import run_as_process
 from malora_dist.training.run_context import RunContext
-from malora_dist.training.run_folder import evaluation_file
+from malora_dist.training.run_folder import evaluation_file, scores_file, scores_text
 from malora_dist.training.sequence_lengths import position_notes
 from malora_dist.training.setup import engine_config
 from malora_dist.training.watchdog import Watchdog, watched
@@ -67,15 +67,19 @@ def _evaluate(target: EvaluationTarget) -> None:
         log.info("note: %s", note)
     context = RunContext(config, world, Watchdog(world.rank))
     with watched(context.watchdog, config.parallel.timeout_seconds):
-        result = evaluate_adapter(context, adapter)
+        measured = evaluate_adapter(context, adapter)
     if world.is_main:
+        result = {side: of_side.summary for side, of_side in measured.items()}
         path = evaluation_file(target.folder, result)
+        if config.evaluation.write_scores:
+            for side, of_side in measured.items():
+                write_text(path.with_name(scores_file(side, path)), scores_text(of_side.questions))
         write_json(path, result)
         log.info("wrote %s", path)
         console().print(print_results(result))
 
 
-def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, object]:
+def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, Measured]:
     """Evaluate an adapter on the recipe's base and tasks.
 
     Experts are not spread (`parallel.ep_size` is of no effect), so that any number of processes will do.
@@ -85,7 +89,7 @@ def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, 
         adapter: its opened folder.
 
     Returns:
-        The content of eval.json, on every process.
+        What was measured by side of eval.json, on every process.
     """
     config, world, watchdog = context.config, context.world, context.watchdog
     trusted, dtype = config.model.trust_remote_code, base_dtype(config, world)
@@ -118,7 +122,7 @@ def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, 
     evaluator = TaskEvaluator(engine, world, config.evaluation.batch_tokens, packing)
     rows = data.evaluation[config.evaluation.split]
     return {
-        side: evaluator.evaluate(rows, f"evaluating ({side})", use_adapter=side == "tuned")
+        side: evaluator.measure(rows, f"evaluating ({side})", use_adapter=side == "tuned")
         for side, wanted in sides.items()
         if wanted
     }

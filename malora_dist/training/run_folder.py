@@ -1,7 +1,8 @@
 """The folder of a run: claimed once, never overwritten, every file whole or absent."""
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,17 @@ def forget_evaluations(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def scores_file(side: str) -> str:
-    """Return the name of the file with the scores of every question of one side of eval.json."""
-    return f"scores-{side}.jsonl"
+def scores_file(side: str, evaluation: Path = Path("eval.json")) -> str:  # noqa: B008  # frozen
+    """Return the name of the file with the scores of every question of one side of `evaluation`.
+
+    scores-tuned.jsonl beside eval.json, scores-tuned-2.jsonl beside eval-2.json.
+    """
+    return f"scores-{side}{evaluation.stem.removeprefix('eval')}.jsonl"
+
+
+def scores_text(questions: Sequence[Mapping[str, object]]) -> str:
+    """Return the content of such a file: a record a line (`evaluation.scoring.score_rows`)."""
+    return "".join(f"{json.dumps(record)}\n" for record in questions)
 
 
 def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:

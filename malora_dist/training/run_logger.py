@@ -3,7 +3,6 @@
 What cannot be written ends the run on all processes.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +54,7 @@ from malora_dist.training.run_folder import (
     read_evaluations,
     read_measured_on,
     scores_file,
+    scores_text,
     write_on_rank0,
 )
 from malora_dist.training.run_summary import injection_lines, next_steps, placement_lines
@@ -203,8 +203,7 @@ class RunLogger:
 
     def scores(self, side: str, questions: Sequence[Mapping[str, object]]) -> None:
         """Write the scores of every question of the `base` or `tuned` side, as scores-SIDE.jsonl."""
-        text = "".join(f"{json.dumps(record)}\n" for record in questions)
-        self._run_on_rank0(lambda: write_text(self.folder / scores_file(side), text))
+        self._run_on_rank0(lambda: write_text(self.folder / scores_file(side), scores_text(questions)))
 
     def adapter(self, model: nn.Module, name: str) -> None:
         """Write the adapter folder `name`; gathers the weights, so every process must call it."""
