@@ -23,6 +23,7 @@ PAGES = {
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/RESULTS.md": "results.md",
     "benchmarks/gpu/README.md": "gpu.md",
+    "benchmarks/quality/PROTOCOL.md": "quality_protocol.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
 COPIES = "repository"

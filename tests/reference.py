@@ -7,6 +7,7 @@ O out_features, E experts, K top-k, R r, D shared_r. Meant to run in float64.
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -366,3 +367,12 @@ def linear_cross_entropy_reference(
         largest = logits_V.max().detach()
         losses.append(((logits_V - largest).exp().sum().log() + largest - logits_V[target])[None])
     return torch.cat(losses)
+
+
+def resampled_means(delta_SN: np.ndarray, seeds_DS: np.ndarray, questions_DN: np.ndarray) -> list[float]:
+    """Twin of `bench.quality.statistics.resampled_means`, with the rows and columns of each sample themselves."""
+    means = []
+    for seeds, questions in zip(seeds_DS, questions_DN, strict=True):
+        values = [delta_SN[seed, question] for seed in seeds for question in questions]
+        means.append(float(sum(values) / len(values)))
+    return means

@@ -68,13 +68,21 @@ def test_three_processes_measure_the_same(folder: Path) -> None:
 def test_one_process_with_other_settings_writes_beside(folder: Path) -> None:
     run = folder / "runs" / "tiny"
     before = (run / "eval.json").read_bytes()
-    settings = ["--evaluation.base", "false", "--evaluation.batch_tokens", "97"]
+    settings = ["--evaluation.base", "false", "--evaluation.batch_tokens", "97", "--evaluation.write_scores", "true"]
     done = run_alone("malora_dist.cli", ["evaluate", "runs/tiny", "--num_gpus", "1", *settings], folder)
     assert done.code == 0, done.output
     assert (run / "eval.json").read_bytes() == before
     other = read(run / "eval-2.json")
     assert other.keys() == {"tuned"}
     assert_equal(other["tuned"], json.loads(before)["tuned"])
+    assert not (run / "scores-base-2.jsonl").exists()
+    records = [json.loads(line) for line in (run / "scores-tuned-2.jsonl").read_text().splitlines()]
+    for task, row in other["tuned"]["tasks"].items():
+        mine = [record for record in records if record["task"] == task]
+        assert [record["question"] for record in mine] == list(range(row["n"]))
+        if "accuracy" in row:
+            hits = [max(record["scores"]) == record["scores"][record["label"]] for record in mine]
+            assert sum(hits) / len(hits) == row["accuracy"], task
     assert "--evaluation.batch_tokens 97" in (run / "evaluate.log").read_text(), "says how eval-2.json came about"
 
 

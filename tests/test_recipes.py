@@ -14,8 +14,9 @@ def test_recipe_is_valid(path: Path) -> None:
 
 
 def test_demo_recipe_reads_what_the_demo_writes() -> None:
-    from malora_dist.recipes.demo import MODEL_FILE, SPLITS
+    from malora_dist.recipes.demo import MODEL_FILE
     from malora_dist.recipes.demo_tasks import TASKS
+    from malora_dist.recipes.questions import SPLITS
 
     config = load_config(RECIPES / "demo.yaml")
     assert config.model.name_or_path == f"demo/{MODEL_FILE}"

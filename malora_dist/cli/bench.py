@@ -225,6 +225,29 @@ def data(
     raise typer.Exit(loaded.main(options, Output(as_json, markdown)))
 
 
+@bench.command()
+def quality(
+    suites: Annotated[list[Path], typer.Argument(metavar="SUITE.yaml...", help="Suites; their runs take turns.")],
+    out: Annotated[Path, typer.Option(help="Folder of tasks, runs and results.")] = Path("quality"),
+    show: Annotated[bool, typer.Option("--list", help="Print all runs that are known to be needed, and end.")] = False,
+    only: Annotated[str, typer.Option(help="Pattern of a shell: the runs to make, by their names.")] = "*",
+    table: Annotated[bool, typer.Option("--table", help="Print the tables of all results so far, and end.")] = False,
+    final: Annotated[bool, typer.Option("--final", help="Also the final runs, the only ones that read test.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="End after as many runs.")] = None,
+    markdown: Markdown = None,
+) -> None:
+    """Compare how well methods learn tasks together: equal parameters, a rate search for each, paired statistics.
+
+    Runs are trained one after another at the lowest priority. Started again it goes on; OUT/pause lets it stand still.
+    """
+    loaded = import_module("malora_dist.bench.quality.main")
+    options = loaded.QualityOptions(
+        suites=tuple(suites), out=out, only=only, final=final, jobs=jobs, limit=limit, markdown=markdown
+    )
+    loaded.tables(options) if table else loaded.listing(options) if show else loaded.queue(options)
+
+
 def _run(module: str, options: str, context: typer.Context, output: Output) -> None:
     """Run a module of `bench.local`, which may import torch, with the options that the command line gives."""
     loaded = import_module(f"malora_dist.bench.local.{module}")

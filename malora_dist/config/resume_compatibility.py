@@ -10,6 +10,7 @@ HARMLESS = (
     "evaluation.base",
     "evaluation.tuned",
     "evaluation.batch_tokens",
+    "evaluation.write_scores",
     "model.name_or_path",
     "model.revision",
     "model.dtype",

@@ -269,6 +269,11 @@ class EvaluationConfig(Section):
         description="Maximum number of tokens per forward pass. auto: 1024 on a CPU; on a GPU 16384, or 4096 if "
         "attention uses a mask.",
     )
+    write_scores: bool = Field(
+        False,
+        description="Also write the log-likelihood of every choice of every question, to scores-base.jsonl and "
+        "scores-tuned.jsonl.",
+    )
 
 
 class RunConfig(Section):

@@ -192,6 +192,17 @@ def check_scores(task: str, scores: Sequence[Sequence[float]]) -> None:
         )
 
 
+def score_rows(task: str, items: Sequence[ChoiceItem], scores: Sequence[Sequence[float]]) -> list[dict[str, object]]:
+    """Return a record for each question of a task: its number, the right choice, and each choice's score and length.
+
+    `scores` are summed log-likelihoods in nats, `lengths` characters, as `accuracy` and `accuracy_norm` take them.
+    """
+    return [
+        {"task": task, "question": n, "label": item.label, "scores": list(row), "lengths": list(item.choice_lengths)}
+        for n, (item, row) in enumerate(zip(items, scores, strict=True))
+    ]
+
+
 def task_result(items: Sequence[ChoiceItem], scores: Sequence[Sequence[float]]) -> dict[str, float]:
     """Compute the record of one task.
 

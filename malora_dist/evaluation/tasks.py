@@ -20,6 +20,7 @@ from malora_dist.evaluation.scoring import (
     check_scores,
     row_tokens,
     score_items,
+    score_rows,
     scores_of_questions,
     summarise,
     task_result,
@@ -28,6 +29,14 @@ from malora_dist.models.packed_attention import is_masked, longest_row
 from malora_dist.ops.products import kept_weight_copies
 
 Rows = Mapping[str, Sequence[ChoiceItem] | Sequence[Sample]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found: one side of eval.json, and a record for each question (`scoring.score_rows`)."""
+
+    summary: dict[str, Any]
+    questions: list[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -62,15 +71,22 @@ class TaskEvaluator:
         Raises:
             NonFiniteError: on all processes, for scores that are not numbers.
         """
+        return self.measure(rows, title, use_adapter=use_adapter).summary
+
+    def measure(self, rows: Rows, title: str, *, use_adapter: bool = True) -> "Measured":
+        """`evaluate`, with the scores of every question too."""
         questions = {task: [as_question(row) for row in of_task] for task, of_task in rows.items() if of_task}
         scores = self._scores([item for of_task in questions.values() for item in of_task], title, use_adapter)
-        results, start = {}, 0
+        results: dict[str, dict[str, float]] = {}
+        records: list[dict[str, object]] = []
+        start = 0
         for task, items in questions.items():
             of_task = scores[start : start + len(items)]
             check_scores(task, of_task)
             results[task] = task_result(items, of_task)
+            records += score_rows(task, items, of_task)
             start += len(items)
-        return summarise(results)
+        return Measured(summarise(results), records)
 
     def _scores(self, items: Sequence[ChoiceItem], title: str, use_adapter: bool) -> list[list[float]]:
         """Return the scores of each question's choices, gathered from all processes."""

@@ -3,11 +3,11 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from malora_dist.data.splits import hash_order
+from malora_dist.recipes.questions import Question
 
 OPERATIONS = ("addition", "subtraction", "multiplication", "division")
 SUBJECTS = {
@@ -29,19 +29,9 @@ CAPITALIZED = re.compile(r"\b[A-Z][a-z]+")
 OPTION = re.compile(r"(?:^|\n)\s*([A-F])\.\s*")
 
 
-@dataclass(frozen=True)
-class DemoRow:
-    """One question. Rows with the same or a similar text in the same place of `alike` stay on one side of the split."""
-
-    prompt: str
-    choices: tuple[str, ...]
-    label: int
-    alike: tuple[str, ...]
-
-
-def asdivop(data: Path, seed: int) -> Iterator[DemoRow]:
+def asdivop(data: Path, seed: int) -> Iterator[Question]:
     """Which of four operations solves a word problem: its two numbers and its answer leave exactly one."""
-    for row in _lines(data / "ASDiv" / "test.jsonl"):
+    for row in read_lines(data / "ASDiv" / "test.jsonl"):
         problem = f"{row['passage']} {row['question']}".strip()
         answer = re.match(r"-?\d[\d,]*(?:\.\d+)?", str(row["answer"]))
         numbers = [_number(text) for text in NUMBER.findall(problem)]
@@ -52,41 +42,41 @@ def asdivop(data: Path, seed: int) -> Iterator[DemoRow]:
             prompt = f"{problem} Which operation solves this?"
             # The same story with other numbers and other people is the same problem.
             story = CAPITALIZED.sub("name", NUMBER.sub("number", problem))
-            yield DemoRow(prompt, OPERATIONS, fits.index(True), (story,))
+            yield Question(prompt, OPERATIONS, fits.index(True), (story,))
 
 
-def medsubj(data: Path, seed: int) -> Iterator[DemoRow]:
+def medsubj(data: Path, seed: int) -> Iterator[Question]:
     """Which of six subjects a medical exam question comes from, as many questions of each."""
     for label, subject in enumerate(SUBJECTS):
-        texts = (row["question"] for row in _lines(data / "MedMCQA" / "MedMCQA-Validation" / f"{subject}.jsonl"))
+        texts = (row["question"] for row in read_lines(data / "MedMCQA" / "MedMCQA-Validation" / f"{subject}.jsonl"))
         unique = dict.fromkeys(" ".join(text.split())[:LONGEST_QUESTION] for text in texts)
         for text in sorted(unique, key=lambda text: hash_order(text, seed))[:ROWS_PER_SUBJECT]:
             prompt = f"{text} Which subject is this exam question from?"
-            yield DemoRow(prompt, tuple(SUBJECTS.values()), label, (text,))
+            yield Question(prompt, tuple(SUBJECTS.values()), label, (text,))
 
 
-def csqa(data: Path, seed: int) -> Iterator[DemoRow]:
+def csqa(data: Path, seed: int) -> Iterator[Question]:
     """A common-sense question with five choices."""
-    for row in _lines(data / "CommonsenseQA" / "validation.jsonl"):
-        yield from _with_options(row["question"].strip(), row["options"], row["answer"], (row["question"],))
+    for row in read_lines(data / "CommonsenseQA" / "validation.jsonl"):
+        yield from with_options(row["question"].strip(), row["options"], row["answer"], (row["question"],))
 
 
-def siqa(data: Path, seed: int) -> Iterator[DemoRow]:
+def siqa(data: Path, seed: int) -> Iterator[Question]:
     """A question about people in an everyday scene, with three choices."""
-    for row in _lines(data / "SIQA" / "test.jsonl"):
+    for row in read_lines(data / "SIQA" / "test.jsonl"):
         prompt = f"{row['passage']} {row['question']}".strip()
-        yield from _with_options(prompt, row["options"], row["answer"], (row["passage"],))
+        yield from with_options(prompt, row["options"], row["answer"], (row["passage"],))
 
 
-def bbq(data: Path, seed: int) -> Iterator[DemoRow]:
+def bbq(data: Path, seed: int) -> Iterator[Question]:
     """A question about two people; in about half the rows the passage does not tell and "unknown" is right."""
-    for row in _lines(data / "BBQ" / "test.jsonl"):
+    for row in read_lines(data / "BBQ" / "test.jsonl"):
         question = row["question"].split("\n")[0].strip()
         prompt = f"{row['passage']} {question}".strip()
-        yield from _with_options(prompt, row["options"], row["answer"][0], (row["passage"], question))
+        yield from with_options(prompt, row["options"], row["answer"][0], (row["passage"], question))
 
 
-TASKS: dict[str, Callable[[Path, int], Iterator[DemoRow]]] = {
+TASKS: dict[str, Callable[[Path, int], Iterator[Question]]] = {
     "asdivop": asdivop,
     "medsubj": medsubj,
     "csqa": csqa,
@@ -95,17 +85,18 @@ TASKS: dict[str, Callable[[Path, int], Iterator[DemoRow]]] = {
 }
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a JSONL file. Raises OSError."""
     with path.open(encoding="utf-8") as file:
         yield from (json.loads(line) for line in file if line.strip())
 
 
-def _with_options(prompt: str, options: str, answer: str, alike: tuple[str, ...]) -> Iterator[DemoRow]:
-    """A row from options written as "A. one\\nB. two"; nothing if options repeat or none of them is the answer."""
+def with_options(prompt: str, options: str, answer: str, alike: tuple[str, ...]) -> Iterator[Question]:
+    """Make a question of options written as "A. one\\nB. two"; none if two are equal or the answer is none."""
     choices = tuple(text.strip() for text in OPTION.split(options)[2::2])
     right = OPTION.sub("", answer).strip()
     if right in choices and len(set(choices)) == len(choices) >= 2 and all(choices):
-        yield DemoRow(prompt, choices, choices.index(right), alike)
+        yield Question(prompt, choices, choices.index(right), alike)
 
 
 def _number(text: str) -> float:

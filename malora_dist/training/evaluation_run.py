@@ -20,8 +20,8 @@ from malora_dist.distributed.rank_errors import run_on_rank0, sharing_errors
 from malora_dist.distributed.zero3 import gathered
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.evaluation.packing import check_packing
-from malora_dist.evaluation.tasks import TaskEvaluator
-from malora_dist.files.atomic import write_json
+from malora_dist.evaluation.tasks import Measured, TaskEvaluator
+from malora_dist.files.atomic import write_json, write_text
 from malora_dist.launch.ranks import place_of
 from malora_dist.report import print_results
 from malora_dist.training.base_model import base_dtype, base_model
@@ -30,7 +30,7 @@ from malora_dist.training.device_check import check_device, check_memory
 from malora_dist.training.inputs import open_inputs
 from malora_dist.training.process import run_as_process
 from malora_dist.training.run_context import RunContext
-from malora_dist.training.run_folder import evaluation_file
+from malora_dist.training.run_folder import evaluation_file, scores_file, scores_text
 from malora_dist.training.setup import engine_config
 from malora_dist.training.watchdog import Watchdog, watched
 
@@ -59,8 +59,8 @@ def _evaluate(target: EvaluationTarget) -> None:
         log.info("note: %s", note)
     context = RunContext(config, world, Watchdog(world.rank))
     with watched(context.watchdog, config.parallel.timeout_seconds):
-        result = evaluate_adapter(context, adapter)
-    run_on_rank0(lambda: _show(target, result), world)
+        measured = evaluate_adapter(context, adapter)
+    run_on_rank0(lambda: _show(target, measured, write_scores=config.evaluation.write_scores), world)
 
 
 def _start_logging(target: EvaluationTarget) -> None:
@@ -71,20 +71,24 @@ def _start_logging(target: EvaluationTarget) -> None:
         raise ConfigError(f"{target.log_file} cannot be written: {error.strerror}") from error
 
 
-def _show(target: EvaluationTarget, result: dict[str, object]) -> None:
+def _show(target: EvaluationTarget, measured: dict[str, Measured], *, write_scores: bool) -> None:
     """Print the result first: hours of work must not be lost with a file that cannot be written."""
+    result = {side: of_side.summary for side, of_side in measured.items()}
     console().print(print_results(result))
     if not target.save:
         return
     path = target.output or evaluation_file(target.folder, result)
     try:
+        if write_scores:
+            for side, of_side in measured.items():
+                write_text(path.with_name(scores_file(side, path)), scores_text(of_side.questions))
         write_json(path, result)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}; the result is printed above") from error
     logging.getLogger(LOGGER).info("wrote %s", path)
 
 
-def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, object]:
+def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, Measured]:
     """Evaluate an adapter on the recipe's base and tasks.
 
     Experts are not spread (`parallel.ep_size` is of no effect), so that any number of processes will do.
@@ -94,7 +98,7 @@ def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, 
         adapter: its opened folder.
 
     Returns:
-        The content of eval.json, on every process.
+        What was measured, by side of eval.json, on every process.
     """
     config, world, watchdog = context.config, context.world, context.watchdog
     dtype = base_dtype(config, world)
@@ -122,7 +126,7 @@ def evaluate_adapter(context: RunContext, adapter: AdapterTensors) -> dict[str, 
     evaluator = TaskEvaluator(engine, world, config.evaluation.batch_tokens, packing)
     rows = data.evaluation[config.evaluation.split]
     return {
-        side: evaluator.evaluate(rows, f"evaluating ({side})", use_adapter=side == "tuned")
+        side: evaluator.measure(rows, f"evaluating ({side})", use_adapter=side == "tuned")
         for side, wanted in sides.items()
         if wanted
     }

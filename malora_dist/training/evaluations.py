@@ -1,13 +1,12 @@
 """The evaluations of a run: of its untouched base, during training, and of the trained adapter."""
 
 from pathlib import Path
-from typing import Any
 
 from malora_dist.config import RunConfig
 from malora_dist.data.build import PreparedData
 from malora_dist.data.packed_row import Packing
 from malora_dist.errors import ConfigError
-from malora_dist.evaluation.tasks import TaskEvaluator
+from malora_dist.evaluation.tasks import Measured, TaskEvaluator
 from malora_dist.files import run_files
 from malora_dist.training.best_checkpoint import Tasks, read_baseline
 from malora_dist.training.run_context import RunContext
@@ -46,23 +45,32 @@ class RunEvaluations:
         """Measure the untouched base, unless an earlier start of the run has; return the baseline of best_metric."""
         train = self.config.train
         if self.config.evaluation.base and "base" not in self.logger.evaluations:
-            self.logger.evaluation("base", self._measure("base", use_adapter=False))
+            self._evaluate("base", use_adapter=False)
         if train.eval_steps is None or train.best_metric != "worst_drop" or baseline is not None:
             return baseline
-        kept = self.logger.kept(run_files.BASELINE, lambda: self._measure("validation", use_adapter=False))
+        kept = self.logger.kept(run_files.BASELINE, lambda: self._measure("validation", use_adapter=False).summary)
         tasks: Tasks = kept["tasks"]
         return tasks
 
     def validate(self, step: int, baseline: Tasks | None) -> float:
         """Measure the adapter on the validation rows; return its score by train.best_metric."""
-        return self.logger.validation(step, self._measure("validation"), self.config.train.best_metric, baseline)
+        return self.logger.validation(
+            step, self._measure("validation").summary, self.config.train.best_metric, baseline
+        )
 
     def evaluate_tuned(self) -> None:
         """Measure the trained adapter, if evaluation.tuned says so."""
         if self.config.evaluation.tuned:
-            self.logger.evaluation("tuned", self._measure("tuned"))
+            self._evaluate("tuned")
 
-    def _measure(self, what: str, use_adapter: bool = True) -> dict[str, Any]:
+    def _evaluate(self, side: str, use_adapter: bool = True) -> None:
+        measured = self._measure(side, use_adapter)
+        # The scores first: a run that goes on and finds the side in eval.json does not measure it again.
+        if self.config.evaluation.write_scores:
+            self.logger.scores(side, measured.questions)
+        self.logger.evaluation(side, measured.summary)
+
+    def _measure(self, what: str, use_adapter: bool = True) -> Measured:
         self.watchdog.mark_phase(f"evaluation ({what})")
         split = "validation" if what == "validation" else self.config.evaluation.split
-        return self.evaluator.evaluate(self.data.evaluation[split], f"evaluating ({what})", use_adapter=use_adapter)
+        return self.evaluator.measure(self.data.evaluation[split], f"evaluating ({what})", use_adapter=use_adapter)

@@ -1,7 +1,8 @@
 """The folder of a run: claimed once, never overwritten, every file whole or absent."""
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -123,8 +124,22 @@ def read_measured_on(path: Path) -> Any:
 
 def forget_evaluations(folder: Path) -> None:
     """Remove what earlier starts of a run without a checkpoint have measured. Raises OSError."""
-    for name in (run_files.EVALUATIONS, run_files.BASELINE):
+    for name in (run_files.EVALUATIONS, run_files.BASELINE, *run_files.SCORES):
         (folder / name).unlink(missing_ok=True)
+
+
+def scores_file(side: str, evaluation: Path = Path("eval.json")) -> str:  # noqa: B008  # frozen
+    """Return the name of the file with the scores of every question of one side of `evaluation`.
+
+    scores-tuned.jsonl beside eval.json, scores-tuned-2.jsonl beside eval-2.json, scores-tuned-new.jsonl beside new.json.
+    """
+    stem = evaluation.stem
+    return f"scores-{side}{stem.removeprefix('eval') if stem.startswith('eval') else f'-{stem}'}.jsonl"
+
+
+def scores_text(questions: Sequence[Mapping[str, object]]) -> str:
+    """Return the content of such a file: a record a line (`evaluation.scoring.score_rows`)."""
+    return "".join(f"{json.dumps(record)}\n" for record in questions)
 
 
 def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:

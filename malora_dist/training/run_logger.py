@@ -56,6 +56,8 @@ from malora_dist.training.run_folder import (
     read_evaluations,
     read_json,
     read_measured_on,
+    scores_file,
+    scores_text,
     writing_into,
 )
 from malora_dist.training.run_summary import injection_lines, next_steps, placement_lines
@@ -202,6 +204,10 @@ class RunLogger:
         if result["average"] is not None:
             measured = sum("accuracy" in row for row in result["tasks"].values())
             self.log.info("%s: accuracy %.3f on average over %d tasks", side, result["average"], measured)
+
+    def scores(self, side: str, questions: Sequence[Mapping[str, object]]) -> None:
+        """Write the scores of every question of the `base` or `tuned` side, as scores-SIDE.jsonl."""
+        self._write(lambda: write_text(self.folder / scores_file(side), scores_text(questions)))
 
     def adapter(self, model: nn.Module, name: str) -> None:
         """Write the adapter folder `name`. Every process must call: all gather the weights, and rank 0 keeps them."""

