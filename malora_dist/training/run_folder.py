@@ -131,7 +131,7 @@ def forget_evaluations(folder: Path) -> None:
 def scores_file(side: str, evaluation: Path = Path("eval.json")) -> str:  # noqa: B008  # frozen
     """Return the name of the file with the scores of every question of one side of `evaluation`.
 
-    scores-tuned.jsonl beside eval.json, scores-tuned-2.jsonl beside eval-2.json, scores-tuned-new.jsonl beside new.json.
+    scores-tuned.jsonl beside eval.json, scores-tuned-2.jsonl beside eval-2.json, scores-tuned-x.jsonl beside x.json.
     """
     stem = evaluation.stem
     return f"scores-{side}{stem.removeprefix('eval') if stem.startswith('eval') else f'-{stem}'}.jsonl"

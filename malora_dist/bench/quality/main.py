@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from malora_dist.bench.local.output import TABLE_WIDTH, say
+from malora_dist.bench.local.output import TABLE_WIDTH, log
 from malora_dist.bench.quality.cost import cost_lines, seconds_of
 from malora_dist.bench.quality.queue import Queue, lowest_priority
 from malora_dist.bench.quality.results import read_results
@@ -78,4 +78,4 @@ def _benches(options: QualityOptions) -> list[Bench]:
     suites = [load_suite(path) for path in options.suites]
     if len({suite.name for suite in suites}) < len(suites):
         raise ConfigError(f"suites {', '.join(map(str, options.suites))}: `name` must be different in each")
-    return [Bench.open(suite, options.out, with_test=options.final, say=say) for suite in suites]
+    return [Bench.open(suite, options.out, with_test=options.final, say=log) for suite in suites]
