@@ -36,7 +36,7 @@ def main() -> None:
             num_train_epochs=arguments.epochs,
             per_device_train_batch_size=arguments.batch_size,
             gradient_accumulation_steps=2,
-            gradient_checkpointing=True,
+            activation_checkpointing=True,
             learning_rate=arguments.learning_rate,
             logging_steps=1,
             eval_strategy="epoch",

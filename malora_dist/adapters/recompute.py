@@ -45,7 +45,7 @@ def note_missing_graph(deferred: "DeferredBalance | None") -> None:
         f"them without a graph ({', '.join(others or names)}), so that routers would get no gradient of the balance "
         f"loss: {way_out}choose use_reentrant=False, in transformers "
         'model.activation_checkpointing_enable({"use_reentrant": False}) or '
-        'TrainingArguments(gradient_checkpointing_kwargs={"use_reentrant": False})'
+        'TrainingArguments(activation_checkpointing_kwargs={"use_reentrant": False})'
     )
 
 

@@ -109,7 +109,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], *, local
     def stop(number: int, _frame: object) -> None:
         pass_on(signal.SIGUSR1 if number in TERMINAL else number, process.pid)
         if number == signal.SIGINT:
-            print("Ctrl-C: the run saves and ends", file=sys.stderr, flush=True)
+            print("Ctrl-C: the processes are told to save and end", file=sys.stderr, flush=True)
 
     handlers: dict[signal.Signals, Any] = dict.fromkeys((*PASSED_ON, *TERMINAL) if local else PASSED_ON, stop)
     if not local:

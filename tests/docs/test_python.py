@@ -9,7 +9,8 @@ from tests.docs.pages import ALL_BLOCKS, Block
 from tests.tiny_models import byte_tokenizer, tiny_llama
 
 RUN = [block for block in ALL_BLOCKS if block.language == "python" and block.mark == "run"]
-ROWS = [{"input_ids": list(range(start, start + 12)), "labels": list(range(start, start + 12))} for start in range(8)]
+# Of several lengths, as texts are.
+ROWS = [{"input_ids": list(range(length)), "labels": list(range(length))} for length in range(5, 13)]
 
 
 @pytest.mark.parametrize("block", RUN, ids=str)
@@ -20,9 +21,11 @@ def test_marked_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Mo
         assert not settings, "the tiny model has none of these"
         return tiny_llama()
 
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", tiny)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_: byte_tokenizer())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_: tokenizer)
     exec(compile(block.text, str(block), "exec"), {"rows": ROWS})
     assert list(tmp_path.rglob("adapter_model.safetensors"))
 
