@@ -13,6 +13,7 @@ from malora_dist.launch.schedulers import local_sizes, task_of
 
 # What torch needs; launchers set all of them.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+HIGHEST_PORT = 65_535
 # Set by mpirun and the like, which do not set what torch needs: rank and number of processes.
 OTHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -87,10 +88,10 @@ def _is_complete(environment: Mapping[str, str]) -> bool:
         return False
     rank, size = environment["RANK"], environment["WORLD_SIZE"]
     numbers = all(environment[name].isdecimal() for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
-    if not numbers or not int(rank) < int(size):
+    if not numbers or not int(rank) < int(size) or int(environment["MASTER_PORT"]) > HIGHEST_PORT:
         raise TopologyError(
             f"{_listed(environment, LAUNCHED)}: RANK must be a number from 0 to WORLD_SIZE less 1, the others numbers "
-            "too"
+            f"too, MASTER_PORT at most {HIGHEST_PORT}"
         )
     for starter, other_rank, other_size, told in _places_told(environment):
         # A launcher in each task has at least as many processes in all as there are tasks, and counts them as it likes.

@@ -108,6 +108,7 @@ def test_a_step_of_which_slurm_does_not_tell_all(name: str) -> None:
         ({**LAUNCHED, "RANK": "main"}, "RANK=main.*RANK must be a number"),
         ({**LAUNCHED, "WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
         ({**LAUNCHED, "MASTER_PORT": "tcp"}, "MASTER_PORT=tcp"),
+        ({**LAUNCHED, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: .* MASTER_PORT at most 65535"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: mpirun has started this process beside others"),
         (
             {**LAUNCHED, "RANK": "0", "WORLD_SIZE": "1", **STEP},

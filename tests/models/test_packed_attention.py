@@ -177,12 +177,15 @@ def test_who_gets_which_arguments() -> None:
     """A mask that hides nothing, in the place of which transformers makes ours; and lengths for varlen kernels."""
     batch = collate(samples_of((3, 2)))
     for attention in ("sdpa", "eager", TORCH_VARLEN, "flash_attention_2"):
-        model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
+        model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention, model_type="llama"))
         given = attention_arguments(model, batch)
         shown = given.pop("attention_mask")
         assert (shown is None) if attention == "flash_attention_2" else (shown.tolist() == [[1] * 5])
         lengths = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
         assert set(given) == (lengths if attention in (TORCH_VARLEN, "flash_attention_2") else set())
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="eager", model_type="bloom"))
+    shown = attention_arguments(model, batch)["attention_mask"]
+    assert shown.cumsum(-1).tolist() == [[1, 2, 3, 1, 2]]  # what such models count by
 
 
 def test_the_window_is_the_mask_s() -> None:

@@ -65,6 +65,9 @@ def _indexed(folder: Path, index: str) -> WeightFiles:
         file_of = parse_json((folder / index).read_bytes())["weight_map"]
         if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
             raise ValueError("weight_map must give a file's name for each tensor's")
+        for file in dict.fromkeys(file_of.values()):
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise ValueError(f"weight_map names {short(file)}, which is no file of its folder")
         return WeightFiles(tuple(dict.fromkeys(file_of.values())), index, file_of)
 
 

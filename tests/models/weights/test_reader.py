@@ -139,6 +139,16 @@ def test_an_index_that_is_none_is_named(tmp_path: Path, weight_map: str) -> None
             read(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["../x.safetensors", "a/../../x.safetensors", "/x.safetensors"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, file: str) -> None:
+    """As one from a hub might, to a file that is its reader's alone."""
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(
+        ConfigError, match=f"{INDEX} is missing or damaged: .* '{file}', which is no file of its folder"
+    ):
+        weight_files(tmp_path)
+
+
 def test_a_shard_that_is_missing_or_holds_something_else_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(ConfigError, match="gone.safetensors is missing or damaged"):
