@@ -160,9 +160,12 @@ class RunLogger:
     def _record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add the record of a checkpoint of this run whose writer was killed before it could."""
         step, files = checkpoint.manifest.step, checkpoint.manifest.files.values()
-        holds = reading(self.folder / run_files.METRICS)(self.metrics.holds)
-        if not run_on_rank0(lambda: holds(CHECKPOINT, step), self.world):
+        if not run_on_rank0(lambda: self._holds_checkpoint(step), self.world):
             self.record({KIND: CHECKPOINT, STEP: step, BYTES: sum(record.bytes for record in files)})
+
+    def _holds_checkpoint(self, step: int) -> bool:
+        with reading(self.folder / run_files.METRICS):
+            return self.metrics.holds(CHECKPOINT, step)
 
     def measured_on(self, what: Mapping[str, Any]) -> None:
         """Forget the evaluations of an earlier start of this run that had another recipe, base or rows."""

@@ -132,7 +132,7 @@ def test_the_error_of_one_process_is_that_of_all() -> None:
     first, second = run_distributed("tests.training.device_workers:find_out", 2)
     assert first == second
     device, exact, memory, on_cpu = first
-    assert exact.startswith("notes: ['fused Triton kernels are off") and "needs a C compiler" in exact
+    assert exact.startswith("notes: ['fused Triton kernels are disabled") and "needs a C compiler" in exact
     assert device.startswith("ConfigError: model.dtype=bfloat16: Tesla T4 ")
     assert memory.startswith("ConfigError: by `malora plan` a process needs") and "Tesla T4 has 15 GiB" in memory
     assert on_cpu == "notes: []"
