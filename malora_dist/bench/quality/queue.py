@@ -1,6 +1,7 @@
 """Runs one after another in the background: at the lowest priority, resumable, with a file that pauses it."""
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from malora_dist.files.locks import lock_at
 
 PAUSE, LOCK, RECIPE, LOG = "pause", "queue.lock", "recipe.yaml", "log.txt"
 POLL_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1
 LAST_LINES = 15
 # What a finished run no longer needs: weights and optimizer states of hundreds of runs would fill a disk.
 REMOVED = ("checkpoints", "adapter", "report")
@@ -58,7 +60,17 @@ def start_training(recipe: Path, log: Path, threads: int) -> Process:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent,
         )
+
+
+def end_with_parent() -> None:
+    """Let the system kill this process when the one that started it is gone, so that no run is left without a queue.
+
+    Killed rather than told to end, since a run that stands still would not hear it. Only Linux can.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def lowest_priority() -> None:
@@ -152,10 +164,12 @@ class Queue:
 
     def _work(self) -> int:
         """Keep `jobs` runs going until none is left, the limit is reached or the queue is told to stop."""
-        made, asked = 0, False
+        made, asked, fresh = 0, False, True
         while True:
             self._pause()
-            made += self._collect()
+            ended = self._collect()
+            made += ended
+            fresh |= ended > 0
             if self._stopped and not asked:
                 # Each run saves a checkpoint and ends; the next queue goes on from there.
                 for active in self._active:
@@ -164,8 +178,10 @@ class Queue:
             room = 0 if self._stopped else self.jobs - len(self._active)
             if self.limit is not None:
                 room = min(room, self.limit - made - len(self._active))
-            for run in self._next(room):
+            # What is to be made next changes only with a result.
+            for run in self._next(room) if fresh else ():
                 self._begin(run)
+            fresh = False
             if not self._active:
                 return made
             time.sleep(POLL_SECONDS)

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +21,8 @@ from malora_dist.errors import ConfigError
 from malora_dist.files.exit_status import EXIT_PREEMPTED
 from malora_dist.files.locks import lock_at
 from tests.bench.quality.suites import TINY, result, tiny_bench
-from tests.processes import start
+from tests.patience import Patience
+from tests.processes import ROOT, start
 
 
 class Ended:
@@ -117,6 +120,26 @@ def test_nothing_begins_while_the_pause_file_is_there(bench: Bench) -> None:
 
     threading.Timer(0.3, resume).start()
     assert queue.run() == 1 and seen == [0]
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_run_does_not_outlive_a_queue_that_is_killed() -> None:
+    code = (
+        "import subprocess, sys, time; from malora_dist.bench.quality.queue import end_with_parent as end\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], preexec_fn=end)\n"
+        "print(child.pid, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    os.kill(child, signal.SIGSTOP)
+    parent.kill()
+    parent.wait()
+    patience = Patience([child])
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
+        assert not patience.is_over()
+        time.sleep(0.05)
 
 
 class Warm:
