@@ -26,7 +26,7 @@ DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_p
 
 @dataclass(frozen=True)
 class InjectionRow:
-    """Targets of one name and size: how many modules they are, and their parameters."""
+    """Adapted modules of one name and size: their number and trainable parameters."""
 
     target: str
     modules: int
@@ -37,7 +37,7 @@ class InjectionRow:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What `inject_adapters` did. `target_modules` are ends of names, as files of PEFT's layout name them."""
+    """The result of `inject_adapters`. `target_modules` are name suffixes, as in PEFT's adapter_config.json."""
 
     rows: tuple[InjectionRow, ...]
     trainable_parameters: int
@@ -190,7 +190,7 @@ def _rows(model: nn.Module, target: str, names: Sequence[str]) -> Iterator[Injec
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put every adapted layer's base back in its place: the model is what `inject_adapters` was given."""
+    """Replace every adapted layer by its base layer, so that the model is as `inject_adapters` was given it."""
     unfuse_input_projections(model)
     places = places_of_modules(model)
     for _, layer in list(mixture_layers(model)):

@@ -29,7 +29,9 @@ AnyPath = str | os.PathLike[str]
 
 
 class MaloraModel(nn.Module):
-    """What `get_malora_model` makes of a model; the methods are PEFT's `PeftModel`'s, the class is the model's too.
+    """A model with adapters, made by `get_malora_model`, with the methods of PEFT's `PeftModel`.
+
+    Its class is a subclass of the model's own class too.
 
     In training, the loss that the model returns holds the balance loss of the active adapter's routers, times
     `router_aux_loss_coef`; tokens where `attention_mask` is 0 do not count. In evaluation it is the model's alone.
@@ -43,17 +45,17 @@ class MaloraModel(nn.Module):
 
     @property
     def malora_config(self) -> dict[str, MaloraConfig]:
-        """The config of every adapter by its name."""
+        """Return the config of each adapter by its name."""
         return dict(self.malora_adapters.configs)
 
     @property
     def active_adapter(self) -> str:
-        """The name of the adapter that the model computes with."""
+        """Return the name of the active adapter."""
         return self.malora_adapters.active
 
     @property
     def active_adapters(self) -> list[str]:
-        """A list of the one active adapter, as PEFT has it."""
+        """Return a list of the active adapter, as PEFT does."""
         return [self.active_adapter]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -77,7 +79,7 @@ class MaloraModel(nn.Module):
         self.set_adapter(former)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Compute with this adapter from now on. Raises ConfigError for a name that no adapter has."""
+        """Make an adapter the active one. Raises ConfigError if there is none of this name."""
         self.malora_adapters.activate(self, adapter_name)
         announce(self)
 
@@ -99,7 +101,7 @@ class MaloraModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Compute as the base alone within the block."""
+        """Disable the adapters within the block, so that the model computes as its base."""
         before = {layer: layer.adapter_enabled for _, layer in mixture_layers(self)}
         try:
             self.disable_adapters()
@@ -109,12 +111,12 @@ class MaloraModel(nn.Module):
                 layer.adapter_enabled = enabled
 
     def disable_adapters(self) -> None:
-        """Compute as the base alone until `enable_adapters`."""
+        """Disable the adapters until `enable_adapters` is called."""
         for _, layer in mixture_layers(self):
             layer.adapter_enabled, layer.routing, layer.routings = False, None, None
 
     def enable_adapters(self) -> None:
-        """Compute with the active adapter again."""
+        """Enable the active adapter again."""
         for _, layer in mixture_layers(self):
             layer.adapter_enabled = True
 
@@ -144,11 +146,11 @@ class MaloraModel(nn.Module):
         """Write the adapters: `default` into the folder itself, others into folders of their names in it.
 
         Args:
-            save_directory: where to.
-            is_main_process: others write nothing.
-            state_dict: values of a model whose own are in parts, by its names.
-            selected_adapters: the names of those to write; None: all.
-            push_to_hub: is refused; `push_to_hub` of the model uploads.
+            save_directory: folder to write to.
+            is_main_process: whether this process writes; others do nothing.
+            state_dict: gathered values by parameter name, for a model whose parameters are sharded.
+            selected_adapters: names of the adapters to write; None: all.
+            push_to_hub: not supported here; use the model's own `push_to_hub`.
         """
         if push_to_hub:
             raise ConfigError("push_to_hub=True: save the adapter to a folder, and upload that")
@@ -163,7 +165,7 @@ class MaloraModel(nn.Module):
     # ------------------------------------------------------------------------------------------------------- the end
 
     def unload(self) -> nn.Module:
-        """Take all adapters off: the model is what `get_malora_model` was given. Returns it."""
+        """Remove all adapters and return the base model, as `get_malora_model` was given it."""
         trained = self.malora_adapters.trained
         remove_adapters(self)
         for name in trained:
