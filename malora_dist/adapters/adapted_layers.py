@@ -28,32 +28,32 @@ class Injected:
 
 
 def injected_adapters(model: nn.Module) -> Injected | None:
-    """What `inject_adapters` put on this model."""
+    """Return what `inject_adapters` put on this model, None without adapters."""
     found = getattr(model, "injected_adapters", None)
     return found if isinstance(found, Injected) else None
 
 
 def mixture_layers(model: nn.Module) -> Iterator[tuple[str, MixtureLinear]]:
-    """Name and layer of every adapted linear, in the order of the model."""
+    """Yield name and layer of every adapted linear, in the order of the model."""
     for name, module in model.named_modules():
         if isinstance(module, MixtureLinear):
             yield name, module
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and parameter of every adapter tensor: `<layer>.<factor>`, e.g. `model.layers.0.mlp.up_proj.shared_A`."""
+    """Yield name and parameter of every adapter tensor, such as `model.layers.0.mlp.up_proj.shared_A`."""
     for name, layer in mixture_layers(model):
         for factor, parameter in layer.factors():
             yield f"{name}.{factor}", parameter
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Every adapter tensor, trained or frozen, detached. Under ZeRO-3 gather first (`distributed.zero3`)."""
+    """Return every adapter tensor by name, detached. Under ZeRO-3 gather them first (`distributed.zero3`)."""
     return {name: parameter.detach() for name, parameter in adapter_parameters(model)}
 
 
 def count_base_parameters(model: nn.Module) -> int:
-    """Weights of the base as its authors count them: a packed 4-bit weight counts as the weights that it stands for."""
+    """Count the weights of the base; a packed 4-bit weight counts as the weights that it holds."""
     total = 0
     for module in model.modules():
         if isinstance(module, NF4Linear):

@@ -10,23 +10,21 @@ import torch
 from torch import nn
 
 from malora_dist.adapters.adapted_layers import Injected, count_base_parameters, mixture_layers
-from malora_dist.adapters.fused_projections import READERS, fuse_input_projections, unfuse_input_projections
+from malora_dist.adapters.fused_projections import fuse_input_projections, unfuse_input_projections
 from malora_dist.adapters.layer import MixtureLinear, require_triton
 from malora_dist.adapters.methods import MixtureSpec, count_parameters
 from malora_dist.adapters.saving import release, save_adapters_of
-from malora_dist.adapters.target_names import ALL_LINEAR, EVERYTHING, Narrowing, is_pattern
+from malora_dist.adapters.target_names import ALL_LINEAR, DEFAULT_TARGETS, EVERYTHING, READERS, Narrowing, is_pattern
 from malora_dist.adapters.targets import find_targets, fused_experts, plain_names
 from malora_dist.errors import ConfigError
 from malora_dist.models.bitsandbytes_cpu import keep_differentiable
 from malora_dist.models.linears import linear_sizes
 from malora_dist.models.nf4_linear import NF4Linear
 
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
-
 
 @dataclass(frozen=True)
 class InjectionRow:
-    """Targets of one name and size: how many modules they are, and their parameters."""
+    """Adapted modules of one name and size: their number and trainable parameters."""
 
     target: str
     modules: int
@@ -37,7 +35,7 @@ class InjectionRow:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What `inject_adapters` did. `target_modules` are ends of names, as files of PEFT's layout name them."""
+    """The result of `inject_adapters`. `target_modules` are name suffixes, as in PEFT's adapter_config.json."""
 
     rows: tuple[InjectionRow, ...]
     trainable_parameters: int
@@ -190,7 +188,7 @@ def _rows(model: nn.Module, target: str, names: Sequence[str]) -> Iterator[Injec
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put every adapted layer's base back in its place: the model is what `inject_adapters` was given."""
+    """Replace every adapted layer by its base layer, so that the model is as `inject_adapters` was given it."""
     unfuse_input_projections(model)
     places = places_of_modules(model)
     for _, layer in list(mixture_layers(model)):

@@ -16,7 +16,7 @@ from malora_dist.errors import CheckpointError
 
 
 def load_adapter(model: nn.Module, path: AnyPath) -> AdapterInfo:
-    """Put the adapter of a folder, checkpoint or run on a base model.
+    """Load the adapter of a folder, checkpoint or run onto a base model, in place.
 
     Raises CheckpointError as `open_adapter` does, and if the adapter's layers are not those of this base.
     """

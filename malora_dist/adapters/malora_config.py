@@ -22,37 +22,39 @@ Names = Sequence[str] | str | None
 
 @dataclass(frozen=True)
 class MaloraConfig:
-    """What `get_malora_model` puts on a model.
+    """Configuration of an adapter for `get_malora_model`.
 
-    Fields that PEFT's `LoraConfig` has too mean what they mean there and have its defaults. Fields that a method has
-    no use for (`top_k` of `lora`) are ignored. A `str` for a field of names is a list of one; lists become tuples.
+    Fields that PEFT's `LoraConfig` has too have the same meaning and defaults. Fields that a method does not use (such
+    as `top_k` with `lora`) are ignored. A `str` for a field of names is a list of one; lists become tuples.
 
     Args:
         method: `malora`, `molora`, `hydralora`, `lora` or `dora`.
-        r: rank of one expert.
-        num_experts, top_k: experts on each linear, and how many of them a token is sent to.
-        shared_r: rank of the shared down-projection of `malora`; None follows from `compression_ratio`.
+        r: rank of each expert.
+        num_experts, top_k: number of experts of each adapted linear, and of those selected for each token.
+        shared_r: rank of the shared down-projection S_A of `malora`; None derives it from `compression_ratio`.
         compression_ratio: lambda of the paper, shared_r = lambda / (2 - lambda) * num_experts * r.
         lora_alpha: the output is scaled by lora_alpha / r, or as `scaling` says.
         scaling: `lora`, `rslora` (lora_alpha / sqrt(r)), or `gate_norm` or `gate_sum`, which give a mixture the scale
             of a single LoRA (`adapters.scaling`).
-        router_input: `x`, the layer's input, or `h`, what the experts read behind the shared down-projection.
-        router_dtype: of the router's product: `float32`, or `input` for the dtype of what it reads.
         use_rslora: PEFT's name of scaling="rslora".
-        lora_dropout: dropout before the down-projection; the router reads its input undropped.
-        beta: initial balance between shared and experts' down-projections of `malora`.
-        normalize_gates: scale the gates of a token's chosen experts to sum to 1.
-        router_aux_loss_coef: weight of the load-balancing loss in the loss that the model returns; 0 leaves it out.
-        target_modules: ends of names of linears, regular expressions for whole names, or `all-linear`. None: q, k, v,
-            gate, up and down where the model has all of them, else `all-linear`.
-        exclude_modules: as target_modules; what they match is left out.
-        layers_to_transform, layers_pattern: numbers of the layers to adapt, and names of the list they are in.
-        rank_pattern, alpha_pattern: r and lora_alpha of layers whose names' ends match a regular expression.
+        router_input: `x`, the layer's input, or `h`, the output of the shared down-projection, which the experts read.
+        router_dtype: of the router's product: `float32`, or `input` for the dtype of what it reads.
+        lora_dropout: dropout on the input of the down-projection; the router's input is not dropped.
+        beta: initial scale of S_A relative to the experts' P_t (`malora`).
+        normalize_gates: normalise the gates of each token's selected experts to sum to 1.
+        router_aux_loss_coef: coefficient of the load-balancing loss in the loss that the model returns; 0 disables it.
+        target_modules: suffixes of module names, regular expressions matched against full names, or `all-linear`.
+            None: q, k, v, gate, up and down projections if the model has all of them, else `all-linear`.
+        exclude_modules: modules not to adapt, written as in target_modules.
+        layers_to_transform, layers_pattern: indices of the layers to adapt, and the names of the layer lists.
+        rank_pattern, alpha_pattern: r and lora_alpha of modules whose name has a suffix that matches the regular
+            expression.
         computation: `auto`, `dense`, `grouped` or `grouped_triton`; the result is the same.
-        fuse_projections: one product for linears that read one tensor (q, k, v; gate, up). Not for several threads.
-        seed: of the initial values, which depend on it and on a layer's name alone.
-        base_model_name_or_path, task_type: as PEFT has them; `CAUSAL_LM` is the only task.
-        fuse_siblings: the older name of `fuse_projections`.
+        fuse_projections: compute S_A and the routers of linears with the same input (q, k, v; gate, up) in one matrix
+            product. Forward passes must then not run in several threads.
+        seed: random seed; initial values depend on it and on the layer's name alone.
+        base_model_name_or_path, task_type: as in PEFT; `CAUSAL_LM` is the only task.
+        fuse_siblings: deprecated name of `fuse_projections`.
 
     Raises:
         ConfigError: for an argument that breaks a rule, naming argument, value and rule.
@@ -105,14 +107,14 @@ class MaloraConfig:
 
     @property
     def spec(self) -> MixtureSpec:
-        """The method with its numbers, as every layer takes them."""
+        """Return the method with its numbers, as layers take them."""
         named = {each.name: each.name for each in fields(MixtureSpec)} | {"scaling_rule": "scaling"}
         numbers = {name: getattr(self, own) for name, own in named.items()}
         return mixture_spec(**numbers, use_rslora=self.use_rslora, compression_ratio=self.compression_ratio)
 
     @property
     def narrowing(self) -> Narrowing:
-        """What of the targets' matches is left out."""
+        """Return which matches of target_modules are not adapted."""
         return Narrowing(
             exclude_modules=_as_tuple(self.exclude_modules) or (),
             layers_to_transform=_as_tuple(self.layers_to_transform),
@@ -121,7 +123,7 @@ class MaloraConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is no part of the spec and not the default, as an adapter folder keeps it."""
+        """Return the settings outside of `spec` that differ from their defaults, for adapter_config.json."""
         defaults = {each.name: each.default for each in fields(self)}
         return {key: getattr(self, key) for key in SETTINGS if getattr(self, key) != defaults[key]}
 
@@ -150,7 +152,7 @@ class MaloraConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of adapter_config.json; what it holds is JSON."""
+        """Return the content of adapter_config.json, as plain JSON values."""
         found = adapter_config(self.to_info(_as_tuple(self.target_modules) or (ALL_LINEAR,)))
         found |= {key: list(value) for key, value in found.items() if isinstance(value, tuple)}
         return found if self.target_modules is not None else found | {"target_modules": None}

@@ -31,7 +31,9 @@ AnyPath = str | os.PathLike[str]
 
 
 class MaloraModel(nn.Module):
-    """What `get_malora_model` makes of a model; the methods are PEFT's `PeftModel`'s, the class is the model's too.
+    """A model with adapters, made by `get_malora_model`, with the methods of PEFT's `PeftModel`.
+
+    Its class is a subclass of the model's own class too.
 
     In training, the loss that the model returns holds the balance loss of the active adapter's routers, times
     `router_aux_loss_coef`; tokens where `attention_mask` is 0 do not count. In evaluation it is the model's alone.
@@ -45,17 +47,17 @@ class MaloraModel(nn.Module):
 
     @property
     def malora_config(self) -> dict[str, MaloraConfig]:
-        """The config of every adapter by its name."""
+        """Return the config of each adapter by its name."""
         return dict(self.malora_adapters.configs)
 
     @property
     def active_adapter(self) -> str:
-        """The name of the adapter that the model computes with."""
+        """Return the name of the active adapter."""
         return self.malora_adapters.active
 
     @property
     def active_adapters(self) -> list[str]:
-        """A list of the one active adapter, as PEFT has it."""
+        """Return a list of the active adapter, as PEFT does."""
         return [self.active_adapter]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -79,7 +81,7 @@ class MaloraModel(nn.Module):
         self.set_adapter(former)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Compute with this adapter from now on. Raises ConfigError for a name that no adapter has."""
+        """Make an adapter the active one. Raises ConfigError if there is none of this name."""
         self.malora_adapters.activate(self, adapter_name)
         announce(self)
 
@@ -108,7 +110,7 @@ class MaloraModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Compute as the base alone within the block."""
+        """Disable the adapters within the block, so that the model computes as its base."""
         before = {layer: layer.adapter_enabled for _, layer in mixture_layers(self)}
         try:
             self.disable_adapters()
@@ -118,12 +120,12 @@ class MaloraModel(nn.Module):
                 layer.adapter_enabled = enabled
 
     def disable_adapters(self) -> None:
-        """Compute as the base alone until `enable_adapters`."""
+        """Disable the adapters until `enable_adapters` is called."""
         for _, layer in mixture_layers(self):
             layer.adapter_enabled, layer.routing, layer.routings = False, None, None
 
     def enable_adapters(self) -> None:
-        """Compute with the active adapter again."""
+        """Enable the active adapter again."""
         for _, layer in mixture_layers(self):
             layer.adapter_enabled = True
 
@@ -153,10 +155,10 @@ class MaloraModel(nn.Module):
         """Write the adapters: `default` into the folder itself, others into folders of their names in it.
 
         Args:
-            save_directory: where to.
-            is_main_process: others write nothing.
-            state_dict: values of a model whose own are in parts, by its names.
-            selected_adapters: the names of those to write; None: all.
+            save_directory: folder to write to.
+            is_main_process: whether this process writes; others do nothing.
+            state_dict: gathered values by parameter name, for a model whose parameters are sharded.
+            selected_adapters: names of the adapters to write; None: all.
             push_to_hub: is refused; `huggingface_hub.upload_folder` uploads what was written.
             others: arguments of transformers and PEFT without a meaning here, such as `max_shard_size`.
 
@@ -183,7 +185,7 @@ class MaloraModel(nn.Module):
     # ------------------------------------------------------------------------------------------------------- the end
 
     def unload(self) -> nn.Module:
-        """Take all adapters off: the model is what `get_malora_model` was given. Returns it."""
+        """Remove all adapters and return the base model, as `get_malora_model` was given it."""
         trained = self.malora_adapters.trained
         remove_adapters(self)
         for name in trained:
@@ -210,6 +212,9 @@ class MaloraModel(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_recomputing() or not hasattr(self, "malora_adapters"):
             return super().__call__(*args, **kwargs)
+        if kwargs.get("adapter_names") is not None:
+            # transformers would ignore it.
+            raise ConfigError("adapter_names: one adapter is active at a time, for all rows; set_adapter chooses it")
         coefficient = self.malora_adapters.config.router_aux_loss_coef
         has_graph = self.training and torch.is_grad_enabled()
         trains = has_graph and coefficient > 0

@@ -1,4 +1,4 @@
-"""What an adapted model of transformers does where it is saved: it writes its adapter.
+"""Makes `save_pretrained` of an adapted transformers model write its adapter.
 
 transformers would write the base's weights under names that `from_pretrained` does not know, and then fill the model
 with random numbers.
@@ -33,7 +33,7 @@ def check_arguments(push_to_hub: bool, others: Mapping[str, Any]) -> None:
 
 
 class SavePretrained:
-    """Stands in for a model's method `save_pretrained`, which transformers' Trainer calls too."""
+    """Replaces a model's method `save_pretrained`, which transformers' Trainer calls too."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
