@@ -88,7 +88,7 @@ def _unused_keys(structure: Structure) -> list[str]:
     """Return the keys of `adapter` that nothing reads for a method of this structure."""
     keys = [] if structure.routed else ["num_experts"]
     keys += [] if structure.routed else ["router_dtype"]
-    keys += [] if structure.shared_down else ["fuse_projections", "router_input"]
+    keys += [] if structure.shared_down else ["fuse_projections", "router_input", "task_conflict"]
     if not structure.sparse:
         keys += ["top_k", "normalize_gates", "router_aux_loss_coef", "router_aux_loss_reduction", "balance_scope"]
         keys += ["router_aux_loss_schedule", "router_aux_loss_ratio", "router_z_loss_coef"]
@@ -183,6 +183,11 @@ class AdapterConfig(Section):
         "global",
         description="Balance experts over all tokens of an optimizer step, or over those of each micro-batch on each "
         "process; the latter depends on how samples are dealt.",
+    )
+    task_conflict: Literal["none", "project"] = Field(
+        "none",
+        description="Gradients of S_A by task. none: they are added up. project: first each loses its parts against "
+        "those of other tasks (Ortho-LoRA).",
     )
     normalize_gates: bool = Field(False, description="Scale a token's chosen gates to sum to 1.")
     router_input: Literal["x", "h"] = Field(
