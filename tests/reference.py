@@ -320,6 +320,19 @@ def clip_reference(gradients: Sequence[Tensor], max_norm: float) -> tuple[list[T
     return [g * scale for g in gradients], norm
 
 
+def conflict_reference(gradients: Sequence[Tensor]) -> Tensor:
+    """Sum over tasks of their gradients, each without its parts against the others' (PCGrad, in order of tasks)."""
+    total = torch.zeros_like(gradients[0])
+    for i, own in enumerate(gradients):
+        left = own.clone()
+        for j, other in enumerate(gradients):
+            inner = float((left * other).sum())
+            if j != i and inner < 0:
+                left = left - inner / float((other * other).sum()) * other
+        total = total + left
+    return total
+
+
 def adamw_reference_step(
     parameter: Tensor,
     gradient: Tensor,

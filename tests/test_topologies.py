@@ -36,6 +36,7 @@ CORNERS: dict[int, dict[str, Case]] = {
         "experts without S_A": {"ep_size": 2, "method": "molora"},
         "evaluation between steps": {"ep_size": 2, "evaluation_between": True, "load_in_4bit": True},
         "router on h": {"ep_size": 2, "shape": {"router_input": "h", "scaling_rule": "gate_norm"}},
+        "conflicts of tasks": {"ep_size": 2, "task_conflict": "project", "lr_ratios": {"shared_A": 0.5}},
         "z-loss and a schedule": {
             "ep_size": 2,
             "gradient_checkpointing": True,

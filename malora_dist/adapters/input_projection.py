@@ -11,6 +11,7 @@ from malora_dist.ops.dropout import keyed_dropout
 from malora_dist.ops.input_projection import autocast, inner_router_logits, project
 from malora_dist.ops.products import WeightCopies
 from malora_dist.ops.routing import Routing, choose, choose_each
+from malora_dist.ops.task_gradients import TaskGradients
 
 
 class ProjectedInput(NamedTuple):
@@ -39,9 +40,11 @@ class InputProjection(nn.Module):
     token_keys: which tokens the next forward sees, so that dropout masks do not depend on ranks (`ops.dropout`). None
     outside our training loop: then keys are drawn, as nn.Dropout would draw a mask.
     keeps_log_sums: whether routings hold what the z-loss needs.
+    task_gradients: what also gets the gradients of S_A by task.
     """
 
     keeps_log_sums = False
+    task_gradients: TaskGradients | None = None
     weight_copies: WeightCopies | None = None
     gate: nn.Parameter | None
     shared_A: nn.Parameter | None
@@ -99,7 +102,8 @@ class InputProjection(nn.Module):
             return x_TI, None, None
         outer = [] if self.reads_h else gates
         dropout = keys_T, self.input_salt, self.dropout
-        x_TI, h_TD, logits_TE = project(x_TI, downs, outer, *dropout, self.weight_copies, self.narrow)
+        others = self.weight_copies, self.narrow, self.task_gradients
+        x_TI, h_TD, logits_TE = project(x_TI, downs, outer, *dropout, *others)
         if self.reads_h:
             logits_TE = inner_router_logits(h_TD, gates, self.narrow)[0]
         routing = choose(logits_TE, self.top_k, self.normalize_gates) if gates else None
@@ -120,6 +124,7 @@ class FusedProjection(nn.Module):
     """
 
     keeps_log_sums = False
+    task_gradients: TaskGradients | None = None
     weight_copies: WeightCopies | None = None
 
     def __init__(self, projections: Sequence[InputProjection]) -> None:
@@ -133,13 +138,18 @@ class FusedProjection(nn.Module):
         self.reads_h, self.narrow = first.reads_h, first.narrow
         self.dropout, self.input_salt = first.dropout, first.input_salt
 
+    def downs(self) -> list[nn.Parameter]:
+        """Return the S_A of the linears, in the order of their rows in the product."""
+        return [self.get_parameter(f"shared_A_{n}") for n in range(self.num_linears)]
+
     def forward(self, x_TI: Tensor, keys_T: Tensor | None = None) -> tuple[Tensor, list[Tensor], list[Routing]]:
         """Return x (T, I) as the base layers must read it, and h (T, D) and routing of each linear."""
         L = self.num_linears
-        downs, gates = ([self.get_parameter(f"{name}_{n}") for n in range(L)] for name in ("shared_A", "gate"))
+        downs, gates = self.downs(), [self.get_parameter(f"gate_{n}") for n in range(L)]
         outer = [] if self.reads_h else gates
         dropout = keys_T, self.input_salt, self.dropout
-        x_TI, h_TW, logits_TN = project(x_TI, downs, outer, *dropout, self.weight_copies, self.narrow)
+        others = self.weight_copies, self.narrow, self.task_gradients
+        x_TI, h_TW, logits_TN = project(x_TI, downs, outer, *dropout, *others)
         if self.reads_h:
             logits_LTE = inner_router_logits(h_TW, gates, self.narrow)
         else:

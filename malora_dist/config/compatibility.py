@@ -90,6 +90,11 @@ def _plan_errors(config: RunConfig, world_size: int, version: str | None) -> Ite
     yield from _ds_config_errors(config, world_size)
     yield from _optimizer_errors(config)
     yield from _learning_rate_errors(config)
+    if config.adapter.task_conflict != "none" and len(config.data.tasks) < 2:
+        yield ConfigError(
+            f"adapter.task_conflict={config.adapter.task_conflict} has no meaning for one task, "
+            f"{config.data.tasks[0].name}. Nearest legal plan: adapter.task_conflict: none"
+        )
 
 
 def _version_errors(version: str | None, zero_stage: int) -> Iterator[MaloraError]:

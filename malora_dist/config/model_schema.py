@@ -88,7 +88,7 @@ def _unused_keys(structure: Structure) -> list[str]:
     """Return the keys of `adapter` that nothing reads for a method of this structure."""
     keys = [] if structure.routed else ["num_experts"]
     keys += [] if structure.routed else ["router_dtype"]
-    keys += [] if structure.shared_down else ["fuse_projections", "router_input"]
+    keys += [] if structure.shared_down else ["fuse_projections", "router_input", "task_conflict"]
     if not structure.sparse:
         keys += ["top_k", "normalize_gates", "router_aux_loss_coef", "router_aux_loss_reduction", "balance_scope"]
         keys += ["router_aux_loss_schedule", "router_aux_loss_ratio", "router_z_loss_coef"]
@@ -192,6 +192,11 @@ class AdapterConfig(Section):
     )
     normalize_gates: bool = Field(
         False, description="Normalise the gates of each token's selected experts to sum to 1."
+    )
+    task_conflict: Literal["none", "project"] = Field(
+        "none",
+        description="How the gradients of S_A are combined across tasks. none: they are summed. project: before that, "
+        "the component of each that opposes another task's gradient is removed (Ortho-LoRA).",
     )
     router_input: Literal["x", "h"] = Field(
         "x",

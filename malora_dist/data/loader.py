@@ -26,6 +26,7 @@ class MicroBatch(PackedRow):
     task_ids: Tensor  # (B,)
     target_counts: Tensor  # (B,) targets of each sample
     tasks_and_targets: tuple[tuple[int, int], ...]  # task and number of targets of each sample, on the host
+    token_counts: tuple[int, ...]  # tokens of each sample, on the host
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:
@@ -52,6 +53,7 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         cu_seq_lens=cumulative_lengths(lengths),
         max_length=int(lengths.max()),
         tasks_and_targets=tuple(zip(tasks, counts.tolist(), strict=True)),
+        token_counts=tuple(lengths.tolist()),
     )
 
 

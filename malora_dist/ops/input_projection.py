@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from malora_dist.ops.dropout import add_dropped_, drop
 from malora_dist.ops.products import WeightCopies, scaled_product
+from malora_dist.ops.task_gradients import TaskGradients
 
 
 def project(
@@ -22,6 +23,7 @@ def project(
     p: float = 0.0,
     copies: WeightCopies | None = None,
     narrow: bool = False,
+    tasks: TaskGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project x by all down-projections in one product, and by all routers in another.
 
@@ -34,6 +36,7 @@ def project(
         salt, p: of the dropout.
         copies: where copies of weights in the dtype of x are kept.
         narrow: routers multiply in the dtype of x.
+        tasks: also gets the gradients of the downs by task.
 
     Returns:
         x for the base layers, h (T, sum W) in the dtype of x, and logits (T, sum E) in fp32 or better. Base layers must
@@ -42,7 +45,7 @@ def project(
     """
     keys_T = keys_T if downs else None
     result: tuple[Tensor, Tensor, Tensor] = _Project.apply(
-        x_TI, keys_T, salt, p, copies, narrow, len(downs), *downs, *gates
+        x_TI, keys_T, salt, p, copies, narrow, tasks, len(downs), *downs, *gates
     )
     return result
 
@@ -90,11 +93,12 @@ class _Project(torch.autograd.Function):
         p: float,
         copies: WeightCopies | None,
         narrow: bool,
+        tasks: TaskGradients | None,
         num_downs: int,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x_TI, keys_T, *weights)
-        ctx.salt, ctx.p, ctx.copies, ctx.num_downs = salt, p, copies, num_downs
+        ctx.salt, ctx.p, ctx.copies, ctx.num_downs, ctx.tasks = salt, p, copies, num_downs, tasks
         if not num_downs:
             h_TW = x_TI.new_empty(len(x_TI), 0)
         else:
@@ -112,7 +116,7 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, keys_T, *weights = ctx.saved_tensors
         grad_TI, grad_h_TW, grad_logits_TE = grads
-        need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[7:])
+        need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[8:])
         # What reads x undropped shares one product in each direction.
         first = 0 if keys_T is None else ctx.num_downs
         parts = [grad_h_TW] if first == 0 and ctx.num_downs else []
@@ -125,23 +129,37 @@ class _Project(torch.autograd.Function):
             grad_TN = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
             if need_x:
                 grad_TI.addmm_(grad_TN, _rows(weights, slice(first, None), x_TI.dtype, ctx.copies))
-            if need_weights:
+            if need_weights and first == 0 and ctx.tasks is not None and ctx.num_downs:
+                grad_weights += _down_gradients(ctx, x_TI, weights, grad_h_TW, 1.0)
+                grad_weights += _unstack(parts[-1].T @ x_TI, weights[ctx.num_downs :]) if len(parts) > 1 else []
+            elif need_weights:
                 grad_weights += _unstack(grad_TN.T @ x_TI, weights[first:])
-        return grad_TI if need_x else None, None, None, None, None, None, None, *grad_weights
+        return grad_TI if need_x else None, None, None, None, None, None, None, None, *grad_weights
 
 
 def _dropped_gradients(
     ctx: Any, x_TI: Tensor, keys_T: Tensor, weights: Sequence[Tensor], grad_h_TW: Tensor, grad_TI: Tensor
 ) -> list[Tensor]:
     """Compute the gradients of the downs, which read the dropped x, and add that of x to `grad_TI`."""
-    downs, alpha, grads = slice(ctx.num_downs), 1 / (1 - ctx.p), []
+    downs, alpha, grads = slice(ctx.num_downs), 1 / (1 - ctx.p), list[Tensor]()
     if ctx.needs_input_grad[0]:
         part_TI = scaled_product(grad_h_TW, _rows(weights, downs, x_TI.dtype, ctx.copies), alpha)
         add_dropped_(grad_TI, part_TI, keys_T, ctx.salt, ctx.p)
-    if any(ctx.needs_input_grad[7:]):
+    if any(ctx.needs_input_grad[8:]):
         read_TI = drop(x_TI, keys_T, ctx.salt, ctx.p)
-        grads = _unstack(scaled_product(grad_h_TW.T, read_TI, alpha), weights[downs])
+        grads = _down_gradients(ctx, read_TI, weights, grad_h_TW, alpha)
     return grads
+
+
+def _down_gradients(
+    ctx: Any, read_TI: Tensor, weights: Sequence[Tensor], grad_h_TW: Tensor, alpha: float
+) -> list[Tensor]:
+    """Compute the gradients of the downs, which read `read_TI` times alpha; by task where they are asked for."""
+    if ctx.tasks is None:
+        grad_WI = scaled_product(grad_h_TW.T, read_TI, alpha)
+    else:
+        grad_WI = ctx.tasks.add(grad_h_TW, read_TI, alpha)
+    return _unstack(grad_WI, weights[: ctx.num_downs])
 
 
 def _rows(weights: Sequence[Tensor], part: slice, dtype: torch.dtype, copies: WeightCopies | None) -> Tensor:

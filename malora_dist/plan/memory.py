@@ -2,7 +2,7 @@
 
 from malora_dist.plan.activations import activation_bytes, exchange_buffer_bytes, logit_bytes
 from malora_dist.plan.gathers import gathered_bytes
-from malora_dist.plan.parameters import optimizer_bytes, parameter_bytes, weight_copy_bytes
+from malora_dist.plan.parameters import optimizer_bytes, parameter_bytes, task_gradient_bytes, weight_copy_bytes
 from malora_dist.plan.run import Run
 
 HOST_KINDS = {"offload_optimizer": ("master", "moments", "gradients"), "offload_param": ("base_4bit", "base_other")}
@@ -16,6 +16,7 @@ def bytes_per_rank(run: Run) -> tuple[dict[str, int], dict[str, int]]:
     """
     device = parameter_bytes(run) | optimizer_bytes(run)
     device["weight_copies"] = weight_copy_bytes(run)
+    device["task_gradients"] = task_gradient_bytes(run)
     device["gathered"] = gathered_bytes(run)
     device["dequantised"] = _largest_weight(run) if run.load_in_4bit else 0
     device["activations"] = activation_bytes(run)

@@ -93,6 +93,14 @@ def weight_copy_bytes(run: Run) -> int:
     return numel * run.itemsize
 
 
+def task_gradient_bytes(run: Run) -> int:
+    """Count bytes of the gradients of every S_A by task, whole on every rank, where conflicts are projected."""
+    if run.spec.shared_r is None:
+        return 0
+    numel = sum(run.shape.copies(linear) * run.spec.shared_r * linear.in_features for linear in run.adapted)
+    return FP32 * run.projected_tasks * numel
+
+
 def trainable_parameters(run: Run) -> int:
     """Trained numbers of the whole model, over all ranks."""
     return sum(

@@ -61,6 +61,7 @@ class Run:
     optim: str = DEFAULT
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
     z_loss: bool = False
+    projected_tasks: int = 0
 
     @property
     def tokens(self) -> int:
@@ -129,6 +130,7 @@ def run_of(
         optim=config.train.optim,
         lr_ratios=config.train.lr_ratios.by_factor(),
         z_loss=adapter.router_z_loss_coef > 0,
+        projected_tasks=len(config.data.tasks) if adapter.task_conflict == "project" else 0,
     )
 
 

@@ -20,6 +20,7 @@ KINDS = {
     "moments": optimizer_spec(DEFAULT).state_label,
     "gradients": "gradients",
     "reduce_bucket": "DeepSpeed's gradient bucket",
+    "task_gradients": "gradients of S_A by task",
     "weight_copies": "adapters in the base's dtype",
     "gathered": "weights gathered by ZeRO-3",
     "dequantised": "one unpacked 4-bit weight",

@@ -169,5 +169,6 @@ def new_train_step(
         zero_stage=context.config.parallel.zero_stage,
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
+        task_conflict=context.config.adapter.task_conflict,
     )
     return TrainStep(engine, context.world, settings, all_to_all=all_to_all, watchdog=context.watchdog)

@@ -21,6 +21,7 @@ from malora_dist.ops.products import kept_weight_copies
 from malora_dist.training.balance_loss import BalanceSettings, StepBalance
 from malora_dist.training.deepspeed_engine import base_learning_rate
 from malora_dist.training.nonfinite_check import NonFiniteCheck, first_nonfinite_layer, stop_if_nonfinite
+from malora_dist.training.task_conflict import TaskConflict
 from malora_dist.training.watchdog import Watchdog
 
 
@@ -62,6 +63,7 @@ class StepSettings:
         zero_stage: that of the engine.
         max_grad_norm: the norm to which gradients are clipped.
         seed: of dropout masks.
+        task_conflict: `project` takes conflicts of tasks out of the gradients of S_A, `none` adds them up.
     """
 
     task_names: Sequence[str]
@@ -70,6 +72,7 @@ class StepSettings:
     zero_stage: int
     max_grad_norm: float
     seed: int
+    task_conflict: str = "none"
 
 
 class TrainStep:
@@ -95,6 +98,8 @@ class TrainStep:
         self.watchdog = watchdog or Watchdog(world.rank)
         self.watchdog.attach(engine.module)
         self.balance = StepBalance(engine.module, settings.balance, len(self.task_names), world.size, world.device)
+        projects = settings.task_conflict == "project"
+        self.conflict = TaskConflict(engine.module, len(self.task_names), world) if projects else None
         self.trained = [p for _, p in adapter_parameters(engine.module) if p.requires_grad]
         self.nonfinite = NonFiniteCheck(engine.module, world.device, self.watchdog.mark_layer)
 
@@ -129,6 +134,8 @@ class TrainStep:
             self._backward(number, batches[-1], step_counts, len(batches), sums)
         self.watchdog.mark_phase("optimizer step")
         totals = self._check(number, batches, sums, step_counts)
+        if self.conflict is not None:
+            self.conflict.apply()
         norm = clip_gradients(self.trained, self.settings.max_grad_norm) if self.settings.zero_stage == 0 else None
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
@@ -161,6 +168,8 @@ class TrainStep:
     ) -> None:
         self.watchdog.mark_phase("forward")
         set_token_keys(self.engine.module, batch, self.settings.seed, number)
+        if self.conflict is not None:
+            self.conflict.start(batch)
         ce_N = cross_entropies(self.engine, batch)
         balance = self.balance.add(batch)
         weights_N = target_weights(

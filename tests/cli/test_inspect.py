@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "runs/malora": ("run", {"method": "malora", "num_experts": 4, "r": 4, "shared_r": 6, "checkpoints": [7]}),
     "runs/malora/checkpoints": ("folder of checkpoints", {"checkpoints": [7], "latest": "step-000007", "best": None}),
     "runs/malora/checkpoints/step-000007": ("checkpoint", {"step": 7, "method": "malora"}),
-    "runs/hydralora/adapter": ("adapter", {"method": "hydralora", "top_k": 4, "scaling": 3.0}),
+    "runs/hydralora/adapter": ("adapter", {"method": "hydralora", "top_k": 4, "scaling": 3.0, "router_input": "h"}),
     "peft": ("adapter of PEFT", {"method": "dora"}),
     "merged": ("model with a merged adapter", {"model_type": "llama", "dtypes": ["float32"]}),
     "model": ("model", {"model_type": "llama"}),

@@ -81,6 +81,15 @@ def test_a_ratio_of_a_factor_that_the_method_lacks_is_refused() -> None:
         check_plan(config("adapter.method=dora", "train.lr_ratios.router=0.5"), 1)
 
 
+def test_one_task_has_no_conflict() -> None:
+    check_plan(config("adapter.task_conflict=project"), 1)
+    alone = config_from_dict(
+        recipe(data={"tasks": [{"name": "t", "train": "t.jsonl"}]}), ["--adapter.task_conflict=project"]
+    )
+    with pytest.raises(ConfigError, match="adapter.task_conflict=project has no meaning for one task, t. Nearest"):
+        check_plan(alone, 1)
+
+
 def test_expert_parallelism_is_refused_with_every_reason() -> None:
     with pytest.raises(TopologyError) as error:
         check_plan(config("parallel.ep_size=3"), 4)

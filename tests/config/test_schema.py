@@ -81,6 +81,7 @@ def broken(section: str, values: dict[str, object], *fragments: str) -> object:
         broken(
             "adapter", {"router_aux_loss_ratio": 0.2}, "has no meaning for adapter.router_aux_loss_schedule=constant"
         ),
+        broken("adapter", {"method": "molora", "task_conflict": "project"}, "task_conflict='project': has no meaning"),
         broken("adapter", {"method": "hydralora", "router_z_loss_coef": 0.1}, "router_z_loss_coef=0.1: has no meaning"),
         broken("adapter", {"method": "molora", "beta": 2}, "adapter.beta=2: has no meaning for adapter.method=molora"),
         broken(

@@ -14,6 +14,7 @@ from tests.training.workers import make_model
 CASES: dict[str, dict[str, Any]] = {
     "zero0": {"zero_stage": 0, "method": "molora", "evaluation_between": True},
     "zero1 ep2": {"zero_stage": 1, "accumulation": 1, "ep_size": 2, "load_in_4bit": True, "computation": "grouped"},
+    "zero1 ep2, conflicts of tasks": {"zero_stage": 1, "accumulation": 1, "ep_size": 2, "task_conflict": "project"},
     "zero2 offload": {"zero_stage": 2, "accumulation": 1, "offload": True, "method": "hydralora"},
     "zero3": {"zero_stage": 3, "accumulation": 1, "load_in_4bit": True, "double_quant": True, "method": "dora"},
     "zero3 ep2": {"zero_stage": 3, "ep_size": 2, "gradient_checkpointing": True},

@@ -1,6 +1,7 @@
 """The naive loop that training on many processes is compared with: no DeepSpeed, no packing, no ranks."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tests.reference import (
     balance_reference,
     clip_reference,
     coefficient_reference,
+    conflict_reference,
     loss_reference,
     z_loss_reference,
 )
@@ -54,9 +56,15 @@ def reference_run(
         ce, routed, logits = _forward(model, samples, step)
         tasks = [[[[sample.task_id for sample in samples]]]]
         loss = loss_reference([[[ce]]], case.get("normalization", "token"), tasks)[0]
-        gradients = torch.autograd.grad(_objective(case, step, loss, _balance(routed, earlier), logits), parameters)
-        earlier = [ids_TK for _, ids_TK in routed]
+        objective = _objective(case, step, loss, _balance(routed, earlier), logits)
+        gradients = torch.autograd.grad(objective, parameters, retain_graph="task_conflict" in case)
+        earlier_before, earlier = earlier, [ids_TK for _, ids_TK in routed]
         state |= {f"gradient.{step}.{name}": g for name, g in zip(names, gradients, strict=True)}
+        if case.get("task_conflict") == "project":
+            summed, named = gradients, dict(zip(names, parameters, strict=True))
+            gradients = _projected(summed, named, ce, partial(_balance, routed, earlier_before), samples)
+            # In the first step B is 0, and S_A has no gradient.
+            assert step == 1 or any(not torch.allclose(a, b, rtol=0.1) for a, b in zip(summed, gradients, strict=True))
         clipped, norm = clip_reference(gradients, MAX_NORM)
         losses.append(float(loss.detach()))
         aux_losses.append(float(_balance(routed).detach()))
@@ -84,6 +92,28 @@ def reference_run(
         state |= {name: parameter.detach(), f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
     numbers = {"losses": losses, "aux_losses": aux_losses, "grad_norms": grad_norms}
     return numbers | {"initial": initial, "state": state}
+
+
+def _projected(
+    gradients: Sequence[Tensor],
+    parameters: dict[str, nn.Parameter],
+    ce: Sequence[Tensor],
+    balance_of: Callable[[Tensor], Tensor],
+    samples: Sequence[Sample],
+) -> list[Tensor]:
+    """The gradients with those of S_A without conflicts: each task's is that of its tokens' part of what is minimised.
+
+    `balance_of` is the part of the balance loss of the tokens that a mask (T,) names; the loss is a mean over targets.
+    """
+    shared = {name: parameter for name, parameter in parameters.items() if name.endswith(".shared_A")}
+    task_T = torch.cat([torch.full((len(sample.input_ids),), sample.task_id) for sample in samples])
+    by_task = []
+    for task in range(3):
+        own = [of_sample.sum() for of_sample, sample in zip(ce, samples, strict=True) if sample.task_id == task]
+        part = sum(own) / sum(map(len, ce)) + COEFFICIENT * balance_of(task_T == task)
+        by_task.append(torch.autograd.grad(part, list(shared.values()), retain_graph=True, materialize_grads=True))
+    projected = dict(zip(shared, map(conflict_reference, zip(*by_task, strict=True)), strict=True))
+    return [projected.get(name, gradient) for name, gradient in zip(parameters, gradients, strict=True)]
 
 
 def _objective(case: dict[str, Any], step: int, loss: Tensor, balance: Tensor, logits: list[Tensor]) -> Tensor:
@@ -128,8 +158,12 @@ def _logits(layer: Any, x: Tensor) -> Tensor:
     return x[0].float() @ layer.input_projection.gate.T
 
 
-def _balance(routed: list[Routed], earlier: list[Tensor] | None = None) -> Tensor:
-    """The mean balance loss of all layers, with the choices of `earlier` tokens if they are given."""
+def _balance(routed: list[Routed], earlier: list[Tensor] | None = None, mask_T: Tensor | None = None) -> Tensor:
+    """The mean balance loss of all layers, with the choices of `earlier` tokens if they are given.
+
+    With a mask (T,) the part of it that is of these tokens' probabilities.
+    """
     before = [None] * len(routed) if earlier is None else earlier or [torch.zeros(0, 1)] * len(routed)
-    losses = [balance_reference(*of_layer, None, ids_TK) for of_layer, ids_TK in zip(routed, before, strict=True)]
-    return torch.stack(losses).mean() if losses else torch.zeros(())
+    losses = [balance_reference(*of_layer, mask_T, ids_TK) for of_layer, ids_TK in zip(routed, before, strict=True)]
+    part = 1.0 if mask_T is None else float(mask_T.float().mean())
+    return part * torch.stack(losses).mean() if losses else torch.zeros(())

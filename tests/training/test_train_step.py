@@ -35,6 +35,14 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3-hydralora": {"zero_stage": 3, "method": "hydralora"},
     **{f"zero{stage}-rates": {"zero_stage": stage, "lr_ratios": {"gate": 0.25, "B": 4.0}} for stage in range(4)},
     "zero1-rates-lora": {"zero_stage": 1, "method": "lora", "lr_ratios": {"A": 0.5, "B": 8.0}},
+    **{f"zero{stage}-conflict": {"zero_stage": stage, "task_conflict": "project"} for stage in range(3)},
+    "zero3-conflict": {
+        "zero_stage": 3,
+        "gradient_checkpointing": True,
+        "fuse_projections": False,
+        "dropout": 0.0,
+        "task_conflict": "project",
+    },
     "zero3-until": {"zero_stage": 3, "balance": {"schedule": "until", "last_step": 3}},
     "zero2-linear-z": {"zero_stage": 2, "balance": {"schedule": "linear", "last_step": 4, "z_coefficient": 0.2}},
     "zero3-z": {

@@ -160,6 +160,7 @@ def new_train_step(world: World, folder: str, case: dict[str, Any], kind: type[T
             zero_stage=stage,
             max_grad_norm=MAX_NORM,
             seed=SEED,
+            task_conflict=case.get("task_conflict", "none"),
         ),
     )
 

@@ -50,6 +50,10 @@ def spec_facts(spec: MixtureSpec) -> Facts:
         facts["scaling_rule"] = spec.scaling_rule
     if spec.structure.routed:
         facts |= {"num_experts": spec.num_experts, "top_k": spec.top_k, "normalize_gates": spec.normalize_gates}
+    if spec.router_input != "x":
+        facts["router_input"] = spec.router_input
+    if spec.router_dtype != "float32":
+        facts["router_dtype"] = spec.router_dtype
     if spec.shared_r is not None:
         facts["shared_r"] = spec.shared_r
     return facts
