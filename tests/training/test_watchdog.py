@@ -83,7 +83,7 @@ def test_a_killed_rank_ends_all(cases: dict[str, list[tuple[int | str, str]]]) -
     *survivors, killed = cases["killed"]
     assert killed == (-9, "")
     for rank, (code, said) in enumerate(survivors):
-        assert code == 1 and said.startswith(f"[rank {rank}] gave up") and f"(rank {rank} " in said
+        assert code == 1 and said.startswith(f"[rank {rank}] timed out waiting") and f"(rank {rank} " in said
         assert re.match(lost(r"at step 2, backward, near layer model\.layers\.\d\.[\w.]+_proj; [^;]+"), said), said
 
 
