@@ -12,6 +12,7 @@ from malora_dist.bench.quality.schedule import (
     FINAL,
     GRID,
     MIDDLE,
+    foreseen,
     next_rate,
     planned,
     rate_grid,
@@ -149,3 +150,15 @@ def test_final_runs_are_at_the_best_rates_with_their_own_seeds_on_test(bench: Be
     config = bench.config(runs[0], bench.out / "run")
     assert config.evaluation.split == "test" and config.data.tasks[0].validation is None
     assert config.data.tasks[0].test == (str(bench.out / "tasks" / "tiny" / "colour" / "test.jsonl"),)
+
+
+def test_what_will_follow_is_foreseen_for_its_cost(folder: Path) -> None:
+    """Before the pilot: the grids and the further seed of three methods, two of them at no rate of their own yet."""
+    bench = tiny_bench(folder, PILOTED)
+    runs = foreseen(bench, {})
+    assert {run.id for run in planned(bench, {})} < {run.id for run in runs}
+    assert sum(run.stage == GRID for run in runs) == 3 and sum(run.stage == COMPARISON for run in runs) == 5
+    done = results_of(planned(bench, {}), lambda run: 0.5)
+    for _ in range(5):
+        done = results_of(planned(bench, done), lambda run: 0.5)
+    assert {run.id for run in foreseen(bench, done)} == set(done), "in the end nothing is foreseen that was not made"
