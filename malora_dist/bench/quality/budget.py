@@ -11,6 +11,7 @@ from malora_dist.errors import ConfigError
 from malora_dist.plan.find_shape import find_shape
 from malora_dist.plan.parameters import trainable_parameters
 from malora_dist.plan.run import Run, run_of
+from malora_dist.plan.shapes import ModelShape
 
 # A task that nothing reads: parameters depend on none.
 NO_TASK = {"tasks": [{"name": "any", "train": "any.jsonl"}]}
@@ -31,14 +32,17 @@ def within_budget(suite: Suite, model: str) -> tuple[dict[str, dict[str, Any]], 
     Raises:
         ConfigError: a method's recipe is wrong, or its number is not within the tolerance.
     """
-    budget = suite.budget
-    target = None if budget is None else _parameters(suite, suite.method(budget.method).recipe, model)
+    # Reading the vocabulary of a GGUF file takes seconds.
+    budget, shape = suite.budget, find_shape(model)
+    target = None if budget is None else _parameters(suite, suite.method(budget.method).recipe, model, shape)
     recipes, numbers = {}, {}
     for method in suite.methods:
         recipe = method.recipe
         if target is not None and method.in_budget and "r" not in recipe.get("adapter", {}):
-            recipe = merged(recipe, {"adapter": {"r": _rank(suite, method, model, round(method.share * target))}})
-        number = _parameters(suite, recipe, model)
+            recipe = merged(
+                recipe, {"adapter": {"r": _rank(suite, method, model, shape, round(method.share * target))}}
+            )
+        number = _parameters(suite, recipe, model, shape)
         if budget is not None and target is not None and method.in_budget:
             _check(suite, method, number, round(method.share * target), budget.tolerance)
         recipes[method.name], numbers[method.name] = recipe, number
@@ -55,12 +59,12 @@ def _check(suite: Suite, method: Method, number: int, wanted: int, tolerance: fl
         )
 
 
-def _rank(suite: Suite, method: Method, model: str, wanted: int) -> int:
+def _rank(suite: Suite, method: Method, model: str, shape: ModelShape, wanted: int) -> int:
     """Return the rank whose number of parameters is nearest to `wanted`; of two that are equally near, the smaller.
 
     As `adapters.methods.match_budget`, with whatever else the recipe says of its adapter.
     """
-    config, run = _run(suite, method.recipe, model)
+    config, run = _run(suite, method.recipe, model, shape)
     below = 0
     for r in count(1):
         adapter = config.adapter.model_copy(update={"r": r})
@@ -72,14 +76,14 @@ def _rank(suite: Suite, method: Method, model: str, wanted: int) -> int:
     raise AssertionError("count() ended")
 
 
-def _run(suite: Suite, recipe: dict[str, Any], model: str) -> tuple[RunConfig, Run]:
+def _run(suite: Suite, recipe: dict[str, Any], model: str, shape: ModelShape) -> tuple[RunConfig, Run]:
     written = merged(suite.recipe, recipe, {"model": {"name_or_path": model}, "data": NO_TASK})
     config = checked_config(written, suite.name)
-    return config, run_of(config, adapter_spec(config), find_shape(model), 1)
+    return config, run_of(config, adapter_spec(config), shape, 1)
 
 
-def _parameters(suite: Suite, recipe: dict[str, Any], model: str) -> int:
-    return trainable_parameters(_run(suite, recipe, model)[1])
+def _parameters(suite: Suite, recipe: dict[str, Any], model: str, shape: ModelShape) -> int:
+    return trainable_parameters(_run(suite, recipe, model, shape)[1])
 
 
 def checked_config(recipe: dict[str, Any], name: str) -> RunConfig:

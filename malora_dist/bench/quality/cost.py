@@ -50,4 +50,5 @@ def cost_lines(runs: Sequence[Run], results: Mapping[str, Result], jobs: int = 1
         cost = f"{median(known):.0f} s each, {sum(known) / 3600:.1f} h" if known else "not measured yet"
         yield f"{suite}: {done} runs done, {len(left)} left: {cost}"
     rest = "" if complete else ", and what is not measured yet"
-    yield f"in all {total / 3600:.1f} h of processors, {total / 3600 / jobs:.1f} h with {jobs} at a time{rest}"
+    hours = total / 3600
+    yield f"in all {hours:.1f} h of processors, {hours / jobs:.1f} h with {jobs} at a time, without extensions{rest}"

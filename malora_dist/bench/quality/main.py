@@ -51,7 +51,7 @@ def listing(options: QualityOptions) -> None:
         seconds = seconds_of(run, results)
         state = "done" if run.id in results else "left" if seconds is None else f"left, {seconds:.0f} s"
         print(f"{run.stage:<11} {run.id}  {state}")
-    for line in cost_lines(runs, results, options.jobs):
+    for line in cost_lines(work.foreseen(results), results, options.jobs):
         print(line)
 
 

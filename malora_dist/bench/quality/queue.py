@@ -19,7 +19,7 @@ from filelock import BaseFileLock, Timeout
 from malora_dist.bench.quality.cost import cost_lines
 from malora_dist.bench.quality.results import FAILED, FINISHED, Result, facts_of, outcome_of, read_results
 from malora_dist.bench.quality.runs import Bench, Run
-from malora_dist.bench.quality.schedule import STAGES, planned
+from malora_dist.bench.quality.schedule import STAGES, foreseen, planned
 from malora_dist.config import config_text
 from malora_dist.errors import ConfigError
 from malora_dist.files.atomic import write_json, write_text
@@ -151,6 +151,15 @@ class Queue:
                 stages[stage].append([run for run in runs if run.stage == stage and fnmatch(run.id, self.only)])
         return [run for lists in stages.values() for run in _in_turns(lists)]
 
+    def foreseen(self, results: Mapping[str, Result]) -> list[Run]:
+        """Return the known runs and those that will follow from their results, extensions apart."""
+        runs = {run.id: run for run in self.known(results)}
+        for bench in self.benches:
+            for run in foreseen(bench, results):
+                if fnmatch(run.id, self.only):
+                    runs.setdefault(run.id, run)
+        return list(runs.values())
+
     def _locked(self) -> BaseFileLock:
         lock = lock_at(self.out / LOCK)
         try:
@@ -226,7 +235,7 @@ class Queue:
 
     def _tell_cost(self) -> None:
         results = read_results(self.out)
-        for line in cost_lines(self.known(results), results, self.jobs):
+        for line in cost_lines(self.foreseen(results), results, self.jobs):
             self.say(line)
 
     def _pause(self) -> None:

@@ -47,6 +47,27 @@ def planned(bench: Bench, results: Mapping[str, Result], *, final: bool = False)
     return list(runs.values())
 
 
+def foreseen(bench: Bench, results: Mapping[str, Result]) -> list[Run]:
+    """Return `planned` and what will follow, for its cost: before the pilot is done, with the first tasks as kept.
+
+    Before a method's best rate is known, its further seeds are foreseen at the middle one; extensions are not.
+    """
+    suite, kept = bench.suite, kept_tasks(bench, results)
+    tasks = kept or suite.task_names[: suite.num_tasks]
+    grids = rate_grids(bench, tasks, results) if kept else {}
+    runs = {run.id: run for run in planned(bench, results)}
+    for method in suite.methods:
+        owner = suite.method(method.rates_of or method.name)
+        if grids.get(owner.name, RateGrid()).best is not None:
+            continue
+        more = [bench.runs(method, tasks, rate, suite.seeds.grid, GRID) for rate in method.rates if not kept]
+        seeds = suite.seeds.compare if method.rates else (suite.seeds.grid, *suite.seeds.compare)
+        more += [bench.runs(method, tasks, owner.middle_rate, seed, COMPARISON) for seed in seeds]
+        for run in (run for some in more for run in some):
+            runs.setdefault(run.id, run)
+    return list(runs.values())
+
+
 def _all(bench: Bench, results: Mapping[str, Result], final: bool) -> Iterator[Run]:
     suite, seed = bench.suite, bench.suite.seeds.grid
     yield bench.base_run()

@@ -28,7 +28,7 @@ def test_list_says_what_is_done_and_what_is_left(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["middle", "grid", "extension"]
     assert lines[0].endswith("done") and lines[2].endswith("left, 8 s") and "lr0.0005" in lines[2]
-    assert lines[3].startswith("tiny: 2 runs done, 1 left")
+    assert lines[3].startswith("tiny: 2 runs done, 2 left")
 
 
 def test_table_prints_and_writes_tables(suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from malora_dist.bench.quality.schedule import (
     FINAL,
     GRID,
     MIDDLE,
+    foreseen,
     next_rate,
     planned,
     rate_grid,
@@ -128,3 +129,36 @@ def test_a_task_that_is_learned_completely_is_kept_only_to_fill_up(folder: Path)
     both = tiny_bench(folder, TINY | {"pilot": {"keep": 2}})
     done = results_of(planned(both, {}), lambda run: {None: 0.1, "colour": 1.0, "animal": 0.1}[run.task])
     assert kept_tasks(both, done) == ("colour", "animal")
+
+
+def test_other_rows_of_a_task_are_other_runs(tmp_path: Path) -> None:
+    before = {run.id for run in planned(tiny_bench(tmp_path), {})}
+    rows = tmp_path / "data" / "colour" / "validation.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    same = before & {run.id for run in planned(tiny_bench(tmp_path), {})}
+    assert len(same) == 1 and "alone_animal" in same.pop()
+
+
+def test_final_runs_are_at_the_best_rates_with_their_own_seeds_on_test(bench: Bench) -> None:
+    done = results_of(planned(bench, {}), lambda run: 0.5)
+    for _ in range(3):
+        done = results_of(planned(bench, done), lambda run: 0.5)
+    runs = [run for run in planned(bench, done, final=True) if run.stage == FINAL]
+    assert {(run.split, run.seed, run.method) for run in runs} == {
+        ("test", 3, name) for name in ("lora", "molora", "alone", "rslora")
+    }
+    config = bench.config(runs[0], bench.out / "run")
+    assert config.evaluation.split == "test" and config.data.tasks[0].validation is None
+    assert config.data.tasks[0].test == (str(bench.out / "tasks" / "tiny" / "colour" / "test.jsonl"),)
+
+
+def test_what_will_follow_is_foreseen_for_its_cost(folder: Path) -> None:
+    """Before the pilot: the grids and the further seed of three methods, two of them at no rate of their own yet."""
+    bench = tiny_bench(folder, PILOTED)
+    runs = foreseen(bench, {})
+    assert {run.id for run in planned(bench, {})} < {run.id for run in runs}
+    assert sum(run.stage == GRID for run in runs) == 3 and sum(run.stage == COMPARISON for run in runs) == 5
+    done = results_of(planned(bench, {}), lambda run: 0.5)
+    for _ in range(5):
+        done = results_of(planned(bench, done), lambda run: 0.5)
+    assert {run.id for run in foreseen(bench, done)} == set(done), "in the end nothing is foreseen that was not made"
