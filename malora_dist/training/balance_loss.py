@@ -143,7 +143,7 @@ class StepBalance:
     def add(self, batch: MicroBatch) -> Tensor:
         """Return the share of the micro-batch whose forward has ended; its share of the z-loss is in `z_share`."""
         statistics = take_statistics(self.model, batch, self.num_tasks)
-        self.z_share = self._zero.float()
+        self.z_share = self._zero
         if statistics is None:
             return self._zero.float()
         if statistics.square_sum_L is not None:
