@@ -18,7 +18,7 @@ from malora_dist.adapters.adapted_layers import adapter_parameters, count_base_p
 from malora_dist.adapters.aux_loss import argument, aux_loss, keeping_routings, weight_of_batch, with_loss
 from malora_dist.adapters.inject import remove_adapters
 from malora_dist.adapters.malora_config import MaloraConfig
-from malora_dist.adapters.merge import check_mergeable, merge_layer
+from malora_dist.adapters.merge import check_mergeable, merge_layers
 from malora_dist.adapters.model_files import load_into, load_named_adapter, save_named_adapters
 from malora_dist.adapters.named_adapters import NamedAdapters
 from malora_dist.adapters.recompute import is_recomputing
@@ -179,12 +179,12 @@ class MaloraModel(nn.Module):
         """Add the active adapter into the base's weights, rounded to their dtype, and take all adapters off.
 
         That can be done with one expert: `lora`, `dora`, and any method with num_experts=1. Raises ConfigError for
-        more experts, whose sum is another for each token, and for a base that is quantised, tied or not in memory.
+        more experts, whose sum is another for each token, for a base that is quantised, tied or not in memory, and
+        for a sum that is not finite in the base's dtype; the model is then as it was.
         """
         layers = dict(mixture_layers(self))
         check_mergeable(self, layers)
-        for layer in layers.values():
-            merge_layer(layer)
+        merge_layers(layers)
         return self.unload()
 
     # ---------------------------------------------------------------------------------------------------- as a module

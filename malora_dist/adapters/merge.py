@@ -55,12 +55,31 @@ def check_mergeable(model: nn.Module, layers: Mapping[str, MixtureLinear]) -> No
 
 
 @torch.no_grad()
-def merge_layer(layer: MixtureLinear) -> None:
-    """Set the weight of a layer's base to the merged one, rounded to its dtype."""
-    base, factors = layer.base_layer, {name: parameter.detach() for name, parameter in layer.factors()}
-    weight_OI = base.weight.T if is_conv1d(base) else base.weight
+def merge_layers(layers: Mapping[str, MixtureLinear]) -> None:
+    """Set the weight of each layer's base to the merged one, rounded to its dtype.
+
+    All are computed once before the first is written, so what fails leaves the base as it was. To keep them instead
+    would need the memory of a second base.
+
+    Raises:
+        ConfigError: a merged weight is not finite in the dtype of the base.
+    """
+    for name, layer in layers.items():
+        merged_OI = _merged(layer)
+        if not torch.isfinite(merged_OI).all():
+            raise ConfigError(f"{name}.weight is not finite in {merged_OI.dtype} with the adapter in it")
+    for layer in layers.values():
+        _weight(layer).copy_(_merged(layer))
+
+
+def _merged(layer: MixtureLinear) -> Tensor:
+    """Compute the merged weight (O, I) of a layer in the dtype of its base."""
+    factors = {name: parameter.detach() for name, parameter in layer.factors()}
+    return merged_weight(_weight(layer), factors, layer.scaling).to(_weight(layer).dtype)
+
+
+def _weight(layer: MixtureLinear) -> Tensor:
+    """Return the base's weight (O, I); of a Conv1D a view of it."""
+    weight_OI = layer.base_layer.weight.T if is_conv1d(layer.base_layer) else layer.base_layer.weight
     assert isinstance(weight_OI, Tensor)
-    merged_OI = merged_weight(weight_OI, factors, layer.scaling).to(weight_OI.dtype)
-    if not torch.isfinite(merged_OI).all():
-        raise ConfigError(f"the weight of {layer.base_layer} with the adapter is not finite in {weight_OI.dtype}")
-    weight_OI.copy_(merged_OI)
+    return weight_OI

@@ -399,6 +399,23 @@ def test_one_expert_is_merged_into_the_weights(family: str, arguments: dict[str,
         torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [3e38, float("inf")])
+def test_a_merge_that_fails_in_the_middle_leaves_the_base_as_it_was(value: float) -> None:
+    model = adapted(tiny_llama(torch.bfloat16), method="lora").to(torch.bfloat16)
+    name, layer = list(mixture_layers(model))[-1]
+    before, weights = logits(model), {n: p.clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        layer.B.fill_(value)
+        layer.expert_down.fill_(1e3)
+    with pytest.raises(ConfigError, match=f"^{name}.weight is not finite in torch.bfloat16 with the adapter in it$"):
+        model.merge_and_unload()
+    with torch.no_grad():
+        for factor, parameter in layer.factors():
+            parameter.copy_(weights[f"{name}.{factor}"])
+    assert all(torch.equal(parameter, weights[n]) for n, parameter in model.named_parameters())
+    assert isinstance(model, MaloraModel) and torch.equal(logits(model), before)
+
+
 def test_several_experts_and_tied_heads_are_not_merged() -> None:
     model = adapted()
     before = logits(model)
