@@ -47,7 +47,7 @@ def load_named_adapter(
         fill_parameters(parameters, tensors)
     except BaseException:
         if is_new:
-            _remove(model, name)
+            _remove(model, name, former)
         raise
     for parameter in parameters.values():
         parameter.requires_grad_(is_trainable)
@@ -57,9 +57,10 @@ def load_named_adapter(
         model.eval()
 
 
-def _remove(model: Any, name: str) -> None:
-    """Take a new adapter off again, whose memory was not filled."""
-    if len(model.malora_adapters.configs) > 1:
+def _remove(model: Any, name: str, former: str) -> None:
+    """Take a new adapter off again, whose memory was not filled; the one that was active before is so again."""
+    if former:
+        model.malora_adapters.activate(model, former)
         model.malora_adapters.delete(model, name)
     else:
         remove_adapters(model)

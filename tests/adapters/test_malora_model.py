@@ -204,6 +204,21 @@ def test_a_damaged_or_foreign_adapter_leaves_the_model_as_it_was(tmp_path: Path)
     assert list(model.malora_config) == ["default"] and torch.equal(logits(model), before)
 
 
+def test_an_adapter_that_cannot_be_loaded_leaves_the_active_one_active(tmp_path: Path) -> None:
+    adapted(tiny_llama(hidden_size=32)).save_pretrained(tmp_path)
+    model = adapted()
+    for number, name in enumerate(("second", "third")):
+        model.add_adapter(name, MaloraConfig(**SMALL))
+        model.set_adapter(name)
+        fill(model, 50 * number)
+    model.set_adapter("second")
+    before, trained = logits(model), {id(p) for p in model.parameters() if p.requires_grad}
+    with pytest.raises(CheckpointError, match="this base"):
+        model.load_adapter(tmp_path, "fourth")
+    assert model.active_adapter == "second" and list(model.malora_config) == ["default", "second", "third"]
+    assert torch.equal(logits(model), before) and {id(p) for p in model.parameters() if p.requires_grad} == trained
+
+
 def test_an_adapter_of_peft_is_read(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
