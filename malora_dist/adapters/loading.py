@@ -47,12 +47,20 @@ def put_adapter(
 
 
 @torch.no_grad()
-def fill_parameters(parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors) -> None:
-    """Copy an adapter's tensors into parameters of these names. Raises CheckpointError unless they are the same."""
+def fill_parameters(
+    parameters: Mapping[str, nn.Parameter], tensors: AdapterTensors, keep_on_error: bool = False
+) -> None:
+    """Copy an adapter's tensors into parameters of these names. Raises CheckpointError unless they are the same.
+
+    With `keep_on_error` all tensors are read before the first is copied, so that what fails changes no parameter;
+    otherwise one is in memory at a time.
+    """
     check_names(tensors.path, parameters, tensors.shapes, "this base")
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != tensors.shapes[name]:
             raise CheckpointError(
                 f"{tensors.path}: {name} has shape {tensors.shapes[name]}, this base needs {tuple(parameter.shape)}"
             )
-        parameter.copy_(tensors.read(name))
+    values = {name: tensors.read(name) for name in parameters} if keep_on_error else {}
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name] if keep_on_error else tensors.read(name))

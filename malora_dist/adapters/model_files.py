@@ -44,7 +44,7 @@ def load_named_adapter(
     layers = adapters.layers(model, name)
     parameters = {f"{at}.{factor}": parameter for at, layer in layers.items() for factor, parameter in layer.factors()}
     try:
-        fill_parameters(parameters, tensors)
+        fill_parameters(parameters, tensors, keep_on_error=not is_new)
     except BaseException:
         if is_new:
             _remove(model, name, former)
@@ -70,20 +70,20 @@ def _remove(model: Any, name: str, former: str) -> None:
 def load_into(model: nn.Module, state_dict: Mapping[str, Any]) -> _IncompatibleKeys | None:
     """Load the tensors of an adapter's file into the active adapter; None if it is another kind of state dict.
 
-    Raises CheckpointError unless each tensor of the adapter is there in its shape.
+    Raises CheckpointError unless each tensor of the adapter is there in its shape; nothing is loaded then.
     """
     if not any(key.startswith(PREFIX) for key in state_dict):
         return None
-    info, keys = adapter_info(model), set(state_dict)
-    for name, parameter in adapter_parameters(model):
-        key = file_key(info, name)
+    info = adapter_info(model)
+    parameters = {file_key(info, name): parameter for name, parameter in adapter_parameters(model)}
+    for key, parameter in parameters.items():
         value = state_dict.get(key)
         if value is None or value.numel() != parameter.numel():
             shape = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
             raise CheckpointError(f"{key}: the state dict has {shape}, the adapter needs {tuple(parameter.shape)}")
-        parameter.copy_(value.view(parameter.shape))
-        keys.discard(key)
-    return _IncompatibleKeys([], sorted(keys))
+    for key, parameter in parameters.items():
+        parameter.copy_(state_dict[key].view(parameter.shape))
+    return _IncompatibleKeys([], sorted(state_dict.keys() - parameters.keys()))
 
 
 def save_named_adapters(

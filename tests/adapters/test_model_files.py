@@ -1,6 +1,7 @@
 """Trainer and the files of adapters: it saves adapters, goes on from them, and loads the best at the end."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,33 @@ def test_the_tensors_of_a_file_are_a_state_dict(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert other.load_state_dict(tensors) == ([], [])
     assert all(torch.equal(tensor, state(model)[name]) for name, tensor in state(other).items())
-    key = next(iter(tensors))
+    key, before = list(tensors)[-1], state(other)
+    tensors = {name: tensor + 1 for name, tensor in tensors.items()}
     with pytest.raises(CheckpointError, match=f"{key}: the state dict has no such tensor"):
         other.load_state_dict({name: tensor for name, tensor in tensors.items() if name != key})
     with pytest.raises(CheckpointError, match=r"the state dict has shape \(2,\)"):
         other.load_state_dict(tensors | {key: torch.zeros(2)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(other).items())
     other.load_state_dict(adapted(method="lora").state_dict())
+
+
+@pytest.mark.parametrize("damage", ["not finite", "shape"])
+def test_an_adapter_that_is_there_is_not_half_overwritten(tmp_path: Path, damage: str) -> None:
+    """The last tensor of a folder of PEFT, which has no checksum, is what cannot be loaded."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    theirs = get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    theirs.save_pretrained(str(tmp_path))
+    model = adapted(method="lora", target_modules=["q_proj"])
+    before = state(model)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    last = list(tensors)[-1]
+    tensors[last] = tensors[last].log() if damage == "not finite" else torch.zeros(60, 3)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"not finite|has shape {re.escape('(1, 60, 3)')}"):
+        model.load_adapter(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
 
 
 def test_a_checkpoint_of_several_adapters(tmp_path: Path) -> None:
