@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.adapters.layer import MixtureLinear
@@ -91,6 +92,7 @@ class _HandOver(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         for layer, calls, gradient_E in ctx.terms:
             scaled_E = grads[0].to(gradient_E.device) * gradient_E

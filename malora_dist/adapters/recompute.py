@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from malora_dist.errors import TrainingError
 from malora_dist.ops.balance import token_mask
@@ -105,6 +106,7 @@ class _AddGradient(torch.autograd.Function):
         return gates_TE.view_as(gates_TE)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_TE = ctx.gradient_E.expand(ctx.shape).contiguous()
         if ctx.mask_T is not None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from malora_dist.ops.gating import gate_ranks, gate_ranks_backward_
 from malora_dist.ops.products import WeightCopies, expert_rows, scaled_product
@@ -65,6 +66,7 @@ class _DenseExperts(torch.autograd.Function):
         return base_TO
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h_TD, z_TN, down_ERD, B_EOR, gates_TE = ctx.saved_tensors
         (grad_TO,) = grads

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from malora_dist.ops.operators import operator
 
@@ -104,6 +105,7 @@ class _KeyedDropout(torch.autograd.Function):
         return dropped_TI.div_(1 - p)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (keys_T,) = ctx.saved_tensors
         return drop(grads[0], keys_T, ctx.salt, ctx.p).div_(1 - ctx.p), None, None, None

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from malora_dist.ops.grouped_triton import grouped_backward, grouped_forward
 from malora_dist.ops.products import WeightCopies, expert_rows
@@ -90,6 +91,7 @@ class _GroupedExperts(torch.autograd.Function):
         return base_TO
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h_TD, down_ERD, B_EOR, gates_TK, z_NR, token_N, slot_N = ctx.saved_tensors
         need_base, need_h, need_down, need_B, need_gates, *_ = ctx.needs_input_grad
@@ -135,6 +137,7 @@ class _TritonExperts(torch.autograd.Function):
         return y_TO
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h_TD, down_ERD, B_EOR, gates_TK, expert_ids_TK, z_TKR = ctx.saved_tensors
         gradients = grouped_backward(grads[0], h_TD, down_ERD, B_EOR, gates_TK, expert_ids_TK, z_TKR, ctx.scaling)

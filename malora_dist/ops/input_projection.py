@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from malora_dist.ops.dropout import add_dropped_, drop
 from malora_dist.ops.products import WeightCopies, scaled_product
@@ -86,6 +87,7 @@ class _Project(torch.autograd.Function):
         return base_TI, h_TW, router_logits(x_TI, weights[num_downs:])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, keys_T, *weights = ctx.saved_tensors
         grad_TI, grad_h_TW, grad_logits_TE = grads

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from malora_dist.ops.input_projection import router_logits
 from malora_dist.ops.operators import operator
@@ -53,6 +54,7 @@ class _Choose(torch.autograd.Function):
         return gates_TE, expert_ids_TK, probs_TE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         grad_gates_TE, _, grad_probs_TE = grads
         if grad_gates_TE is None and grad_probs_TE is None:
