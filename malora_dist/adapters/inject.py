@@ -86,13 +86,13 @@ def inject_adapters(
     matches = find_targets(model, targets, spec, narrowing)
     names = plain_names(model, matches, narrowed=narrowing != EVERYTHING)
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    model.requires_grad_(False)
-    base_parameters = count_base_parameters(model)
     experts = tuple(fused_experts(model))
-    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
-    save_adapters_of(model, Injected(spec, names, lora_dropout, trained))
-    places = places_of_modules(model)
     try:
+        save_adapters_of(model, Injected(spec, names, lora_dropout, trained))
+        model.requires_grad_(False)
+        base_parameters = count_base_parameters(model)
+        quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+        places = places_of_modules(model)
         for name in (name for matched in matches.values() for name in matched):
             base = model.get_submodule(name)
             with whole(base) if spec.structure.magnitude else nullcontext():
@@ -101,13 +101,13 @@ def inject_adapters(
                 setattr(parent, leaf, layer)
             if place is not None:
                 place(layer)
+        rows = [row for target, matched in matches.items() for row in _rows(model, target, matched)]
+        if fuse_projections and spec.shared_r is not None:
+            fuse_input_projections(model)
+        keep_differentiable(model)
     except BaseException:
         remove_adapters(model)
         raise
-    rows = [row for target, matched in matches.items() for row in _rows(model, target, matched)]
-    if fuse_projections and spec.shared_r is not None:
-        fuse_input_projections(model)
-    keep_differentiable(model)
     return InjectionReport(
         rows=tuple(rows),
         trainable_parameters=sum(row.trainable_parameters for row in rows),

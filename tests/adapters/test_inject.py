@@ -245,6 +245,26 @@ def test_removed_and_injected_again(fuse_projections: bool) -> None:
     assert all(torch.equal(tensor, first[name]) for name, tensor in adapter_state_dict(model).items())
 
 
+@pytest.mark.parametrize("step", ["count_base_parameters", "_adapted", "_rows", "keep_differentiable"])
+def test_an_injection_that_fails_leaves_the_model_as_it_was(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stops it and wherever, as Ctrl+C does."""
+    model = tiny_llama()
+    model.lm_head.requires_grad_(False)
+    trained, attributes = [p.requires_grad for p in model.parameters()], set(vars(model))
+    modules = [(name, id(module)) for name, module in model.named_modules()]
+    with monkeypatch.context() as patch:
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(f"malora_dist.adapters.inject.{step}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            inject_adapters(model, MALORA, fuse_projections=True)
+    assert [p.requires_grad for p in model.parameters()] == trained and set(vars(model)) == attributes
+    assert [(name, id(module)) for name, module in model.named_modules()] == modules
+    inject_adapters(model, MALORA)
+
+
 def test_a_linear_that_stands_in_two_places_is_adapted_in_both() -> None:
     linear = nn.Linear(8, 8)
     model = nn.Sequential(nn.ModuleDict({"up": linear}), nn.ModuleDict({"up": linear, "down": nn.Linear(8, 4)}))
