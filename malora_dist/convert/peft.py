@@ -12,7 +12,8 @@ from malora_dist.adapters.inject import remove_adapters
 from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import CONFIG, AdapterTensors, fill_adapter_folder, open_adapter
 from malora_dist.adapters.io.info import adapter_config
-from malora_dist.adapters.io.peft import open_peft
+from malora_dist.adapters.io.peft import READ, SILENT, open_peft
+from malora_dist.adapters.io.rules import SETTINGS
 from malora_dist.adapters.loading import put_adapter
 from malora_dist.convert.job import Job
 from malora_dist.convert.peft_folder import lora_card
@@ -54,9 +55,13 @@ def _values(adapter: AdapterTensors) -> Iterator[Tensor]:
 
 
 def _stock_config(adapter: AdapterTensors) -> Mapping[str, Any]:
-    """The config without our block; lora_alpha an integer where it is one, as PEFT declares it."""
+    """Return the keys that PEFT has too; lora_alpha an integer where it is one, as PEFT declares it.
+
+    The targets of the folder are narrowed already, so what has narrowed them is left out.
+    """
     alpha = adapter.info.spec.lora_alpha
-    config = {key: value for key, value in adapter_config(adapter.info).items() if key != "malora"}
+    known = (READ | SILENT) - SETTINGS.keys()
+    config = {key: value for key, value in adapter_config(adapter.info).items() if key in known}
     return config | {"lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
 
 

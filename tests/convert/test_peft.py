@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from malora_dist import MaloraConfig, get_malora_model
+from malora_dist.adapters.adapted_layers import mixture_layers
 from malora_dist.adapters.io.folder import CONFIG, WEIGHTS, open_adapter
 from malora_dist.adapters.io.peft import open_peft
 from malora_dist.adapters.loading import load_adapter
@@ -76,6 +79,32 @@ def test_trained_here_verified_in_peft(workspace: Path, tmp_path: Path, method: 
     ours, back = open_adapter(workspace / "runs" / method), open_adapter(tmp_path / "back")
     assert ours.info.spec == back.info.spec and ours.shapes == back.shapes
     assert all(torch.equal(ours.read(name), back.read(name)) for name in ours.shapes)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_of_the_library_comes_and_goes(workspace: Path, tmp_path: Path, method: str) -> None:
+    """With every argument off its default; what PEFT gets has keys of PEFT alone."""
+    config = MaloraConfig(
+        method=method, r=3, num_experts=3, top_k=1, shared_r=9, compression_ratio=0.25, lora_alpha=5, lora_dropout=0.1,
+        use_rslora=True, beta=2.0, normalize_gates=True, router_aux_loss_coef=0.5, target_modules=["q_proj", "up_proj"],
+        exclude_modules=["0.mlp.up_proj"], layers_to_transform=[0, 1], layers_pattern="layers",
+        rank_pattern={"q_proj": 5}, alpha_pattern={"up_proj": 7}, computation="dense", fuse_projections=True, seed=7,
+        base_model_name_or_path="a/base", task_type=None,
+    )  # fmt: skip
+    assert not any(getattr(config, field.name) == field.default for field in fields(config))
+    model: Any = get_malora_model(base(workspace), config)
+    for number, (_, layer) in enumerate(mixture_layers(model)):
+        torch.nn.init.normal_(layer.B, std=0.1, generator=torch.Generator().manual_seed(number))
+    model.save_pretrained(tmp_path / "ours")
+    run_kind("peft", tmp_path / "ours", tmp_path / "peft")
+    assert json.loads((tmp_path / "peft" / CONFIG).read_text()).keys() <= {field.name for field in fields(LoraConfig)}
+    theirs = PeftModel.from_pretrained(base(workspace), tmp_path / "peft")
+    torch.testing.assert_close(logits(theirs, token_rows()), logits(model.eval(), token_rows()), atol=2e-5, rtol=1e-5)
+    run_kind("from-peft", tmp_path / "peft", tmp_path / "back", base="a/base")
+    ours, back = open_adapter(tmp_path / "ours"), open_adapter(tmp_path / "back")
+    assert replace(ours.info.spec, beta=1.0, normalize_gates=False) == back.info.spec
+    assert sorted(ours.info.target_modules) == sorted(back.info.target_modules)
+    assert ours.shapes == back.shapes and all(torch.equal(ours.read(name), back.read(name)) for name in ours.shapes)
 
 
 def test_half_precision_widens(workspace: Path, tmp_path: Path) -> None:
