@@ -1,6 +1,6 @@
 """Stock PEFT LoRA folders: what PEFT, transformers and vLLM load without this package.
 
-Every layer has the same r and lora_alpha: `rank_pattern` and `alpha_pattern` of PEFT's config are empty and left out.
+Every layer has the same r and lora_alpha here; `convert.peft` writes those that have not.
 """
 
 import json
