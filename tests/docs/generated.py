@@ -25,7 +25,7 @@ from tests.multiprocess import ROOT
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 METHODS_PAGE = ROOT / "docs" / "methods.md"
-BEGIN, END = "<!-- made by tests/docs/generated.py -->\n\n", "\n\n<!-- end -->"
+BEGIN, END = "<!-- made by tests/docs/generated.py -->\n", "<!-- end -->"
 BLOCK = re.compile(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", re.DOTALL)
 
 INTRODUCTION = """\
@@ -164,7 +164,9 @@ def _without_meaning(method: str) -> Iterator[str]:
 
 def methods_page() -> str:
     """Return docs/methods.md with the table as it is now."""
-    return BLOCK.sub(lambda _: methods_table(), METHODS_PAGE.read_text(encoding="utf-8"))
+    page, blocks = BLOCK.subn(lambda _: f"\n{methods_table()}\n\n", METHODS_PAGE.read_text(encoding="utf-8"))
+    assert blocks == 1, f"{METHODS_PAGE} has {blocks} places for the table"
+    return page
 
 
 if __name__ == "__main__":
