@@ -23,6 +23,7 @@ from malora_dist.adapters.model_files import load_into, load_named_adapter, save
 from malora_dist.adapters.named_adapters import NamedAdapters
 from malora_dist.adapters.recompute import is_recomputing
 from malora_dist.adapters.router_config import announce, router_logits_asked, show_aux_loss
+from malora_dist.adapters.saving import check_arguments
 from malora_dist.errors import ConfigError
 
 AnyPath = str | os.PathLike[str]
@@ -141,7 +142,7 @@ class MaloraModel(nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         selected_adapters: list[str] | None = None,
         push_to_hub: bool = False,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Write the adapters: `default` into the folder itself, others into folders of their names in it.
 
@@ -150,10 +151,14 @@ class MaloraModel(nn.Module):
             is_main_process: whether this process writes; others do nothing.
             state_dict: gathered values by parameter name, for a model whose parameters are sharded.
             selected_adapters: names of the adapters to write; None: all.
-            push_to_hub: not supported here; use the model's own `push_to_hub`.
+            push_to_hub: is refused; `huggingface_hub.upload_folder` uploads what was written.
+            others: arguments of transformers and PEFT without a meaning here, such as `max_shard_size`.
+
+        Raises:
+            ConfigError: for a name that no adapter has, and for `push_to_hub`; nothing is written.
+            TypeError: for an argument that transformers and PEFT do not have either.
         """
-        if push_to_hub:
-            raise ConfigError("push_to_hub=True: save the adapter to a folder, and upload that")
+        check_arguments(push_to_hub, others)
         if is_main_process:
             save_named_adapters(self, save_directory, state_dict, selected_adapters)
 

@@ -95,8 +95,10 @@ def save_named_adapters(
     """Write adapters as `MaloraModel.save_pretrained` says."""
     adapters, root = model.malora_adapters, Path(save_directory)
     check_all_is_adapter(model)
-    for name in adapters.configs if selected is None else selected:
+    names = list(adapters.configs if selected is None else selected)
+    for name in names:
         adapters.check(name)
+    for name in names:
         folder = root if name == DEFAULT_NAME else root / name
         if name == adapters.active:
             save_model_adapter(model, folder, state_dict)

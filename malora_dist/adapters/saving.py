@@ -14,6 +14,23 @@ from malora_dist.adapters.adapted_layers import Injected, injected_adapters
 from malora_dist.adapters.io.from_model import save_model_adapter
 from malora_dist.errors import ConfigError
 
+# Arguments of transformers' and PEFT's `save_pretrained` that say nothing of an adapter in one safetensors file.
+IGNORED = {"max_shard_size", "safe_serialization", "save_function", "save_original_format", "save_peft_format", "token"}
+
+
+def check_arguments(push_to_hub: bool, others: Mapping[str, Any]) -> None:
+    """Refuse what `save_pretrained` of an adapted model does not do.
+
+    Raises:
+        ConfigError: for `push_to_hub`.
+        TypeError: for an argument that it does not know.
+    """
+    if push_to_hub:
+        raise ConfigError("push_to_hub=True: save the adapter, and upload its folder by huggingface_hub.upload_folder")
+    unknown = sorted(others.keys() - IGNORED)
+    if unknown:
+        raise TypeError(f"save_pretrained() got an unexpected keyword argument {unknown[0]!r}")
+
 
 class SavePretrained:
     """Replaces a model's method `save_pretrained`, which transformers' Trainer calls too."""
@@ -27,11 +44,10 @@ class SavePretrained:
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Write an adapter folder for `load_adapter`. `state_dict`: values of a model whose own are in parts."""
-        if push_to_hub:
-            raise ConfigError("push_to_hub=True: save the adapter to a folder, and upload that")
+        check_arguments(push_to_hub, others)
         if is_main_process:
             save_model_adapter(self.model, save_directory, state_dict)
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from malora_dist import MaloraConfig, MaloraModel, get_malora_model
 from malora_dist.adapters.adapted_layers import adapter_parameters, adapter_state_dict, mixture_layers
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.loading import load_adapter
-from malora_dist.adapters.methods import METHODS
+from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.errors import CheckpointError, ConfigError
 from tests.families import family_model
 from tests.hub import local_hub
@@ -126,6 +127,24 @@ def test_what_is_trained_beside_the_adapter_is_not_lost_in_silence(tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"^lm_head.weight is trained and no part of the adapter"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_all_names_are_checked_before_an_adapter_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter_name='y' must be one of default"):
+        adapted().save_pretrained(tmp_path / "none", selected_adapters=["default", "y"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_misspelled_argument_of_save_pretrained_is_refused(tmp_path: Path) -> None:
+    plain = tiny_llama()
+    inject_adapters(plain, mixture_spec("lora", r=2))
+    for model in (adapted(), plain):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'is_main_proces'"):
+            model.save_pretrained(tmp_path / "none", is_main_proces=False)
+        assert not (tmp_path / "none").exists()
+        with pytest.raises(ConfigError, match="upload its folder by huggingface_hub.upload_folder"):
+            model.save_pretrained(tmp_path / "none", push_to_hub=True)
+        model.save_pretrained(tmp_path / "some", safe_serialization=True, max_shard_size="5GB")
 
 
 def test_parked_adapters_move_with_the_model() -> None:
