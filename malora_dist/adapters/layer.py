@@ -14,7 +14,7 @@ from malora_dist.adapters.shared_input import Dispatcher, Prepared, SharedInput
 from malora_dist.errors import ConfigError
 from malora_dist.ops.choices import prefer_grouped
 from malora_dist.ops.dense import dense_experts
-from malora_dist.ops.devices import missing_for_triton, triton_ready
+from malora_dist.ops.devices import missing_for_triton
 from malora_dist.ops.grouped import grouped_experts
 from malora_dist.ops.init import kaiming_uniform, shared_subspace_init
 from malora_dist.ops.products import WeightCopies
@@ -145,14 +145,13 @@ class MixtureLinear(nn.Module):
     @property
     def form(self) -> str:
         """Return how the experts here are summed: `dense`, `grouped` or `grouped_triton`."""
-        device = self.B.device
         if not self.routed or self.computation != "auto":
             return self.computation if self.routed else "dense"
-        E, K = self.num_local_experts, min(self.top_k, self.num_local_experts)
-        if not prefer_grouped(E, K, self.r, self.expert_width, self.out_features, device.type):
+        if self.B.device.type != "cpu":
+            # Grouped makes the host wait for a GPU in every layer; its Triton kernels, which do not, have run on none.
             return "dense"
-        # On a GPU the plain grouped form would make the host wait for the counts of every layer.
-        return "grouped" if device.type == "cpu" else "grouped_triton" if triton_ready(device) else "dense"
+        E, K = self.num_local_experts, min(self.top_k, self.num_local_experts)
+        return "grouped" if prefer_grouped(E, K, self.r, self.expert_width, self.out_features) else "dense"
 
     @property
     def grouped(self) -> bool:

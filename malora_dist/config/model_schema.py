@@ -173,8 +173,8 @@ class AdapterConfig(Section):
         "auto",
         description="How the experts are computed; the result is the same. dense: all experts, with gates of 0 for "
         "those not selected. grouped: tokens sorted by expert, only the selected experts. grouped_triton: grouped with "
-        "Triton kernels, not yet run on a GPU. auto: dense or grouped, whichever needs fewer operations; on a GPU "
-        "always dense, because grouped waits for the device.",
+        "Triton kernels, not yet run on a GPU. auto: dense or grouped, whichever needs fewer operations, on a CPU; "
+        "dense on a GPU, where grouped waits for the device.",
     )
     fuse_projections: bool = Field(
         True,

@@ -3,9 +3,9 @@
 Needs no torch: `malora plan` counts with the same rules.
 """
 
-# Multiplications in a GEMM that cost as much as moving a number. CPU: measured, the forms break even near E*R = 500 at
-# K = 2. GPU: by the roofline of an H100, near E*R = 1200.
-MOVE_COST = {"cpu": 128, "cuda": 300}
+# Multiplications in a GEMM that cost a CPU as much as moving a number: measured, the forms break even near E*R = 500 at
+# K = 2.
+MOVE_COST = 128
 
 VARLEN = ("varlen", "flash_attention_2")
 MAX_VARLEN_HEAD_DIM = 256
@@ -16,19 +16,17 @@ MAX_VARLEN_HEAD_DIM = 256
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 
 
-def prefer_grouped(num_experts: int, top_k: int, r: int, in_width: int, out_width: int, device: str) -> bool:
-    """Return whether `grouped_experts` is the cheaper form than `dense_experts`, by counting the work of a token.
+def prefer_grouped(num_experts: int, top_k: int, r: int, in_width: int, out_width: int) -> bool:
+    """Return whether `grouped_experts` is the cheaper form on a CPU, by counting the work of a token.
 
     Both forms spend R (D + O) multiplications per expert they compute. Grouped computes K of E, but moves K rows of
     D + O numbers there and back, each at `MOVE_COST`.
 
     Args:
         num_experts, top_k, r, in_width, out_width: E, K, R, D and O.
-        device: a kind of device (`torch.device.type`).
     """
-    move = MOVE_COST["cpu" if device == "cpu" else "cuda"]
     dense = num_experts * r * (in_width + out_width)
-    grouped = top_k * r * (in_width + out_width) + move * top_k * (in_width + 2 * out_width)
+    grouped = top_k * r * (in_width + out_width) + MOVE_COST * top_k * (in_width + 2 * out_width)
     return grouped < dense
 
 

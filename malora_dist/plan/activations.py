@@ -107,7 +107,7 @@ def _routing_bytes(run: Run) -> int:
 def _adapter_bytes(run: Run, linear: Linear) -> int:
     """Routing, a dropped input where experts read it themselves, and what the experts keep."""
     read_by_experts = run.spec.structure.magnitude or (
-        run.spec.shared_r is None and run.ep_size == 1 and is_grouped(run, linear)
+        run.spec.shared_r is None and run.ep_size == 1 and is_grouped(run)
     )
     dropped = run.tokens * linear.in_features * run.itemsize if run.dropout > 0 and read_by_experts else 0
     return _routing_bytes(run) + dropped + _expert_bytes(run, linear)
@@ -130,7 +130,7 @@ def _expert_bytes(run: Run, linear: Linear) -> int:
     if spec.structure.magnitude:
         copies = spec.r * (in_width + linear.out_features) * s if s < FP32 else 0
         kept += copies + rows * linear.out_features * s
-    if is_grouped(run, linear):
+    if is_grouped(run):
         return kept + rows * min(spec.top_k, E) * (spec.r * s + FP32 + 2 * INDEX)
     return kept + rows * E * spec.r * s
 

@@ -70,6 +70,6 @@ def _adapter_multiplications(run: Run, linear: Linear) -> float:
     total = float(spec.num_experts * linear.in_features) if spec.structure.routed else 0.0
     total += 0 if spec.shared_r is None else spec.shared_r * linear.in_features
     in_width = linear.in_features if spec.shared_r is None else spec.shared_r
-    computed = min(spec.top_k, E) if is_grouped(run, linear) else E
+    computed = min(spec.top_k, E) if is_grouped(run) else E
     rows = expected_rows(run) / run.tokens if run.ep_size > 1 else 1
     return total + rows * computed * spec.r * ((in_width if spec.has_expert_down else 0) + linear.out_features)

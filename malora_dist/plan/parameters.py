@@ -70,13 +70,13 @@ def weight_copy_bytes(run: Run) -> int:
     """Count bytes of the trained weights rounded to the base's dtype, which are whole on every rank during a step.
 
     They are kept where the base has another dtype than fp32 (`ops.products`). DoRA rounds its weights
-    inside of the graph, and the kernels of grouped_triton, which `auto` takes beyond the break-even, tile by tile.
+    inside of the graph, and the kernels of grouped_triton tile by tile.
     """
     if run.itemsize == FP32 or run.spec.structure.magnitude:
         return 0
     numel = 0
     for linear in run.adapted:
-        in_tiles = EXPERT_FACTORS if run.computation != "grouped" and is_grouped(run, linear) else ()
+        in_tiles = EXPERT_FACTORS if run.computation == "grouped_triton" and is_grouped(run) else ()
         for factor, shape in factor_shapes(run.spec, linear.in_features, linear.out_features).items():
             if factor not in in_tiles:
                 part = math.prod(shape) // (run.ep_size if factor in EXPERT_FACTORS else 1)

@@ -10,7 +10,7 @@ from malora_dist.config import RunConfig
 from malora_dist.config.compatibility import check_plan
 from malora_dist.config.deepspeed import read_ds_config
 from malora_dist.errors import ConfigError
-from malora_dist.ops.choices import VARLEN, attention_on_cuda, prefer_grouped
+from malora_dist.ops.choices import VARLEN, attention_on_cuda
 from malora_dist.optimizers.registry import DEFAULT
 from malora_dist.plan.shapes import Linear, ModelShape
 
@@ -170,10 +170,6 @@ def _adapted(shape: ModelShape, targets: tuple[str, ...]) -> tuple[Linear, ...]:
     return tuple(found)
 
 
-def is_grouped(run: Run, linear: Linear) -> bool:
-    """Return whether a layer multiplies the chosen experts only, on a GPU: the rule of `MixtureLinear.form`."""
-    spec, E = run.spec, run.num_local_experts
-    if not spec.structure.routed or run.computation != "auto":
-        return spec.structure.routed and run.computation != "dense"
-    in_width = linear.in_features if spec.shared_r is None else spec.shared_r
-    return prefer_grouped(E, min(spec.top_k, E), spec.r, in_width, linear.out_features, "cuda")
+def is_grouped(run: Run) -> bool:
+    """Return whether layers multiply the chosen experts only, on a GPU: the rule of `MixtureLinear.form`."""
+    return run.spec.structure.routed and run.computation in ("grouped", "grouped_triton")

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from malora_dist.adapters.inject import inject_adapters
+from malora_dist.adapters.layer import MixtureLinear
+from malora_dist.adapters.methods import mixture_spec
 from malora_dist.config import config_from_dict
 from malora_dist.config.summary import adapter_spec
 from malora_dist.data.encode import Sample
@@ -18,7 +21,6 @@ from malora_dist.models.load import load_base_model
 from malora_dist.models.loss_head import install_loss_head
 from malora_dist.models.packed_attention import TORCH_VARLEN, attention_arguments
 from malora_dist.models.packed_masks import packed_row
-from malora_dist.ops.choices import prefer_grouped
 from malora_dist.ops.products import kept_weight_copies
 from malora_dist.plan.activations import (
     INDEX,
@@ -30,7 +32,6 @@ from malora_dist.plan.activations import (
 from malora_dist.plan.find_shape import find_shape
 from malora_dist.plan.parameters import weight_copy_bytes
 from malora_dist.plan.run import Run, is_grouped, run_of
-from malora_dist.plan.shapes import Linear
 from tests.adapters.varlen_kernel import kernel_on_cpu
 from tests.config.recipes import recipe
 from tests.plan.real_runs_workers import saved_bytes
@@ -196,11 +197,10 @@ def test_logits_of_a_chunk_are_all_there_are(llama_run: Run, targets: int) -> No
     assert logit_bytes(run) == rows * 32_000 * 6 + 4 * targets * (4096 * 2 + 4)
 
 
-def test_the_form_is_the_layers_choice(llama_run: Run) -> None:
-    forms = set()
-    for num_experts, top_k, r, width in [(8, 2, 12, 4096), (64, 2, 32, 4096), (8, 1, 64, 512), (32, 4, 8, 1024)]:
-        spec = replace(llama_run.spec, num_experts=num_experts, top_k=top_k, r=r)
-        run, linear = replace(llama_run, spec=spec), Linear("q_proj", width, width)
-        assert is_grouped(run, linear) == prefer_grouped(num_experts, top_k, r, 32, width, "cuda")
-        forms.add(is_grouped(run, linear))
-    assert forms == {True, False}
+@pytest.mark.parametrize("computation", ["auto", "dense", "grouped", "grouped_triton"])
+@pytest.mark.parametrize("method", ["malora", "lora"])
+def test_the_form_is_the_layers_choice(llama_run: Run, method: str, computation: str) -> None:
+    spec = mixture_spec(method, num_experts=64, r=32)
+    with torch.device("meta"):
+        layer = MixtureLinear(nn.Linear(8, 8), spec, in_features=8, out_features=8, computation=computation)
+    assert is_grouped(replace(llama_run, spec=spec, computation=computation)) == layer.grouped
