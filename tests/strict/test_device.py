@@ -136,6 +136,7 @@ def test_only_host_memory_is_pinned(device: StrictDevice) -> None:
         (0, lambda x: x.sort(stable=True)),
         (0, lambda x: x.cumsum(0)),
         (0, lambda x: x.sum() * 2),
+        (0, lambda x: torch._assert_async((x < 9).all())),
         (1, lambda x: torch.strict.synchronize()),  # type: ignore[attr-defined]
     ],
 )

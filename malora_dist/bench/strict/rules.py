@@ -54,7 +54,6 @@ WAITS = (
     "aten.linalg_inv.",
     "aten.linalg_cholesky.",
     "aten._unique",
-    "aten._assert_async",
 )
 ATOMICS = (
     "aten.index_add",
