@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from malora_dist.adapters.adapted_layers import adapter_parameters, count_base_parameters, mixture_layers
 from malora_dist.adapters.aux_loss import argument, aux_loss, keeping_routings, weight_of_batch, with_loss
@@ -91,14 +92,21 @@ class MaloraModel(nn.Module):
 
     def load_adapter(
         self, model_id: AnyPath, adapter_name: str = "default", is_trainable: bool = False, revision: str | None = None
-    ) -> None:
+    ) -> Any:
         """Read an adapter of a folder or hub id, ours or a LoRA or DoRA of PEFT, under a name.
 
         An adapter of this name gets the values, a new one is added and not made active. Without `is_trainable` it is
-        frozen and the model put in evaluation mode. Raises CheckpointError if it is damaged or of another base.
+        frozen and the model put in evaluation mode.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`, as PEFT does; both are empty, as other files are refused.
+
+        Raises:
+            CheckpointError: it is damaged or of another base, or lacks a tensor or has one too many; nothing changes.
         """
         load_named_adapter(self, model_id, adapter_name, is_trainable, revision)
         announce(self)
+        return _IncompatibleKeys([], [])
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -162,10 +170,17 @@ class MaloraModel(nn.Module):
         if is_main_process:
             save_named_adapters(self, save_directory, state_dict, selected_adapters)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load a state dict of the model, or the tensors of an adapter's file into the active adapter."""
-        found = load_into(self, state_dict)
-        return super().load_state_dict(state_dict, *args, **kwargs) if found is None else found
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict of the model, or the tensors of an adapter's file into the active adapter.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`, as PyTorch does.
+
+        Raises:
+            CheckpointError: an adapter's file lacks a tensor of the adapter or, with `strict`, has one too many.
+        """
+        found = load_into(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign) if found is None else found
 
     # ------------------------------------------------------------------------------------------------------- the end
 
@@ -246,7 +261,7 @@ def get_malora_model(model: nn.Module, config: MaloraConfig, adapter_name: str =
     return _become(model, lambda adapted: adapted.malora_adapters.add(adapted, adapter_name, config))
 
 
-def _become(model: nn.Module, put: Callable[[MaloraModel], None]) -> MaloraModel:
+def _become(model: nn.Module, put: Callable[[MaloraModel], object]) -> MaloraModel:
     """Make a MaloraModel of a model and put its first adapter on it; what fails leaves it as it was."""
     if isinstance(model, MaloraModel):
         put(model)

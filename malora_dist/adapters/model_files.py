@@ -19,7 +19,7 @@ from malora_dist.adapters.io.info import PREFIX, WEIGHTS, file_key
 from malora_dist.adapters.io.peft import open_lora
 from malora_dist.adapters.loading import fill_parameters
 from malora_dist.adapters.malora_config import MaloraConfig
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, brief
 from malora_dist.files.atomic import share_file
 
 # The adapter of this name is in the folder itself, as PEFT has it.
@@ -67,10 +67,11 @@ def _remove(model: Any, name: str, former: str) -> None:
 
 
 @torch.no_grad()
-def load_into(model: nn.Module, state_dict: Mapping[str, Any]) -> _IncompatibleKeys | None:
+def load_into(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> _IncompatibleKeys | None:
     """Load the tensors of an adapter's file into the active adapter; None if it is another kind of state dict.
 
-    Raises CheckpointError unless each tensor of the adapter is there in its shape; nothing is loaded then.
+    Raises CheckpointError unless each tensor of the adapter is there in its shape and, with `strict`, no other; nothing
+    is loaded then.
     """
     if not any(key.startswith(PREFIX) for key in state_dict):
         return None
@@ -81,9 +82,15 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Any]) -> _IncompatibleK
         if value is None or value.numel() != parameter.numel():
             shape = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
             raise CheckpointError(f"{key}: the state dict has {shape}, the adapter needs {tuple(parameter.shape)}")
+    unexpected = sorted(state_dict.keys() - parameters.keys())
+    if unexpected and strict:
+        raise CheckpointError(
+            f"{brief(unexpected[0])}: the adapter has no such tensor ({len(unexpected)} unknown); strict=False leaves "
+            "them out"
+        )
     for key, parameter in parameters.items():
         parameter.copy_(state_dict[key].view(parameter.shape))
-    return _IncompatibleKeys([], sorted(state_dict.keys() - parameters.keys()))
+    return _IncompatibleKeys([], unexpected)
 
 
 def save_named_adapters(

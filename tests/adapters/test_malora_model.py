@@ -197,7 +197,8 @@ def test_an_adapter_comes_from_a_folder_under_a_name(tmp_path: Path, method: str
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert loaded.malora_config["default"].router_aux_loss_coef == 0.25
     other: Any = get_malora_model(tiny_llama(), MaloraConfig(method="lora", r=2))
-    other.load_adapter(tmp_path, "second", is_trainable=True)
+    result = other.load_adapter(tmp_path, "second", is_trainable=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert other.active_adapter == "default"
     other.set_adapter("second")
     assert torch.equal(logits(other.eval()), logits(model)) and all(

@@ -85,7 +85,12 @@ def test_the_tensors_of_a_file_are_a_state_dict(tmp_path: Path) -> None:
         other.load_state_dict({name: tensor for name, tensor in tensors.items() if name != key})
     with pytest.raises(CheckpointError, match=r"the state dict has shape \(2,\)"):
         other.load_state_dict(tensors | {key: torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"^base_model.model.more: the adapter has no such tensor \(1 unknown\)"):
+        other.load_state_dict(tensors | {"base_model.model.more": torch.zeros(2)})
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(other).items())
+    found = other.load_state_dict(tensors | {"base_model.model.more": torch.zeros(2)}, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == ([], ["base_model.model.more"])
+    assert all(torch.equal(tensor, state(model)[name] + 1) for name, tensor in state(other).items())
     other.load_state_dict(adapted(method="lora").state_dict())
 
 
