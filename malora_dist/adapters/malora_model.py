@@ -212,6 +212,9 @@ class MaloraModel(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_recomputing() or not hasattr(self, "malora_adapters"):
             return super().__call__(*args, **kwargs)
+        if kwargs.get("adapter_names") is not None:
+            # transformers would ignore it.
+            raise ConfigError("adapter_names: one adapter is active at a time, for all rows; set_adapter chooses it")
         coefficient = self.malora_adapters.config.router_aux_loss_coef
         has_graph = self.training and torch.is_grad_enabled()
         trains = has_graph and coefficient > 0

@@ -451,6 +451,27 @@ def test_a_merge_that_fails_in_the_middle_leaves_the_base_as_it_was(value: float
     assert isinstance(model, MaloraModel) and torch.equal(logits(model), before)
 
 
+def test_a_compiled_model_has_the_same_loss_and_gradients() -> None:
+    """docs/library.md says with which settings."""
+    model = adapted(tiny_llama(num_hidden_layers=1), computation="dense", target_modules=["q_proj"]).train()
+    found = []
+    torch.compiler.reset()
+    for function in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        loss = function(IDS, labels=IDS).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for _, parameter in adapter_parameters(model))])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_what_is_not_planned_is_not_there_in_part() -> None:
+    """docs/library.md lists these."""
+    model = adapted()
+    assert not [n for n in ("merge_adapter", "unmerge_adapter", "add_weighted_adapter") if hasattr(model, n)]
+    with pytest.raises(ConfigError, match="adapter_names: one adapter is active at a time"):
+        model(IDS, adapter_names=["default"])
+
+
 def test_several_experts_and_tied_heads_are_not_merged() -> None:
     model = adapted()
     before = logits(model)
