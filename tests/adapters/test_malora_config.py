@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from malora_dist import MaloraConfig
+from malora_dist import MaloraConfig, __version__
 from malora_dist.adapters.io.info import CONFIG, adapter_config, read_adapter_info
 from malora_dist.adapters.methods import METHODS, mixture_spec
 from malora_dist.errors import CheckpointError, ConfigError
@@ -69,6 +69,16 @@ def test_the_file_of_common_numbers_is_what_it_was() -> None:
         "use_rslora",
     ]  # fmt: skip
     assert adapter_config(info)["malora"]["format_version"] == 1  # type: ignore[index]
+
+
+def test_the_file_says_which_version_wrote_it(tmp_path: Path) -> None:
+    """Files of versions that did not say so are read, and those of later ones."""
+    config = MaloraConfig(r=3)
+    written = config.to_dict()
+    assert written["malora_dist_version"] == __version__
+    assert MaloraConfig.from_dict(written | {"malora_dist_version": "99.0"}) == config
+    del written["malora_dist_version"]
+    assert MaloraConfig.from_dict(written) == config
 
 
 def test_numbers_of_single_layers_are_a_newer_format() -> None:

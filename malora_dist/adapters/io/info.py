@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from malora_dist import __version__
 from malora_dist.adapters.io.rules import check_config, read_settings, read_spec
 from malora_dist.adapters.methods import MixtureSpec
 from malora_dist.errors import CheckpointError
@@ -60,6 +61,8 @@ def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict
         "use_dora": info.spec.structure.magnitude,
         "bias": "none",
         "inference_mode": True,
+        # Beside the block, in which readers of this format refuse keys that they do not know.
+        "malora_dist_version": __version__,
         **{key: pattern for key, pattern in patterns.items() if pattern},
         **info.settings,
         "malora": {
