@@ -68,11 +68,12 @@ class MixtureLinear(nn.Module):
         self.input_projection = InputProjection(in_features, spec, dropout=dropout, input_salt=input_salt)
         self.dora = DoRALayer(out_features) if structure.magnitude else None
         self.down_name = "A" if spec.shared_r is None else "P" if structure.expert_down else None
-        width = in_features if spec.shared_r is None else spec.shared_r
         B = nn.Parameter(torch.empty(spec.num_experts, out_features, spec.r, dtype=torch.float32))
         down = None
         if self.down_name is not None:
-            down = nn.Parameter(torch.empty(spec.num_experts, spec.r, width, dtype=torch.float32))
+            down = nn.Parameter(
+                torch.empty(spec.num_experts, spec.r, spec.expert_width(in_features), dtype=torch.float32)
+            )
         self.set_experts(down, B)
         self.adapter_enabled = True
         self.shared_input: SharedInput | None = None

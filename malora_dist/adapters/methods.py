@@ -140,6 +140,10 @@ class MixtureSpec:
         """Whether each expert has a down-projection of its own, P_t or A_t."""
         return self.structure.expert_down or not self.structure.shared_down
 
+    def expert_width(self, in_features: int) -> int:
+        """Return how many numbers an expert of a linear reads of a token: those of S_A x, or all inputs without S_A."""
+        return in_features if self.shared_r is None else self.shared_r
+
     @property
     def scaling(self) -> float:
         """s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`; it multiplies the sum over experts."""

@@ -151,7 +151,7 @@ def _down(spec: MixtureSpec, sizes: Sizes, columns: int, form: Form) -> Iterator
 def _chosen_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
     """K rows a token: permuted by a gather, unpermuted by a gather and a sum over K."""
     T, O, rows = sizes.T, sizes.O, sizes.T * spec.top_k  # noqa: E741
-    width = sizes.I if spec.shared_r is None else spec.shared_r
+    width = spec.expert_width(sizes.I)
     if spec.shared_r is not None:
         yield from _down(spec, sizes, spec.shared_r, form)
     yield sizes.moves("forward", "dispatch", T * width + rows * width)

@@ -116,7 +116,7 @@ class Subject:
         return exchange_bytes(
             rows,
             rows,
-            in_width=layer.in_features if layer.shared_r is None else layer.shared_r,
+            in_width=layer.spec.expert_width(layer.in_features),
             out_width=layer.out_features,
             num_local_experts=layer.num_local_experts,
             itemsize=self.dtype.itemsize,

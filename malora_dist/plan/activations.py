@@ -120,7 +120,7 @@ def _expert_bytes(run: Run, linear: Linear) -> int:
     places. DoRA also keeps copies of A and B in the base's dtype, and its output before it is rescaled.
     """
     spec, s, E = run.spec, run.itemsize, run.num_local_experts
-    in_width = linear.in_features if spec.shared_r is None else spec.shared_r
+    in_width = spec.expert_width(linear.in_features)
     rows, kept = run.tokens, 0
     if run.ep_size > 1:
         rows = expected_rows(run)
@@ -146,9 +146,7 @@ def exchange_buffer_bytes(run: Run) -> int:
         return 0
     rows, s = expected_rows(run), run.itemsize
     widths = [
-        (linear.in_features if run.spec.shared_r is None else run.spec.shared_r) * s
-        + run.num_local_experts * FP32
-        + linear.out_features * s
+        run.spec.expert_width(linear.in_features) * s + run.num_local_experts * FP32 + linear.out_features * s
         for linear in run.adapted
     ]
     return 2 * rows * max(widths)

@@ -69,7 +69,7 @@ def _adapter_multiplications(run: Run, linear: Linear) -> float:
     spec, E = run.spec, run.num_local_experts
     total = float(spec.num_experts * linear.in_features) if spec.structure.routed else 0.0
     total += 0 if spec.shared_r is None else spec.shared_r * linear.in_features
-    in_width = linear.in_features if spec.shared_r is None else spec.shared_r
+    in_width = spec.expert_width(linear.in_features)
     computed = min(spec.top_k, E) if is_grouped(run) else E
     rows = expected_rows(run) / run.tokens if run.ep_size > 1 else 1
     return total + rows * computed * spec.r * ((in_width if spec.has_expert_down else 0) + linear.out_features)

@@ -69,7 +69,7 @@ def _token_bytes(run: Run, sent: list[int], received: list[int]) -> int:
         return exchange_bytes(
             sent,
             received,
-            in_width=linear.in_features if run.spec.shared_r is None else run.spec.shared_r,
+            in_width=run.spec.expert_width(linear.in_features),
             out_width=linear.out_features,
             num_local_experts=run.num_local_experts,
             itemsize=run.itemsize,
