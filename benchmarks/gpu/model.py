@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.gpu.measure import DEVICE, GPU, host_milliseconds, kernels, milliseconds, peak_gib, reset_peak, waits
 from benchmarks.gpu.verdicts import Verdicts
-from malora_dist.adapters.inject import DEFAULT_TARGETS
+from malora_dist.adapters.target_names import DEFAULT_TARGETS
 from malora_dist.bench.local.losses import Batch
 from malora_dist.bench.local.peers.baselines import BASELINES
 from malora_dist.bench.local.peers.build import Base, build

@@ -7,9 +7,7 @@ from torch import nn
 from malora_dist.adapters.input_projection import FusedProjection
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.shared_input import SharedInput
-
-# Linears of one parent module that read the same tensor, and the name of that tensor's readers.
-READERS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
+from malora_dist.adapters.target_names import READERS
 
 
 def fuse_input_projections(model: nn.Module) -> None:

@@ -10,18 +10,16 @@ import torch
 from torch import nn
 
 from malora_dist.adapters.adapted_layers import Injected, count_base_parameters, mixture_layers
-from malora_dist.adapters.fused_projections import READERS, fuse_input_projections, unfuse_input_projections
+from malora_dist.adapters.fused_projections import fuse_input_projections, unfuse_input_projections
 from malora_dist.adapters.layer import MixtureLinear, require_triton
 from malora_dist.adapters.methods import MixtureSpec, count_parameters
 from malora_dist.adapters.saving import release, save_adapters_of
-from malora_dist.adapters.target_names import ALL_LINEAR, EVERYTHING, Narrowing, is_pattern
+from malora_dist.adapters.target_names import ALL_LINEAR, DEFAULT_TARGETS, EVERYTHING, READERS, Narrowing, is_pattern
 from malora_dist.adapters.targets import find_targets, fused_experts, plain_names
 from malora_dist.errors import ConfigError
 from malora_dist.models.bitsandbytes_cpu import keep_differentiable
 from malora_dist.models.linears import linear_sizes
 from malora_dist.models.nf4_linear import NF4Linear
-
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)

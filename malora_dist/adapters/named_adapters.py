@@ -8,12 +8,12 @@ from torch import nn
 
 from malora_dist.adapters.adapted_layers import Injected, injected_adapters, mixture_layers
 from malora_dist.adapters.fused_projections import fuse_input_projections, unfuse_input_projections
-from malora_dist.adapters.inject import DEFAULT_TARGETS, inject_adapters, places_of_modules
+from malora_dist.adapters.inject import inject_adapters, places_of_modules
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.malora_config import MaloraConfig
 from malora_dist.adapters.recompute import DeferredBalance
 from malora_dist.adapters.saving import forget_adapters, save_adapters_of
-from malora_dist.adapters.target_names import ALL_LINEAR
+from malora_dist.adapters.target_names import ALL_LINEAR, DEFAULT_TARGETS
 from malora_dist.adapters.targets import all_linear
 from malora_dist.errors import ConfigError, short
 

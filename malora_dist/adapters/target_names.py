@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from malora_dist.errors import short
 
 ALL_LINEAR = "all-linear"
+# What recipes and the library adapt where nothing else is said.
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+# Linears of one parent module that read the same tensor, and the name of that tensor's readers.
+READERS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 # Names of modules have none of these.
 _NO_NAME = re.compile(r"[^\w.\-]")
 # Of a layer in the first list that its name tells of.

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from malora_dist.adapters.methods import MixtureSpec, count_parameters, match_budget, mixture_spec
+from malora_dist.adapters.target_names import DEFAULT_TARGETS, READERS
 from malora_dist.bench.kernels import PHASES, Device, Form, Kernel, Sizes, adapter_kernels, base_kernels
 from malora_dist.plan.shapes import Linear, ModelShape
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
-INPUTS = {"q_proj": 3, "k_proj": 3, "v_proj": 3, "gate_proj": 2, "up_proj": 2}
+# How many linears read the tensor that a linear reads.
+SHARING = {name: list(READERS.values()).count(readers) for name, readers in READERS.items()}
 LOGIT_BYTES = 24
 PAPER = {"molora_over_malora": 1.2, "malora_over_lora": 1.075}
 
@@ -48,7 +49,7 @@ class Roofline:
 
     @property
     def adapted(self) -> tuple[Linear, ...]:
-        return tuple(linear for linear in self.shape.linears if linear.name in TARGETS)
+        return tuple(linear for linear in self.shape.linears if linear.name in DEFAULT_TARGETS)
 
     def subjects(self) -> list[Subject]:
         """The frozen base, MALoRA in all its forms, LoRA at equal trainable parameters and r 64, MoLoRA r 8."""
@@ -76,7 +77,7 @@ class Roofline:
 
     def linear_kernels(self, subject: Subject, linear: Linear, tokens: int | None = None) -> list[Kernel]:
         """Base and adapter of one linear."""
-        sharing = INPUTS.get(linear.name, 1)
+        sharing = SHARING.get(linear.name, 1)
         sizes = Sizes(tokens or self.tokens, linear.in_features, linear.out_features, sharing=sharing)
         kernels = list(base_kernels(sizes, nf4=self.nf4))
         if subject.spec is not None and linear in self.adapted:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from malora_dist.adapters.methods import METHODS, Structure, default_shared_r, unknown_method
-from malora_dist.adapters.target_names import compiled
+from malora_dist.adapters.target_names import DEFAULT_TARGETS, compiled
 from malora_dist.config.base import MOST, Rule, Section, usable_path
 from malora_dist.config.dtypes import dtype_rule, long_name
 from malora_dist.errors import short
@@ -152,7 +152,7 @@ class AdapterConfig(Section):
         0.05, ge=0, lt=1, description="Dropout on the input of the down-projection; the router's input is not dropped."
     )
     target_modules: Annotated[tuple[str, ...], BeforeValidator(_split_targets)] = Field(
-        ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
+        DEFAULT_TARGETS,
         min_length=1,
         description="Linear layers to adapt: suffixes of module names, regular expressions matched against full module "
         "names, or all-linear for every linear layer except the output head.",

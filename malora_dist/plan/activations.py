@@ -6,6 +6,7 @@ count; copies of them in another dtype or layout do.
 
 import math
 
+from malora_dist.adapters.target_names import READERS
 from malora_dist.ops.choices import chunk_rows
 from malora_dist.plan.communication import rows_per_token
 from malora_dist.plan.parameters import FP32
@@ -13,8 +14,6 @@ from malora_dist.plan.run import Run, is_grouped
 from malora_dist.plan.shapes import Linear
 
 INDEX = 8
-# Linears that read one tensor, by what they have in common.
-SHARED = {"q_proj": "q k v", "k_proj": "q k v", "v_proj": "q k v", "gate_proj": "gate up", "up_proj": "gate up"}
 
 
 def activation_bytes(run: Run) -> int:
@@ -85,7 +84,7 @@ def _input_bytes(run: Run) -> int:
         return 0
     alone, shared = 0.0, dict[str, float]()
     for linear in run.adapted:
-        width, group = _a_block(run, linear) * linear.in_features, SHARED.get(linear.name)
+        width, group = _a_block(run, linear) * linear.in_features, READERS.get(linear.name)
         if group is not None:
             shared[group] = max(width, shared.get(group, 0.0))
         elif linear.name != "o_proj":

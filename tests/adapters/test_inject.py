@@ -17,9 +17,10 @@ from malora_dist.adapters.adapted_layers import (
     count_base_parameters,
     mixture_layers,
 )
-from malora_dist.adapters.inject import DEFAULT_TARGETS, inject_adapters, layer_seed, remove_adapters
+from malora_dist.adapters.inject import inject_adapters, layer_seed, remove_adapters
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import METHODS, count_parameters, mixture_spec
+from malora_dist.adapters.target_names import DEFAULT_TARGETS
 from malora_dist.adapters.targets import fused_experts
 from malora_dist.errors import ConfigError
 from malora_dist.models.nf4_linear import NF4Linear

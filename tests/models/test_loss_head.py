@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from malora_dist.adapters.adapted_layers import adapter_parameters, count_base_parameters
-from malora_dist.adapters.inject import DEFAULT_TARGETS, inject_adapters
+from malora_dist.adapters.inject import inject_adapters
 from malora_dist.adapters.layer import MixtureLinear
 from malora_dist.adapters.methods import mixture_spec
+from malora_dist.adapters.target_names import DEFAULT_TARGETS
 from malora_dist.data.encode import Sample
 from malora_dist.data.loader import MicroBatch, collate
 from malora_dist.evaluation.packed_forward import cross_entropies, set_token_keys

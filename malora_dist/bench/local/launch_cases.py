@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from malora_dist.adapters.adapted_layers import mixture_layers
-from malora_dist.adapters.inject import DEFAULT_TARGETS
+from malora_dist.adapters.target_names import DEFAULT_TARGETS
 from malora_dist.bench.local.peers.baselines import LORA, MALORA, MOLORA, Baseline
 from malora_dist.bench.local.peers.build import Adapted, Base, build
 from malora_dist.bench.strict.device import TYPE, StrictDevice

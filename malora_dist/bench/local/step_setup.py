@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from malora_dist.adapters.inject import DEFAULT_TARGETS
+from malora_dist.adapters.target_names import DEFAULT_TARGETS
 from malora_dist.bench.local.equal_work import check_losses
 from malora_dist.bench.local.losses import Batch
 from malora_dist.bench.local.models import SMOLLM2, load_model

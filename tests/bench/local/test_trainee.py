@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from malora_dist.adapters.adapted_layers import mixture_layers
-from malora_dist.adapters.inject import DEFAULT_TARGETS
+from malora_dist.adapters.target_names import DEFAULT_TARGETS
 from malora_dist.bench.local.losses import Batch
 from malora_dist.bench.local.peers.baselines import BASELINES
 from malora_dist.bench.local.peers.build import Base, build
