@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from malora_dist.adapters.methods import MixtureSpec, count_parameters
-from malora_dist.plan.parameters import FP32, nf4_blob_bytes
+from malora_dist.ops.nf4_layout import nf4_bytes
+from malora_dist.plan.parameters import FP32
 
 PHASES = ("forward", "dx", "dw", "optimizer")
 # AdamW reads weight, gradient and both moments and writes all but the gradient; about 12 operations a number.
@@ -95,7 +96,7 @@ def base_kernels(sizes: Sizes, *, nf4: bool = False) -> Iterator[Kernel]:
     yield sizes.gemm("dx", "base", T, O, I)
     if nf4:
         for phase in ("forward", "dx"):
-            yield Kernel(phase, "unpack", 0, nf4_blob_bytes(I * O, double_quant=False) + I * O * sizes.itemsize)
+            yield Kernel(phase, "unpack", 0, nf4_bytes(I * O, double_quant=False) + I * O * sizes.itemsize)
 
 
 def adapter_kernels(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:

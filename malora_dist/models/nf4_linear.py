@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora_dist.ops.nf4 import dequantize_nf4, nf4_bytes
+from malora_dist.ops.nf4 import dequantize_nf4
+from malora_dist.ops.nf4_layout import nf4_bytes
 
 
 class _NF4Product(torch.autograd.Function):

@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from malora_dist.ops.bitsandbytes_import import without_kernel_warning
+from malora_dist.ops.nf4_layout import BLOCK, SCALE_BLOCK, nf4_sections
 
 with without_kernel_warning():
     import bitsandbytes.functional as bnb
 
 # Names the definition of `quantize_nf4`: another definition, that gives other bytes, needs another name.
 QUANTIZER = "nf4-nearest-1"
-BLOCK = 64
-SCALE_BLOCK = 256
 # Weights that are quantised at a time: their temporaries are bounded, whatever the size of the matrix.
 CHUNK = 2**22
 # Appendix E of the paper.
@@ -59,18 +58,6 @@ def tables(device: torch.device) -> Tables:
 
 def _middles(values: Tensor) -> Tensor:
     return (values[:-1] + values[1:]) / 2
-
-
-def _sections(numel: int, double_quant: bool) -> list[int]:
-    """Count bytes of codes, and of scales: fp32, or 8-bit codes and then their scales and offset in fp32."""
-    blocks = math.ceil(numel / BLOCK)
-    scales = [blocks, 4 * math.ceil(blocks / SCALE_BLOCK) + 4] if double_quant else [4 * blocks]
-    return [math.ceil(numel / 2), *scales]
-
-
-def nf4_bytes(numel: int, double_quant: bool = False) -> int:
-    """Return the bytes of `numel` packed weights: 4.5 bits each, or about 4.127 with double quantisation."""
-    return sum(_sections(numel, double_quant))
 
 
 @torch.no_grad()
@@ -131,7 +118,7 @@ def dequantize_nf4(packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, d
     if dtype not in UNPACKED_DTYPES:
         # The kernels do not look, and would leave the matrix as they found it.
         raise TypeError(f"dtype={dtype} must be one of {', '.join(map(str, UNPACKED_DTYPES))}")
-    codes, *scales = packed.split(_sections(math.prod(shape), double_quant))
+    codes, *scales = packed.split(nf4_sections(math.prod(shape), double_quant))
     absmax = _floats(scales[-1])
     if double_quant:
         values = tables(packed.device).scale_values

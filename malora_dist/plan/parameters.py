@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from malora_dist.adapters.methods import count_parameters, factor_shapes
+from malora_dist.ops.nf4_layout import nf4_bytes
 from malora_dist.optimizers.registry import optimizer_spec
 from malora_dist.optimizers.spec import Shape
 from malora_dist.plan.run import Run, is_grouped
 from malora_dist.plan.shapes import Linear
 
 FP32 = 4
-NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 EXPERT_FACTORS = ("P", "A", "B")
 
 
@@ -50,7 +50,7 @@ def stored_tensors(run: Run) -> list[Stored]:
     for linear in shape.linears:
         copies = shape.stored(linear)
         if run.load_in_4bit:
-            tensors.append(Stored("base_4bit", nf4_blob_bytes(linear.weights, run.double_quant), 1, W, copies))
+            tensors.append(Stored("base_4bit", nf4_bytes(linear.weights, run.double_quant), 1, W, copies))
         else:
             tensors.append(Stored("base_other", linear.weights, s, W, copies))
     for linear in run.adapted:
@@ -82,13 +82,6 @@ def weight_copy_bytes(run: Run) -> int:
                 part = math.prod(shape) // (run.ep_size if factor in EXPERT_FACTORS else 1)
                 numel += run.shape.copies(linear) * part
     return numel * run.itemsize
-
-
-def nf4_blob_bytes(numel: int, double_quant: bool) -> int:
-    """Bytes of codes and scales of `numel` weights, as `ops.nf4` lays them out."""
-    blocks = math.ceil(numel / NF4_BLOCK)
-    scales = blocks + FP32 * (math.ceil(blocks / NF4_SCALE_BLOCK) + 1) if double_quant else FP32 * blocks
-    return math.ceil(numel / 2) + scales
 
 
 def trainable_parameters(run: Run) -> int:

@@ -29,7 +29,7 @@ from malora_dist.distributed.zero3 import check_partitioning, gathered_adapter_s
 from malora_dist.errors import TopologyError
 from malora_dist.models.load import build_empty_model, load_base_model
 from malora_dist.models.nf4_linear import NF4Linear
-from malora_dist.ops.nf4 import nf4_bytes
+from malora_dist.ops.nf4_layout import nf4_bytes
 from malora_dist.training.deepspeed_engine import build_engine
 from tests.multiprocess import group_timeouts, run_distributed
 from tests.training.workers import build_model, make_model

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.ops.nf4 import dequantize_nf4, nf4_bytes, pack_nf4, quantize_nf4, tables
+from malora_dist.ops.nf4 import dequantize_nf4, pack_nf4, quantize_nf4, tables
+from malora_dist.ops.nf4_layout import nf4_bytes
 from tests.reference import NF4_CODES, nf4_reference
 
 SHAPES = [(64, 64), (96, 200), (7, 9), (1, 1), (260, 130)]

@@ -14,12 +14,11 @@ from malora_dist.adapters.targets import all_linear, plain_names
 from malora_dist.config import config_from_dict
 from malora_dist.config.summary import adapter_spec
 from malora_dist.models.load import build_empty_model
-from malora_dist.ops.nf4 import nf4_bytes
 from malora_dist.plan.duration import step_flops
 from malora_dist.plan.families import family_shape
 from malora_dist.plan.find_shape import find_shape, shape_of
 from malora_dist.plan.memory import bytes_per_rank
-from malora_dist.plan.parameters import nf4_blob_bytes, stored_tensors, trainable_parameters
+from malora_dist.plan.parameters import stored_tensors, trainable_parameters
 from malora_dist.plan.run import Lengths, run_of
 from malora_dist.plan.steps import step_bytes
 from tests.config.recipes import recipe
@@ -109,9 +108,3 @@ def test_both_ways_to_a_shape_lead_to_the_same_run(tmp_path: Path, model: str) -
     runs = [run_of(config, adapter_spec(config), shape, 2, lengths=Lengths()) for shape in shapes]
     for count in (bytes_per_rank, step_bytes, step_flops, trainable_parameters):
         assert count(runs[0]) == count(runs[1]), count
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_blob_bytes_are_those_of_the_kernels(double_quant: bool) -> None:
-    for numel in (1, 63, 64, 65, 16384, 16385, 4096 * 11008):
-        assert nf4_blob_bytes(numel, double_quant) == nf4_bytes(numel, double_quant)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from malora_dist.models.weights.stored_names import Conversion, StoredAs
-from malora_dist.ops.nf4 import nf4_bytes
+from malora_dist.ops.nf4_layout import nf4_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,7 +22,8 @@ from malora_dist.models.weights.base_tensor import BaseTensor, Weights
 from malora_dist.models.weights.fingerprint import file_identity
 from malora_dist.models.weights.reader import INDEX, TensorReader, readable, weight_files
 from malora_dist.models.weights.stored_names import StoredAs
-from malora_dist.ops.nf4 import BLOCK, QUANTIZER, SCALE_BLOCK
+from malora_dist.ops.nf4 import QUANTIZER
+from malora_dist.ops.nf4_layout import BLOCK, SCALE_BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,8 @@ from malora_dist.files.json_text import parse_json
 from malora_dist.models.weights.base_tensor import BaseTensor
 from malora_dist.models.weights.reader import TensorReader, readable
 from malora_dist.ops.bitsandbytes_import import without_kernel_warning
-from malora_dist.ops.nf4 import BLOCK, SCALE_BLOCK, pack_nf4, tables
+from malora_dist.ops.nf4 import pack_nf4, tables
+from malora_dist.ops.nf4_layout import BLOCK, SCALE_BLOCK
 
 with without_kernel_warning():
     import bitsandbytes.functional as bnb

@@ -13,7 +13,8 @@ from malora_dist.errors import ConfigError
 from malora_dist.models.load import build_empty_model, load_base_model
 from malora_dist.models.nf4_linear import NF4Linear
 from malora_dist.models.weights.checkpoint import CheckpointWeights
-from malora_dist.ops.nf4 import nf4_bytes, pack_nf4
+from malora_dist.ops.nf4 import pack_nf4
+from malora_dist.ops.nf4_layout import nf4_bytes
 from tests.tiny_models import save_tiny_llama, tiny_config
 
 IDS = torch.tensor([[3, 60, 17, 0, 5, 5, 41, 8, 9, 33]])
