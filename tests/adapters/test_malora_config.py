@@ -162,5 +162,5 @@ def test_a_layer_of_another_rank_keeps_the_compression_ratio() -> None:
 
 
 def test_no_folder_and_no_id_of_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder, and it is no id of the hub"):
+    with pytest.raises(CheckpointError, match="no such folder, and it is not an id of the Hugging Face Hub"):
         MaloraConfig.from_pretrained(tmp_path / "none")
