@@ -149,7 +149,7 @@ def test_an_adapter_on_its_own_with_a_recipe(folder: Path) -> None:
         (["--adapter", "a"], "belong together"),
         (["--adapter"], "'--adapter' requires an argument"),
         (["--local_rank=0", "runs/none"], "RUN_DIR=runs/none"),
-        (["--adapter", "none", "--recipe", "recipe.yaml"], "none is no adapter folder"),
+        (["--adapter", "none", "--recipe", "recipe.yaml"], "none is not an adapter folder"),
     ],
 )
 def test_wrong_arguments_are_named(
@@ -176,7 +176,7 @@ def test_a_run_cannot_let_code_run(
     named = [["--adapter", str(run), "--recipe", str(run / "config.yaml")]]
     for arguments in [*([str(run), *setting] for setting in settings), *named]:
         assert main(arguments) in (1, 2)
-        assert "is no adapter folder" in capsys.readouterr().err
+        assert "is not an adapter folder" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_torchrun_gives_the_same_run_beside_the_first(
     done = launch([SCRIPTS / "torchrun", *arguments], folder)
     assert done.code == 0, done.output
     second = run.with_name("tiny-2")
-    assert "Look next at\n  runs/tiny-2/report/index.html" in done.output
+    assert "Results\n  runs/tiny-2/report/index.html" in done.output
     assert files(second) == RUN_FILES and contents(run) == first[1]
     # It can be gone on with by its own config.yaml, which --new-run is no part of.
     wanted = load_config(folder / "recipe.yaml", ["--output_dir", "runs/tiny-2"])

@@ -125,7 +125,11 @@ class MaloraConfig:
     def settings(self) -> dict[str, Any]:
         """Return the settings outside of `spec` that differ from their defaults, for adapter_config.json."""
         defaults = {each.name: each.default for each in fields(self)}
-        return {key: getattr(self, key) for key in SETTINGS if getattr(self, key) != defaults[key]}
+        found = {key: getattr(self, key) for key in SETTINGS if getattr(self, key) != defaults[key]}
+        if self.layers_to_transform is None:
+            # Means nothing then, and PEFT refuses a config that has it.
+            found.pop("layers_pattern", None)
+        return found
 
     @classmethod
     def from_info(cls, info: AdapterInfo) -> "MaloraConfig":

@@ -49,8 +49,8 @@ def check_targets(model: nn.Module, targets: Sequence[str], spec: MixtureSpec) -
     if idle is not None:
         return []
     return [
-        f"which linears of {type(model).__name__} a text reads cannot be told before it runs: with a target among the "
-        "others, the first step fails"
+        f"it is not known before a run which linear layers of {type(model).__name__} process text; if a target is not "
+        "one of them, the first step fails"
     ]
 
 
@@ -64,7 +64,7 @@ def _look(
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Return what each target means, and what is wrong with it. `section`: as in `_refuse`."""
     if not targets:
-        return {}, ["it is empty: there would be nothing to train"]
+        return {}, ["must not be empty"]
     broken = list(_broken(targets))
     if broken:
         return {}, broken
@@ -79,7 +79,7 @@ def _look(
         raise ConfigError(f"{narrowing}: {error}") from error
     wrong += [text for target, names in kept.items() for text in _not_linear(model, target, names, linears)]
     if not any(kept.values()) and not wrong:
-        wrong.append(f"nothing is left with {narrowing}")
+        wrong.append(f"no module is left after {narrowing}")
     chosen = {name: linears[name] for names in kept.values() for name in names if name in linears}
     return kept, [*wrong, *_overlaps(kept), *_too_narrow(chosen, spec, section)]
 
@@ -88,7 +88,7 @@ def _refuse(model: nn.Module, wrong: Sequence[str], section: str) -> None:
     """Raise ConfigError for what is wrong. `section`: stands before the names of arguments that are a recipe's keys."""
     if wrong:
         fused = next(iter(fused_experts(model)), None)
-        kept = "" if fused is None else f"; experts kept as one parameter ({fused}) are none"
+        kept = "" if fused is None else f"; experts that are stored as one parameter ({fused}) are not linear layers"
         text = "; ".join(wrong)
         end = "" if text.endswith("?") else "."
         raise ConfigError(

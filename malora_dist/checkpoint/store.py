@@ -160,6 +160,6 @@ def complete(partial: Path, manifest: Manifest) -> None:
     with reading(partial):
         strays = [name for name in os.listdir(partial) if name not in manifest.files and not name.startswith(".")]
     if strays:
-        raise CheckpointError(f"{partial / min(strays)} is not in the manifest; each file of a checkpoint must be")
+        raise CheckpointError(f"{partial / min(strays)} is not in the manifest, as each file of a checkpoint must be")
     manifest.write(partial)
     Checkpoint.open(partial)

@@ -19,8 +19,8 @@ def base_notes(config: RunConfig) -> tuple[str, ...]:
     """Return notes on the recipe's model. Raises ConfigError if it cannot be trained on."""
     name = config.model.name_or_path
     if local_config(name, config.model.revision) is None:
-        return (f"{name} is not on this machine: it was not compared with adapter.target_modules",)
+        return (f"{name} is not on this machine: adapter.target_modules was not checked against it",)
     if find_spec("torch") is None:
-        return (f"torch is not on this machine: {name} was not compared with adapter.target_modules",)
+        return (f"torch is not on this machine: {name} was not checked against adapter.target_modules",)
     notes: tuple[str, ...] = import_module("malora_dist.training.base_support").check_local_support(config)
     return notes

@@ -32,5 +32,5 @@ MasterPort = Annotated[
 def recipe_first(recipe: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
     """Return the recipe and its overrides. Raises ConfigError if an option stands where the recipe belongs."""
     if recipe.startswith("-"):
-        raise ConfigError(f"the recipe comes before its settings: RECIPE.yaml {recipe} ...")
+        raise ConfigError(f"the recipe must come before its settings: RECIPE.yaml {recipe} ...")
     return recipe, list(overrides)

@@ -16,8 +16,8 @@ def accumulation_steps(global_batch_size: int, per_device_batch_size: int, world
         return global_batch_size // per_round
     raise TopologyError(
         f"train.global_batch_size={global_batch_size} cannot be split: it must be a multiple of "
-        f"train.per_device_train_batch_size={per_device_batch_size} x {world_size} processes = {per_round}. "
-        f"Nearest that work: {_nearest_batches(global_batch_size, per_device_batch_size, world_size)}"
+        f"train.per_device_train_batch_size={per_device_batch_size} x {world_size} processes = {per_round}. Nearest "
+        f"that work: {_nearest_batches(global_batch_size, per_device_batch_size, world_size)}"
     )
 
 

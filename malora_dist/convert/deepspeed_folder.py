@@ -76,7 +76,7 @@ def _tag_folder(path: Path) -> Path:
     if (path / "latest").is_file():
         tag = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
         if Path(tag).name != tag or not (path / tag).is_dir():
-            raise CheckpointError(f"{path / 'latest'} names {tag!r}, which is no folder beside it")
+            raise CheckpointError(f"{path / 'latest'} names {tag!r}, which is not a folder next to it")
         path = path / tag
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     experts = [name for name in names if "_expert_" in name or name.startswith("expp_rank_")]
@@ -89,7 +89,7 @@ def _tag_folder(path: Path) -> Path:
     if others:
         raise CheckpointError(f"{path / others[0]} is of a model split by tensor or pipeline parallelism: not read")
     if MODEL not in names and not _is_stage_3(path):
-        raise CheckpointError(f"{path} is no checkpoint of DeepSpeed: {detect_kind(path)}")
+        raise CheckpointError(f"{path} is not a DeepSpeed checkpoint: {detect_kind(path)}")
     return path
 
 
@@ -117,7 +117,7 @@ def _stage_3(folder: Path) -> dict[str, Tensor]:
         size = -(-shape.numel() // ranks)
         parts = [flat[offset : offset + size] for flat in flats]
         if any(len(part) < size for part in parts):
-            raise CheckpointError(f"{folder}: the parts end before {name}; files of different saves?")
+            raise CheckpointError(f"{folder}: the parts end before {name}; are these files of different saves?")
         tensors[name] = torch.cat(parts)[: shape.numel()].view(shape)
         offset += size
     return tensors
@@ -146,7 +146,7 @@ def _load(folder: Path, name: str) -> dict[str, Any]:
 def _only_lora(path: Path, trained: Sequence[str]) -> None:
     other = [name for name in trained if not FACTOR.fullmatch(name)]
     if other:
-        raise CheckpointError(f"{path}: {other[0]} was trained too, which is no part of a linear's LoRA")
+        raise CheckpointError(f"{path}: {other[0]} was trained too, and is not part of a LoRA on a linear layer")
 
 
 def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         match = FACTOR.fullmatch(name.removeprefix("module."))
         if ".modules_to_save." in name or ".lora_embedding_" in name:
-            raise CheckpointError(f"{folder}: {name} was trained too, which is no part of a linear's LoRA")
+            raise CheckpointError(f"{folder}: {name} was trained too, and is not part of a LoRA on a linear layer")
         if match is None:
             continue
         adapters.add(match["adapter"])
@@ -189,7 +189,7 @@ def _info(job: Job, folder: Path, tensors: Mapping[str, Tensor]) -> AdapterInfo:
         info = AdapterInfo(spec=spec, target_modules=tuple(layers), base_model="", lora_dropout=0.0)
         base = job.options.base or ""
     if not base:
-        raise ConfigError("which base the adapter is of is not known; say it with --base")
+        raise ConfigError("the base model of the adapter is not known; give it with --base")
     return AdapterInfo(
         spec=info.spec, target_modules=info.target_modules, base_model=base, lora_dropout=info.lora_dropout
     )

@@ -152,9 +152,9 @@ def check_options(name: str, options: ConvertOptions) -> None:
         if option not in (*ALWAYS, *KINDS[name].options):
             takers = [other for other, kind in KINDS.items() if option in kind.options]
             flag = f"--{option.replace('_', '-')}"
-            raise ConfigError(f"{flag} means nothing to --to {name}; it belongs to --to {' or '.join(takers)}")
+            raise ConfigError(f"{flag} has no effect with --to {name}; it is an option of --to {' or '.join(takers)}")
     if options.text is not None and not options.verify:
-        raise ConfigError("--text FILE is what --verify runs on; give --verify too")
+        raise ConfigError("--text FILE is the text of --verify; give --verify too")
 
 
 def methods_that_fit(kind: Kind) -> list[str]:

@@ -44,7 +44,7 @@ def from_peft(job: Job) -> None:
     source = open_peft(job.source)
     info = replace(source.info, base_model=job.options.base or source.info.base_model)
     if not info.base_model:
-        raise ConfigError(f"{job.source / CONFIG}: base_model_name_or_path is empty; say which with --base")
+        raise ConfigError(f"{job.source / CONFIG}: base_model_name_or_path is empty; give the base model with --base")
     fill_adapter_folder(job.folder, info, source.shapes, _values(source), model_card(info, (), {}))
     if job.options.verify:
         _verify(job, open_adapter(job.folder), job.source)

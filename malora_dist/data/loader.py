@@ -191,7 +191,7 @@ class TrainLoader(Iterator[list[MicroBatch]]):
         if order != 1 or any(self._counts.of(epoch) != first for epoch in range(1, epochs)):
             raise CheckpointError(
                 f"the data's state was saved with order={order!r} by another version of malora_dist, which draws the "
-                f"samples of epochs in another way than this one (order={ORDER}); go on with that version, or start a "
+                f"samples of epochs in another way than this one (order={ORDER}); resume with that version, or start a "
                 "new run"
             )
 

@@ -118,7 +118,8 @@ class JobQueue(ABC):
         """Return the script of a job of a run that trains, evaluates or converts, with its logs in `folder`.
 
         It calls `malora launch begin` before the processes of a training, and `malora launch end` after them: if that
-        exits with 75, the script asks the scheduler to start the job again.
+        exits with 75, the script itself asks the scheduler to start the job again, since the scheduler answers by
+        ending the job's processes, and only the script, which traps signals, can wait for that.
         """
 
     @abstractmethod

@@ -102,8 +102,8 @@ def check_family(content: Mapping[str, Any], source: str, code: Sequence[str] = 
     if code:
         raise ConfigError(f"{said} is code of its own ({', '.join(code)}); {NOT_RUN}")
     if known and kind in CONFIG_MAPPING:
-        raise ConfigError(f"{said} is no causal language model; {SUPPORTED}")
-    raise ConfigError(f"{said} is no model type of transformers {transformers.__version__}; {SUPPORTED}")
+        raise ConfigError(f"{said} is not a causal language model; {SUPPORTED}")
+    raise ConfigError(f"{said} is not a model type of transformers {transformers.__version__}; {SUPPORTED}")
 
 
 def _config_json(folder: Path) -> dict[str, Any]:

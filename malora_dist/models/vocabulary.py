@@ -40,7 +40,7 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", rows: int) -> dict[in
         shown = ", ".join(f"{token} {number}" for number, token in list(lost.items())[:SHOWN])
         raise ConfigError(
             f"model.name_or_path: the tokenizer has {len(lost)} token{'s' if len(lost) > 1 else ''} for which the "
-            f"model has no row ({shown}{', ...' if len(lost) > SHOWN else ''}): its embedding has {rows}. Take the "
+            f"model has no row ({shown}{', ...' if len(lost) > SHOWN else ''}): its embedding has {rows}. Use the "
             "model's own tokenizer, or save the model after resize_token_embeddings(len(tokenizer))"
         )
     return beyond

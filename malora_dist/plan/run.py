@@ -167,7 +167,7 @@ def _adapted(shape: ModelShape, targets: tuple[str, ...]) -> tuple[Linear, ...]:
     for target in targets:
         if not any(name_matches(target, name) for kind in names.values() for name in kind):
             known = ", ".join(dict.fromkeys(linear.name for linear in shape.linears))
-            raise ConfigError(f"adapter.target_modules: {target!r} is none of the linears of a block: {known}")
+            raise ConfigError(f"adapter.target_modules: {target!r} is not one of the linear layers of a block: {known}")
     found = []
     for linear, kind in names.items():
         meant = tuple(name for name in kind if any(name_matches(target, name) for target in targets))

@@ -70,7 +70,7 @@ def check_local_support(config: RunConfig) -> tuple[str, ...]:
     folder = local_model(settings.name_or_path, settings.revision, trust_remote_code=trusted)
     if folder is None or not (folder / "config.json").is_file():
         waits = Path(settings.name_or_path).is_file()
-        note = f"{settings.name_or_path} is not prepared yet: it was not compared with adapter.target_modules"
+        note = f"{settings.name_or_path} is not prepared yet: adapter.target_modules was not checked against it"
         return (note,) if waits else ()
     read_model_config(folder, trust_remote_code=trusted)
     if not any(folder.glob("*.safetensors*")):

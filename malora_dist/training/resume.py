@@ -149,7 +149,7 @@ def _compare_with_checkpoint(config: RunConfig, before: Manifest, where: str) ->
         )
     raise CheckpointError(
         f"{where}: {name} was trained on a base quantised by {found}, this version of malora_dist quantises by "
-        f"{wanted}; go on with the version that wrote it, or start a new run"
+        f"{wanted}; resume with the version that wrote it, or start a new run"
     )
 
 
@@ -160,8 +160,8 @@ def _compare(config: RunConfig, before: Mapping[str, Any], where: str) -> tuple[
     if refused:
         listed = "\n  ".join(str(change) for change in refused)
         raise ConfigError(
-            f"{where}: the run there was started with another recipe, and going on would give another result:\n"
-            f"  {listed}\nSet these back to go on, or start a new run: --new-run, or another output_dir"
+            f"{where}: the run there was started with another recipe, so resuming would change the result:\n  "
+            f"{listed}\nRestore these to resume, or start a new run: --new-run, or another output_dir"
         )
     return _notes(found)
 

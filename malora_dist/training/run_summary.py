@@ -24,8 +24,8 @@ def injection_lines(report: InjectionReport) -> Iterator[str]:
     )
     if report.fused_experts:
         yield (
-            "not adapted, because they are no linears: experts kept as one parameter, "
-            f"{report.fused_experts[0]} and {len(report.fused_experts) - 1} more"
+            f"not adapted: experts that are stored as one parameter, not as linear layers, {report.fused_experts[0]} "
+            f"and {len(report.fused_experts) - 1} more"
         )
 
 
@@ -47,7 +47,7 @@ def placement_lines(
     experts, ep_size = config.adapter.num_experts, config.parallel.ep_size
     if ep_size > 1:
         yield (
-            f"expert parallelism: groups of {ep_size} processes exchange tokens, each owns {experts // ep_size} of "
+            f"expert parallelism: groups of {ep_size} processes exchange tokens, each holds {experts // ep_size} of "
             f"{experts} experts of a layer"
         )
     yield f"training for {steps} steps, {steps_per_epoch:.1f} steps an epoch"
@@ -57,8 +57,8 @@ def next_steps(folder: Path, *, trust_remote_code: bool) -> str:
     """Return what to look at in the folder of a finished run."""
     trust = f" --{KEY} true" if trust_remote_code else ""
     return (
-        f"\nLook next at\n"
-        f"  {folder}/report/index.html   pictures: losses, accuracies, routing of tasks to experts\n"
+        "\nResults\n"
+        f"  {folder}/report/index.html   charts: losses, accuracies, routing of tasks to experts\n"
         f"  {folder}/adapter/            the adapter, {folder}/metrics.jsonl the numbers\n"
-        f"  malora evaluate {folder}{trust}     measures it again, on any number of processes"
+        f"  malora evaluate {folder}{trust}     evaluates it again, on any number of processes"
     )

@@ -228,7 +228,7 @@ def _need_equal(number: int, micro_batches: int, world: World) -> None:
         ranks.setdefault(count, []).append(rank)
     if len(ranks) > 1:
         found = ", ".join(f"{count} on rank {' '.join(map(str, which))}" for count, which in sorted(ranks.items()))
-        raise TrainingError(f"step {number} needs as many micro-batches on every process, but there are {found}")
+        raise TrainingError(f"step {number} needs the same number of micro-batches on every process; there are {found}")
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ def check_optimizer(checkpoint: Checkpoint, spec: OptimizerSpec) -> None:
     kind = optimizer_kind(checkpoint.manifest)
     if kind != spec.kind:
         raise CheckpointError(
-            f"{checkpoint.folder}: its optimizer is {short(kind)}, train.optim={spec.name} is {spec.kind!r}; "
-            "a run goes on with the optimizer it began with"
+            f"{checkpoint.folder}: its optimizer is {short(kind)}, train.optim={spec.name} is {spec.kind!r}; a run "
+            "must be resumed with the optimizer it was started with"
         )
 
 

@@ -149,8 +149,8 @@ class _WatchThread:
         if self.watchdog.phase is None or idle < self.limit_seconds:
             return False
         log_error(
-            f"no progress for {idle:.0f} s: {self.watchdog}, in {_main_function()}; "
-            "a process that waits longer than parallel.timeout_seconds for another one gives up"
+            f"no progress for {idle:.0f} s: {self.watchdog}, in {_main_function()}; a process that waits longer than "
+            "parallel.timeout_seconds for another one ends with an error"
         )
         return True
 
@@ -158,7 +158,7 @@ class _WatchThread:
         if number == signal.SIGINT and self.stop_signal is None:
             log_error("Ctrl-C: the run saves and ends")
         if number == signal.SIGTERM and self.watchdog.phase is not None and self.stop_signal is None:
-            log_error(f"told to end (SIGTERM), as launchers do too when another process has failed: {self.watchdog}")
+            log_error(f"received SIGTERM, which launchers also send when another process has failed: {self.watchdog}")
         if self.on_signal is None:
             self._end(number)
         else:

@@ -84,6 +84,15 @@ def test_the_file_of_common_numbers_is_what_it_was() -> None:
     assert adapter_config(info)["malora"]["format_version"] == 1  # type: ignore[index]
 
 
+@pytest.mark.filterwarnings("ignore:Unexpected keyword")
+def test_a_pattern_without_numbers_of_layers_is_no_file_that_peft_refuses(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    MaloraConfig(method="lora", layers_pattern="layers", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    assert not LoraConfig.from_pretrained(str(tmp_path)).layers_pattern
+    MaloraConfig.from_pretrained(tmp_path)
+
+
 def test_the_file_says_which_version_wrote_it(tmp_path: Path) -> None:
     """Files of versions that did not say so are read, and those of later ones."""
     config = MaloraConfig(r=3)
@@ -168,5 +177,5 @@ def test_a_layer_of_another_rank_keeps_the_compression_ratio() -> None:
 
 
 def test_no_folder_and_no_id_of_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder, and it is no id of the hub"):
+    with pytest.raises(CheckpointError, match="no such folder, and it is not an id of the Hugging Face Hub"):
         MaloraConfig.from_pretrained(tmp_path / "none")

@@ -257,7 +257,7 @@ def test_an_adapter_comes_from_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
         template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         loaded = MaloraModel.from_pretrained(tiny_llama(), "me/adapter")
-        with pytest.raises(CheckpointError, match="me/none: there is no such folder, and the hub does not give it"):
+        with pytest.raises(CheckpointError, match="me/none: there is no such folder, and it cannot be downloaded"):
             MaloraConfig.from_pretrained("me/none")
     assert torch.equal(logits(loaded), logits(model))
 
@@ -335,7 +335,7 @@ def test_a_bf16_base_trains_fp32_adapters() -> None:
 
 def test_nothing_left_of_the_targets_is_said() -> None:
     with pytest.raises(
-        ConfigError, match=r"nothing is left with exclude_modules=\['q_proj'\], layers_to_transform=None"
+        ConfigError, match=r"no module is left after exclude_modules=\['q_proj'\], layers_to_transform=None"
     ):
         adapted(target_modules=["q_proj"], exclude_modules=["q_proj"])
 
@@ -456,7 +456,7 @@ def test_a_compiled_model_has_the_same_loss_and_gradients() -> None:
     model = adapted(tiny_llama(num_hidden_layers=1), computation="dense", target_modules=["q_proj"]).train()
     found = []
     torch.compiler.reset()
-    for function in (model, torch.compile(model, backend="aot_eager")):
+    for function in (model, torch.compile(model, backend="eager")):
         model.zero_grad()
         loss = function(IDS, labels=IDS).loss
         loss.backward()

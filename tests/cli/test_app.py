@@ -88,8 +88,8 @@ def test_errors_are_one_message_and_code_2(recipe: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--adapter.r", "3", "r.yaml"], "the recipe comes before its settings"),
-        (["prepare", "--adapter.r", "3", "r.yaml"], "the recipe comes before its settings"),
+        (["train", "--adapter.r", "3", "r.yaml"], "the recipe must come before its settings"),
+        (["prepare", "--adapter.r", "3", "r.yaml"], "the recipe must come before its settings"),
         (["prepare", "none.yaml"], "cannot read the recipe none.yaml"),
         (["train", "r.yaml", "--adapter.shared_r", "2"], "must be at least adapter.r=12"),
         (["train", "r.yaml", "--num_gpus", "3"], "cannot be split"),

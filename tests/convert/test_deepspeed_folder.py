@@ -66,7 +66,7 @@ def test_numbers_from_the_command_line(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / "zero0" / "global_step2", tmp_path / "global_step2")
     with pytest.raises(ConfigError, match="DeepSpeed does not store lora_alpha"):
         run_kind("from-deepspeed", tmp_path / "global_step2", tmp_path / "ours")
-    with pytest.raises(ConfigError, match="say it with --base"):
+    with pytest.raises(ConfigError, match="give it with --base"):
         run_kind("from-deepspeed", tmp_path / "global_step2", tmp_path / "ours", lora_alpha=5.0)
     run_kind("from-deepspeed", tmp_path / "global_step2", tmp_path / "ours", lora_alpha=5.0, base="b")
     info = open_adapter(tmp_path / "ours").info
@@ -119,7 +119,7 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
     "no LoRA": ("zero0", MODEL, edit(lambda state: state["module"].clear()), "holds no tensor of a PEFT LoRA"),
     "another dictionary": ("zero0", MODEL, lambda path: torch.save({"a": 1}, path), "not what DeepSpeed writes"),
     "no dictionary": ("zero0", MODEL, lambda path: torch.save([1], path), "it holds a list"),
-    "not DeepSpeed": ("zero0", MODEL, Path.unlink, "is no checkpoint of DeepSpeed"),
+    "not DeepSpeed": ("zero0", MODEL, Path.unlink, "is not a DeepSpeed checkpoint"),
 }
 
 
@@ -145,6 +145,6 @@ def test_what_is_more_than_a_lora_is_refused(saved: Path, tmp_path: Path) -> Non
 def test_latest_cannot_lead_elsewhere(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / "zero0", tmp_path / "source")
     (tmp_path / "source" / "latest").write_text("../other")
-    with pytest.raises(CheckpointError, match="which is no folder beside it"):
+    with pytest.raises(CheckpointError, match="which is not a folder next to it"):
         run_kind("from-deepspeed", tmp_path / "source", tmp_path / "ours")
     assert json.loads((tmp_path / "source" / CONFIG).read_text())["r"] == 3

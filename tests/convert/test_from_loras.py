@@ -156,7 +156,7 @@ def test_what_cannot_be_mixed(workspace: Path, loras: tuple[Path, ...], tmp_path
         mix("malora", loras, target, top_k=9)
     with pytest.raises(ConfigError, match="--shared-r 1000 must be at most"):
         mix("malora", loras, target, shared_r=1000)
-    with pytest.raises(ConfigError, match="--beta means nothing to --to molora; it belongs to --to malora"):
+    with pytest.raises(ConfigError, match="--beta has no effect with --to molora; it is an option of --to malora"):
         mix("molora", loras, target, beta=2.0)
     with pytest.raises(ConfigError, match="--r and --top-k are for a mixture of several SRC"):
         mix("molora", (workspace / "runs" / "malora",), target, r=2)

@@ -58,12 +58,12 @@ def test_the_command(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 WRONG: dict[str, tuple[list[str], str]] = {
     "kind": (["SRC", "DST", "--to", "peft-task"], "--to peft-task: unknown kind; did you mean peft-tasks?"),
     "no kind like it": (["SRC", "DST", "--to", "gguf"], "--to gguf: unknown kind. Kinds are adapter, checkpoint,"),
-    "option": (["SRC", "DST", "--to", "adapter", "--shards", "3"], "--shards means nothing to --to adapter;"),
+    "option": (["SRC", "DST", "--to", "adapter", "--shards", "3"], "--shards has no effect with --to adapter;"),
     "text alone": (["SRC", "DST", "--to", "molora", "--text", "x"], "give --verify too"),
     "no target": (["SRC", "--to", "adapter"], "DST, a folder to write, is missing"),
     "two sources": (["SRC", "SRC", "DST", "--to", "adapter"], "--to adapter takes one SRC, then DST; 2 SRC were given"),
     "no source": (["DST/none", "DST", "--to", "adapter"], "none: there is no such file or folder"),
-    "not an adapter": (["SRC/..", "DST", "--to", "adapter"], "is no adapter folder"),
+    "not an adapter": (["SRC/..", "DST", "--to", "adapter"], "is not an adapter folder"),
     "method": (["SRC/../lora", "DST", "--to", "molora"], "--to molora takes hydralora, malora;"),
 }  # fmt: skip
 
@@ -129,7 +129,7 @@ DAMAGES: dict[str, tuple[Adapter, str]] = {
     "other numbers": (edited_config(shared_r=5, num_experts=4), "needs \\(5, "),
     "swapped names": (swapped, "not the file that adapter_config.json belongs to: its SHA-256 is"),
     "not finite": (not_finite, "holds numbers that are not finite"),
-    "a folder of weights": (lambda folder: (folder / CONFIG).unlink(), "is no adapter folder"),
+    "a folder of weights": (lambda folder: (folder / CONFIG).unlink(), "is not an adapter folder"),
 }
 
 
@@ -167,7 +167,7 @@ def test_another_base_is_refused(workspace: Path, tmp_path: Path) -> None:
     config = LlamaConfig.from_pretrained(tmp_path / "base", num_hidden_layers=1)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     with pytest.raises(
-        CheckpointError, match=r"has model.layers.1.*, which this base has not \(0 missing, 12 unknown\)"
+        CheckpointError, match=r"has model.layers.1.*, which this base does not have \(0 missing, 12 unknown\)"
     ):
         run_kind("molora", workspace / "runs" / "malora", tmp_path / "out", verify=True, base=str(tmp_path / "base"))
     assert not (tmp_path / "out").exists()

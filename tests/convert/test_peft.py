@@ -193,14 +193,14 @@ def cut(folder: Path) -> None:
 
 KEY = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "bias": (edit(bias="all"), 'bias="all" is not read'),
+    "bias": (edit(bias="all"), 'bias="all" is not supported'),
     "modules_to_save": (edit(modules_to_save=["lm_head"]), 'modules_to_save=["lm_head"]'),
     "target_parameters": (edit(target_parameters=["experts.w"]), "target_parameters"),
     "layers_to_transform": (edit(layers_to_transform=["0"]), 'layers_to_transform=["0"] must be the number of a layer'),
     "exclude_modules": (edit(exclude_modules=[3]), "exclude_modules=[3] must be a list of names, or text"),
     "qalora": (edit(use_qalora=True), "use_qalora=true"),
     "a key of the future": (edit(use_newlora=3), "use_newlora=3"),
-    "pissa": (edit(init_lora_weights="pissa_niter_4"), "changes the base's own weights"),
+    "pissa": (edit(init_lora_weights="pissa_niter_4"), "changes the weights of the base model"),
     "rank_pattern": (edit(rank_pattern={"q_proj": 5}), "has shape (1, 3, "),
     "broken pattern": (edit(rank_pattern={"(": 7}), "'(' is not a valid regular expression: missing )"),
     "huge repetition": (edit(alpha_pattern={"a{99999999999999999999}": 7}), "the repetition number is too large"),
@@ -246,14 +246,14 @@ def test_a_base_must_be_named(stock_lora: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(stock_lora, source)
     edit(base_model_name_or_path=None)(source)
-    with pytest.raises(ConfigError, match="base_model_name_or_path is empty; say which with --base"):
+    with pytest.raises(ConfigError, match="base_model_name_or_path is empty; give the base model with --base"):
         run_kind("from-peft", source, tmp_path / "ours")
     run_kind("from-peft", source, tmp_path / "ours", base="some/base")
     assert open_adapter(tmp_path / "ours").info.base_model == "some/base"
 
 
 def test_wrong_ways_are_pointed_out(workspace: Path, stock_lora: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="--to from-peft makes one of ours"):
+    with pytest.raises(CheckpointError, match="convert it with malora convert"):
         run_kind("adapter", stock_lora, tmp_path / "ours")
     with pytest.raises(CheckpointError, match="adapter of malora_dist already"):
         run_kind("from-peft", workspace / "runs" / "lora" / "adapter", tmp_path / "ours")

@@ -37,9 +37,9 @@ def test_a_gguf_file_is_read_without_conversion() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "nobodys"}, "model_type='nobodys' is no model type of transformers"),
-        ({"model_type": ["llama"]}, r"model_type=\['llama'\] is no model type of transformers"),
-        ({"model_type": "vit"}, "model_type='vit' is no causal language model"),
+        ({"model_type": "nobodys"}, "model_type='nobodys' is not a model type of transformers"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\] is not a model type of transformers"),
+        ({"model_type": "vit"}, "model_type='vit' is not a causal language model"),
         ({"model_type": "phi", "hidden_size": "48"}, "transformers cannot build this model: "),
         ({"hidden_size": None}, "hidden_size=None must be a whole number above 0"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers='3' must be a whole number"),

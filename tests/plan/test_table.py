@@ -90,7 +90,10 @@ def test_tables_name_every_kind_that_costs(capsys: pytest.CaptureFixture[str]) -
         (["--model", MODEL, "--hbm", "much"], "--hbm='much' must be a size such as 80GiB"),
         (["--model", MODEL, "--intra", "400Gb/s"], "--intra='400Gb/s' must be bytes a second"),
         (["--model", MODEL, "--gpus-per-node", "3"], "cannot be split"),
-        (["--model", MODEL, "--adapter.target_modules", "qq_proj"], "'qq_proj' is none of the linears of a block"),
+        (
+            ["--model", MODEL, "--adapter.target_modules", "qq_proj"],
+            "'qq_proj' is not one of the linear layers of a block",
+        ),
         (["--model", MODEL, "--parallel.ep_size", "3"], "parallel.ep_size=3 must divide"),
         (["--model", MODEL, "--targets-per-sample", "2000"], "must be at most --tokens-per-sample=1024"),
     ],

@@ -174,7 +174,7 @@ def test_linears_of_which_nothing_is_known_are_said(tmp_path: Path) -> None:
         train={"per_device_train_batch_size": 1},
     )
     (note,) = check_support(config_from_dict(settings), tmp_path, byte_tokenizer()).notes
-    assert note.startswith("which linears of ProphetNetForCausalLM a text reads cannot be told before it runs")
+    assert note.startswith("it is not known before a run which linear layers of ProphetNetForCausalLM process text")
 
 
 def test_a_format_that_is_not_read_is_refused(folder: Path) -> None:

@@ -15,7 +15,7 @@ def test_adapted_modules_and_their_share() -> None:
         "adapted   4 x q_proj        64 -> 32          12,345 trainable",
         "adapted   4 x down_proj    128 -> 64               1 trainable",
         "trainable 12,346 of 200,000 base parameters (6.17 %); 4-bit: 25.0 % of the base, adapted: 75.0 %",
-        "not adapted, because they are no linears: experts kept as one parameter, a.experts and 1 more",
+        "not adapted: experts that are stored as one parameter, not as linear layers, a.experts and 1 more",
     ]
 
 
@@ -25,7 +25,7 @@ def test_weights_experts_and_steps() -> None:
     spread = load_config(RECIPES / "demo.yaml", ["--parallel.ep_size=2", "--adapter.num_experts=8"])
     assert list(placement_lines(spread, resident, 90, 12.25)) == [
         alone,
-        "expert parallelism: groups of 2 processes exchange tokens, each owns 4 of 8 experts of a layer",
+        "expert parallelism: groups of 2 processes exchange tokens, each holds 4 of 8 experts of a layer",
         steps,
     ]
     assert alone.endswith(": this process keeps 3.0 MiB of base and 0.5 MiB of adapter weights")
@@ -34,5 +34,5 @@ def test_weights_experts_and_steps() -> None:
 
 def test_a_base_whose_code_runs_is_evaluated_with_its_key() -> None:
     run = Path("runs/a")
-    assert "malora evaluate runs/a     measures" in next_steps(run, trust_remote_code=False)
+    assert "malora evaluate runs/a     evaluates" in next_steps(run, trust_remote_code=False)
     assert "malora evaluate runs/a --model.trust_remote_code true" in next_steps(run, trust_remote_code=True)

@@ -119,7 +119,7 @@ def test_a_full_disk_on_the_main_rank_is_an_error_on_all(cases: dict[str, list[t
 def test_a_rank_one_batch_short_is_an_error_on_all(cases: dict[str, list[tuple[int | str, str]]]) -> None:
     for rank, (code, said) in enumerate(cases["short"]):
         assert code == 1 and said == (
-            f"[rank {rank}] step 2 needs as many micro-batches on every process, but there are 1 on rank 3, "
+            f"[rank {rank}] step 2 needs the same number of micro-batches on every process; there are 1 on rank 3, "
             f"2 on rank 0 1 2\n  rank {rank} at step 2, counting tokens\n"
         )
 
@@ -134,7 +134,7 @@ def test_a_sleeping_rank_is_given_up_and_says_where_it_sleeps(cases: dict[str, l
     assert f"near layer {UP}; expert-parallel group [2, 3], phase returns)" in others[2][1]
     *_, stuck, told = sleeper[1].splitlines()
     assert sleeper[0] == 128 + 15 and f"at step 2, forward, near layer {UP}, in sleep_long (" in stuck
-    assert told.startswith("[rank 3] told to end (SIGTERM)") and told.endswith(f"at step 2, forward, near layer {UP}")
+    assert told.startswith("[rank 3] received SIGTERM") and told.endswith(f"at step 2, forward, near layer {UP}")
 
 
 @pytest.mark.e2e
@@ -145,7 +145,7 @@ def test_a_killed_rank_ends_the_launch(folder: Path) -> None:
     done = launch(deepspeed(2, "tests.training.hang_workers", *arguments), folder)
     assert done.code != 0 and "Traceback" not in done.output, done.output
     (said,) = re.findall(r"\[rank 0\] .*", done.output)
-    assert re.search(r"timed out waiting|told to end", said) and "at step 2, backward, near layer model" in said
+    assert re.search(r"timed out waiting|received SIGTERM", said) and "at step 2, backward, near layer model" in said
 
 
 def test_the_watch_speaks_once_about_a_place_and_only_when_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:

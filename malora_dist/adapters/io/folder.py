@@ -99,7 +99,7 @@ def _find(path: Path) -> Path:
             return latest
         if not (path / MANIFEST).exists():
             raise CheckpointError(
-                f"{path} is no adapter folder, having no {CONFIG}, no checkpoint and no run: {detect_kind(path)}"
+                f"{path} is not an adapter folder, a checkpoint or a run (it has no {CONFIG}): {detect_kind(path)}"
             )
     return path
 

@@ -17,7 +17,9 @@ def adapter_folder(folder_or_hub_id: str | os.PathLike[str], revision: str | Non
     if path.exists():
         return path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise CheckpointError(f"{name} is no adapter folder: there is no such folder, and it is no id of the hub")
+        raise CheckpointError(
+            f"{name} is not an adapter folder: there is no such folder, and it is not an id of the Hugging Face Hub"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -25,4 +27,6 @@ def adapter_folder(folder_or_hub_id: str | os.PathLike[str], revision: str | Non
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{name}: there is no such folder, and the hub does not give it: {first}") from error
+        raise CheckpointError(
+            f"{name}: there is no such folder, and it cannot be downloaded from the hub: {first}"
+        ) from error

@@ -115,8 +115,8 @@ def info_of(config: Mapping[str, Any], path: Path) -> AdapterInfo:
         if "peft_type" not in config:
             raise CheckpointError(f"{path} is damaged or not written by malora_dist: it has no block `malora`")
         raise CheckpointError(
-            f"{path.parent} is an adapter of PEFT, without the block `malora` of this package: "
-            f"malora convert {path.parent} DST --to from-peft makes one of ours of it"
+            f"{path.parent} is an adapter of PEFT, without the block `malora` of this package: convert it with malora "
+            f"convert {path.parent} DST --to from-peft"
         )
     check_rule(path, "malora", config["malora"], OBJECT)
     version = config["malora"].get("format_version")

@@ -121,8 +121,12 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         value = config.get(key, values[0])
         # 1 equals true, and is none.
         if not any(value == known and type(value) is type(known) for known in (*values, {}, [])):
-            why = "it changes the base's own weights" if key == "init_lora_weights" else "our layers have no such thing"
-            raise CheckpointError(f"{folder / CONFIG}: {brief(key)}={brief(json.dumps(value))} is not read: {why}")
+            why = (
+                "it changes the weights of the base model"
+                if key == "init_lora_weights"
+                else "malora_dist has no equivalent"
+            )
+            raise CheckpointError(f"{folder / CONFIG}: {brief(key)}={brief(json.dumps(value))} is not supported: {why}")
     for key, (rule, holds) in VALUES.items():
         if not holds(config.get(key)):
             raise CheckpointError(f"{folder / CONFIG}: {key}={brief(json.dumps(config.get(key)))} must be {rule}")
@@ -156,7 +160,7 @@ def _layers(folder: Path) -> list[str]:
     for key in weights_header(folder):
         end = next((name for name in names if key.endswith(name)), None)
         if end is None or not key.startswith(PREFIX):
-            raise CheckpointError(f"{folder / WEIGHTS}: tensor {brief(key)} is not part of a linear layer's LoRA")
+            raise CheckpointError(f"{folder / WEIGHTS}: tensor {brief(key)} is not part of a LoRA on a linear layer")
         layers[key.removeprefix(PREFIX).removesuffix(end)] = None
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no tensor")

@@ -50,7 +50,7 @@ def check_factors(path: Path, spec: MixtureSpec, shapes: Mapping[str, tuple[int,
     wanted, layers = dict[str, tuple[int, ...]](), dict[str, dict[str, tuple[int, ...]]]()
     for name, shape in shapes.items():
         if 0 in shape or not name.rpartition(".")[0] or len(name) > LONGEST_NAME:
-            raise CheckpointError(f"{path}: {brief(name)} of shape {shape} is no factor of a layer's adapter")
+            raise CheckpointError(f"{path}: {brief(name)} of shape {shape} is not a tensor of an adapter")
         layer, _, factor = name.rpartition(".")
         layers.setdefault(layer, {})[factor] = shape
     for layer, found in layers.items():
@@ -71,5 +71,5 @@ def check_names(path: Path, wanted: Iterable[str], found: Iterable[str], whose: 
     """Raise CheckpointError unless both hold the same names; `whose` the wanted ones are."""
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unknown:
-        which = f"lacks {brief(missing[0])}" if missing else f"has {brief(unknown[0])}, which {whose} has not"
+        which = f"lacks {brief(missing[0])}" if missing else f"has {brief(unknown[0])}, which {whose} does not have"
         raise CheckpointError(f"{path} {which} ({len(missing)} missing, {len(unknown)} unknown)")

@@ -44,14 +44,14 @@ def end_command(context: typer.Context, recipe: Recipe) -> None:
 def job_config(recipe: str, overrides: list[str]) -> RunConfig:
     """Return the recipe of a job that may start several times. Raises ConfigError for a mistake in it."""
     if recipe.startswith("-"):
-        raise ConfigError(f"the recipe comes before its settings: RECIPE.yaml {recipe} ...")
+        raise ConfigError(f"the recipe must come before its settings: RECIPE.yaml {recipe} ...")
     if "--new-run" in overrides:
-        raise ConfigError("--new-run: a job that starts again must go on with its run; give another --output_dir")
+        raise ConfigError("--new-run: a job that is restarted must resume its run; give another --output_dir")
     config = load_config(recipe, overrides)
     if config.train.resume_from_checkpoint is None:
         raise ConfigError(
-            "train.resume_from_checkpoint=None: a job that starts again must go on with its run; remove it, and give "
-            "a new run another output_dir"
+            "train.resume_from_checkpoint=None: a job that is restarted must resume its run; remove it, and give a new "
+            "run another output_dir"
         )
     return config
 

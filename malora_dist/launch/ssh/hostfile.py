@@ -122,6 +122,6 @@ def _named(option: str, text: str, every: Mapping[str, Sequence[int]]) -> Slots:
         for slot in slots:
             if not re.fullmatch("[0-9]{1,4}", slot) or int(slot) not in every[host]:
                 highest = len(every[host]) - 1
-                raise ConfigError(f"{option}={text}: {slot!r} is no slot of {host}, which has 0 to {highest}")
+                raise ConfigError(f"{option}={text}: {slot!r} is not a slot of {host}, which has slots 0 to {highest}")
         chosen[host] = tuple(sorted({int(slot) for slot in slots}))
     return chosen
