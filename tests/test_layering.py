@@ -39,6 +39,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Modules that a module names without importing them, and that lead back to it: by file, with the reason.
 NAMED_ONLY = {
+    "bench/quality/queue.py": "each run of a queue is a process of the program that users run",
     "cli/start.py": "a command starts more processes of its own program",
     "convert/kinds.py": "a registry: a kind names the module that carries it out, imported when it is asked for",
     "launch/slurm/script.py": "a job script names the programs that its processes run",

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from malora_dist.adapters.inject import inject_adapters
-from malora_dist.adapters.methods import MixtureSpec, count_parameters, mixture_spec
+from malora_dist.adapters.methods import MixtureSpec, mixture_spec
+from malora_dist.adapters.parameter_counts import count_parameters
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 BASE_PARAMETERS = 6_738_415_616

@@ -12,7 +12,8 @@ from torch import nn
 from malora_dist.adapters.adapted_layers import Injected, count_base_parameters, mixture_layers
 from malora_dist.adapters.fused_projections import fuse_input_projections, unfuse_input_projections
 from malora_dist.adapters.layer import MixtureLinear, require_triton
-from malora_dist.adapters.methods import MixtureSpec, count_parameters
+from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.adapters.parameter_counts import count_parameters
 from malora_dist.adapters.saving import release, save_adapters_of
 from malora_dist.adapters.target_names import ALL_LINEAR, DEFAULT_TARGETS, EVERYTHING, READERS, Narrowing, is_pattern
 from malora_dist.adapters.targets import find_targets, fused_experts, plain_names

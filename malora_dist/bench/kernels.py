@@ -8,7 +8,8 @@ Shape letters: T tokens, I in_features, O out_features, E experts, K top_k, R r,
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from malora_dist.adapters.methods import MixtureSpec, count_parameters
+from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.adapters.parameter_counts import count_parameters
 from malora_dist.ops.nf4_layout import nf4_bytes
 from malora_dist.plan.parameters import FP32
 

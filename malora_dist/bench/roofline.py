@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from malora_dist.adapters.methods import MixtureSpec, count_parameters, match_budget, mixture_spec
+from malora_dist.adapters.methods import MixtureSpec, mixture_spec
+from malora_dist.adapters.parameter_counts import count_parameters, match_budget
 from malora_dist.adapters.target_names import DEFAULT_TARGETS, READERS
 from malora_dist.bench.kernels import PHASES, Device, Form, Kernel, Sizes, adapter_kernels, base_kernels
 from malora_dist.plan.shapes import Linear, ModelShape

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from malora_dist.adapters.methods import factor_shapes, mixture_spec
+from malora_dist.adapters.methods import mixture_spec
+from malora_dist.adapters.parameter_counts import factor_shapes
 from malora_dist.config.base import Section
 
 

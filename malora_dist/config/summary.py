@@ -8,7 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from malora_dist.adapters.methods import MixtureSpec, count_parameters, mixture_spec
+from malora_dist.adapters.methods import MixtureSpec, mixture_spec
+from malora_dist.adapters.parameter_counts import count_parameters
 from malora_dist.config.compatibility import Plan
 from malora_dist.config.schema import RunConfig
 

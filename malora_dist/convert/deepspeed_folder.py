@@ -18,7 +18,8 @@ from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import CONFIG, AdapterInfo, fill_adapter_folder, open_adapter
 from malora_dist.adapters.io.info import PREFIX
 from malora_dist.adapters.io.peft import peft_info
-from malora_dist.adapters.methods import factor_shapes, mixture_spec
+from malora_dist.adapters.methods import mixture_spec
+from malora_dist.adapters.parameter_counts import factor_shapes
 from malora_dist.checkpoint.detect import detect_kind
 from malora_dist.convert.job import Job
 from malora_dist.errors import CheckpointError, ConfigError

@@ -12,7 +12,8 @@ from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import AdapterInfo, AdapterTensors, fill_adapter_folder, open_adapter
 from malora_dist.adapters.io.peft import open_lora
 from malora_dist.adapters.loading import put_adapter
-from malora_dist.adapters.methods import MixtureSpec, default_shared_r, factor_shapes, mixture_spec
+from malora_dist.adapters.methods import MixtureSpec, default_shared_r, mixture_spec
+from malora_dist.adapters.parameter_counts import factor_shapes
 from malora_dist.convert.gates import constant_gates
 from malora_dist.convert.gather_loras import Pair, fill_new_ranks, resized, shared_subspace, squared_error
 from malora_dist.convert.job import Job, check_layer_specs

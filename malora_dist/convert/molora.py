@@ -7,7 +7,7 @@ from torch import Tensor
 
 from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import AdapterInfo, AdapterTensors, fill_adapter_folder, open_adapter
-from malora_dist.adapters.methods import factor_shapes
+from malora_dist.adapters.parameter_counts import factor_shapes
 from malora_dist.convert.from_loras import to_mixture
 from malora_dist.convert.job import Job
 from malora_dist.convert.subspace import outer_gate, subspace_of

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from malora_dist.adapters.methods import count_parameters, factor_shapes
+from malora_dist.adapters.parameter_counts import count_parameters, factor_shapes
 from malora_dist.ops.nf4_layout import nf4_bytes
 from malora_dist.optimizers.registry import optimizer_spec
 from malora_dist.optimizers.spec import Shape

@@ -19,7 +19,8 @@ from malora_dist.adapters.adapted_layers import (
 )
 from malora_dist.adapters.inject import inject_adapters, layer_seed, remove_adapters
 from malora_dist.adapters.layer import MixtureLinear
-from malora_dist.adapters.methods import METHODS, count_parameters, mixture_spec
+from malora_dist.adapters.methods import METHODS, mixture_spec
+from malora_dist.adapters.parameter_counts import count_parameters
 from malora_dist.adapters.target_names import DEFAULT_TARGETS
 from malora_dist.adapters.targets import fused_experts
 from malora_dist.errors import ConfigError

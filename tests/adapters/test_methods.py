@@ -6,14 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from malora_dist.adapters.methods import (
-    METHODS,
-    count_parameters,
-    default_shared_r,
-    factor_shapes,
-    match_budget,
-    mixture_spec,
-)
+from malora_dist.adapters.methods import METHODS, default_shared_r, mixture_spec
+from malora_dist.adapters.parameter_counts import count_parameters, factor_shapes, match_budget
 from malora_dist.adapters.scaling import SCALINGS
 from malora_dist.errors import ConfigError
 from tests.reference import routing_reference, scaling_reference

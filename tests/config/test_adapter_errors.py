@@ -23,9 +23,12 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
     "shared_r": [({"r": 8, "shared_r": 2}, "=2")],
     "compression_ratio": [({"compression_ratio": 1.5}, "=1.5"), ({"compression_ratio": 0.01}, "=0.01")],
     "lora_alpha": [({"lora_alpha": 0}, "=0")],
+    "scaling": [({"scaling": "sum"}, "='sum'")],
     "beta": [({"beta": 0}, "=0")],
     "lora_dropout": [({"lora_dropout": 1}, "=1")],
     "router_aux_loss_coef": [({"router_aux_loss_coef": -1}, "=-1")],
+    "router_input": [({"router_input": "y"}, "='y'")],
+    "router_dtype": [({"router_dtype": "fp8"}, "='fp8'")],
     "computation": [({"computation": "fast"}, "='fast'")],
     "target_modules": [({"target_modules": []}, "="), ({"target_modules": ["(q"]}, "")],
 }
@@ -37,7 +40,14 @@ BROKEN_ON_A_MODEL: list[tuple[dict[str, Any], str, str]] = [
     ({"target_modules": ("q_proj", "self_attn.q_proj")}, "target_modules: 'q_proj' and", "both match"),
 ]
 # Keys of a run, which the library does not take, and switches.
-RECIPE_ONLY = {"router_aux_loss_reduction", "balance_scope"}
+RECIPE_ONLY = {
+    "router_aux_loss_reduction",
+    "router_aux_loss_schedule",
+    "router_aux_loss_ratio",
+    "router_z_loss_coef",
+    "balance_scope",
+    "task_conflict",
+}
 
 
 def test_every_key_with_a_rule_is_here() -> None:

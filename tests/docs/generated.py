@@ -11,14 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from malora_dist.adapters.methods import (
-    METHODS,
-    MixtureSpec,
-    count_parameters,
-    factor_shapes,
-    match_budget,
-    mixture_spec,
-)
+from malora_dist.adapters.methods import METHODS, MixtureSpec, mixture_spec
+from malora_dist.adapters.parameter_counts import count_parameters, factor_shapes, match_budget
 from malora_dist.config.names import section_of
 from malora_dist.config.schema import AdapterConfig, RunConfig
 from tests.multiprocess import ROOT

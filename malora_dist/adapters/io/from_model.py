@@ -9,7 +9,7 @@ from malora_dist.adapters.io.card import model_card
 from malora_dist.adapters.io.folder import AdapterInfo, save_adapter
 from malora_dist.adapters.io.info import AnyPath
 from malora_dist.adapters.layer import MixtureLinear
-from malora_dist.adapters.methods import factor_shapes
+from malora_dist.adapters.parameter_counts import factor_shapes
 from malora_dist.errors import CheckpointError
 
 

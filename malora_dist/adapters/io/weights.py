@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from malora_dist.adapters.io.info import CONFIG, WEIGHTS, read_config
-from malora_dist.adapters.methods import MixtureSpec, factor_shapes
+from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.adapters.parameter_counts import factor_shapes
 from malora_dist.checkpoint.shards import file_record
 from malora_dist.errors import CheckpointError, brief
 from malora_dist.files.folder import file_in

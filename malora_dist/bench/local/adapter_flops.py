@@ -7,7 +7,8 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from malora_dist.adapters.methods import MixtureSpec, factor_shapes
+from malora_dist.adapters.methods import MixtureSpec
+from malora_dist.adapters.parameter_counts import factor_shapes
 from malora_dist.bench.local.records import Measurement
 
 GEMM = "gemm"

@@ -62,7 +62,7 @@ def _check(suite: Suite, method: Method, number: int, wanted: int, tolerance: fl
 def _rank(suite: Suite, method: Method, model: str, shape: ModelShape, wanted: int) -> int:
     """Return the rank whose number of parameters is nearest to `wanted`; of two that are equally near, the smaller.
 
-    As `adapters.methods.match_budget`, with whatever else the recipe says of its adapter.
+    As `adapters.parameter_counts.match_budget`, with whatever else the recipe says of its adapter.
     """
     config, run = _run(suite, method.recipe, model, shape)
     below = 0

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from malora_dist.adapters.methods import count_parameters, match_budget, mixture_spec
+from malora_dist.adapters.methods import mixture_spec
+from malora_dist.adapters.parameter_counts import count_parameters, match_budget
 from malora_dist.errors import ConfigError
 from tests.bench.quality.suites import TINY, tiny_bench
 

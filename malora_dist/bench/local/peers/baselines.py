@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from malora_dist.adapters.methods import MixtureSpec, count_parameters, match_budget, mixture_spec
+from malora_dist.adapters.methods import MixtureSpec, mixture_spec
+from malora_dist.adapters.parameter_counts import count_parameters, match_budget
 from malora_dist.errors import ConfigError
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from malora_dist.adapters.methods import count_parameters, mixture_spec
+from malora_dist.adapters.methods import mixture_spec
+from malora_dist.adapters.parameter_counts import count_parameters
 from malora_dist.adapters.target_names import DEFAULT_TARGETS
 from malora_dist.bench.local.peers.baselines import BASELINES, chosen
 from malora_dist.bench.local.peers.build import Base, build, flops_above_base
