@@ -205,6 +205,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def train_with_a_broken_rank(what: str, arguments: Sequence[str]) -> int:
     """malora_dist.train where rank 1 alone cannot build its data: it `fails`, or it `hangs`."""
     import malora_dist.train
+    from malora_dist.training import inputs
 
     def broken(*_: Any) -> None:
         if what == "hangs":
@@ -212,7 +213,7 @@ def train_with_a_broken_rank(what: str, arguments: Sequence[str]) -> int:
         raise DataError("rows.jsonl:7: only this rank cannot read it")
 
     if os.environ["RANK"] == "1":
-        malora_dist.train.build_data = broken  # type: ignore[assignment]
+        inputs.build_data = broken  # type: ignore[assignment]
     return malora_dist.train.main(arguments)
 
 

@@ -141,7 +141,8 @@ def _dropped_gradients(
     ctx: Any, x_TI: Tensor, keys_T: Tensor, weights: Sequence[Tensor], grad_h_TW: Tensor, grad_TI: Tensor
 ) -> list[Tensor]:
     """Compute the gradients of the downs, which read the dropped x, and add that of x to `grad_TI`."""
-    downs, alpha, grads = slice(ctx.num_downs), 1 / (1 - ctx.p), list[Tensor]()
+    downs, alpha = slice(ctx.num_downs), 1 / (1 - ctx.p)
+    grads: list[Tensor] = []
     if ctx.needs_input_grad[0]:
         part_TI = scaled_product(grad_h_TW, _rows(weights, downs, x_TI.dtype, ctx.copies), alpha)
         add_dropped_(grad_TI, part_TI, keys_T, ctx.salt, ctx.p)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from malora_dist.adapters.input_projection import FusedProjection, InputProjection
 from malora_dist.data.loader import MicroBatch
 from malora_dist.distributed.process_groups import World, sum_over_processes
+from malora_dist.ops.partitioned import whole_shape
 from malora_dist.ops.task_gradients import TaskGradients, TokensByTask, without_conflicts
 
 
@@ -49,11 +50,11 @@ class TaskConflict:
             # The engine takes the mean over processes of a loss times their number.
             total_GWI = sum_over_processes(sink.sum_GWI.contiguous()) / self.world.size
             sink.sum_GWI = None
-            parts = total_GWI.split([_shape(down)[0] for down in downs], dim=1)
+            parts = total_GWI.split([whole_shape(down)[0] for down in downs], dim=1)
             for down, part_GDI in zip(downs, parts, strict=True):
                 if down.requires_grad:
                     projected: Tensor = without_conflicts(part_GDI.flatten(1))
-                    safe_set_full_grad(down, projected.view(_shape(down)))
+                    safe_set_full_grad(down, projected.view(whole_shape(down)))
 
 
 def _projections(model: nn.Module) -> list[tuple[Any, list[Any]]]:
@@ -65,8 +66,3 @@ def _projections(model: nn.Module) -> list[tuple[Any, list[Any]]]:
         if isinstance(module, InputProjection) and module.shared_A is not None and id(module.shared_A) not in covered:
             found.append((module, [module.shared_A]))
     return found
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    """Return the shape of a parameter, also of one that ZeRO-3 has split."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -397,7 +397,7 @@ def test_checkpointing_changes_no_gradient_and_counts_the_balance_loss_once(comp
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        pytest.param([], "is empty", id="none"),
+        pytest.param([], "must not be empty", id="none"),
         pytest.param(["q_proj", "self_attn.q_proj"], "both match model.layers.0.self_attn.q_proj", id="overlapping"),
     ],
 )

@@ -88,7 +88,8 @@ def test_an_adapter_of_the_library_comes_and_goes(workspace: Path, tmp_path: Pat
         method=method, r=3, num_experts=3, top_k=1, shared_r=9, compression_ratio=0.25, lora_alpha=5, lora_dropout=0.1,
         use_rslora=True, beta=2.0, normalize_gates=True, router_aux_loss_coef=0.5, target_modules=["q_proj", "up_proj"],
         exclude_modules=["0.mlp.up_proj"], layers_to_transform=[0, 1], layers_pattern="layers",
-        rank_pattern={"q_proj": 5}, alpha_pattern={"up_proj": 7}, computation="dense", fuse_projections=True, seed=7,
+        rank_pattern={"q_proj": 5}, alpha_pattern={"up_proj": 7}, router_input="h", router_dtype="input",
+        computation="dense", fuse_projections=True, seed=7,
         base_model_name_or_path="a/base", task_type=None,
     )  # fmt: skip
     assert not any(getattr(config, field.name) == field.default for field in fields(config))

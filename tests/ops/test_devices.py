@@ -56,7 +56,7 @@ def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 def test_the_launchers_need_a_c_compiler(monkeypatch: pytest.MonkeyPatch, machine: Path) -> None:
     assert missing_for_c() is None
     monkeypatch.setenv("CC", "icc")
-    assert "CC=icc is no program" in str(missing_for_c())
+    assert "CC=icc is not a program" in str(missing_for_c())
     monkeypatch.setenv("CC", str(machine / "gcc"))
     assert missing_for_c() is None
     monkeypatch.delenv("CC")

@@ -171,7 +171,7 @@ def test_the_recipe_says_what_every_job_needs(folder: Path) -> None:
         ((RECIPE, "--adapter.rr", "3"), "adapter.rr"),
         (("none.yaml",), "cannot read the recipe none.yaml"),
         ((RECIPE, "--new-run"), "--new-run: a job that is restarted must resume its run"),
-        ((RECIPE, "--train.resume_from_checkpoint", "null"), "must go on with its run"),
+        ((RECIPE, "--train.resume_from_checkpoint", "null"), "must resume its run"),
         ((RECIPE, "--after", ""), "'' is none of train, evaluate, convert"),
         ((RECIPE, "--after", "train,serve"), "'serve' is none of train, evaluate, convert"),
         ((RECIPE, "--convert-to", "peftt"), "--to peftt: unknown kind"),
