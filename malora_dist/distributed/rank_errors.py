@@ -57,7 +57,8 @@ def raise_on_all_ranks(error: Exception | None, group: Any = None) -> None:
 
     Raises:
         Exception: `error` itself, if it is that of the lowest rank with one, or has a traceback worth reading, as it
-            is no MaloraError; otherwise the `shared_error` of the lowest rank with one.
+            is no MaloraError; otherwise the `shared_error` of the lowest rank with one. Where this rank has met none, a
+            note names that rank.
     """
     rank = this_rank()
     try:
@@ -70,7 +71,10 @@ def raise_on_all_ranks(error: Exception | None, group: Any = None) -> None:
     if error is not None and (found[0][0] == rank or not isinstance(error, MaloraError)):
         raise error
     if found:
-        raise found[0][1]
+        origin, shared = found[0]
+        if error is None:
+            shared.add_note(f"met by rank {origin}")
+        raise shared
 
 
 def shared_error(error: Exception | None, rank: int) -> MaloraError | None:

@@ -36,11 +36,11 @@ POLLS = 1200
 
 
 def found(work: Callable[[], object]) -> list[str]:
-    """The kind and the message of what is raised."""
+    """The kind, the message and the notes of what is raised."""
     try:
         work()
     except Exception as error:
-        return [type(error).__name__, str(error)]
+        return [type(error).__name__, str(error), *getattr(error, "__notes__", ())]
     return []
 
 
@@ -97,15 +97,16 @@ def test_what_fails_on_one_rank_is_raised_on_both() -> None:
     assert second["kinds"] == [*mistakes, *others]
     assert first["value"] == second["value"] == 0
     for ranks, of in (((0,), 0), ((1,), 1), ((0, 1), 0)):
-        assert first[f"mistake {ranks}"] == second[f"mistake {ranks}"] == ["ConfigError", f"mistake of {of}"]
         for rank, result in enumerate((first, second)):
+            origin = [] if rank in ranks else [f"met by rank {of}"]
+            assert result[f"mistake {ranks}"] == ["ConfigError", f"mistake of {of}", *origin]
             own = ["ValueError", f"bug of {rank}"]
             assert result[f"bug {ranks}"] == (
-                own if rank in ranks else ["TrainingError", f"rank {of}: ValueError: bug of {of}"]
+                own if rank in ranks else ["TrainingError", f"rank {of}: ValueError: bug of {of}", *origin]
             )
     for way in ("in step", "interrupted"):
         assert second[way][0] == "FileNotFoundError" and "/nowhere/rows.jsonl" in second[way][1]
-        assert first[way] == ["TrainingError", f"rank 1: FileNotFoundError: {second[way][1]}"]
+        assert first[way][:2] == ["TrainingError", f"rank 1: FileNotFoundError: {second[way][1]}"]
     assert first["in step polls"] == 3 and first["interrupted polls"] < POLLS
 
 
