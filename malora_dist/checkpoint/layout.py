@@ -39,6 +39,14 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match and checkpoint_name(int(match[1])) == name else None
 
 
+def pointed_at(path: Path) -> Path:
+    """Return the checkpoint that a file `latest` or `best` names; any other path as it is."""
+    if path.name not in (LATEST, BEST) or not path.is_file():
+        return path
+    name = path.read_bytes()[:64].decode("utf-8", "replace").strip()
+    return path if step_of(name) is None else path.with_name(name)
+
+
 def is_of_run(checkpoint: Path, run: Path) -> bool:
     """Return whether a checkpoint is one of the run in a folder, which has done that work itself."""
     return checkpoint.resolve().parent == (run / CHECKPOINTS).resolve()

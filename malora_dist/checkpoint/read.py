@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from malora_dist.checkpoint.detect import detect_kind
-from malora_dist.checkpoint.layout import MANIFEST, Manifest, step_of
+from malora_dist.checkpoint.layout import MANIFEST, Manifest, pointed_at, step_of
 from malora_dist.checkpoint.shards import file_record, require_finite
 from malora_dist.errors import CheckpointError
 from malora_dist.files.durable import reading
@@ -40,10 +40,11 @@ class Checkpoint:
 
         Raises CheckpointError if this is no checkpoint, is of a newer format, or if a file is missing, cut short, a
         link (other than the hub's cache makes) or holds other tensors than the manifest says. Damage inside tensors is
-        for `verify` to find.
+        for `verify` to find. A file `latest` or `best` stands for the checkpoint that it names.
         """
         folder = Path(folder)
         with reading(folder):
+            folder = pointed_at(folder)
             if not (folder / MANIFEST).is_file():
                 raise CheckpointError(f"{folder} is not a checkpoint, it has no {MANIFEST}: {detect_kind(folder)}")
         manifest = Manifest.read(folder)

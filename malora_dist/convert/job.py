@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from malora_dist.adapters.io.folder import AdapterInfo, AdapterTensors, open_adapter
+from malora_dist.checkpoint.layout import pointed_at
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.config import RunConfig, load_config
 from malora_dist.config.load import config_from_dict
@@ -234,6 +235,7 @@ def convert(
     missing = [str(source) for source in sources if not source.exists()]
     if missing:
         raise CheckpointError(f"SRC={missing[0]}: there is no such file or folder")
+    sources = tuple(map(pointed_at, sources))
     function = _function(row.module, row.function)
     with new_folder(target) as folder:
         function(Job(kind=kind, sources=sources, target=target, folder=folder, options=options, log=log))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from malora_dist.checkpoint.layout import CHECKPOINTS, Manifest, checkpoint_name, is_of_run
+from malora_dist.checkpoint.layout import CHECKPOINTS, Manifest, checkpoint_name, is_of_run, pointed_at
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.store import CheckpointStore
 from malora_dist.config import RunConfig, config_from_dict, load_config, plain_config
@@ -133,7 +133,7 @@ def _newest_in(path: Path) -> Path:
         if newest is None:
             raise CheckpointError(f"{path / CHECKPOINTS} holds no checkpoint")
         return newest
-    return path
+    return pointed_at(path)
 
 
 def _compare_with_checkpoint(config: RunConfig, before: Manifest, where: str) -> tuple[str, ...]:

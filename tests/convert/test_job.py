@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from malora_dist.adapters.adapted_layers import adapter_state_dict
 from malora_dist.adapters.inject import inject_adapters
-from malora_dist.adapters.io.folder import save_adapter
+from malora_dist.adapters.io.folder import open_adapter, save_adapter
 from malora_dist.adapters.io.from_model import save_model_adapter
 from malora_dist.adapters.methods import mixture_spec
+from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.cli.app import main
 from malora_dist.cli.inspect.detect import inspect
 from malora_dist.errors import CheckpointError, ConfigError
@@ -185,6 +186,20 @@ def test_a_checkpoint_brings_its_recipe_and_knows_its_base(workspace: Path, tmp_
     said = run_kind("peft-tasks", checkpoint, tmp_path / "out", eval_samples=5, calibration=3)
     assert [line.split()[:2] for line in said[1:4]] == [["colour", "5"], ["animal", "5"], ["spell", "5"]]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"colour", "animal", "spell"}
+
+
+def test_latest_and_best_stand_for_the_checkpoints_they_name(workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "runs" / "malora", tmp_path / "run")
+    checkpoint = make_checkpoint(tmp_path / "run")
+    pointer = checkpoint.with_name("latest")
+    assert Checkpoint.open(pointer).folder == open_adapter(pointer).path == checkpoint
+    assert inspect(pointer) == inspect(checkpoint)
+    run_kind("checkpoint", pointer, tmp_path / "step-000007", shards=2)
+    run_kind("adapter", pointer, tmp_path / "adapter")
+    for content in ("step-000008", "../run", "step-7", ""):
+        pointer.write_text(content)
+        with pytest.raises(CheckpointError, match="is not a checkpoint"):
+            Checkpoint.open(pointer)
 
 
 def test_code_of_a_base_runs_only_at_the_users_own_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

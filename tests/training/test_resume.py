@@ -149,6 +149,7 @@ def test_a_path_is_a_new_run_from_there(tmp_path: Path) -> None:
         find_resume_point(config(run, resume_from_checkpoint=str(run)))
     point = find_resume_point(config(new, resume_from_checkpoint=str(run)))
     assert (point.folder, point.checkpoint) == (str(new), str(run / "checkpoints" / "step-000010"))
+    assert find_resume_point(config(new, resume_from_checkpoint=str(run / "checkpoints" / "latest"))) == point
     begun(tmp_path / "later", (11,), PREEMPTED, resume_from_checkpoint=str(run))
     point = find_resume_point(config(tmp_path / "later", resume_from_checkpoint=str(run)))
     assert point.checkpoint == str(tmp_path / "later" / "checkpoints" / "step-000011")

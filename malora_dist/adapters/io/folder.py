@@ -27,7 +27,7 @@ from malora_dist.adapters.io.info import (
 )
 from malora_dist.adapters.io.weights import check_factors, check_seal, weights_header
 from malora_dist.checkpoint.detect import detect_kind
-from malora_dist.checkpoint.layout import MANIFEST
+from malora_dist.checkpoint.layout import MANIFEST, pointed_at
 from malora_dist.checkpoint.read import Checkpoint
 from malora_dist.checkpoint.shards import file_record
 from malora_dist.checkpoint.store import CheckpointStore
@@ -79,7 +79,7 @@ def open_adapter(path: AnyPath) -> AdapterTensors:
     Raises CheckpointError if there is none, if a file is damaged or outside the folder, and if a layer lacks a tensor
     of its method, has one too many or one of another shape.
     """
-    folder = _find(Path(path))
+    folder = _find(pointed_at(Path(path)))
     if (folder / MANIFEST).is_file():
         return _open_checkpoint(folder)
     file_in(folder, CONFIG)

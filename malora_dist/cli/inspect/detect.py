@@ -7,6 +7,7 @@ from pathlib import Path
 from malora_dist.adapters.io.folder import CONFIG, open_adapter
 from malora_dist.adapters.io.peft import is_peft_folder, open_peft
 from malora_dist.checkpoint.detect import detect_kind
+from malora_dist.checkpoint.layout import pointed_at
 from malora_dist.cli.inspect import folders
 from malora_dist.cli.inspect.adapters import Facts, adapter_facts, routing_shares
 from malora_dist.errors import CheckpointError
@@ -23,6 +24,7 @@ def inspect(path: str | os.PathLike[str]) -> Facts:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
+    path = pointed_at(path)
     return {"path": str(path)} | (_folder(path) if path.is_dir() else _file(path))
 
 
