@@ -104,7 +104,10 @@ def _measure(options: EpOptions, config: RunConfig, world: World, selection: Sel
 def _take_turns(
     subjects: Sequence[Subject], loader: TrainLoader, steps: int, world: World
 ) -> dict[Variant, list[StepRecord]]:
-    """Every subject's record of every step. Each round begins with another one, so that none always follows another."""
+    """Return every subject's record of every step.
+
+    Each round begins with another subject, so that none always follows the same one.
+    """
     records: dict[Variant, list[StepRecord]] = {subject.variant: [] for subject in subjects}
     for number in range(1, steps + 1):
         batches = [batch.to(world.device) for batch in next(loader)]

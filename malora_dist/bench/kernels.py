@@ -37,7 +37,7 @@ class Kernel:
     count: int = 1
 
     def seconds(self, device: Device) -> float:
-        """Bound from below of all `count`: the longer of computing and moving."""
+        """Return the lower bound of all `count` kernels in seconds: the longer of computing and moving."""
         return self.count * max(self.flops / device.flops, self.nbytes / device.bandwidth)
 
     def is_compute_bound(self, device: Device) -> bool:
@@ -81,17 +81,17 @@ class Sizes:
     sharing: int = 1
 
     def gemm(self, phase: str, part: str, rows: int, inner: int, columns: int, *, adds: bool = False) -> Kernel:
-        """(rows, inner) x (inner, columns), into a new tensor or added to one that is there."""
+        """Return the kernel of (rows, inner) x (inner, columns), into a new tensor or added to an existing one."""
         numbers = rows * inner + inner * columns + rows * columns * (2 if adds else 1)
         return Kernel(phase, part, 2 * rows * inner * columns, numbers * self.itemsize)
 
     def moves(self, phase: str, part: str, numbers: int) -> Kernel:
-        """An elementwise kernel or a gather that reads and writes so many numbers."""
+        """Return an elementwise kernel or a gather that reads and writes `numbers` numbers in all."""
         return Kernel(phase, part, 0, numbers * self.itemsize)
 
 
 def base_kernels(sizes: Sizes, *, nf4: bool = False) -> Iterator[Kernel]:
-    """The frozen product and its dx; a 4-bit weight is unpacked before each."""
+    """Yield the frozen product and its dx; a 4-bit weight is unpacked before each."""
     T, I, O = sizes.T, sizes.I, sizes.O  # noqa: E741
     yield sizes.gemm("forward", "base", T, I, O)
     yield sizes.gemm("dx", "base", T, O, I)
@@ -101,7 +101,7 @@ def base_kernels(sizes: Sizes, *, nf4: bool = False) -> Iterator[Kernel]:
 
 
 def adapter_kernels(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
-    """All kernels of an adapter beside the base's."""
+    """Yield all kernels of an adapter, without the base's."""
     if form.chosen_rows:
         yield from _chosen_rows(spec, sizes, form)
     else:
@@ -134,7 +134,10 @@ def _all_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
 
 
 def _down(spec: MixtureSpec, sizes: Sizes, columns: int, form: Form) -> Iterator[Kernel]:
-    """x to so many columns for all tokens, the router's among them if `joined`; of a fused product its share."""
+    """Yield the product of x with `columns` columns for all tokens, and the router's columns if `joined`.
+
+    A linear of a fused product has its share of the traffic of x.
+    """
     T, I, routers = sizes.T, sizes.I, spec.num_experts if spec.structure.routed else 0  # noqa: E741
     forward = columns + (routers if form.router == "joined" else 0)
     together = form.router in ("joined", "ours") and not form.dropout
@@ -151,7 +154,7 @@ def _down(spec: MixtureSpec, sizes: Sizes, columns: int, form: Form) -> Iterator
 
 
 def _chosen_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel]:
-    """K rows a token: permuted by a gather, unpermuted by a gather and a sum over K."""
+    """Yield the kernels of K rows per token: permuted by a gather, unpermuted by a gather and a sum over K."""
     T, O, rows = sizes.T, sizes.O, sizes.T * spec.top_k  # noqa: E741
     width = spec.expert_width(sizes.I)
     if spec.shared_r is not None:
@@ -171,7 +174,7 @@ def _chosen_rows(spec: MixtureSpec, sizes: Sizes, form: Form) -> Iterator[Kernel
 
 
 def _expert_products(spec: MixtureSpec, sizes: Sizes, part: str, inner: int, columns: int) -> Iterator[Kernel]:
-    """One grouped product in each direction: T K rows, the weights of all E experts."""
+    """Yield one grouped product in each direction: T K rows, the weights of all E experts."""
     rows = sizes.T * spec.top_k
     numbers = rows * (inner + columns) + spec.num_experts * inner * columns
     for phase in ("forward", "dx", "dw"):
@@ -179,7 +182,7 @@ def _expert_products(spec: MixtureSpec, sizes: Sizes, part: str, inner: int, col
 
 
 def _router(sizes: Sizes, num_experts: int, form: Form) -> Iterator[Kernel]:
-    """Logits where they are a product of their own; softmax and choice over (T, E) in fp32."""
+    """Yield the logits where they are a product of their own; softmax and choice over (T, E) in fp32."""
     T, I, E = sizes.T, sizes.I, num_experts  # noqa: E741
     if form.router in ("fp32", "ours"):
         x_numbers = T * I / (sizes.sharing if form.fused else 1)
@@ -210,7 +213,7 @@ def _dropout(sizes: Sizes, form: Form) -> Iterator[Kernel]:
 
 
 def _parameters(spec: MixtureSpec, sizes: Sizes, *, itemsize: int) -> Iterator[Kernel]:
-    """Casts of fp32 factors to the base's dtype and of their gradients back, and AdamW."""
+    """Yield the casts of fp32 factors to the base's dtype and of their gradients back, and AdamW."""
     numbers = count_parameters(spec, sizes.I, sizes.O)
     if itemsize != sizes.itemsize:
         for phase in ("forward", "dw"):

@@ -102,7 +102,7 @@ class Subject:
         )
 
     def _uniform_bytes(self, batches: Sequence[MicroBatch]) -> Counter[str]:
-        """What this process would send by phase if every set of top_k experts were equally likely."""
+        """Return the bytes this process would send, by phase, if every set of top_k experts were equally likely."""
         total: Counter[str] = Counter()
         if self.train_step.all_to_all is not None:
             for _, layer in mixture_layers(self.train_step.engine.module):

@@ -60,7 +60,7 @@ class Result:
     kept_bytes: Mapping[Variant, float]
 
     def rows(self, comparison: Comparison) -> list[Row]:
-        """One row for each variant of the comparison."""
+        """Return one row for each variant of the comparison."""
         return [self._row(variant, comparison.variants[0]) for variant in comparison.variants]
 
     def _row(self, variant: Variant, first: Variant) -> Row:
@@ -86,7 +86,7 @@ class Result:
         return {phase: mean(step.get(phase, 0) for step in steps) / self.world_size for phase in phases}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: every record of every variant, and every row."""
+        """Return plain values for JSON: every record of every variant, and every row."""
         return {
             "facts": dict(self.facts),
             "world_size": self.world_size,

@@ -53,7 +53,7 @@ class Roofline:
         return tuple(linear for linear in self.shape.linears if linear.name in DEFAULT_TARGETS)
 
     def subjects(self) -> list[Subject]:
-        """The frozen base, MALoRA in all its forms, LoRA at equal trainable parameters and r 64, MoLoRA r 8."""
+        """Return the frozen base, MALoRA in all its forms, LoRA at equal trainable parameters and r 64, MoLoRA r 8."""
         malora, molora = mixture_spec("malora"), mixture_spec("molora", r=8)
         sizes = [(linear.in_features, linear.out_features) for linear in self.adapted]
         lora = match_budget("lora", sizes, sum(count_parameters(malora, *size) for size in sizes))
@@ -77,7 +77,7 @@ class Roofline:
         ]
 
     def linear_kernels(self, subject: Subject, linear: Linear, tokens: int | None = None) -> list[Kernel]:
-        """Base and adapter of one linear."""
+        """Return the kernels of one linear: its base and its adapter."""
         sharing = SHARING.get(linear.name, 1)
         sizes = Sizes(tokens or self.tokens, linear.in_features, linear.out_features, sharing=sharing)
         kernels = list(base_kernels(sizes, nf4=self.nf4))
@@ -86,7 +86,7 @@ class Roofline:
         return kernels
 
     def step_kernels(self, subject: Subject) -> list[Kernel]:
-        """The whole step; a kernel's count says in how many blocks it runs."""
+        """Return the kernels of the whole step; a kernel's count is the number of blocks in which it runs."""
         kernels = [
             replace(kernel, count=kernel.count * self.shape.copies(linear))
             for linear in self.shape.linears
@@ -98,11 +98,11 @@ class Roofline:
         return [*kernels, *layers, *_head(self.shape, self.tokens)]
 
     def seconds(self, kernels: Sequence[Kernel], phase: str | None = None) -> float:
-        """Bound of those kernels of a phase, or of all."""
+        """Return the bound in seconds of the kernels of a phase, or of all."""
         return sum(kernel.seconds(self.device) for kernel in kernels if phase in (None, kernel.phase))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the step of each subject, and every kernel of each distinct linear."""
+        """Return plain values for JSON: the step of each subject, and every kernel of each distinct linear."""
         steps, linears = [], []
         for subject in self.subjects():
             kernels = self.step_kernels(subject)
@@ -149,7 +149,7 @@ def _rest_of_block(shape: ModelShape, tokens: int, itemsize: int = 2) -> Iterato
 
 
 def _head(shape: ModelShape, tokens: int) -> Iterator[Kernel]:
-    """Logits of all tokens, their dx, and the cross-entropy as transformers computes it, in fp32."""
+    """Yield the logits of all tokens, their dx, and the cross-entropy as transformers computes it, in fp32."""
     sizes = Sizes(tokens, shape.hidden_size, shape.vocab_size)
     yield from (replace(kernel, part="head") for kernel in base_kernels(sizes))
     for phase in ("forward", "dx"):
@@ -157,7 +157,7 @@ def _head(shape: ModelShape, tokens: int) -> Iterator[Kernel]:
 
 
 def totals(kernels: Sequence[Kernel]) -> dict[str, float]:
-    """FLOPs and bytes of all."""
+    """Sum the FLOPs and bytes of all kernels."""
     return {
         "flops": sum(kernel.count * kernel.flops for kernel in kernels),
         "nbytes": sum(kernel.count * kernel.nbytes for kernel in kernels),
@@ -165,11 +165,11 @@ def totals(kernels: Sequence[Kernel]) -> dict[str, float]:
 
 
 def distinct(linears: Sequence[Linear]) -> list[Linear]:
-    """One linear of each size, the first."""
+    """Return the first linear of each size."""
     sizes = {(linear.in_features, linear.out_features): linear for linear in reversed(linears)}
     return [linear for linear in linears if linear in sizes.values()]
 
 
 def title(linear: Linear) -> str:
-    """Its size."""
+    """Format the linear's size."""
     return f"{linear.in_features} -> {linear.out_features}"

@@ -66,7 +66,7 @@ def run(options: RooflineOptions, output: Output) -> Roofline:
 
 
 def sheets(roofline: Roofline) -> list[Sheet]:
-    """The step; each distinct linear; MALoRA's kernels on one of them."""
+    """Return the tables of the step, of each distinct linear, and of MALoRA's kernels on one of them."""
     linears = distinct(roofline.adapted)
     return [
         _step_sheet(roofline),
@@ -76,13 +76,13 @@ def sheets(roofline: Roofline) -> list[Sheet]:
 
 
 def markdown(roofline: Roofline, command: str) -> str:
-    """The command, the tables and what their columns mean."""
+    """Render the command, the tables and what their columns mean."""
     tables = [sheet.as_markdown() for sheet in sheets(roofline)]
     return "\n".join([f"    {command}", "", *tables, "\n\n".join(NOTES)]) + "\n"
 
 
 def _step_sheet(roofline: Roofline) -> Sheet:
-    """Each subject's step by phase."""
+    """Return the table of each subject's step by phase."""
     all_kernels = {subject.name: roofline.step_kernels(subject) for subject in roofline.subjects()}
     base, lora = (roofline.seconds(kernels) for kernels in list(all_kernels.values())[:2])
     rows = []
@@ -97,7 +97,10 @@ def _step_sheet(roofline: Roofline) -> Sheet:
 
 
 def _linear_sheet(roofline: Roofline, linear: Linear) -> Sheet:
-    """Each subject on one linear: FLOPs and bytes of the adapter, and microseconds of the whole by phase."""
+    """Return the table of each subject on one linear.
+
+    Columns: FLOPs and bytes of the adapter, and microseconds of the whole by phase.
+    """
     subjects = roofline.subjects()
     base, lora = (roofline.seconds(roofline.linear_kernels(subject, linear)) for subject in subjects[:2])
     rows = []
@@ -114,7 +117,7 @@ def _linear_sheet(roofline: Roofline, linear: Linear) -> Sheet:
 
 
 def _kernel_sheet(roofline: Roofline, linear: Linear) -> Sheet:
-    """Every kernel of MALoRA on one linear, in the package's dense form."""
+    """Return the table of every kernel of MALoRA on one linear, in the package's dense form."""
     subject = next(subject for subject in roofline.subjects() if subject.name == "malora")
     kernels = sorted(roofline.linear_kernels(subject, linear), key=lambda kernel: PHASES.index(kernel.phase))
     rows = tuple(_kernel_row(kernel, roofline.device) for kernel in kernels)

@@ -47,7 +47,7 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
 
     def for_terminal(self) -> Table:
-        """A table for rich's Console.print."""
+        """Return the table for rich's Console.print."""
         table = Table(title=self.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
         for index, header in enumerate(self.headers):
             table.add_column(header, justify="right" if index else "left", no_wrap=True)
@@ -56,13 +56,13 @@ class Sheet:
         return table
 
     def as_markdown(self) -> str:
-        """The same in Markdown."""
+        """Render the table in Markdown."""
         lines = [self.headers, tuple("---:" if index else "---" for index in range(len(self.headers))), *self.rows]
         return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
 def sheets(result: Result) -> Iterator[Sheet]:
-    """One sheet for each comparison, and one of bytes by phase."""
+    """Yield one sheet for each comparison, and one of bytes by phase."""
     for comparison in result.selection.comparisons:
         rows = tuple(_cells(row) for row in result.rows(comparison))
         yield Sheet(f"{comparison.topic}: {TOPICS[comparison.topic]}", HEADERS, rows)
@@ -93,7 +93,7 @@ def _phases(row: Row) -> Iterator[tuple[str, ...]]:
 
 
 def markdown(result: Result, command: str) -> str:
-    """Heading, command, facts, tables and what their columns mean."""
+    """Render heading, command, facts, tables and what their columns mean."""
     facts = [f"- {name}: {value}" for name, value in result.facts.items()]
     left_out = [f"- left out: {' '.join(sentence.split())}" for sentence in result.selection.left_out]
     title = f"## {result.facts['model']}, {result.world_size} process{'es' if result.world_size > 1 else ''}"
@@ -102,7 +102,7 @@ def markdown(result: Result, command: str) -> str:
 
 
 def step_line(number: int, steps: int, name: str, record: StepRecord, first: StepRecord, world_size: int) -> str:
-    """One step of one variant: loss, difference to the first variant's, seconds, and what a process sent."""
+    """Format one step of one variant: loss, difference to the first variant's, seconds, and what a process sent."""
     total = sum(record.sent_bytes.values())
     sent = f"  {_mib(total / world_size)} MiB sent" if total else ""
     difference = "" if record is first else f" ({record.loss - first.loss:+.1e})"

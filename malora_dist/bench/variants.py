@@ -34,7 +34,7 @@ class Variant:
         return ", ".join([f"ZeRO-{self.zero_stage}", f"ep {self.ep_size}", base, *switched_off])
 
     def of(self, config: RunConfig) -> RunConfig:
-        """The recipe with this variant's settings in place of its own."""
+        """Return the recipe with this variant's settings in place of its own."""
         parallel = config.parallel.model_copy(update={"zero_stage": self.zero_stage, "ep_size": self.ep_size})
         model = config.model.model_copy(update={"load_in_4bit": self.load_in_4bit})
         return config.model_copy(update={"parallel": parallel, "model": model})
@@ -62,12 +62,12 @@ class Selection:
 
 
 def recipe_variant(config: RunConfig) -> Variant:
-    """The recipe with all experts on every process."""
+    """Return the variant of the recipe with all experts on every process."""
     return Variant(zero_stage=config.parallel.zero_stage, ep_size=1, load_in_4bit=config.model.load_in_4bit)
 
 
 def select(config: RunConfig, world_size: int, topics: Sequence[str] = ()) -> Selection:
-    """The comparisons of these topics, by default of all, with the variants that `world_size` processes can run.
+    """Select the comparisons of these topics, or of all, with the variants that `world_size` processes can run.
 
     Raises ConfigError for an unknown topic, or if the recipe cannot run at all; TopologyError if a topic that was
     asked for has nothing to compare.

@@ -8,7 +8,7 @@ from malora_dist.plan.find_shape import local_config
 
 
 def family_targets(model: str) -> tuple[str, ...] | None:
-    """Return the linears of a model for a new recipe, None if that cannot be known here."""
+    """Return the linears of a model for a new recipe, None if they cannot be found on this machine."""
     if local_config(model) is None or find_spec("torch") is None:
         return None
     targets: tuple[str, ...] | None = import_module("malora_dist.training.base_support").family_targets(model)

@@ -28,7 +28,7 @@ def start(
     config: RunConfig | None,
     master_port: int | None = None,
 ) -> None:
-    """Do the work here, or once for each device through the deepspeed launcher, and exit with its code.
+    """Do the work in this process, or once for each device through the deepspeed launcher, and exit with its code.
 
     Args:
         work: What this process does alone, or as one that a launcher has started; returns its exit code.

@@ -17,7 +17,7 @@ def cluster_files() -> dict[str, str]:
 
 
 def write_new_files(recipe: Path, text: str, *, with_cluster_files: bool) -> list[Path]:
-    """Write the recipe, and the cluster files beside it if wanted; the paths written.
+    """Write the recipe, and the cluster files beside it if wanted; return the paths written.
 
     Raises ConfigError if one of them is there already, or cannot be written; none of them is left then.
     """

@@ -30,10 +30,10 @@ CONSEQUENCE = re.compile(
 
 
 def last_error(log: Path) -> str | None:
-    """Return the line of a log that says what went wrong, of the latest start that has one; None without one.
+    """Return the line of a log with the error, of the latest start that has one; None without one.
 
-    A cause goes before what other processes say of it, of which the first is nearest to it. Also None if the log
-    cannot be read.
+    A cause is preferred to what other processes report of it, of which the first is nearest to the cause. Also None
+    if the log cannot be read.
     """
     for lines in reversed(_starts(_tail(log))):
         errors = list(_errors(lines))
@@ -60,7 +60,7 @@ def _tail(log: Path) -> list[str]:
 
 
 def _starts(lines: list[str]) -> list[list[str]]:
-    """The lines of each start of the job."""
+    """Split a log into the lines of each start of the job."""
     parts: list[list[str]] = [[]]
     for line in lines:
         if START.match(line):

@@ -52,7 +52,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _interface(family: socket.AddressFamily, address: tuple[Any, ...]) -> str | None:
-    """The interface with the address from which this host would send to the given one."""
+    """Return the interface with the address from which this host would send to `address`."""
     import psutil
 
     try:

@@ -22,13 +22,13 @@ def meeting_port(wanted: int | None) -> int:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody has now, and that the system gives to no outgoing connection."""
+    """Return a port of this machine that is free now, and that the system gives to no outgoing connection."""
     ports = Random().sample(range(FIRST_PORT, FIRST_PORT + PORTS), PORTS)
     return next(port for port in ports if _refusal(port) is None)
 
 
 def _refusal(port: int) -> str | None:
-    """Why no process of this machine could listen at the port; None if one could."""
+    """Return why no process of this machine could listen at the port; None if one could."""
     with socket.socket() as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

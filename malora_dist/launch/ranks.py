@@ -25,8 +25,8 @@ OTHERS = (
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a process that was started beside others.
 
-    Empty for a process of its own. Raises TopologyError if the environment says that there are others, and not who is
-    who.
+    Empty for a process of its own. Raises TopologyError if the environment says that there are others, and not which
+    rank each is.
     """
     if _is_complete(environment):
         return {name: environment[name] for name in LAUNCHED}
@@ -54,7 +54,7 @@ def under_launcher(environment: Mapping[str, str]) -> bool:
 
 
 def check_processes(environment: Mapping[str, str], num_gpus: int | None, master_port: int | None = None) -> None:
-    """Raise ConfigError if a launched process is told to start another number of processes, or to meet elsewhere."""
+    """Raise ConfigError if a launched process is asked to start another number of processes, or to use another port."""
     rank, size = place_of(environment)
     if master_port is not None and environment.get("MASTER_PORT") != str(master_port):
         raise ConfigError(
@@ -83,7 +83,7 @@ def place_of(environment: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _is_complete(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher has said everything. Raises TopologyError if that cannot be."""
+    """Return whether a launcher has set all its variables. Raises TopologyError if their values cannot be right."""
     if not all(environment.get(name) for name in LAUNCHED):
         return False
     rank, size = environment["RANK"], environment["WORLD_SIZE"]
@@ -108,7 +108,7 @@ def _is_complete(environment: Mapping[str, str]) -> bool:
 
 
 def _places_told(environment: Mapping[str, str]) -> Iterator[tuple[str, int, int, Iterable[str]]]:
-    """Who else says that it started this process beside others: as which one of how many, in which variables."""
+    """Yield whatever else claims to have started this process beside others: name, rank, size and variables."""
     found = task_of(environment)
     if found is not None:
         scheduler, task = found

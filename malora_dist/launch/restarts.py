@@ -48,7 +48,7 @@ def begin(run: Path, job: str) -> Restarts:
     """Note in the run's folder that `job` starts it, once more or for the first time.
 
     Raises CheckpointError if exit.json or restarts.json is damaged, ConfigError if the folder holds something that no
-    run goes on with, or cannot be written.
+    run can resume from, or cannot be written.
     """
     jobs = read_restarts(run)
     before, step = jobs.get(job, Restarts()), newest_step(run)
@@ -69,10 +69,11 @@ def begin(run: Path, job: str) -> Restarts:
 def end(
     run: Path, job: str, max_restarts: int, *, stop_after_steps: int | None, exit_code: int | None
 ) -> RestartDecision:
-    """Return what the job does after a start whose processes are gone, by exit.json and the checkpoints.
+    """Return what the job does after a start whose processes have ended, by exit.json and the checkpoints.
 
-    A start that the scheduler ends together with the job's script, for a lost node or another job, does not come here
-    and is not counted; nor is one that SIGTERM ended. One that its time limit ended is: the next has no more time.
+    A start that the scheduler ends together with the job's script, for a lost node or another job, does not call
+    this and is not counted; nor is one that SIGTERM ended. One that its time limit ended is counted: the next has no
+    more time.
 
     Args:
         run: The run's folder.
@@ -119,7 +120,7 @@ def read_restarts(run: Path) -> dict[str, Restarts]:
 
 
 def check_folder(run: Path) -> None:
-    """Raise ConfigError if the folder holds files of a run that cannot go on: each start would train beside it."""
+    """Raise ConfigError if the folder holds files of a run that cannot be resumed: each start would train beside it."""
     if run.is_dir() and not (run / run_files.CONFIG).exists():
         found = sorted({path.name for path in run.iterdir()} & run_files.OF_A_RUN)
         if found:
@@ -135,7 +136,7 @@ def newest_step(run: Path) -> int:
 
 
 def _count(run: Path, job: str, step: int, *, for_others: bool) -> int:
-    """Starts in a row that have ended without progress, this one included; noted."""
+    """Count the starts in a row that have ended without progress, this one included, and write the count."""
     jobs = read_restarts(run)
     before = jobs.get(job, Restarts(starts=1))
     count = 0 if step > before.step else before.without_progress + (0 if for_others else 1)

@@ -100,7 +100,7 @@ def _try(read: Callable[[], T], damaged: list[str]) -> T | None:
 
 
 def _records(path: Path, damaged: list[str]) -> tuple[list[Record], list[Record]]:
-    """All records, and those without lost steps; a half last line is one that is being written."""
+    """Return all records, and those without lost steps; an incomplete last line is still being written."""
     records = (_try(lambda: read_metrics(path), damaged) or []) if path.exists() else []
     try:
         return records, without_lost_steps(records)

@@ -158,7 +158,7 @@ class Scheduler:
     queue: JobQueue | None = None
 
     def task(self, environment: Mapping[str, str]) -> Task | None:
-        """Return this process's place if the scheduler tells it in variables of its own, instead of torch's."""
+        """Return this process's place if the scheduler sets it in variables of its own, instead of torch's."""
         return None
 
     def meeting_place(self, environment: Mapping[str, str]) -> tuple[str, str]:

@@ -34,7 +34,7 @@ def task_of(environment: Mapping[str, str]) -> tuple[Scheduler, Task] | None:
 
 
 def num_nodes(environment: Mapping[str, str]) -> int:
-    """Return the number of nodes of this process's run, as the first scheduler that knows it says; else 1."""
+    """Return the number of nodes of this process's run from the first scheduler that knows it; else 1."""
     counts = (one.num_nodes(environment) for one in SCHEDULERS.values())
     return next((count for count in counts if count is not None), 1)
 

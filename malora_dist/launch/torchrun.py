@@ -57,7 +57,7 @@ def torchrun_command(
     master_port: int | None = None,
     launcher: str = "torchrun",
 ) -> list[str]:
-    """Return the command that runs `python -m module arguments` in `processes` processes here, on one of `nodes`.
+    """Return the command that runs `python -m module arguments` in `processes` processes on one of `nodes` machines.
 
     Args:
         module, arguments: Of each process.

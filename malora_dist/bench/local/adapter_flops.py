@@ -16,7 +16,7 @@ BASE = "base"
 
 
 def adapter_flops(spec: MixtureSpec, sizes: Sequence[tuple[int, int]], tokens: int, *, all_experts: bool) -> int:
-    """FLOPs of the adapters' products, forward and backward, over linears of `sizes` (in_features, out_features).
+    """Return the FLOPs of adapters' products, forward and backward, on linears of `sizes` (in_features, out_features).
 
     Every number of a factor takes one multiplication and one addition forward, and two of each backward (for the
     input's gradient and for its own). all_experts: each token is multiplied by all experts, as our dense form does;
@@ -34,7 +34,10 @@ def adapter_flops(spec: MixtureSpec, sizes: Sequence[tuple[int, int]], tokens: i
 def base_gemm(
     sizes: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], None], int]:
-    """What runs x W^T once for a linear of each size, and its FLOPs: the rate that the base's own products reach."""
+    """Return a function that runs x W^T once for a linear of each size, and its FLOPs.
+
+    This measures the rate that the base's own products reach.
+    """
     pairs = [
         (torch.randn(tokens, n, device=device).to(dtype), torch.randn(m, n, device=device).to(dtype)) for n, m in sizes
     ]
@@ -50,7 +53,7 @@ def base_gemm(
 def with_shares(
     records: Sequence[Measurement], times: Mapping[str, Sequence[float]], flops: Mapping[str, int]
 ) -> list[Measurement]:
-    """The records with the GEMM's rate, and what each adapter costs above the base against what its products must cost.
+    """Return the records with the GEMM's rate, and each adapter's time above the base beside that of its products.
 
     adapter ms: seconds above the frozen base, median over rounds. FLOPs ms: the same FLOPs at the GEMM's rate.
     """

@@ -11,12 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_above(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that are alive at once while `work` runs, above those alive before it.
+    """Return the peak bytes of tensors that are alive at once while `work` runs, above those alive before it.
 
     On the CPU every allocation and release of PyTorch's allocator is followed, the short-lived ones inside an operation
     included; what other libraries take for themselves is not. `work` must release no tensor that it found: its size
     would not be known. On CUDA it is what the caching allocator gave out.
-    The number repeats exactly: nothing is left to the garbage collector's choice of a moment.
+    The number repeats exactly: the garbage collector is off meanwhile.
     """
     gc.collect()
     collects = gc.isenabled()
@@ -50,7 +50,7 @@ def _cpu_peak(work: Callable[[], object]) -> int:
 
 
 def _allocations(profiler: profile) -> Iterator[Any]:
-    """Every allocation and release of CPU memory. The public list of events leaves out those inside operations."""
+    """Yield every allocation and release of CPU memory; the public list of events omits those inside operations."""
     from torch._C._profiler import _EventType
 
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
@@ -63,13 +63,13 @@ def _allocations(profiler: profile) -> Iterator[Any]:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' memory; what several share counts once."""
+    """Return the bytes of the tensors' memory; a storage that several share counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """The base: parameters that are not trained, with the scales that bitsandbytes keeps beside its 4-bit codes."""
+    """Yield the base: frozen parameters, with the scales that bitsandbytes keeps beside its 4-bit codes."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             yield parameter
@@ -78,11 +78,11 @@ def frozen_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def trained_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """The adapters."""
+    """Yield the trainable parameters: the adapters."""
     yield from (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
-    """Moments and step counters."""
+    """Yield the optimizer's moments and step counters."""
     states = () if optimizer is None else optimizer.state.values()
     yield from (value for state in states for value in state.values() if isinstance(value, Tensor))

@@ -83,7 +83,7 @@ def _measure(options: DataOptions, config: RunConfig, world: World, watchdog: Wa
 
 
 def prepare_twice(config: DataConfig, tokenizer: Any) -> tuple[PreparedData, list[Measurement]]:
-    """The data, prepared in an empty cache and then read from it, with a record of each."""
+    """Return the data, prepared in an empty cache and then read from it, with a record of each."""
     with tempfile.TemporaryDirectory() as cache:
         settings = config.model_copy(update={"cache_dir": cache})
         started = time.perf_counter()
@@ -101,7 +101,7 @@ def prepare_twice(config: DataConfig, tokenizer: Any) -> tuple[PreparedData, lis
 
 
 def all_tokens(data: PreparedData) -> int:
-    """Tokens of every split; of a question its prompt and all its choices."""
+    """Count the tokens of every split; a question counts its prompt and all its choices."""
     evaluated = [item for split in data.evaluation.values() for items in split.values() for item in items]
     return sum(map(_tokens, data.train)) + sum(map(_tokens, evaluated))
 
@@ -142,12 +142,12 @@ class Training:
 
 
 def row_tokens(batches: Sequence[MicroBatch]) -> int:
-    """Tokens per step."""
+    """Count the tokens of a step."""
     return sum(batch.input_ids.numel() for batch in batches)
 
 
 def rates(case: str, times: dict[str, list[float]], tokens: dict[str, list[int]]) -> list[Measurement]:
-    """Tokens a second of the loader and of training, and how many times faster the loader is, round by round."""
+    """Return tokens per second of the loader and of training, and the ratio of the loader's rate, round by round."""
     per_second = {
         name: [count / taken for count, taken in zip(tokens[name], seconds, strict=True)]
         for name, seconds in times.items()

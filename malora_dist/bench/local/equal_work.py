@@ -12,7 +12,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 def check_outputs(outputs: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Raise RuntimeError if a first output is not the first subject's, relative to its largest number.
 
-    Adapters start at zero, so whoever differs computes something else.
+    Adapters start at zero, so a baseline that differs computes something else.
     """
     first, expected = next(iter(outputs.items()))
     scale = expected.abs().max()

@@ -66,7 +66,7 @@ def _dropouts(text: str) -> list[float]:
 
 
 def _taking_part(options: LaunchOptions) -> dict[str, Baseline]:
-    """Return the base, and those of --only or all that can be counted here."""
+    """Return the base, and the baselines of --only or all that can be counted with these options and packages."""
     names = list(BASELINES) if options.only is None else names_in(options.only)
     unknown = [name for name in names if name not in BASELINES]
     if unknown:

@@ -83,7 +83,7 @@ class Pass:
         self.x_TI, self.grad_TO = x_TI.clone().requires_grad_(), grad_TO
 
     def __call__(self) -> Tensor:
-        """The output (T, O), detached."""
+        """Run forward and backward and return the output (T, O), detached."""
         self.x_TI.grad = None
         for parameter in self.adapted.trained:
             parameter.grad = None
@@ -116,7 +116,7 @@ def _cases(options: LayerOptions) -> Iterator[Case]:
 def measure(
     case: Case, options: LayerOptions, baselines: Mapping[str, Baseline], device: torch.device
 ) -> list[Measurement]:
-    """Records of one case: the baselines, and the base's product alone."""
+    """Return the records of one case: the baselines, and the base's product alone."""
     log(case.title(options))
     dtype = getattr(torch, long_name(options.dtype))
     passes = _passes(case, options, baselines, device)

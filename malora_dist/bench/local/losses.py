@@ -24,7 +24,7 @@ class Batch:
 
     @classmethod
     def of(cls, rows: int, length: int, vocabulary: int, labelled: float, device: torch.device) -> "Batch":
-        """Seeded tokens; of each row the last `labelled` share is learned, as a response after its prompt."""
+        """Return seeded tokens; of each row the last `labelled` share is learned, as a response after its prompt."""
         ids = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
         unlearned = max(1, min(length - 1, length - round(labelled * length)))
         labels = ids.clone()
@@ -41,7 +41,7 @@ class Batch:
         return len(self.ids) * (self.ids.shape[1] - self.unlearned)
 
     def keys(self, step: int) -> Tensor:
-        """(T,) keys of our dropout, as training makes them anew for each step."""
+        """Return the (T,) keys of our dropout, which training makes for each step."""
         rows, length = self.ids.shape
         samples, positions = torch.arange(rows, device=self.ids.device), torch.arange(length, device=self.ids.device)
         return token_keys(0, step, samples.repeat_interleave(length), positions.repeat(rows))
@@ -51,13 +51,13 @@ Loss = Callable[[Any, Batch], Tensor]
 
 
 def model_loss(model: Any, batch: Batch) -> Tensor:
-    """The model's own: cross-entropy on the logits of all tokens."""
+    """Return the model's own loss: cross-entropy on the logits of all tokens."""
     loss: Tensor = model(input_ids=batch.ids, labels=batch.labels, use_cache=False).loss
     return loss
 
 
 def chunked_loss(model: Any, batch: Batch) -> Tensor:
-    """Ours: logits of learned tokens only, a chunk at a time. The same number."""
+    """Return our loss, the same number: logits of learned tokens only, a chunk at a time."""
     head = loss_head(_causal_lm(model))
     assert head is not None
     targets_N = batch.labels[:, batch.unlearned :].flatten()
@@ -74,7 +74,7 @@ def prepare_head(loss: str, model: Any) -> None:
 
 
 def _causal_lm(model: Any) -> Any:
-    """The model inside PEFT's."""
+    """Return the causal LM, unwrapped if PEFT has wrapped it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -51,7 +51,7 @@ def _check_kind(gpu: Gpu, dtype: str | None) -> None:
 
 
 def describe(device: torch.device | str) -> dict[str, Any]:
-    """Processor, threads, load, versions of what takes part, and the GPU with its driver, as plain values."""
+    """Return processor, threads, load, package versions, and the GPU with its driver, as plain values."""
     facts: dict[str, Any] = {
         "CPU": _processor(),
         "cores": os.cpu_count(),

@@ -54,7 +54,7 @@ class MemoryOptions:
     device: str = "cpu"
 
     def of_step(self, base: str) -> StepOptions:
-        """The same model and batch as `malora bench step` would take them."""
+        """Return the options of `malora bench step` for the same model and batch."""
         return StepOptions(
             model=self.model,
             batch=self.batch,
@@ -95,7 +95,7 @@ def run(options: MemoryOptions, output: Output) -> Report:
 
 
 def peaks(setup: StepSetup, baselines: Mapping[str, Baseline], checkpointing: str) -> list[Measurement]:
-    """Each baseline's peak in its second step, when the optimizer's state is there; one at a time."""
+    """Measure each baseline's peak in its second step, when the optimizer's state exists; one at a time."""
     title = setup.title(f"memory of a step, checkpointing {checkpointing}")
     records: list[Measurement] = []
     losses: dict[str, float] = {}
@@ -111,12 +111,12 @@ def peaks(setup: StepSetup, baselines: Mapping[str, Baseline], checkpointing: st
 
 
 def recompute_blocks(model: Any) -> None:
-    """Activation checkpointing as training does it."""
+    """Enable activation checkpointing as training does."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _peak(name: str, title: str, trainee: Trainee, facts: dict[str, object], device: torch.device) -> Measurement:
-    """peak_bytes is the whole: model, optimizer and batch, and what the step needs on top.
+    """Measure a baseline's peak_bytes: model, optimizer and batch, and what the step needs on top.
 
     What is kept between steps is counted by its tensors, so that others' memory in this process does not count.
     """
@@ -134,7 +134,7 @@ def _peak(name: str, title: str, trainee: Trainee, facts: dict[str, object], dev
 
 
 def _with_ratios(records: Sequence[Measurement]) -> list[Measurement]:
-    """Peaks against PEFT's LoRA at equal parameters; they are exact, so there are no quartiles."""
+    """Return the peaks with ratios to PEFT's LoRA at equal parameters; they are exact, so there are no quartiles."""
     against = next((record.peak_bytes for record in records if record.name == AGAINST), None)
     if against is None:
         return list(records)
@@ -144,7 +144,7 @@ def _with_ratios(records: Sequence[Measurement]) -> list[Measurement]:
 def _times(
     setups: Mapping[str, StepSetup], baselines: Mapping[str, Baseline], options: MemoryOptions
 ) -> list[Measurement]:
-    """Seconds of a step on either base, taking turns; the ratio is to the same baseline on the first."""
+    """Time a step on each base, in turns; the ratio is to the same baseline on the first base."""
     if options.repeats == 0:
         return []
     names = [name for name in TIMED if name in baselines]

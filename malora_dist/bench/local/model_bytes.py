@@ -20,7 +20,7 @@ BF16 = 2
 
 
 def model_records(setup: StepSetup, baselines: Mapping[str, Baseline]) -> list[Measurement]:
-    """Parameters of our baselines' models, and the 4-bit linears by themselves; `plan` is the formula's number."""
+    """Measure the parameters of our baselines' models, and the 4-bit linears alone; `plan` is the formula's number."""
     title = setup.title("bytes of the model")
     records = [_quantised(setup, title)] if setup.options.base == "nf4" else []
     for name, baseline in baselines.items():
@@ -43,7 +43,7 @@ def _quantised(setup: StepSetup, title: str) -> Measurement:
 
 
 def planned_run(setup: StepSetup, spec: MixtureSpec) -> Run:
-    """What `malora plan` would take for this model and batch, on one process without ZeRO."""
+    """Return the run that `malora plan` would estimate for this model and batch, on one process without ZeRO."""
     model: Any = setup.base.ours
     shape = shape_of(_config(model), setup.options.model)
     return Run(

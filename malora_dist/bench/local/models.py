@@ -24,8 +24,11 @@ RANDOM_SIZES = {
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A causal LM, frozen, not quantised: `smollm2` is the demo's, `random-1b` a Llama without training, any other name
-    a folder, GGUF file or hub id. Raises ConfigError if there is none."""
+    """Load a causal LM, frozen and not quantised.
+
+    `smollm2` is the demo's, `random-1b` a Llama without training, any other name a folder, GGUF file or hub id. Raises
+    ConfigError if there is none.
+    """
     if name == RANDOM_1B:
         return _random_llama(dtype, device)
     folder = resolve_model(str(_smollm2()) if name == SMOLLM2 else name)

@@ -14,7 +14,7 @@ BASES = ("full", "nf4")
 
 
 def sizes(text: str) -> list[tuple[int, int]]:
-    """`576,4096x11008`: (in_features, out_features) of linears; one number is both. Raises ConfigError."""
+    """Parse `576,4096x11008` to the (in_features, out_features) of linears; one number is both. Raises ConfigError."""
     parts = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", part.strip()) for part in text.split(",")]
     if None in parts:
         raise ConfigError(f"--size {text!r} must be a list such as 576,4096x11008: inputs x outputs, or one for both")
@@ -22,7 +22,7 @@ def sizes(text: str) -> list[tuple[int, int]]:
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """`512,8192`. Raises ConfigError unless all are whole numbers above 0."""
+    """Parse a list such as `512,8192`. Raises ConfigError unless all are whole numbers above 0."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ConfigError(f"{option} {text!r} must be a list of whole numbers above 0, such as 512,8192")
@@ -30,7 +30,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 def labelled_share(text: str) -> float:
-    """`all`, or a share of a row's tokens above 0 and up to 1. Raises ConfigError."""
+    """Parse `all`, or a share of a row's tokens above 0 and up to 1. Raises ConfigError."""
     try:
         share = 1.0 if text == "all" else float(text)
     except ValueError:
@@ -41,24 +41,24 @@ def labelled_share(text: str) -> float:
 
 
 def default_names(dtype: str) -> list[str]:
-    """Everyone, but nobody twice: only from bf16 does PEFT raise adapters to fp32."""
+    """Return the names of all baselines, without duplicates: only from bf16 does PEFT raise adapters to fp32."""
     return [name for name, baseline in BASELINES.items() if dtype == "bf16" or not baseline.fp32]
 
 
 def names_on_one_linear(dtype: str) -> list[str]:
-    """`default_names` without those who differ only where linears read one tensor."""
+    """Return `default_names` without those that differ only where several linears read one tensor."""
     return [name for name in default_names(dtype) if not BASELINES[name].fuse_projections]
 
 
 def one_of(option: str, value: str, known: Any) -> str:
-    """The value, if it is known. Raises ConfigError."""
+    """Return the value, if it is known. Raises ConfigError."""
     if value not in known:
         raise ConfigError(f"{option} {value!r} must be one of {', '.join(known)}")
     return value
 
 
 def short_dtype(given: str) -> str:
-    """The short name of a dtype given to --dtype by any of its names. Raises ConfigError if it is not measured."""
+    """Return the short name of a dtype that --dtype may give by any name. Raises ConfigError if it is not measured."""
     name = long_name(given)
     if name not in DTYPES:
         raise ConfigError(f"--dtype {given!r} {dtype_rule(DTYPES)}")
@@ -66,7 +66,7 @@ def short_dtype(given: str) -> str:
 
 
 def command_line(verb: str, options: Any) -> str:
-    """How to run it again: `malora bench VERB` with every option of the dataclass that differs from its default."""
+    """Return the command to run it again: `malora bench VERB` with every option that differs from its default."""
     words = ["malora", "bench", verb]
     for option in fields(options):
         value = getattr(options, option.name)

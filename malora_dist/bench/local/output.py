@@ -13,7 +13,7 @@ TABLE_WIDTH = 180
 
 
 def log(text: str) -> None:
-    """A line on stderr, for whoever waits."""
+    """Print a line on stderr, so that the user sees progress."""
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -32,12 +32,12 @@ class Measurement:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without those that were not measured."""
+        """Return plain values for JSON, without those that were not measured."""
         return {key: value for key, value in asdict(self).items() if value is not None and value != {}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Measurement":
-        """The record of `as_dict`, JSON's lists made tuples again."""
+        """Return the record of `as_dict`, with JSON's lists as tuples again."""
         quartiles = values.get("ratio_quartiles")
         return cls(**{**values, "ratio_quartiles": None if quartiles is None else (quartiles[0], quartiles[1])})
 
@@ -52,31 +52,31 @@ class Report:
     notes: tuple[str, ...] = NOTES
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         records = [record.as_dict() for record in self.records]
         return {"machine": self.machine, "command": self.command, "records": records}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
-        """The report of `as_dict`."""
+        """Return the report of `as_dict`."""
         return cls(
             values["machine"], values["command"], [Measurement.from_dict(record) for record in values["records"]]
         )
 
     def sheets(self) -> list[Sheet]:
-        """One table for each case, in the order of the records."""
+        """Return one table for each case, in the order of the records."""
         cases = dict.fromkeys(record.case for record in self.records)
         return [_sheet(case, [record for record in self.records if record.case == case]) for case in cases]
 
     def markdown(self) -> str:
-        """The command, the machine and the tables."""
+        """Render the command, the machine and the tables."""
         machine = [f"- {name}: {value}" for name, value in self.machine.items()]
         tables = [sheet.as_markdown() for sheet in self.sheets()]
         return "\n".join([f"    {self.command}", "", *machine, "", *tables, "\n\n".join(self.notes)]) + "\n"
 
 
 def _sheet(case: str, records: list[Measurement]) -> Sheet:
-    """What is the same for all stands in the title or a header; columns that no record fills are left out."""
+    """Return the table of a case, without empty columns; values that all records share are in the title or a header."""
     against = list(dict.fromkeys(record.against for record in records if record.against is not None))
     of_whom = f"ratio to {against[0]}" if len(against) == 1 else "ratio"
     columns = {
@@ -97,7 +97,7 @@ def _sheet(case: str, records: list[Measurement]) -> Sheet:
 
 
 def _shared_facts(records: Sequence[Measurement]) -> dict[str, Any]:
-    """Facts that several records have, all with the same value."""
+    """Return the facts that several records have, all with the same value."""
     values: dict[str, list[Any]] = {}
     for record in records:
         for name, value in record.facts.items():
@@ -110,14 +110,14 @@ def _quartiles(record: Measurement) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Milliseconds below a second."""
+    """Format seconds, as milliseconds below a second."""
     if seconds is None:
         return ""
     return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def fact_text(value: Any) -> str:
-    """A fact in a cell: large integers in groups of three digits, other numbers to four digits."""
+    """Format a fact for a cell: large integers in groups of three digits, other numbers to four digits."""
     if value is None:
         return ""
     if isinstance(value, bool):

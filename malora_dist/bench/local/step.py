@@ -45,7 +45,7 @@ def _check_against(options: StepOptions, baselines: Mapping[str, Baseline]) -> N
 
 
 def measure(setup: StepSetup, baselines: Mapping[str, Baseline]) -> list[Measurement]:
-    """Records of whole steps, and of the products of one block's adapted linears alone."""
+    """Return the records of whole steps, and of the products of one block's adapted linears alone."""
     trainees = {name: setup.trainee(baseline) for name, baseline in baselines.items()}
     facts = first_steps(trainees, setup.dtype)
     tokens = next(iter(trainees.values())).batch.tokens

@@ -22,7 +22,7 @@ class StepCase:
 
 
 def experts(setup: StepSetup, baselines: Mapping[str, Baseline]) -> list[Measurement]:
-    """Each mixture with 8 and with 64 experts of the same ranks, at the same top_k; ratios are to its own 8."""
+    """Time each mixture with 8 and with 64 experts of the same ranks, at the same top_k; ratios are to its own 8."""
     without = [name for name, one in baselines.items() if "num_experts" not in one.numbers]
     if without:
         raise ConfigError(f"--case experts: {', '.join(without)} has no experts")
@@ -39,7 +39,7 @@ def experts(setup: StepSetup, baselines: Mapping[str, Baseline]) -> list[Measure
 
 
 def tokens(setup: StepSetup, baselines: Mapping[str, Baseline]) -> list[Measurement]:
-    """Everyone on the batch and on twice as many rows; ratios are to its own step on the batch."""
+    """Time each baseline on the batch and on twice as many rows; ratios are to its own step on the batch."""
     trainees = {name: setup.trainee(baseline) for name, baseline in baselines.items()}
     doubled = {f"{name}_2x": setup.trainee(baseline, times=2) for name, baseline in baselines.items()}
     facts = first_steps(trainees, setup.dtype) | first_steps(doubled, setup.dtype)
@@ -48,7 +48,7 @@ def tokens(setup: StepSetup, baselines: Mapping[str, Baseline]) -> list[Measurem
 
 
 def optimizer(setup: StepSetup, baselines: Mapping[str, Baseline]) -> list[Measurement]:
-    """The optimizer's step alone, on the gradients of one step."""
+    """Time the optimizer's step alone, on the gradients of one step."""
     trainees = {name: setup.trainee(baseline) for name, baseline in baselines.items()}
     facts = first_steps(trainees, setup.dtype)
     steps: dict[str, Callable[[], object]] = {}

@@ -49,7 +49,7 @@ class StepSetup:
         self.base = Base.of(model, DEFAULT_TARGETS, load_in_4bit=options.base == "nf4", peft=peft)
 
     def title(self, case: str) -> str:
-        """Case and conditions in words."""
+        """Describe case and conditions in words."""
         given = self.options
         conditions = (
             f"{given.batch} x {given.length} tokens, {given.dtype}, {given.base} base, dropout {given.dropout:g}"
@@ -57,7 +57,7 @@ class StepSetup:
         return f"{case}: {given.model}, {conditions}, labels {given.labels}, loss {given.loss}"
 
     def trainee(self, baseline: Baseline, *, times: int = 1) -> Trainee:
-        """The baseline on `times` as many rows."""
+        """Return the baseline with a batch of `times` as many rows."""
         given = self.options
         rows, share = times * given.batch, labelled_share(given.labels)
         batch = Batch.of(rows, given.length, self.vocabulary, share, self.device)
@@ -66,13 +66,13 @@ class StepSetup:
         )
 
     def interleave(self, subjects: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Seconds by subject and round."""
+        """Return seconds by subject and round."""
         log(f"{self.options.warmup} + {self.options.repeats} rounds of {', '.join(subjects)}")
         return interleave(subjects, repeats=self.options.repeats, warmup=self.options.warmup, device=self.device)
 
 
 def first_steps(trainees: Mapping[str, Trainee], dtype: torch.dtype) -> dict[str, dict[str, object]]:
-    """Let everyone make the first step, check that all do the same work, and say what each is."""
+    """Run each trainee's first step, check that all do the same work, and return the facts of each."""
     log(f"first steps of {', '.join(trainees)}")
     losses = {name: float(trainee()) for name, trainee in trainees.items()}
     check_losses(losses, dtype)

@@ -16,10 +16,10 @@ from malora_dist.errors import ConfigError
 def interleave(
     subjects: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int, device: torch.device | str
 ) -> dict[str, list[float]]:
-    """Seconds of each subject in each of `repeats` rounds, after `warmup` rounds that are not kept.
+    """Return the seconds of each subject in each of `repeats` rounds, after `warmup` rounds that are not kept.
 
-    Each round takes all of them once, in a random order that is the same in every run: whatever slows the machine slows
-    all alike, and none always follows the same one. A CUDA device is synchronised before and after each turn.
+    Each round runs all of them once, in a random order that is the same in every run: whatever slows the machine slows
+    all equally, and none always follows the same one. A CUDA device is synchronised before and after each turn.
     """
     names, draw = list(subjects), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -45,7 +45,7 @@ def _finish(device: torch.device) -> None:
 
 
 def reference(wanted: str | None, names: Collection[str]) -> str:
-    """Whom ratios are to: `wanted`, or peft_lora, or the first. Raises ConfigError for someone who takes no part."""
+    """Return the ratios' baseline: `wanted`, peft_lora or the first. Raises ConfigError if `wanted` takes no part."""
     if wanted is not None and wanted not in names:
         raise ConfigError(f"--against {wanted!r} takes no part: {', '.join(names)}")
     return wanted or ("peft_lora" if "peft_lora" in names else next(iter(names)))
@@ -57,7 +57,7 @@ def records_of(
     against: str,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Measurement]:
-    """A record for each subject, with its facts: median seconds, and the ratio to `against` in the same round."""
+    """Return each subject's record, with its facts: median seconds, and the ratio to `against` in the same round."""
     records = []
     for name, seconds in times.items():
         ratios = [mine / other for mine, other in zip(seconds, times[against], strict=True)]

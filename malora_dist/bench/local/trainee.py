@@ -31,7 +31,7 @@ class Trainee:
         self.steps = 0
 
     def __call__(self) -> Tensor:
-        """One step; its cross-entropy, detached."""
+        """Run one step and return its cross-entropy, detached."""
         loss = self.backward()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -39,7 +39,7 @@ class Trainee:
         return loss
 
     def backward(self) -> Tensor:
-        """Gradients of one step, and its cross-entropy, detached."""
+        """Compute the gradients of one step and return its cross-entropy, detached."""
         self.steps += 1
         self._set_keys()
         with kept_weight_copies(self.adapted.model):
@@ -54,7 +54,7 @@ class Trainee:
                 layer.token_keys = keys_T
 
     def balance_loss(self) -> Tensor | float:
-        """Of the last forward, weighted; the mean over routers. 0 without one."""
+        """Return the weighted load-balancing loss of the last forward, the mean over routers; 0 without one."""
         routings = [_take_routing(layer) for layer in self.adapted.routers]
         if not routings or self.adapted.spec is None:
             return 0.0

@@ -21,7 +21,7 @@ class Piloted:
     gain: Difference
 
     def moves(self, highest: float) -> bool:
-        """Whether the task is learned at all, and not beyond what can still tell methods apart."""
+        """Return whether the task is learned at all, but not above `highest`, where methods cannot be told apart."""
         return self.gain.low > 0 and self.trained <= highest
 
 
@@ -35,7 +35,7 @@ def pilot_runs(bench: Bench) -> list[Run]:
 
 
 def piloted(bench: Bench, results: Mapping[str, Result]) -> Iterator[Piloted]:
-    """Return what the pilot has found so far, in the order of the suite's tasks; failed runs are left out."""
+    """Yield what the pilot has found so far, in the order of the suite's tasks; failed runs are left out."""
     base = results.get(bench.base_run().id)
     if base is None or not base.finished:
         return

@@ -65,16 +65,16 @@ def start_training(recipe: Path, log: Path, threads: int) -> Process:
 
 
 def end_with_parent() -> None:
-    """Let the system kill this process when the one that started it is gone, so that no run is left without a queue.
+    """Let the system kill this process when its parent has ended, so that no run is left without a queue.
 
-    Killed rather than told to end, since a run that stands still would not hear it. Only Linux can.
+    It is killed, not asked to end, since a stopped run would not react to a request. Only Linux can do this.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def lowest_priority() -> None:
-    """Let this process and all it starts run only when nothing else wants the processor, where the system can."""
+    """Let this process and its children run only when nothing else needs the processor, where the system can."""
     os.nice(19)
     if hasattr(os, "SCHED_IDLE"):
         with contextlib.suppress(OSError):
@@ -172,7 +172,7 @@ class Queue:
         self._stopped = True
 
     def _work(self) -> int:
-        """Keep `jobs` runs going until none is left, the limit is reached or the queue is told to stop."""
+        """Keep `jobs` runs going until none is left, the limit is reached or the queue is asked to stop."""
         made, asked, fresh = 0, False, True
         while True:
             self._pause()
@@ -202,7 +202,7 @@ class Queue:
         return [run for run in self.known(results) if run.id not in results and run.id not in busy][:room]
 
     def _begin(self, run: Run) -> None:
-        """Start one run in a process of its own, or let it go on where the last queue stopped it."""
+        """Start one run in a process of its own, or resume it where the last queue stopped it."""
         bench = next(bench for bench in self.benches if bench.suite.name == run.suite)
         folder = self.out.absolute() / "work" / run.id
         folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ class Queue:
             self.say(line)
 
     def _pause(self) -> None:
-        """Return once OUT/pause is not there; until then all runs stand still."""
+        """Wait until OUT/pause does not exist; until then all runs are stopped."""
         if not (self.out / PAUSE).exists() or self._stopped:
             return
         began = time.time()

@@ -67,7 +67,7 @@ def read_results(out: Path) -> dict[str, Result]:
 
 
 def facts_of(run: Run) -> dict[str, Any]:
-    """Return what a result says of its run and of the software."""
+    """Return the facts of the run and of the software that a result records."""
     versions = {"malora_dist": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -33,21 +33,21 @@ class Source:
 
 
 def obqa(data: Path, seed: int) -> Iterator[Question]:
-    """A question of elementary science with four choices, without the book's fact."""
+    """Yield questions of elementary science with four choices, without the book's fact."""
     for row in read_lines(data / "OpenBookQA" / "test.jsonl"):
         question = row["question"].strip()
         yield from with_options(question, row["options"], row["answer"], (question,))
 
 
 def piqa(data: Path, seed: int) -> Iterator[Question]:
-    """A goal of everyday life and two ways to it."""
+    """Yield goals of everyday life with two ways to reach each."""
     for row in read_lines(data / "PIQA" / "validation.jsonl"):
         question = row["question"].strip()
         yield from with_options(question, row["options"], row["answer"], (question,))
 
 
 def boolq(data: Path, seed: int) -> Iterator[Question]:
-    """A yes-no question on a short passage."""
+    """Yield yes-no questions on short passages."""
     for row in read_lines(data / "BoolQ" / "combined.jsonl"):
         if row.get("label") is not None:
             passage = row["passage"].strip()
@@ -55,43 +55,43 @@ def boolq(data: Path, seed: int) -> Iterator[Question]:
 
 
 def goal(data: Path, seed: int) -> Iterator[Question]:
-    """Which of four goals a step of a how-to article serves."""
+    """Yield questions on which of four goals a step of a how-to article serves."""
     yield from _scored(data / "goal_step_wikihow" / "goal_inference")
 
 
 def step(data: Path, seed: int) -> Iterator[Question]:
-    """Which of four steps serves the goal of a how-to article."""
+    """Yield questions on which of four steps serves the goal of a how-to article."""
     yield from _scored(data / "goal_step_wikihow" / "step_inference")
 
 
 def strategyqa(data: Path, seed: int) -> Iterator[Question]:
-    """A yes-no question that takes several facts."""
+    """Yield yes-no questions that need several facts."""
     yield from _scored(data / "strategyqa")
 
 
 def winowhy(data: Path, seed: int) -> Iterator[Question]:
-    """Whether the reason given for what a pronoun refers to is right; all reasons for one sentence are alike."""
+    """Yield questions on whether the reason given for a pronoun's referent is right, `alike` for one sentence."""
     for question in _scored(data / "winowhy"):
         sentence = question.prompt.split(". The '")[0]
         yield Question(f"{question.prompt} Is this right?", question.choices, question.label, (sentence,))
 
 
 def fever(data: Path, seed: int) -> Iterator[Question]:
-    """Whether a claim of general knowledge is true."""
+    """Yield questions on whether a claim of general knowledge is true."""
     for question in _scored(data / "fact_checker" / "fever"):
         claim = question.prompt.split("the following claim was made: ")[-1].split("\n")[0]
         yield Question(f"{claim} Is this true or false?", question.choices, question.label, (claim,))
 
 
 def fallacy(data: Path, seed: int) -> Iterator[Question]:
-    """Whether a short argument is valid."""
+    """Yield questions on whether a short argument is valid."""
     for question in _scored(data / "logical_fallacy_detection"):
         text = question.prompt.split("as appropriate. ")[-1]
         yield Question(f"{text} Is this valid or invalid?", question.choices, question.label, (text,))
 
 
 def intent(data: Path, seed: int) -> Iterator[Question]:
-    """Which of seven requests to an assistant an utterance is."""
+    """Yield questions on which of seven requests to an assistant an utterance is."""
     for question in _scored(data / "intent_recognition"):
         choices = tuple(choice.replace("_", " ") for choice in question.choices)
         text = question.prompt.removeprefix("Utterance: ")
@@ -99,7 +99,7 @@ def intent(data: Path, seed: int) -> Iterator[Question]:
 
 
 def sqlkind(data: Path, seed: int) -> Iterator[Question]:
-    """Which kind of SQL query answers a question on a database; wordings of one query are alike."""
+    """Yield questions on which kind of SQL query answers a question on a database; one query's wordings are `alike`."""
     for row in _examples(data / "semantic_parsing_spider"):
         question, target = row["input"].split(" | ")[0].strip(), row["target"]
         query = target[0] if isinstance(target, list) else target
@@ -109,9 +109,9 @@ def sqlkind(data: Path, seed: int) -> Iterator[Question]:
 
 
 def privacy(data: Path, seed: int) -> Iterator[Question]:
-    """Whether a clause of a privacy policy answers a question; rows with the same clause are alike.
+    """Yield questions on whether a clause of a privacy policy answers a question; rows of one clause are `alike`.
 
-    Questions come back with other clauses, in all splits: what is asked for is one of some hundred things.
+    Questions recur with other clauses, in all splits: they ask for one of about a hundred things.
     """
     rows = {(row["context"], row["question"]): str(row["answer"]) == "True" for row in
             read_lines(data / "Privacy-Policy" / "test.jsonl")}  # fmt: skip

@@ -47,7 +47,7 @@ def markdown(benches: Sequence[Bench], results: Results, split: Split = "validat
 
 
 def _pilot(bench: Bench, kept: tuple[str, ...] | None, results: Results) -> Sheet:
-    """Each task alone under a single-task method: what moves and is kept, and what is dropped."""
+    """Return the table of each task alone under a single-task method: what moves and is kept, and what is dropped."""
     suite, rows = bench.suite, []
     for one in piloted(bench, results):
         task = bench.tasks[one.task]
@@ -134,7 +134,7 @@ def _against(name: str, other: str, chosen: Chosen) -> list[str]:
 
 
 def _seesaw(bench: Bench, tasks: tuple[str, ...], chosen: Chosen) -> Sheet:
-    """Each task's accuracy minus that of the adapter that learned it alone, over the seeds that both have."""
+    """Return the table of each task's accuracy minus that of its single-task adapter, over the seeds that both have."""
     suite, rows = bench.suite, []
     alone = next((method for method in suite.methods if method.single_task), None)
     for method in suite.methods:

@@ -208,7 +208,7 @@ def _compute(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _run_on_host(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run the operation of host tensors alone; pinned memory is memory that says so."""
+    """Run the operation on host tensors alone; memory that must be pinned is only recorded as such."""
     if not StrictDevice.active:
         return func(*args, **kwargs)
     pinned = StrictDevice.active[-1].pinned

@@ -32,7 +32,7 @@ def checked_recipe(recipe: str, overrides: list[str], world_size: int, *, trains
 
 
 def check_no_job(run: Path) -> None:
-    """Raise ConfigError if a job that trains in the folder waits or runs, as far as its scheduler tells."""
+    """Raise ConfigError if a job that trains in the folder waits or runs, as far as its scheduler knows."""
     for name, queue in queues().items():
         trains = [job for job in read_jobs(run / name) if job.stage == TRAIN][-1:]
         tasks = [f"{job.job}_{task}" for job in trains if job.array for task in array_tasks(job.array)]

@@ -70,7 +70,7 @@ class Tail:
         return self._decoder.decode(content)
 
     def _start(self, size: int) -> int:
-        """Where the last lines begin; from the beginning of a file that appears later."""
+        """Return the offset at which the last lines begin; the beginning if there are no more."""
         with self.path.open("rb") as file:
             at = max(0, size - 2**16)
             file.seek(at)
@@ -103,7 +103,7 @@ class _Following:
             self._watch(OWN_STATE_SECONDS if code is not None or self.job is None else STATE_SECONDS)
 
     def farewell(self) -> str:
-        """Return what the user is told after Ctrl-C."""
+        """Return the message for the user after Ctrl-C."""
         if self.job is None:
             return f"no longer following; {self.run} continues"
         end = queues()[self.job.scheduler].cancel_command(self.job.job)
@@ -138,7 +138,7 @@ class _Following:
 
 
 def _code(state: JobState | None, seen: RunStatus) -> int | None:
-    """The exit code, None while it goes on."""
+    """Return the exit code, None while the job waits or runs."""
     if state is None:
         return None if seen.state in (WAITING, RUNNING) else int(seen.state != FINISHED)
     if state.state == UNKNOWN:

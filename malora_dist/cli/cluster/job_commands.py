@@ -57,7 +57,10 @@ def job_config(recipe: str, overrides: list[str]) -> RunConfig:
 
 
 def _processes(job: RunningJob, environment: Mapping[str, str]) -> int:
-    """Of all nodes, as the job script starts them. Raises TopologyError if a node has fewer GPUs than processes."""
+    """Return the processes of all nodes, as the job script starts them.
+
+    Raises TopologyError if a node has fewer GPUs than processes.
+    """
     # Of each node; the job script counts them.
     processes = int(environment["PROCESSES"]) if environment.get("PROCESSES", "").isdigit() else 0
     if 0 < job.gpus_per_node < processes:
@@ -69,7 +72,7 @@ def _processes(job: RunningJob, environment: Mapping[str, str]) -> int:
 
 
 def _left_code(environment: Mapping[str, str]) -> int | None:
-    """The exit code that a process has left for the job script, see `training.process`."""
+    """Return the exit code that a process has left for the job script, see `training.process`."""
     path = Path(environment.get("MALORA_EXIT_CODE", ""))
     text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     return int(text) if text.isdigit() else None

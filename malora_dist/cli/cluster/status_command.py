@@ -145,6 +145,6 @@ def progress(seen: RunStatus) -> str:
 
 
 def _console() -> Console:
-    """A file gets lines wide enough for the table."""
+    """Return a console; for a file, one with lines wide enough for the table."""
     console = Console()
     return console if console.is_terminal else Console(width=200)

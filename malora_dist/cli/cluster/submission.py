@@ -55,8 +55,8 @@ def chain(
 ) -> list[Submission]:
     """Return the jobs of a run's stages. The options' arguments are training's: the recipe.
 
-    With `trusts_code` that recipe lets code of the base's folder run, which the later stages are told on their command
-    lines: a run's own word would not do. Raises ConfigError for what no script can hold.
+    With `trusts_code` that recipe lets code of the base's folder run; the later stages get this as a flag on their
+    command lines, since the run's own record must not grant it. Raises ConfigError for what no script can hold.
     """
     of_stage = {TRAIN: options}
     trust = ("--model.trust_remote_code", "true") if trusts_code else ()

@@ -116,7 +116,7 @@ def submit_command(
 
 
 def _of_recipes(target: Target, options: JobOptions, configs: Sequence[RunConfig], name: str | None) -> JobOptions:
-    """With what the first recipe says of its site."""
+    """Return the options with the first recipe's settings of its site."""
     site = configs[0].launch
     return replace(
         options,
@@ -129,7 +129,7 @@ def _of_recipes(target: Target, options: JobOptions, configs: Sequence[RunConfig
 
 
 def _stages(text: str) -> list[str]:
-    """The stages that --after names, in their order. Raises ConfigError for an unknown one."""
+    """Return the stages that --after names, in the order in which they run. Raises ConfigError for an unknown one."""
     named = [part.strip() for part in text.split(",") if part.strip()]
     for stage in named or [""]:
         if stage not in STAGES:
@@ -168,7 +168,7 @@ def _array(text: str | None) -> _Array | None:
 
 
 def _fits(configs: Sequence[RunConfig], nodes: int, gpus_per_node: int, hbm: str, model: str | None) -> list[str]:
-    """Notes for a reader. Raises ConfigError if a plan does not fit."""
+    """Return notes for the user. Raises ConfigError if a plan does not fit."""
     notes = [note for config in configs for note in missing_files(config)]
     if gpus_per_node:
         notes += [memory_note(config, nodes, gpus_per_node, hbm, model) for config in configs]

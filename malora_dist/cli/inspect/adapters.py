@@ -84,7 +84,7 @@ def _layer_facts(adapter: AdapterTensors, layer: str, share_E: Sequence[float] |
 
 
 def routing_shares(metrics: Path, step: int | None = None) -> Shares | None:
-    """Return each expert's share of tokens, by layer, in the last routing record (up to `step`); tasks count alike.
+    """Return each expert's share of tokens, by layer, in the last routing record (up to `step`); tasks count equally.
 
     None without a file or record. Raises MaloraError if the file is damaged.
     """

@@ -50,7 +50,10 @@ def _nothing(path: Path) -> Facts:
 
 
 def _adapter(folder: Path) -> Facts:
-    """An adapter of ours or of PEFT. What PEFT's says that ours cannot be is a remark and no damage."""
+    """Return the facts of an adapter of ours or of PEFT.
+
+    A PEFT adapter that ours cannot represent gets a remark and is not counted as damaged.
+    """
     try:
         peft = is_peft_folder(folder)
     except CheckpointError as error:

@@ -118,7 +118,7 @@ def _json_or_none(path: Path) -> Any:
 
 
 def _headers(folder: Path, damaged: list[str]) -> Mapping[str, TensorPlace]:
-    """The tensors of all files; what is missing or damaged is named."""
+    """Read the tensors of all files; what is missing or damaged is added to `damaged`."""
     try:
         files = weight_files(folder)
     except ConfigError as error:
@@ -145,7 +145,7 @@ def is_deepspeed(folder: Path) -> bool:
 
 
 def deepspeed_facts(folder: Path) -> Facts:
-    """Return what names and sizes tell of DeepSpeed's own checkpoints; no pickle is opened."""
+    """Return what file names and sizes show of DeepSpeed's own checkpoints; no pickle is opened."""
     tags = sorted(path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"global_step\d+", path.name))
     files = [path for place in (tags or [folder]) for path in place.iterdir() if path.suffix == ".pt"]
     experts = [path for path in files if "_expert_" in path.name or path.name.startswith("expp_rank_")]

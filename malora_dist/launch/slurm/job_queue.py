@@ -64,12 +64,12 @@ class SlurmQueue(JobQueue):
 
 
 def _chained(after: str | None) -> list[str]:
-    """A job whose predecessor fails is cancelled instead of waiting for ever."""
+    """Return sbatch's flags to start after a job, and to be cancelled, not to wait for ever, if that one fails."""
     return [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
 
 
 def _placed(options: JobOptions, stage: str, folder: Path, *, array: bool) -> ScriptOptions:
-    """With its logs in the folder. sbatch takes % in a path for a placeholder."""
+    """Return the options with the job's logs in `folder`; sbatch takes % in a path for a placeholder."""
     number = "%A_%a" if array else "%j"
     own = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"
     output = f"{str(folder).replace('%', '%%')}/{stage}_{number}.out"

@@ -40,8 +40,8 @@ STALE = {"Resources", "Priority", "Dependency", "BeginTime", "None", ""}
 def job_states(ids: Iterable[str]) -> dict[str, JobState]:
     """Return the states of jobs and of tasks of arrays (`123_4`), by their ids.
 
-    Asks squeue, then, for what that has forgotten, sacct. Never raises: a Slurm that is not here or does not answer
-    makes a state UNKNOWN, and the reason says so.
+    Asks squeue first, and sacct for the jobs that squeue has forgotten. Never raises: if Slurm is missing or does not
+    answer, the state is UNKNOWN with the reason.
     """
     wanted = list(dict.fromkeys(ids))
     if not wanted:
@@ -56,7 +56,7 @@ def job_states(ids: Iterable[str]) -> dict[str, JobState]:
 
 
 def _accounted(ids: Sequence[str]) -> dict[str, JobState]:
-    """What the accounting has of jobs, else the file of completed jobs, which knows no tasks of arrays."""
+    """Return the states that the accounting has, else those of the file of completed jobs, which has no array tasks."""
     lines, problem = _ask(["sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State"], ids)
     if problem:
         whole = [job for job in ids if "_" not in job]
@@ -76,7 +76,7 @@ def _state(state: str, reason: str) -> JobState:
 
 
 def _ask(command: Sequence[str], ids: Sequence[str]) -> tuple[list[str], str]:
-    """Lines of a Slurm client, and in words why there are none."""
+    """Return the lines that a Slurm client prints, and in words why there are none."""
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(

@@ -20,9 +20,9 @@ def sbatch_command(flags: Sequence[str]) -> list[str]:
 
 
 def sbatch(script: str, flags: Sequence[str], environment: Mapping[str, str], folder: Path | None = None) -> str:
-    """Submit a script to run in `folder` (here, by default); the job's number.
+    """Submit a script to run in `folder` (default: the current directory), and return the job's number.
 
-    Raises ConfigError with Slurm's own words if it refuses, or does not answer.
+    Raises ConfigError with Slurm's own message if it refuses, or does not answer.
     """
     command = sbatch_command(flags)
     # sbatch would take the numbers of the surrounding job for options of the new one.

@@ -33,7 +33,7 @@ class Slurm(Scheduler):
         return Task(int(rank), int(size), int(environment["SLURM_LOCALID"]), told)
 
     def meeting_place(self, environment: Mapping[str, str]) -> tuple[str, str]:
-        """Return the step's first node, and a port for each step. Raises TopologyError if Slurm does not tell."""
+        """Return the step's first node, and a port for each step. Raises TopologyError if Slurm does not name them."""
         address = environment.get("MASTER_ADDR") or first_node(_of_step(environment, "SLURM_STEP_NODELIST"))
         return address, environment.get("MASTER_PORT") or _port_of_step(environment)
 
@@ -80,7 +80,7 @@ class Slurm(Scheduler):
 
 
 def first_node(node_list: str) -> str:
-    """Return the first host of a list such as `node[1-4,7]`. Raises TopologyError if Slurm does not tell."""
+    """Return the first host of a list such as `node[1-4,7]`. Raises TopologyError if Slurm does not name it."""
     command = ["scontrol", "show", "hostnames", node_list]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=True)
@@ -93,7 +93,10 @@ def first_node(node_list: str) -> str:
 
 
 def _port_of_step(environment: Mapping[str, str]) -> str:
-    """Two steps on one node must not meet. Raises TopologyError if Slurm has not told the job's number."""
+    """Return a port by job and step, so that two steps on one node do not meet at the same one.
+
+    Raises TopologyError if Slurm has not set the job's number.
+    """
     job = _of_step(environment, "SLURM_JOB_ID")
     if not job.isdecimal():
         raise TopologyError(f"SLURM_JOB_ID={job} must be a number; set MASTER_PORT, the same for all tasks")
@@ -101,7 +104,7 @@ def _port_of_step(environment: Mapping[str, str]) -> str:
 
 
 def _of_step(environment: Mapping[str, str], name: str) -> str:
-    """What srun tells each task. Raises TopologyError if it is missing."""
+    """Return a variable that srun sets for each task. Raises TopologyError if it is missing."""
     if not environment.get(name):
         raise TopologyError(
             f"{name} is not set, though SLURM_STEP_ID={environment['SLURM_STEP_ID']} says that srun has started this "

@@ -33,7 +33,7 @@ def shipped_scripts() -> dict[str, str]:
 
 
 def train_script(job: ScriptOptions) -> str:
-    """Render a run that saves, requeues itself and goes on. Raises ConfigError for what no script can tell sbatch."""
+    """Render a run that saves, requeues itself and resumes. Raises ConfigError for what no script can give sbatch."""
     about = [
         "Trains. Near its time limit, preempted, or after a crash, it goes on in the same run folder:",
         "  sbatch slurm/train.sbatch RECIPE.yaml [--section.key value ...]",
@@ -103,7 +103,7 @@ def _quoted_flag(flag: str) -> str:
 
 
 def _quoted(name: str, value: str) -> str:
-    """sbatch reads quotes in a script as bash does, one line at a time."""
+    """Quote a value for sbatch, which reads quotes in a script as bash does, one line at a time."""
     if "\n" in value or "\r" in value:
         raise ConfigError(f"{name}={value!r}: a job script cannot hold a line break there")
     return value if set(value) <= _PLAIN else shlex.quote(value)
@@ -113,7 +113,7 @@ _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 
 
 def _processes(job: ScriptOptions) -> list[str]:
-    """Where the processes meet, what they write, and how a node starts its own."""
+    """Return the bash that sets where the processes meet and what they write, and how a node starts its own."""
     number = [] if job.processes is None else [f"export NPROC_PER_NODE={job.processes}"]
     start = block("launcher") if job.start == "launcher" else block("tasks")
     # The setup may choose another address or port.

@@ -31,7 +31,7 @@ def limit_seconds(text: str) -> int | None:
 
 
 def check_save_before(time: str, save_before: int) -> None:
-    """Raise ConfigError if a run would be told to save as soon as it starts, again and again."""
+    """Raise ConfigError if a run would be signalled to save as soon as it starts, again and again."""
     limit = limit_seconds(time)
     if limit is not None and save_before >= limit:
         raise ConfigError(

@@ -15,9 +15,9 @@ CONNECT_SECONDS, ANSWER_SECONDS = 5, 30
 
 
 def check_hosts(hosts: Sequence[str], folder: Path) -> None:
-    """Check that ssh enters all hosts without a password, and finds `folder` and this Python at the same paths there.
+    """Check that ssh reaches all hosts without a password, and finds `folder` and this Python at the same paths there.
 
-    All are asked at the same time. Raises ConfigError with every host that fails, and what ssh says.
+    All are asked at the same time. Raises ConfigError with every host that fails, and ssh's message.
     """
     with ThreadPoolExecutor(max_workers=min(len(hosts), 64)) as pool:
         said = list(pool.map(lambda host: _ask(host, folder), hosts))
@@ -30,12 +30,12 @@ def check_hosts(hosts: Sequence[str], folder: Path) -> None:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether the name stands for an address of this machine."""
+    """Return whether the name stands for an address of this machine."""
     return any(_is_ours(address) for address in addresses(host))
 
 
 def _ask(host: str, folder: Path) -> str | None:
-    """The last line of what goes wrong, None if nothing does."""
+    """Return the last line of what goes wrong on a host, None if nothing does."""
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
     question = f"cd {shlex.quote(str(folder))} && ls {shlex.quote(sys.executable)}"
     try:

@@ -98,7 +98,7 @@ def _entry(place: str, entry: str) -> tuple[str, int]:
 
 
 def _refuse_one_address(path: Path, lines: Mapping[str, int]) -> None:
-    """Two processes would get the same GPU."""
+    """Raise ConfigError if two hosts have one address: two processes would get the same GPU."""
     seen: dict[str, str] = {}
     for host, number in lines.items():
         for address in sorted(addresses(host)):
@@ -110,7 +110,7 @@ def _refuse_one_address(path: Path, lines: Mapping[str, int]) -> None:
 
 
 def _named(option: str, text: str, every: Mapping[str, Sequence[int]]) -> Slots:
-    """What HOST@HOST:0,2 names. Raises ConfigError for what is not in `every`."""
+    """Parse HOST@HOST:0,2 to slots by host. Raises ConfigError for what is not in `every`."""
     chosen: Slots = {}
     for part in text.split("@"):
         host, colon, numbers = part.partition(":")

@@ -28,7 +28,7 @@ class Baseline:
     fp32: bool = False
 
     def spec(self, sizes: Sequence[tuple[int, int]]) -> MixtureSpec:
-        """The method's numbers on linears of `sizes` (in_features, out_features)."""
+        """Return the method's numbers for linears of `sizes` (in_features, out_features)."""
         if not self.equal:
             return mixture_spec(self.method, **self.numbers)  # type: ignore[arg-type]
         malora = mixture_spec("malora")
@@ -70,7 +70,7 @@ def names_in(only: str) -> list[str]:
 
 
 def chosen(only: str | None, default: Sequence[str] = tuple(BASELINES)) -> dict[str, Baseline]:
-    """The baselines of a list `a,b`, or `default`. Raises ConfigError for a name that nobody has."""
+    """Return the baselines of a list `a,b`, or `default`. Raises ConfigError for an unknown name."""
     names = list(default) if only is None else names_in(only)
     unknown = [name for name in names if name not in BASELINES]
     if unknown or not names:

@@ -34,7 +34,7 @@ class Base:
 
     @classmethod
     def of(cls, model: nn.Module, targets: Sequence[str], *, load_in_4bit: bool, peft: bool) -> "Base":
-        """Freeze `model`, and quantise its linears if asked; `peft` says whether anyone needs bitsandbytes' linears."""
+        """Freeze `model`, and quantise its linears if asked, with `peft` also as bitsandbytes' linears."""
         model.requires_grad_(False)
         dtype = next(model.parameters()).dtype
         ours = with_nf4(shared_copy(model)) if load_in_4bit else model
@@ -74,7 +74,7 @@ class Adapted:
         return {None: "dispatched", True: "grouped", False: "dense"}[grouped.pop()] if len(grouped) == 1 else "mixed"
 
     def flops(self, tokens: int) -> int:
-        """FLOPs of the adapters' products for `tokens` tokens, forward and backward."""
+        """Return the FLOPs of the adapters' products for `tokens` tokens, forward and backward."""
         if self.spec is None:
             return 0
         return adapter_flops(self.spec, self.sizes, tokens, all_experts=self.form in (None, "dense", "mixed"))
@@ -88,12 +88,12 @@ class Adapted:
 
 
 def flops_above_base(adapted: Mapping[str, Adapted], tokens: int) -> dict[str, int]:
-    """`flops` by name, of those alone whose time above `base` is their adapter's: not of PEFT on a 4-bit base."""
+    """Return `flops` by name, without PEFT on a 4-bit base, whose time above `base` is not its adapter's alone."""
     return {name: one.flops(tokens) for name, one in adapted.items() if one.our_linears}
 
 
 def build(baseline: Baseline, base: Base, *, dropout: float = 0.0, seed: int = 0) -> Adapted:
-    """The baseline on a copy of the base that shares its weights, in training mode.
+    """Build the baseline on a copy of the base that shares its weights, in training mode.
 
     Adapters start so that the output is the base's. Raises ConfigError if a package is missing.
     """
@@ -122,12 +122,12 @@ def build(baseline: Baseline, base: Base, *, dropout: float = 0.0, seed: int = 0
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """The model's modules anew over the same parameters and buffers."""
+    """Copy the model's modules; the copy shares its parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def target_sizes(model: nn.Module, targets: Sequence[str]) -> list[tuple[int, int]]:
-    """(in_features, out_features) of every linear whose name ends in one of `targets`."""
+    """Return (in_features, out_features) of every linear whose name ends in one of `targets`."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | NF4Linear)}
     return [(m.in_features, m.out_features) for n, m in linears.items() if n.rpartition(".")[2] in targets]

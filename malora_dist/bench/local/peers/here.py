@@ -12,9 +12,9 @@ KERNELS = "grouped_triton"
 
 
 def taking_part(only: str | None, default: Sequence[str], device: torch.device) -> dict[str, Baseline]:
-    """The baselines of a list `a,b`, or those of `default` that can run on `device`; Triton's only on a GPU.
+    """Return the baselines of a list `a,b`, or those of `default` that can run on `device`; Triton's only on a GPU.
 
-    Raises ConfigError for a name that nobody has, and for one whose kernels cannot run on `device`.
+    Raises ConfigError for an unknown name, and for one whose kernels cannot run on `device`.
     """
     found = chosen(only, default)
     if only is None:

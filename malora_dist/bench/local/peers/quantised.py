@@ -9,7 +9,7 @@ from malora_dist.ops.nf4 import quantize_nf4
 
 
 def with_nf4(model: nn.Module) -> nn.Module:
-    """Every linear but the head as an NF4Linear, in place."""
+    """Replace every linear but the head by an NF4Linear, in place."""
 
     def ours(linear: nn.Linear) -> nn.Module:
         packed = quantize_nf4(linear.weight)
@@ -19,7 +19,7 @@ def with_nf4(model: nn.Module) -> nn.Module:
 
 
 def with_bitsandbytes(model: nn.Module) -> nn.Module:
-    """Every linear but the head as bitsandbytes' Linear4bit, in place, as transformers loads a 4-bit model."""
+    """Replace every linear but the head by bitsandbytes' Linear4bit, in place, as transformers loads a 4-bit model."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     def theirs(linear: nn.Linear) -> nn.Module:

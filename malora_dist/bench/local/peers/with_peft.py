@@ -12,7 +12,7 @@ from malora_dist.errors import ConfigError
 def add_peft(
     model: nn.Module, spec: MixtureSpec, targets: Sequence[str], *, dropout: float, fp32: bool, seed: int
 ) -> nn.Module:
-    """PEFT's adapters on the linears of `targets`, in fp32 or in the model's dtype. Raises ConfigError without PEFT."""
+    """Add PEFT's adapters to linears of `targets`, in fp32 or the model's dtype. Raises ConfigError without PEFT."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
