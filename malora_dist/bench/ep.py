@@ -45,7 +45,7 @@ def _start(options: EpOptions) -> None:
 
 
 def bench(options: EpOptions, config: RunConfig, world: World) -> None:
-    """Build every variant, let them take turns, and print and write what came out."""
+    """Build every variant, run them in turns, and print and write the results."""
     start_logging(None)
     selection = select(config, world.size, options.topics)
     for note in check_device(config, world):

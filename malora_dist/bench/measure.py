@@ -74,7 +74,7 @@ class Subject:
         return cls(variant, train_step, config.train.gradient_checkpointing, model.dtype, kept)
 
     def step(self, number: int, batches: Sequence[MicroBatch]) -> StepRecord:
-        """Run optimizer step `number`; the same record on every process."""
+        """Run optimizer step `number` and return its record, the same on every process."""
         all_to_all, world = self.train_step.all_to_all, self.train_step.world
         before = Counter() if all_to_all is None else Counter(all_to_all.sent_bytes)
         wait_for_all()

@@ -47,7 +47,7 @@ class RooflineOptions:
 
 
 def run(options: RooflineOptions, output: Output) -> Roofline:
-    """Compute, print and write. Raises ConfigError for options that cannot be."""
+    """Compute the tables, print and write them. Raises ConfigError for impossible options."""
     output.check()
     device = Device(parse_flops("--flops", options.flops), parse_rate("--bandwidth", options.bandwidth))
     nf4 = one_of("--base", options.base, BASES) == "nf4"

@@ -53,7 +53,7 @@ class Launcher(ABC):
         yield launcher_environment(environment)
 
     def notes(self, placement: Placement, environment: Mapping[str, str]) -> list[str]:
-        """Return what a person should know of the start. Raises ConfigError for an environment that has no form."""
+        """Return notes on the start for the user. Raises ConfigError for an environment that has no form."""
         return []
 
     def check(self, placement: Placement) -> None:

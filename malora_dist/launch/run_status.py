@@ -60,7 +60,7 @@ class RunStatus:
 
 
 def read_run_status(folder: Path, log: Path | None = None) -> RunStatus:
-    """Return how a run fares. Its folder may be missing, half written or damaged; nothing is raised.
+    """Return the status of a run. Its folder may be missing, incomplete or damaged; nothing is raised.
 
     Args:
         folder: The run's.

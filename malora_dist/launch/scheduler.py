@@ -111,7 +111,7 @@ class JobQueue(ABC):
 
     @abstractmethod
     def check(self, options: JobOptions, flags: Sequence[str]) -> None:
-        """Raise ConfigError for options, or more `flags` of the submission, that cannot be."""
+        """Raise ConfigError for options, or more `flags` of the submission, that are impossible."""
 
     @abstractmethod
     def script(self, stage: str, options: JobOptions, folder: Path, array: ArrayTasks | None = None) -> str:
@@ -134,7 +134,7 @@ class JobQueue(ABC):
     def submit(
         self, script: str, flags: Sequence[str], environment: Mapping[str, str], after: str | None = None
     ) -> str:
-        """Submit a script; return the job's id. Raises ConfigError with the scheduler's words if it refuses."""
+        """Submit a script; return the job's id. Raises ConfigError with the scheduler's message if it refuses."""
 
     @abstractmethod
     def states(self, jobs: Iterable[str]) -> dict[str, JobState]:
@@ -146,7 +146,7 @@ class JobQueue(ABC):
 
     @abstractmethod
     def cancel_command(self, job: str) -> str:
-        """Return the command by which a person ends a job."""
+        """Return the command with which the user ends a job."""
 
 
 class Scheduler:

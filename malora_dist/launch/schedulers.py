@@ -40,7 +40,7 @@ def num_nodes(environment: Mapping[str, str]) -> int:
 
 
 def local_sizes(environment: Mapping[str, str]) -> list[int]:
-    """Return what launchers say of the number of processes on this node."""
+    """Return the numbers of processes on this node that launchers report."""
     sizes = (one.local_size(environment) for one in SCHEDULERS.values())
     return [size for size in sizes if size is not None]
 

@@ -40,7 +40,7 @@ class LaunchOptions:
 
 
 def run(options: LaunchOptions, output: Output) -> Report:
-    """Count every case and put the report out. Raises ConfigError for options that cannot be."""
+    """Count every case and write the report. Raises ConfigError for impossible options."""
     output.check()
     options = replace(options, dtype=short_dtype(options.dtype))
     one_of("--base", options.base, BASES)

@@ -94,7 +94,7 @@ class Pass:
 
 
 def run(options: LayerOptions, output: Output) -> Report:
-    """Measure every case and put the report out. Raises ConfigError for options that cannot be."""
+    """Measure every case and write the report. Raises ConfigError for impossible options."""
     output.check()
     options = replace(options, dtype=short_dtype(options.dtype))
     device = ready_device(options.device, options.threads, options.dtype)

@@ -69,7 +69,7 @@ class MemoryOptions:
 
 
 def run(options: MemoryOptions, output: Output) -> Report:
-    """Measure every case and put the report out. Raises ConfigError for options that cannot be."""
+    """Measure every case and write the report. Raises ConfigError for impossible options."""
     output.check()
     options = replace(options, dtype=short_dtype(options.dtype))
     one_of("--loss", options.loss, LOSSES)

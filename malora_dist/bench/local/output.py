@@ -25,7 +25,7 @@ class Output:
     markdown: Path | None = None
 
     def check(self) -> None:
-        """Raise ConfigError for a file that exists or cannot be: before anything is measured."""
+        """Raise ConfigError, before anything is measured, for a file that exists or whose folder does not."""
         for option, path in (("--json", self.json), ("--markdown", self.markdown)):
             if path is not None and (path.exists() or not path.parent.is_dir()):
                 wrong = "exists, and is not overwritten" if path.exists() else "is in a folder that does not exist"

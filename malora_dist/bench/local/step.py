@@ -19,7 +19,7 @@ from malora_dist.errors import ConfigError
 
 
 def run(options: StepOptions, output: Output) -> Report:
-    """Measure one kind of case and put the report out. Raises ConfigError for options that cannot be."""
+    """Measure one kind of case and write the report. Raises ConfigError for impossible options."""
     output.check()
     options = replace(options, dtype=short_dtype(options.dtype))
     one_of("--case", options.case, ("step", *CASES))

@@ -36,7 +36,7 @@ class QualityOptions:
 
 
 def queue(options: QualityOptions) -> None:
-    """Make the runs that are left. Raises ConfigError or DataError before the first one for what is wrong."""
+    """Run what is left. Raises ConfigError or DataError, before the first run, for what is wrong."""
     lowest_priority()
     if isinstance(sys.stdout, object) and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)

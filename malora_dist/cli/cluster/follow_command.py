@@ -70,7 +70,7 @@ class Tail:
         return self._decoder.decode(content)
 
     def _start(self, size: int) -> int:
-        """Return the offset at which the last lines begin; the beginning if there are no more."""
+        """Return the offset at which the last lines begin, at most 64 KiB before the end."""
         with self.path.open("rb") as file:
             at = max(0, size - 2**16)
             file.seek(at)

@@ -41,7 +41,7 @@ def sbatch(script: str, flags: Sequence[str], environment: Mapping[str, str], fo
 
 
 def cancel(job: str, environment: Mapping[str, str]) -> None:
-    """End a job, if Slurm still has it. Raises ConfigError with Slurm's words if it refuses, or does not answer."""
+    """End a job, if Slurm still has it. Raises ConfigError with Slurm's message if it refuses or does not answer."""
     done = _run(["scancel", job], "", environment, None)
     said = done.stderr.strip()
     if done.returncode and not any(words in said.lower() for words in HAS_ENDED):

@@ -22,7 +22,7 @@ class ScriptOptions(JobOptions):
 
 
 def shipped_scripts() -> dict[str, str]:
-    """Return path and text of the scripts for hand use: those of slurm/."""
+    """Return path and text of the scripts to submit by hand: those of slurm/."""
     one = ScriptOptions(nodes=1, time="2:00:00")
     return {
         "slurm/train.sbatch": train_script(ScriptOptions()),

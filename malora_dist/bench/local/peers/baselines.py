@@ -64,7 +64,7 @@ RENAMED = {"malora_siblings": "malora_fused"}
 
 
 def names_in(only: str) -> list[str]:
-    """Return the names of a list `a,b`, by which baselines are called today."""
+    """Return the names of a list `a,b`, with older names of baselines replaced by the present ones."""
     given = [name.strip() for name in only.split(",") if name.strip()]
     return [RENAMED.get(name, name) for name in given]
 
