@@ -17,7 +17,7 @@ INDEX = 8
 
 
 def activation_bytes(run: Run) -> int:
-    """Count the peak over forward and backward, without the logits.
+    """Count the peak bytes over forward and backward, without the logits.
 
     Without checkpointing it is every block's tensors; with it (non-reentrant), every block's input and routing, and the
     tensors of the one block that backward has recomputed.
@@ -34,13 +34,13 @@ def activation_bytes(run: Run) -> int:
 
 
 def logit_bytes(run: Run) -> int:
-    """Count what the loss holds at once: a chunk's logits, in the base's dtype and fp32, and the gradient it keeps."""
+    """Count bytes the loss holds at once: a chunk's logits, in the base's dtype and fp32, and the kept gradient."""
     numel = min(run.targets, chunk_rows(run.shape.vocab_size, "cuda")) * run.shape.vocab_size
     return numel * (FP32 + (run.itemsize if run.itemsize < FP32 else 0)) + saved_logit_bytes(run)
 
 
 def saved_logit_bytes(run: Run) -> int:
-    """Count what of `logit_bytes` is kept for backward: the gradient of the head's input and a fp32 sum per target."""
+    """Count those of `logit_bytes` kept for backward: the gradient of the head's input and a fp32 sum per target."""
     return run.targets * (run.shape.hidden_size * run.itemsize + FP32)
 
 
@@ -76,7 +76,7 @@ def _attention_bytes(run: Run) -> int:
 
 
 def _input_bytes(run: Run) -> int:
-    """Count the inputs of adapted linears, once for those that share one; that of o_proj is attention's output.
+    """Count bytes of adapted linears' inputs, once for those that share one; that of o_proj is attention's output.
 
     Every input projection keeps its input and recomputes dropout on it. DoRA keeps what it reads, dropped or not.
     """
@@ -98,7 +98,7 @@ def _a_block(run: Run, linear: Linear) -> float:
 
 
 def _routing_bytes(run: Run) -> int:
-    """Count probabilities and gates (fp32) over all experts, and the numbers of the chosen ones (int64).
+    """Count bytes of probabilities and gates (fp32) over all experts, and of the chosen experts' numbers (int64).
 
     The z-loss keeps logits and the log of their sum too.
     """
@@ -108,7 +108,7 @@ def _routing_bytes(run: Run) -> int:
 
 
 def _adapter_bytes(run: Run, linear: Linear) -> int:
-    """Count routing, an input after dropout where experts read it themselves, and what the experts keep."""
+    """Count bytes of routing, of an input after dropout where experts read it, and of what the experts keep."""
     read_by_experts = run.spec.structure.magnitude or (
         run.spec.shared_r is None and run.ep_size == 1 and is_grouped(run)
     )
@@ -117,7 +117,7 @@ def _adapter_bytes(run: Run, linear: Linear) -> int:
 
 
 def _router_input_bytes(run: Run) -> int:
-    """Count the fp32 copy of h that a router which reads h keeps, where the base has another dtype."""
+    """Count bytes of the fp32 copy of h that a router which reads h keeps, where the base has another dtype."""
     spec = run.spec
     if spec.router_input == "x" or spec.router_dtype == "input" or run.itemsize == FP32 or spec.shared_r is None:
         return 0
@@ -125,7 +125,7 @@ def _router_input_bytes(run: Run) -> int:
 
 
 def _expert_bytes(run: Run, linear: Linear) -> int:
-    """Count what this rank's experts keep: of all tokens or, under expert parallelism, of the rows that reach it.
+    """Count bytes that this rank's experts keep of all tokens or, under expert parallelism, of rows that reach it.
 
     Dense: h = S_A x and the products h P (or A x). Grouped: h, and of each chosen expert its product, gate and two
     indices. DoRA also keeps copies of A and B in the base's dtype, and its output before it is rescaled.
@@ -152,7 +152,7 @@ def expected_rows(run: Run) -> int:
 
 
 def exchange_buffer_bytes(run: Run) -> int:
-    """Count the rows and sums, sent and received, that are in flight, for the layer with the most."""
+    """Count bytes of the rows and sums, sent and received, that are in flight, for the layer with the most."""
     if run.ep_size == 1:
         return 0
     rows, s = expected_rows(run), run.itemsize
