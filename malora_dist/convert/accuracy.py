@@ -40,7 +40,7 @@ def measure(model: Any, rows: Sequence[ChoiceItem] | Sequence[Sample], batch_tok
 
 
 def gap_line(task: str, gap: Gap) -> str:
-    """A line under GAP_HEADER: accuracy of multiple choice, loss of completions, and the difference."""
+    """Return a line under GAP_HEADER: accuracy of multiple choice or loss of completions, and the difference."""
     name = "accuracy" if "accuracy" in gap.routed else "loss"
     before, after = gap.routed[name], gap.static[name]
     return f"{task:<16} {gap.routed['n']:>5}  {name:<10} {before:8.3f} {after:8.3f} {after - before:+8.3f}"

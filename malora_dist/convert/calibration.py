@@ -40,7 +40,7 @@ class LayerStatistics:
 
 
 def calibration_samples(data: PreparedData, task_id: int, count: int) -> list[Sample]:
-    """Up to `count` training samples of a task, evenly spread over it. Raises DataError if it has none."""
+    """Return up to `count` training samples of a task, evenly spread over it. Raises DataError if it has none."""
     first, size = sum(data.train_sizes[:task_id]), data.train_sizes[task_id]
     if size == 0:
         raise DataError(f"task {data.task_names[task_id]} has no training rows to calibrate on")
@@ -91,7 +91,7 @@ def _sum(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
 
 
 def _rows(samples: Sequence[Sample], limit: int) -> list[list[Sample]]:
-    """Samples packed into rows of about `limit` tokens, at least one."""
+    """Pack samples into rows of about `limit` tokens, at least one sample each."""
     rows: list[list[Sample]] = []
     filled = limit
     for sample in samples:

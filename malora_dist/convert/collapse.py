@@ -18,7 +18,7 @@ RIDGE = 1e-6
 
 
 def static_up(space: Subspace, statistics: LayerStatistics, fit: str, ridge: float = RIDGE) -> Tensor:
-    """L (O, D), fp64. `fit` is mean or lstsq; lstsq needs statistics with moments."""
+    """Return L (O, D), fp64. `fit` is mean or lstsq; lstsq needs statistics with moments."""
     gates_E = statistics.mean_gates_E
     L_OD: Tensor = torch.einsum("e,eor,erd->od", gates_E, space.B_EOR, space.P_ERD)
     if fit == "mean":
@@ -36,9 +36,9 @@ def static_up(space: Subspace, statistics: LayerStatistics, fit: str, ridge: flo
 
 
 def truncated(L_OD: Tensor, S_DI: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The nearest product of rank R to L S, as (O, R) and (R, I), and the part of its norm that is lost, 0 to 1.
+    """Return the nearest product of rank R to L S, as (O, R) and (R, I), and the part of its norm that is lost, 0 to 1.
 
-    By the SVD of the (D, D) core between two QR decompositions; no (O, I) matrix is formed.
+    It is computed by the SVD of the (D, D) core between two QR decompositions; no (O, I) matrix is formed.
     """
     Q_left, R_left = torch.linalg.qr(L_OD)
     Q_right, R_right = torch.linalg.qr(S_DI.T)

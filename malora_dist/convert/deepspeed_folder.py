@@ -53,10 +53,10 @@ IGNORED = (
 
 
 def from_deepspeed(job: Job) -> None:
-    """An adapter folder from `global_stepN`, or from the folder of them whose `latest` names one.
+    """Write an adapter folder from `global_stepN`, or from the folder of them whose `latest` names one.
 
-    The numbers that DeepSpeed does not store are those of an adapter_config.json in either folder, else --lora-alpha
-    and --base; without a config the LoRA counts as not rank-stabilised and without dropout. Raises CheckpointError for
+    What DeepSpeed does not store comes from an adapter_config.json in either folder, else from --lora-alpha and
+    --base; without a config the LoRA counts as not rank-stabilised and without dropout. Raises CheckpointError for
     experts in shards, for parameters trained beside the LoRA, and for what is missing or damaged.
     """
     folder = _tag_folder(job.source)
@@ -73,7 +73,7 @@ def from_deepspeed(job: Job) -> None:
 
 
 def _tag_folder(path: Path) -> Path:
-    """The folder with the files. Raises CheckpointError if it is none of DeepSpeed's or holds what cannot be read."""
+    """Find the folder with the files. Raises CheckpointError if it is not DeepSpeed's or holds what cannot be read."""
     if (path / "latest").is_file():
         tag = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
         if Path(tag).name != tag or not (path / tag).is_dir():
@@ -99,14 +99,14 @@ def _is_stage_3(folder: Path) -> bool:
 
 
 def _below_3(folder: Path) -> dict[str, Tensor]:
-    """Whole weights by name; frozen ones among them."""
+    """Read the whole weights by name, frozen ones among them."""
     state = _load(folder, MODEL)
     _only_lora(folder / MODEL, [name for group in state.get("param_shapes") or [] for name in group])
     return dict(state["module"])
 
 
 def _stage_3(folder: Path) -> dict[str, Tensor]:
-    """Whole trained weights by name, put together from every rank's part, fp32."""
+    """Read the whole trained weights by name, put together from every rank's part, fp32."""
     shapes = {n: shape for group in _load(folder, MODEL_PART.format(0))["param_shapes"] for n, shape in group.items()}
     _only_lora(folder / MODEL_PART.format(0), list(shapes))
     first = _part(folder, 0)
@@ -151,7 +151,7 @@ def _only_lora(path: Path, trained: Sequence[str]) -> None:
 
 
 def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The LoRA's tensors under our names and with our shapes. Raises CheckpointError without any, or of several."""
+    """Return the LoRA's tensors with our names and shapes. Raises CheckpointError without any, or of several LoRAs."""
     found, adapters = {}, set()
     for name, tensor in tensors.items():
         match = FACTOR.fullmatch(name.removeprefix("module."))
@@ -197,7 +197,7 @@ def _info(job: Job, folder: Path, tensors: Mapping[str, Tensor]) -> AdapterInfo:
 
 
 def _checked_shapes(folder: Path, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes in the order of the file. Raises CheckpointError for a missing tensor, another shape, or NaN."""
+    """Return the shapes in file order. Raises CheckpointError for a missing tensor, another shape, or NaN."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
         A, B = tensors.get(f"{layer}.A"), tensors.get(f"{layer}.B")
@@ -213,7 +213,7 @@ def _checked_shapes(folder: Path, info: AdapterInfo, tensors: Mapping[str, Tenso
 
 
 def _verify(job: Job, tensors: Mapping[str, Tensor]) -> None:
-    """What was written against what was read. Raises CheckpointError for a tensor that differs."""
+    """Compare what was written with what was read. Raises CheckpointError for a tensor that differs."""
     written = open_adapter(job.folder)
     for name, tensor in tensors.items():
         if not torch.equal(written.read(name), tensor.float()):

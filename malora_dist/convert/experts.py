@@ -24,7 +24,7 @@ Gates = Mapping[str, Tensor]  # by layer: (E,), by which each expert's B is mult
 
 
 def to_peft_experts(job: Job) -> None:
-    """DST/expert-0, ...: lora_A = A_t (P_t S_A for malora), lora_B = B_t; r and lora_alpha as they are.
+    """Write DST/expert-0, ...: lora_A = A_t (P_t S_A for malora), lora_B = B_t; r and lora_alpha as they are.
 
     A folder equals the mixture whose gate is 1 for its expert and 0 for the others. With --gate mean, lora_B is
     multiplied by the mean gate of layer and expert over --calibration samples of each task, so that all folders added
@@ -62,7 +62,7 @@ def _ones(adapter: AdapterTensors) -> Gates:
 
 
 def _mean_gates(job: Job, adapter: AdapterTensors) -> Gates:
-    """E[g_t] of every layer over as many samples of each task."""
+    """Compute E[g_t] of every layer over the same number of samples of each task."""
     data = job.data(adapter.info)
     count = job.options.calibration or CALIBRATION
     samples = [sample for task in range(len(data.task_names)) for sample in calibration_samples(data, task, count)]
@@ -94,7 +94,7 @@ def _card(adapter: AdapterTensors, expert: int, gate: str) -> str:
 
 
 def _verify(job: Job, adapter: AdapterTensors, gates: Gates) -> None:
-    """The mixture with all gates but one at 0, against that expert's folder in peft."""
+    """Compare the mixture with all gates but one at 0 with that expert's folder in peft, for every expert."""
     experts = range(adapter.info.spec.num_experts)
     rows = text_rows(job, adapter.info)
     model = job.load_base(adapter.info)

@@ -13,7 +13,7 @@ from malora_dist.files.folder import file_in
 
 
 def to_adapter(job: Job) -> None:
-    """The adapter of SRC as an adapter folder: the same numbers, fp32."""
+    """Write the adapter of SRC as an adapter folder: the same numbers, fp32."""
     adapter = job.open_adapter()
     values = (adapter.read(name) for name in adapter.shapes)
     fill_adapter_folder(job.folder, adapter.info, adapter.shapes, values, _card(job, adapter))
@@ -22,7 +22,7 @@ def to_adapter(job: Job) -> None:
 
 
 def _card(job: Job, adapter: AdapterTensors) -> str:
-    """The card that the source has, which says what the adapter reached; else a new one."""
+    """Return the model card of the source, which has the adapter's results; else a new one."""
     former = adapter.path.parent / "README.md"
     if adapter.checkpoint is None and former.is_file():
         return file_in(former.parent, former.name).read_text(encoding="utf-8", errors="replace")
@@ -30,7 +30,7 @@ def _card(job: Job, adapter: AdapterTensors) -> str:
 
 
 def to_checkpoint(job: Job) -> None:
-    """The checkpoint SRC with --shards files for each kind of tensor. --verify compares every tensor's bytes."""
+    """Write the checkpoint SRC with --shards files for each kind of tensor. --verify compares every tensor's bytes."""
     if job.options.shards is None:
         raise ConfigError("--to checkpoint needs --shards N, the number of files for each kind of tensor")
     written = reshard(job.source, job.folder / job.target.name, job.options.shards)

@@ -26,11 +26,11 @@ EXACT = 1e-6
 
 
 def to_mixture(job: Job) -> None:
-    """DST is a malora or molora adapter (--to) whose expert i adds what SRC number i adds, each weighed by a gate.
+    """Write a malora or molora adapter (--to) whose expert i adds what SRC number i adds, weighted by its gate.
 
     --r is the experts' rank, by default the largest of the sources'; --shared-r, --beta and --top-k are those of the
-    recipe. Says the relative error of each layer. Every layer that any source adapts is adapted; where a source does
-    not, its expert adds nothing. Raises CheckpointError for sources that are no LoRAs or of different bases.
+    recipe. Logs the relative error of each layer. Every layer that any source adapts is adapted; where a source does
+    not, its expert adds nothing. Raises CheckpointError for sources that are not LoRAs or have different bases.
     """
     sources = [open_lora(path) for path in job.sources]
     info = _info(job, sources)
@@ -73,7 +73,11 @@ def _info(job: Job, sources: Sequence[AdapterTensors]) -> AdapterInfo:
 
 
 def _spec(job: Job, sources: Sequence[AdapterTensors]) -> MixtureSpec:
-    """The scaling is that of the sources where they share one, so that B stays as it is; else 1, folded into B."""
+    """Return the spec of the mixture.
+
+    Its scaling is that of the sources where they share one, so that B stays as it is; else 1, and each source's is
+    folded into its B.
+    """
     options, N = job.options, len(sources)
     r = options.r or max(source.info.spec.r for source in sources)
     scalings = {source.info.spec.scaling for source in sources}
@@ -95,7 +99,7 @@ def _spec(job: Job, sources: Sequence[AdapterTensors]) -> MixtureSpec:
 
 
 def _layers(sources: Sequence[AdapterTensors]) -> Layers:
-    """All layers of the sources. Raises CheckpointError if two have one of different sizes."""
+    """Return all layers of the sources. Raises CheckpointError if a layer has different sizes in two of them."""
     layers: Layers = {}
     for source in sources:
         for layer in source.layers():
@@ -120,7 +124,7 @@ def _shapes(spec: MixtureSpec, layers: Layers) -> dict[str, tuple[int, ...]]:
 def _values(
     job: Job, sources: Sequence[AdapterTensors], spec: MixtureSpec, layers: Layers, errors: list[float]
 ) -> Iterator[Tensor]:
-    """In the order of `factor_shapes`; a line on each layer as it goes, and its error to `errors`."""
+    """Yield the factors in the order of `factor_shapes`; log each layer's error and append it to `errors`."""
     width = max(map(len, layers))
     for layer, size in layers.items():
         pairs = [_pair(source, layer, size) for source in sources]
@@ -139,7 +143,7 @@ def _pair(source: AdapterTensors, layer: str, size: tuple[int, int]) -> Pair:
 
 
 def _mixture(pairs: Sequence[Pair], spec: MixtureSpec, generator: torch.Generator) -> dict[str, Tensor]:
-    """The factors of a layer, rounded to fp32."""
+    """Return the factors of a layer, rounded to fp32."""
     ranks = [min(len(A_RI), spec.r) for _, A_RI in pairs]
     equal = [resized(pair, spec.r) for pair in pairs]
     inputs = equal[0][1].shape[1]
@@ -156,7 +160,7 @@ def _mixture(pairs: Sequence[Pair], spec: MixtureSpec, generator: torch.Generato
 
 
 def _relative_error(pairs: Sequence[Pair], factors: dict[str, Tensor], spec: MixtureSpec) -> float:
-    """sqrt(sum_i |B_i A_i - B'_i A'_i|^2 / sum_i |B_i A_i|^2) of what is stored."""
+    """Compute sqrt(sum_i |B_i A_i - B'_i A'_i|^2 / sum_i |B_i A_i|^2) of what is stored."""
     wide = {name: tensor.double() for name, tensor in factors.items()}
     downs = wide["P"] @ wide["shared_A"] if "P" in wide else wide["A"]
     errors = [
@@ -168,9 +172,10 @@ def _relative_error(pairs: Sequence[Pair], factors: dict[str, Tensor], spec: Mix
 
 
 def _verify(job: Job, sources: Sequence[AdapterTensors], exact: bool) -> None:
-    """The gate forced to one expert after the other, and its LoRA, on real text.
+    """Compare the mixture, its gates forced to one expert after the other, with that expert's LoRA on real text.
 
-    Raises CheckpointError beyond the tolerance of a mixture that is to be exact; one with less rank only says it.
+    Raises CheckpointError beyond the tolerance of a mixture that is to be exact; for one of less rank the difference is
+    only logged.
     """
     mixture = open_adapter(job.folder)
     rows = text_rows(job, mixture.info)

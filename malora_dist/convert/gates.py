@@ -63,18 +63,18 @@ class Replay:
         self.routings: list[Routing] = []
 
     def record(self, layer: str, x_TI: Tensor, routing: Routing) -> Routing:
-        """A `Decide` that keeps what the router says."""
+        """Keep the routing that the router computed, and return it. It is a `Decide`."""
         self.routings.append(routing)
         return routing
 
     def repeat(self, layer: str, x_TI: Tensor, routing: Routing) -> Routing:
-        """A `Decide` that says what was kept."""
+        """Return the next routing that was kept. It is a `Decide`."""
         return self.routings.pop(0)
 
 
 @contextmanager
 def static_lora(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Within the block the adapted layers are their base plus B A x, for factors (A (R, I), B (O, R)) by layer."""
+    """Replace each adapted layer by its base plus B A x within the block; factors are (A (R, I), B (O, R)) by layer."""
 
     def hook_of(A_RI: Tensor, B_OR: Tensor) -> Callable[..., Tensor]:
         return lambda _, inputs, output: output + F.linear(F.linear(inputs[0], A_RI), B_OR)

@@ -17,7 +17,7 @@ Pair = tuple[Tensor, Tensor]  # B (O, R) with its scaling in it, A (R, I)
 
 
 def resized(pair: Pair, r: int) -> Pair:
-    """The pair with rank r: the nearest product where it shrinks, filled with zeros where it grows."""
+    """Return the pair with rank r: the nearest product where the rank shrinks, padded with zeros where it grows."""
     B_OR, A_RI = pair
     rank = len(A_RI)
     if rank > r:
@@ -30,7 +30,7 @@ def resized(pair: Pair, r: int) -> Pair:
 
 
 def shared_subspace(pairs: Sequence[Pair], d: int, beta: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """S_A (D, I) and P (E, R, D) for pairs of equal rank. Directions that no pair needs are drawn at random."""
+    """Return S_A (D, I) and P (E, R, D) for pairs of equal rank. Directions that no pair needs are drawn at random."""
     stacked_NI = torch.cat([torch.linalg.qr(B_OR).R @ A_RI for B_OR, A_RI in pairs])
     # The right singular vectors of M are those of the small R' in M' = Q R, taken back through Q.
     Q_IN, R_NN = torch.linalg.qr(stacked_NI.T)
@@ -45,9 +45,9 @@ def shared_subspace(pairs: Sequence[Pair], d: int, beta: float, generator: torch
 
 
 def fill_new_ranks(down_ERD: Tensor, ranks: Sequence[int], beta: float, generator: torch.Generator) -> None:
-    """Draw, in place, the rows of P or A that lead into ranks an expert did not have, as at the start of a training.
+    """Draw, in place, the rows of P or A of the ranks that an expert did not have, as at the start of a training.
 
-    Their columns of B are 0, so they add nothing yet; were the rows 0 too, neither would ever get a gradient.
+    Their columns of B are 0, so they add nothing yet; if the rows were 0 too, neither would ever get a gradient.
     """
     for core_RD, rank in zip(down_ERD, ranks, strict=True):
         new_RD = core_RD[rank:]
@@ -55,7 +55,7 @@ def fill_new_ranks(down_ERD: Tensor, ranks: Sequence[int], beta: float, generato
 
 
 def squared_error(old: Pair, new: Pair) -> tuple[float, float]:
-    """|B A - B' A'|^2 and |B A|^2, Frobenius, through the QR of [B B'] and a few rows of I numbers."""
+    """Compute |B A - B' A'|^2 and |B A|^2, Frobenius, through the QR of [B B'] and a few rows of I numbers."""
     Q = torch.linalg.qr(torch.cat([old[0], new[0]], dim=1)).Q
     before, after = (Q.T @ old[0]) @ old[1], (Q.T @ new[0]) @ new[1]
     return float((before - after).square().sum()), float(before.square().sum())

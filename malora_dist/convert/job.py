@@ -56,7 +56,7 @@ class Job:
         return source
 
     def open_adapter(self) -> AdapterTensors:
-        """The adapter that SRC holds. Raises CheckpointError if it is damaged or its method does not fit the kind."""
+        """Open the adapter of SRC. Raises CheckpointError if it is damaged or its method does not fit the kind."""
         adapter = open_adapter(self.source)
         method = adapter.info.spec.method
         if method not in methods_that_fit(KINDS[self.kind]):
@@ -68,7 +68,7 @@ class Job:
         return adapter
 
     def recipe(self) -> RunConfig | None:
-        """The recipe of --recipe, of the run or of the checkpoint; None for a bare adapter folder."""
+        """Return the recipe of --recipe, of the run or of the checkpoint; None for a bare adapter folder."""
         return self._recipe
 
     @cached_property
@@ -96,21 +96,21 @@ class Job:
             return None  # SRC is no adapter of ours: kinds that need one have opened it already
 
     def task_names(self) -> list[str]:
-        """The tasks of the recipe, for a model card; none for a bare adapter folder."""
+        """Return the names of the recipe's tasks, for a model card; none for a bare adapter folder."""
         recipe = self.recipe()
         return [] if recipe is None else [task.name for task in recipe.data.tasks]
 
     def needed_recipe(self) -> RunConfig:
-        """As `recipe`. Raises ConfigError if there is none."""
+        """Return the recipe, as `recipe` does. Raises ConfigError if there is none."""
         recipe = self.recipe()
         if recipe is None:
             raise ConfigError(f"--to {self.kind} reads tasks; {self.source} names none, so give --recipe RECIPE.yaml")
         return recipe
 
     def base_folder(self, info: AdapterInfo) -> Path:
-        """The folder of the base: --base, else the recipe's, else what the adapter names.
+        """Find the folder of the base: that of --base, else the recipe's, else the one that the adapter names.
 
-        Raises ConfigError if it brings code of its own that what SRC holds would let run, and no --recipe does.
+        Raises ConfigError if the folder has code of its own that SRC alone, and no --recipe, allows to run.
         """
         recipe = self.recipe()
         name, revision = self.options.base or info.base_model, None
@@ -123,7 +123,7 @@ class Job:
         return self._found[name]
 
     def _check_code(self, folder: Path, info: AdapterInfo) -> None:
-        """Say that a base's own code runs; refuse it where only SRC says that it may."""
+        """Log that a base's own code runs. Raises ConfigError where SRC alone allows it."""
         code, recipe = own_code(folder), self.recipe()
         if code and self.trusted:
             self.log(f"note: {KEY}=true: code of {folder} is run ({', '.join(code)})")
@@ -141,14 +141,14 @@ class Job:
         return recipe is not None and recipe.model.trust_remote_code
 
     def token_ids(self, info: AdapterInfo, text: str, where: str) -> list[int]:
-        """A text in tokens. Raises ConfigError or DataError for those for which the base has no row."""
+        """Tokenize a text. Raises ConfigError or DataError for tokens for which the base has no embedding row."""
         tokenizer, beyond = self._tokenizer(info)
         ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
         check_row(ids, beyond, where)
         return ids
 
     def data(self, info: AdapterInfo) -> PreparedData:
-        """The recipe's tasks in tokens. Raises as `token_ids`, and for samples beyond the positions of the base."""
+        """Tokenize the recipe's tasks. Raises as `token_ids` does, and for samples beyond the positions of the base."""
         tokenizer, beyond = self._tokenizer(info)
         data = build_data(self.needed_recipe().data, tokenizer)
         check_tokens(data, beyond)
@@ -157,20 +157,20 @@ class Job:
         return data
 
     def positions(self, info: AdapterInfo) -> int:
-        """How long a row the base was made for."""
+        """Return the longest row, in tokens, that the base was made for."""
         config: Any = read_model_config(self.base_folder(info), trust_remote_code=self.trusted)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else sys.maxsize
 
     def _tokenizer(self, info: AdapterInfo) -> tuple["PreTrainedTokenizerBase", dict[int, str]]:
-        """The base's tokenizer, and the tokens for which the base has no row."""
+        """Load the base's tokenizer, and the tokens for which the base has no embedding row."""
         folder, trusted = self.base_folder(info), self.trusted
         tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
         model = build_empty_model(folder, dtype=torch.float32, trust_remote_code=trusted)
         return tokenizer, check_vocabulary(tokenizer, embedding_rows(model))
 
     def load_base(self, info: AdapterInfo) -> "PreTrainedModel":
-        """The base in float32, not quantised, on --device (the CPU), with the recipe's attention where that runs here.
+        """Load the base in float32, not quantised, on --device (the CPU), with the recipe's attention where that runs.
 
         Raises CheckpointError if SRC is a checkpoint that was trained on another base.
         """
@@ -179,7 +179,7 @@ class Job:
         return self.load_model(folder)
 
     def load_model(self, folder: Path) -> "PreTrainedModel":
-        """As `load_base`, of any model folder."""
+        """Load any model folder as `load_base` loads the base."""
         recipe, device, dtype = self.recipe(), torch.device(self.options.device or "cpu"), torch.float32
         wanted = "auto" if recipe is None else recipe.model.attn_implementation
         # Kernels of packed rows want a GPU and 16 bits.
@@ -206,7 +206,7 @@ def check_layer_specs(path: Path, kind: str, adapter: AdapterTensors) -> None:
 
 
 def check_base(checkpoint: Checkpoint | None, base: Path) -> None:
-    """Raise CheckpointError unless a model folder is the base of a checkpoint; adapter folders do not tell theirs."""
+    """Raise CheckpointError unless a model folder is the base of a checkpoint; adapter folders do not record theirs."""
     if checkpoint is None:
         return
     wanted, found = checkpoint.manifest.base["fingerprint"], base_fingerprint(base)

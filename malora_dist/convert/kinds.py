@@ -35,7 +35,7 @@ class ConvertOptions:
     verify: bool = False
 
     def given(self) -> list[str]:
-        """The names of the options that were said."""
+        """Return the names of the options that were given."""
         return [field.name for field in fields(self) if getattr(self, field.name) not in (None, False)]
 
 
@@ -138,7 +138,7 @@ KINDS: dict[str, Kind] = {
 
 
 def find_kind(name: str) -> Kind:
-    """The row of a kind. Raises ConfigError for an unknown one, with the nearest name."""
+    """Return the row of a kind. Raises ConfigError for an unknown one, with the nearest name."""
     if name not in KINDS:
         near = difflib.get_close_matches(name, KINDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
@@ -147,7 +147,7 @@ def find_kind(name: str) -> Kind:
 
 
 def check_options(name: str, options: ConvertOptions) -> None:
-    """Raises ConfigError for an option that has no meaning for this kind, with the kinds that take it."""
+    """Raise ConfigError for an option that has no meaning for this kind; the message names the kinds that take it."""
     for option in options.given():
         if option not in (*ALWAYS, *KINDS[name].options):
             takers = [other for other, kind in KINDS.items() if option in kind.options]
@@ -158,10 +158,10 @@ def check_options(name: str, options: ConvertOptions) -> None:
 
 
 def methods_that_fit(kind: Kind) -> list[str]:
-    """The methods whose adapters this kind takes."""
+    """Return the methods whose adapters this kind takes."""
     return [name for name, structure in METHODS.items() if kind.fits is None or kind.fits(structure)]
 
 
 def kinds_for(method: str) -> list[str]:
-    """The kinds that take an adapter of this method."""
+    """Return the kinds that take an adapter of this method."""
     return [name for name, kind in KINDS.items() if method in methods_that_fit(kind)]

@@ -36,9 +36,9 @@ TEMPLATES = "additional_chat_templates"
 
 
 def to_merged(job: Job) -> None:
-    """DST is the base with W' = W + s B A (dora: its rows scaled to their magnitudes) in the place of adapted weights.
+    """Write the base with W' = W + s B A (dora: its rows scaled to their magnitudes) in place of adapted weights.
 
-    Read and written file by file, one tensor in memory; sums in float32, results in the dtype the base is stored in.
+    Reads and writes file by file, one tensor in memory; sums in float32, results in the dtype the base is stored in.
     Raises CheckpointError for a routed mixture, and for an adapter of another base.
     """
     adapter = _one_expert(job)
@@ -82,7 +82,10 @@ def _one_expert(job: Job) -> AdapterTensors:
 
 
 def _stored_layers(model: Any, adapter: AdapterTensors, base: Path, reader: TensorReader) -> dict[str, str]:
-    """By the names that the base's files give their weights, the adapted layers. Raises ConfigError for one apart."""
+    """Return the adapted layers by the names of their weights in the base's files.
+
+    Raises ConfigError for a layer that the files hold as a part of another weight.
+    """
     stored, modules = stored_names(model, reader.names()), dict(model.named_modules())
     layers = {}
     for layer in adapter.layers():
@@ -99,7 +102,7 @@ def _stored_layers(model: Any, adapter: AdapterTensors, base: Path, reader: Tens
 
 
 def _is_tied(module: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules have one weight."""
+    """Return whether two modules share one weight."""
     weights = module._parameters.get("weight"), other._parameters.get("weight")
     return module is not other and weights[0] is not None and weights[0] is weights[1]
 
@@ -107,7 +110,7 @@ def _is_tied(module: nn.Module, other: nn.Module) -> bool:
 def _check_base(
     adapter: AdapterTensors, base: Path, reader: TensorReader, layers: dict[str, str], transposed: set[str]
 ) -> None:
-    """Raises CheckpointError unless the folder is the adapter's base, ConfigError if its weights cannot be added to."""
+    """Raise CheckpointError unless the folder is the adapter's base, ConfigError if its weights cannot be added to."""
     with readable(base / "config.json"):
         config: dict[str, Any] = parse_json((base / "config.json").read_bytes(), lenient=True)
     if config.get("quantization_config"):
@@ -129,7 +132,7 @@ class _Merge:
     def __init__(
         self, adapter: AdapterTensors, reader: TensorReader, layers: dict[str, str], transposed: set[str]
     ) -> None:
-        """`transposed` are the layers whose weights lie as (I, O), as those of transformers' Conv1D."""
+        """Keep what the merge reads. `transposed` are the layers with (I, O) weights, as in transformers' Conv1D."""
         self.adapter, self.reader, self.layers, self.transposed = adapter, reader, layers, transposed
         self.dtypes: set[torch.dtype] = set()
         self.change = self.loss = 0.0
@@ -176,7 +179,7 @@ class _Merge:
 
 
 def _copy_others(base: Path, folder: Path, index: str | None, *, code: bool) -> None:
-    """Copy what stands beside the weights; Python files only if the recipe lets them run, of indices the one in use."""
+    """Copy the files beside the weights; Python files only if the recipe allows their code, only the index in use."""
     if index is not None:
         shutil.copyfile(base / index, folder / index)
     for path in sorted(base.iterdir()):
@@ -190,7 +193,7 @@ def _copy_others(base: Path, folder: Path, index: str | None, *, code: bool) -> 
 
 
 def _origin(adapter: AdapterTensors) -> dict[str, Any]:
-    """What `malora inspect` says of the folder."""
+    """Return what `malora inspect` prints about the folder."""
     spec, info = adapter.info.spec, adapter.info
     return {"base_model": info.base_model, "method": spec.method, "r": spec.r, "target_modules": [*info.target_modules]}
 
@@ -206,7 +209,7 @@ def _card(adapter: AdapterTensors, job: Job) -> str:
 
 
 def _verify(job: Job, adapter: AdapterTensors, merge: _Merge, rows: Sequence[Tensor]) -> None:
-    """Logits of the base with the adapter on it and of the merged folder, both computed in float32.
+    """Compare the logits of the base with the adapter and of the merged folder, both computed in float32.
 
     They may differ by 1e-4 of the largest logit, and by 8 eps of the dtype the weights were rounded to where that is
     more. Raises CheckpointError beyond it.

@@ -16,10 +16,10 @@ from malora_dist.errors import ConfigError
 
 
 def to_molora(job: Job) -> None:
-    """A molora adapter that is the same function: A_t = P_t S_A, rounded once to fp32; the rest as it is.
+    """Write a molora adapter that is the same function: A_t = P_t S_A, rounded once to fp32; the rest as it is.
 
-    A router that reads S_A x becomes W_g S_A, which reads x.
-    S_A in each expert costs (E R - D) I numbers a layer more. Several SRC are LoRAs to be mixed.
+    A router that reads S_A x becomes W_g S_A, which reads x. S_A in each expert costs (E R - D) I more numbers a
+    layer. Several SRC are LoRAs, which become a mixture (`to_mixture`).
     """
     if len(job.sources) > 1:
         return to_mixture(job)
@@ -43,7 +43,7 @@ def _shapes(adapter: AdapterTensors, info: AdapterInfo) -> dict[str, tuple[int, 
 
 
 def _values(adapter: AdapterTensors) -> Iterator[Tensor]:
-    """In the order of `factor_shapes`: gate, A, B."""
+    """Yield the tensors in the order of `factor_shapes`: gate, A, B."""
     for layer in adapter.layers():
         factors = adapter.read_layer(layer)
         yield outer_gate(factors, adapter.info.spec)

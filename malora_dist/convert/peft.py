@@ -23,7 +23,7 @@ from malora_dist.files.durable import write_text
 
 
 def to_peft(job: Job) -> None:
-    """A stock PEFT folder: lora_A, lora_B and, of dora, lora_magnitude_vector, with the bits they have in ours."""
+    """Write a stock PEFT folder: lora_A, lora_B and, for dora, lora_magnitude_vector, bit for bit as in ours."""
     adapter = job.open_adapter()
     title = "DoRA" if adapter.info.spec.structure.magnitude else "LoRA"
     tasks = job.task_names()
@@ -37,9 +37,9 @@ def to_peft(job: Job) -> None:
 
 
 def from_peft(job: Job) -> None:
-    """An adapter folder of ours from a PEFT LoRA, DoRA or rank-stabilised LoRA: the same numbers, as fp32.
+    """Write an adapter folder of ours from a PEFT LoRA, DoRA or rank-stabilised LoRA: the same numbers, as fp32.
 
-    Raises CheckpointError for what our layers cannot be, with the key of PEFT's config that says so.
+    Raises CheckpointError for what our layers cannot represent; the message names the key of PEFT's config.
     """
     source = open_peft(job.source)
     info = replace(source.info, base_model=job.options.base or source.info.base_model)
@@ -66,7 +66,7 @@ def _stock_config(adapter: AdapterTensors) -> Mapping[str, Any]:
 
 
 def _verify(job: Job, ours: AdapterTensors, peft_folder: Path) -> None:
-    """Our layers and real peft, on real text."""
+    """Compare our layers with real peft on real text."""
     rows = text_rows(job, ours.info)
     model = job.load_base(ours.info)
     put_adapter(model, ours)

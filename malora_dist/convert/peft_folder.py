@@ -59,12 +59,12 @@ def fill_peft_folder(
 
 
 def lora_shapes(layer: str, r: int, inputs: int, outputs: int) -> dict[str, tuple[int, int]]:
-    """Names and shapes of a layer's two tensors."""
+    """Return names and shapes of a layer's two tensors."""
     return {f"{layer}.lora_A.weight": (r, inputs), f"{layer}.lora_B.weight": (outputs, r)}
 
 
 def lora_card(info: AdapterInfo, title: str, text: str) -> str:
-    """README.md of such a folder."""
+    """Return the text of README.md of such a folder."""
     return (
         f"---\nbase_model: {info.base_model}\nlibrary_name: peft\n---\n\n# {title}\n\n{text}\n\n"
         "```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, folder)\n```\n"

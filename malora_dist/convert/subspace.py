@@ -26,12 +26,12 @@ class Subspace:
     B_EOR: Tensor
 
     def downs(self) -> Tensor:
-        """A_t = P_t S, (E, R, I)."""
+        """Compute A_t = P_t S, (E, R, I)."""
         return self.P_ERD @ self.S_DI
 
 
 def subspace_of(factors: Mapping[str, Tensor]) -> Subspace:
-    """The layer's factors as `AdapterTensors.read_layer` gives them, in fp64."""
+    """Convert a layer's factors, as `AdapterTensors.read_layer` returns them, to a `Subspace` in fp64."""
     wide = {name: factors[name].double() for name in ("shared_A", "P", "A", "B") if name in factors}
     B_EOR = wide["B"]
     E, _, R = B_EOR.shape
@@ -50,7 +50,7 @@ def outer_gate(factors: Mapping[str, Tensor], spec: MixtureSpec) -> Tensor:
 
 
 def down_shape(factors: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Shape (D, I) of S, from the shapes of a layer's factors."""
+    """Return the shape (D, I) of S from the shapes of a layer's factors."""
     if "shared_A" in factors:
         D, inputs = factors["shared_A"]
         return D, inputs

@@ -30,10 +30,10 @@ Statistics = Mapping[str, LayerStatistics]
 
 
 def to_peft_tasks(job: Job) -> None:
-    """DST/<task>: lora_A = S, lora_B = L of `collapse`, from --calibration training samples of the task; rank D.
+    """Write DST/<task>: lora_A = S, lora_B = L of `collapse`, from --calibration training samples of the task; rank D.
 
-    With --rank R the nearest product of that rank. Says for each task the accuracy routed and static, on --eval-samples
-    rows of the recipe's evaluation split (0: not measured), and the command that serves them.
+    With --rank R it is the nearest product of that rank. Logs for each task the accuracy routed and static, on
+    --eval-samples rows of the recipe's evaluation split (0: not measured), and the command that serves the folders.
     """
     adapter, recipe = job.open_adapter(), job.needed_recipe()
     fit, rank = _checked(job, adapter)
@@ -58,7 +58,7 @@ def to_peft_tasks(job: Job) -> None:
 
 
 def _checked(job: Job, adapter: AdapterTensors) -> tuple[str, int]:
-    """--fit and the rank of the result. Raises ConfigError for values that mean nothing."""
+    """Return --fit and the rank of the result. Raises ConfigError for values that are not valid."""
     fit, exact = job.options.fit or FITS[0], _exact_rank(adapter)
     if fit not in FITS:
         raise ConfigError(f"--fit {fit} must be one of {', '.join(FITS)}")
@@ -91,7 +91,7 @@ def _statistics(
 
 
 def _factors(adapter: AdapterTensors, layer: str, found: LayerStatistics, fit: str, rank: int) -> Factors:
-    """B (O, R) without scaling and A (R, I) of a layer, fp64."""
+    """Return B (O, R) without scaling and A (R, I) of a layer, fp64."""
     space = subspace_of(adapter.read_layer(layer))
     L_OD = static_up(space, found, fit)
     if rank < len(space.S_DI):
@@ -131,7 +131,7 @@ def _write(job: Job, adapter: AdapterTensors, task: str, statistics: Statistics,
 def _on_model(
     adapter: AdapterTensors, model: Any, statistics: Statistics, fit: str, rank: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B with the scaling in it, of every layer, on the model's device."""
+    """Return A and B of every layer, with the scaling in B, on the model's device."""
     device, pairs = next(model.parameters()).device, {}
     for layer in adapter.layers():
         up, down = _factors(adapter, layer, statistics[layer], fit, rank)
@@ -142,7 +142,7 @@ def _on_model(
 def _verify(
     job: Job, adapter: AdapterTensors, model: Any, statistics: Mapping[str, Statistics], fit: str, rank: int
 ) -> None:
-    """Our layers with the mean gates forced, or where no gates say the same with B A x added, against peft."""
+    """Compare peft with our layers, the mean gates forced or, where no gates are equivalent, with B A x added."""
     rows = text_rows(job, adapter.info)
     wanted = {}
     for task, found in statistics.items():
@@ -163,7 +163,7 @@ def _verify(
 
 
 def _serving(job: Job, adapter: AdapterTensors, tasks: list[str], rank: int) -> str:
-    """The vLLM command for the folders."""
+    """Return the vLLM command that serves the folders."""
     allowed = [number for number in VLLM_RANKS if number >= rank]
     if not allowed:
         return f"vLLM serves LoRAs of rank {VLLM_RANKS[-1]} at most, these have {rank}: convert with a smaller --rank"

@@ -32,9 +32,9 @@ Difference = tuple[float, float]  # largest |difference|, largest |value|
 
 
 def text_rows(job: Job, info: AdapterInfo) -> list[Tensor]:
-    """Token ids (T,) of up to ROWS pieces of real text: of --text, else of the recipe's training rows, task by task.
+    """Return token ids (T,) of up to ROWS pieces of real text: of --text, else of the recipe's training rows by task.
 
-    Raises ConfigError if there is neither, and as `Job.data` for rows that the base cannot take.
+    Raises ConfigError if there is neither, and as `Job.data` does for rows that the base cannot take.
     """
     if job.options.text is not None:
         try:
@@ -55,7 +55,7 @@ def text_rows(job: Job, info: AdapterInfo) -> list[Tensor]:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, rows: Sequence[Tensor]) -> list[Tensor]:
-    """(T, V) logits of each row's last positions, fp32."""
+    """Compute the (T, V) logits of each row's last positions, fp32."""
     device = next(model.parameters()).device
     keep = POSITIONS
     return [
@@ -65,7 +65,7 @@ def logits_of(model: nn.Module, rows: Sequence[Tensor]) -> list[Tensor]:
 
 
 def verify_routed(job: Job, ours: AdapterTensors, theirs: AdapterTensors) -> None:
-    """The source and its result in our own layers, both routed as the source routes.
+    """Compare the source and its result in our own layers, both with the routing of the source.
 
     Raises CheckpointError beyond the tolerance.
     """
@@ -91,7 +91,7 @@ def verify_peft(
     layers: Iterable[str],
     deltas: Callable[[str, str], Factors],
 ) -> None:
-    """Real `peft` with each of the folders on the bare base `model`, against the logits and weights wanted of it.
+    """Compare real `peft`, with each of the folders on the bare base `model`, with the logits and weights wanted of it.
 
     `deltas(name, layer)` are the factors of what folder `name` is to add to a layer. Raises CheckpointError beyond the
     tolerance, ConfigError without peft.
@@ -106,7 +106,7 @@ def verify_peft(
 
 
 def load_in_peft(model: Any, folders: Mapping[str, Path]) -> Any:
-    """The base with every folder loaded by `peft`, under their names."""
+    """Load every folder onto the base with `peft`, under its name."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -119,13 +119,13 @@ def load_in_peft(model: Any, folders: Mapping[str, Path]) -> Any:
 
 
 def peft_factors(module: Any, name: str) -> Factors:
-    """What PEFT's layer adds: B with its scaling in it, and A."""
+    """Return the factors of what PEFT's layer adds: B with its scaling in it, and A."""
     A_RI, B_OR = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
     return module.scaling[name] * B_OR.double().cpu(), A_RI.double().cpu()
 
 
 def expert_differences(ours: AdapterTensors, theirs: AdapterTensors) -> Iterable[Difference]:
-    """By layer and expert, how the weights s B_t A_t differ; and the gates, which must be equal."""
+    """Yield by layer and expert how the weights s B_t A_t differ, and the gates, which must be equal."""
     if ours.shapes == theirs.shapes:
         for name in ours.shapes:
             yield difference((ours.read(name).double(), None), (theirs.read(name).double(), None))
@@ -142,7 +142,7 @@ def expert_differences(ours: AdapterTensors, theirs: AdapterTensors) -> Iterable
 
 
 def difference(mine: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> Difference:
-    """Largest |B A - B' A'| and |B A|, a few rows at a time; without A of B itself."""
+    """Compute the largest |B A - B' A'| and |B A|, a few rows at a time; without A, those of B itself."""
     apart = size = 0.0
     for rows, other_rows in zip(mine[0].split(OUTPUTS_AT_ONCE), other[0].split(OUTPUTS_AT_ONCE), strict=True):
         value = rows if mine[1] is None else rows @ mine[1]
@@ -154,7 +154,7 @@ def difference(mine: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor |
 
 
 def judge(job: Job, name: str, logits: Iterable[tuple[Tensor, Tensor]], weights: Iterable[Difference]) -> None:
-    """Say both differences. Raises CheckpointError if one is beyond its tolerance."""
+    """Log both differences. Raises CheckpointError if one is beyond its tolerance."""
     lines, failed = [], False
     for what, pairs, tolerance in (
         ("logits", [difference((found, None), (wanted, None)) for found, wanted in logits], LOGITS_TOLERANCE),

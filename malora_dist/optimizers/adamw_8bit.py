@@ -67,7 +67,7 @@ class Blockwise8bit:
         optimizer.state[tensor] = state
 
     def num_bytes(self, shape: Shape) -> int:
-        """Without the two code books, 2 KiB a process."""
+        """Return the bytes of the state of a tensor of `shape`, without the two code books, 2 KiB a process."""
         numel = math.prod(shape)
         if numel < SMALLEST:
             return len(MOMENTS) * FP32 * numel

@@ -33,11 +33,11 @@ class Report:
         self.advice = advice(self.chosen, self.plans)
 
     def tables(self) -> list[Any]:
-        """For rich's Console.print, in order."""
+        """Return what rich's Console.print prints, in order."""
         return list(tables(self.chosen, self.plans, self.advice))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         plans = [plan.as_dict() for plan in self.plans]
         shape = self.chosen.run.shape
         assumed = {
@@ -58,7 +58,7 @@ class Report:
 def hardware_of(
     config: RunConfig, *, nodes: int, gpus_per_node: int | None, hbm: str, intra: str, inter: str, flops: str
 ) -> Hardware:
-    """The cluster from the command line's texts. Without gpus_per_node, the most up to 8 that can share the batch."""
+    """Parse the cluster of the command line. Without gpus_per_node, it is the most up to 8 that can share the batch."""
     if gpus_per_node is None:
         worlds = [world // nodes for world in suggest_world_sizes(config) if world % nodes == 0]
         gpus_per_node = max((gpus for gpus in worlds if gpus <= GPUS_OF_A_NODE), default=GPUS_OF_A_NODE)

@@ -17,10 +17,10 @@ INDEX = 8
 
 
 def activation_bytes(run: Run) -> int:
-    """Peak over forward and backward, logits excepted.
+    """Count the peak bytes over forward and backward, without the logits.
 
-    Without checkpointing every block's tensors. With it (non-reentrant) every block's input and routing, and the
-    tensors of the one block that backward has computed again.
+    Without checkpointing it is every block's tensors; with it (non-reentrant), every block's input and routing, and the
+    tensors of the one block that backward has recomputed.
     """
     L, s = run.shape.num_layers, run.itemsize
     final_norm = run.tokens * run.shape.hidden_size * FP32
@@ -34,20 +34,20 @@ def activation_bytes(run: Run) -> int:
 
 
 def logit_bytes(run: Run) -> int:
-    """What the loss holds at once: a chunk's logits, in the base's dtype and in fp32, and the gradient it keeps."""
+    """Count bytes the loss holds at once: a chunk's logits, in the base's dtype and fp32, and the kept gradient."""
     numel = min(run.targets, chunk_rows(run.shape.vocab_size, "cuda")) * run.shape.vocab_size
     return numel * (FP32 + (run.itemsize if run.itemsize < FP32 else 0)) + saved_logit_bytes(run)
 
 
 def saved_logit_bytes(run: Run) -> int:
-    """What of `logit_bytes` is kept for backward: of each target, the gradient of the head's input and a fp32 sum."""
+    """Count those of `logit_bytes` kept for backward: the gradient of the head's input and a fp32 sum per target."""
     return run.targets * (run.shape.hidden_size * run.itemsize + FP32)
 
 
 def block_bytes(run: Run) -> int:
-    """One decoder block: two norms, attention, the gated MLP, and the adapters on its linears.
+    """Count the bytes of one decoder block: two norms, attention, the gated MLP, and the adapters on its linears.
 
-    Where blocks differ, their mean.
+    Where blocks differ, it is their mean.
     """
     norms = 2 * run.tokens * (run.shape.hidden_size + 1) * FP32
     mlp = 3 * run.tokens * run.shape.intermediate_size * run.itemsize
@@ -76,9 +76,9 @@ def _attention_bytes(run: Run) -> int:
 
 
 def _input_bytes(run: Run) -> int:
-    """Inputs of adapted linears, once for those that share one; the input of o_proj is attention's output.
+    """Count bytes of adapted linears' inputs, once for those that share one; that of o_proj is attention's output.
 
-    Every input projection keeps its input, and makes the dropped one again. DoRA keeps what it reads, dropped or not.
+    Every input projection keeps its input and recomputes dropout on it. DoRA keeps what it reads, dropped or not.
     """
     if run.dropout > 0 and run.spec.structure.magnitude:
         return 0
@@ -93,12 +93,12 @@ def _input_bytes(run: Run) -> int:
 
 
 def _a_block(run: Run, linear: Linear) -> float:
-    """How many linears of a kind a block has, in the mean."""
+    """Return the mean number of linears of a kind in a block."""
     return run.shape.copies(linear) / run.shape.num_layers
 
 
 def _routing_bytes(run: Run) -> int:
-    """Probabilities and gates (fp32) over all experts, and the numbers of the chosen ones (int64).
+    """Count bytes of probabilities and gates (fp32) over all experts, and of the chosen experts' numbers (int64).
 
     The z-loss keeps logits and the log of their sum too.
     """
@@ -108,7 +108,7 @@ def _routing_bytes(run: Run) -> int:
 
 
 def _adapter_bytes(run: Run, linear: Linear) -> int:
-    """Routing, a dropped input where experts read it themselves, and what the experts keep."""
+    """Count bytes of routing, of an input after dropout where experts read it, and of what the experts keep."""
     read_by_experts = run.spec.structure.magnitude or (
         run.spec.shared_r is None and run.ep_size == 1 and is_grouped(run)
     )
@@ -117,7 +117,7 @@ def _adapter_bytes(run: Run, linear: Linear) -> int:
 
 
 def _router_input_bytes(run: Run) -> int:
-    """What a router keeps that reads h: h in fp32, a copy where the base has another dtype."""
+    """Count bytes of the fp32 copy of h that a router which reads h keeps, where the base has another dtype."""
     spec = run.spec
     if spec.router_input == "x" or spec.router_dtype == "input" or run.itemsize == FP32 or spec.shared_r is None:
         return 0
@@ -125,10 +125,10 @@ def _router_input_bytes(run: Run) -> int:
 
 
 def _expert_bytes(run: Run, linear: Linear) -> int:
-    """What the experts here keep: of all tokens or, under expert parallelism, of the rows that reach this rank.
+    """Count bytes that this rank's experts keep of all tokens or, under expert parallelism, of rows that reach it.
 
     Dense: h = S_A x and the products h P (or A x). Grouped: h, and of each chosen expert its product, gate and two
-    places. DoRA also keeps copies of A and B in the base's dtype, and its output before it is rescaled.
+    indices. DoRA also keeps copies of A and B in the base's dtype, and its output before it is rescaled.
     """
     spec, s, E = run.spec, run.itemsize, run.num_local_experts
     in_width = spec.expert_width(linear.in_features)
@@ -147,12 +147,12 @@ def _expert_bytes(run: Run, linear: Linear) -> int:
 
 
 def expected_rows(run: Run) -> int:
-    """Rows of a layer that reach a rank under uniform routing: as many as its own tokens send."""
+    """Return the rows of a layer that reach a rank under uniform routing: as many as its own tokens send."""
     return round(run.tokens * rows_per_token(run.spec.num_experts, run.spec.top_k, run.ep_size))
 
 
 def exchange_buffer_bytes(run: Run) -> int:
-    """Rows out and in, and sums out and in, of the layer with the most, while they are under way."""
+    """Count bytes of the rows and sums, sent and received, that are in flight, for the layer with the most."""
     if run.ep_size == 1:
         return 0
     rows, s = expected_rows(run), run.itemsize

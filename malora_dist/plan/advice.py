@@ -18,7 +18,7 @@ CAUSES = {
 
 
 def advice(chosen: Estimate, plans: Sequence[Estimate]) -> list[str]:
-    """Sentences on the chosen plan and the legal plans beside it, the fastest first."""
+    """Return sentences on the chosen plan and on the other legal plans, given with the fastest first."""
     return [
         *_memory(chosen),
         *_cheapest(chosen, plans),
@@ -30,12 +30,12 @@ def advice(chosen: Estimate, plans: Sequence[Estimate]) -> list[str]:
 
 
 def fastest_that_fits(plans: Sequence[Estimate]) -> Estimate | None:
-    """The first plan that fits; None if there is none."""
+    """Return the first plan that fits; None if there is none."""
     return next((plan for plan in plans if plan.fits), None)
 
 
 def named(settings: dict[str, object]) -> str:
-    """Settings as one would write them on the command line."""
+    """Write settings as on the command line."""
     return " ".join(f"{key.split('.')[-1]}={str(value).lower()}" for key, value in settings.items())
 
 
@@ -70,7 +70,7 @@ def _cheapest(chosen: Estimate, plans: Sequence[Estimate]) -> Iterator[str]:
 
 
 def _base(chosen: Estimate, plans: Sequence[Estimate]) -> Iterator[str]:
-    """ZeRO-3 gathering the base against a base replicated under ZeRO-1."""
+    """Compare ZeRO-3, which gathers the base, with a base replicated under ZeRO-1."""
     run = chosen.run
     split, whole = (_like(chosen, plans, zero_stage=stage, ep_size=1) for stage in (3, 1))
     if run.world_size == 1 or split is None or whole is None:
@@ -91,7 +91,7 @@ def _like(chosen: Estimate, plans: Sequence[Estimate], **parallel: int) -> Estim
 
 
 def _experts(chosen: Estimate, plans: Sequence[Estimate]) -> Iterator[str]:
-    """Weights to the tokens, or tokens to the weights, by the bytes of both plans."""
+    """Compare sending weights to the tokens with sending tokens to the weights, by the bytes of both plans."""
     run = chosen.run
     ep_size = run.ep_size if run.ep_size > 1 else min((p.run.ep_size for p in plans if p.run.ep_size > 1), default=1)
     alone, spread = (_like(chosen, plans, ep_size=size) for size in (1, ep_size))
@@ -111,7 +111,10 @@ def _experts(chosen: Estimate, plans: Sequence[Estimate]) -> Iterator[str]:
 
 
 def _rule(spread: Estimate) -> str:
-    """ZeRO-3 gathers a layer's experts twice a micro-batch and reduces them once, about 3 N r numbers an output."""
+    """State when moving weights is cheaper under ZeRO-3.
+
+    It gathers a layer's experts twice a micro-batch and reduces them once, about 3 N r numbers an output.
+    """
     run, spec = spread.run, spread.run.spec
     remote = rows_per_token(spec.num_experts, spec.top_k, run.ep_size) * (run.ep_size - 1) / run.ep_size
     return (

@@ -25,7 +25,7 @@ class Hardware:
 
 
 def step_seconds(run: Run, hardware: Hardware) -> dict[str, float]:
-    """Seconds of computing and of each kind of traffic, and their sum `total`: a step in which nothing overlaps.
+    """Estimate the seconds of computing and of each kind of traffic, and their sum `total`, if nothing overlaps.
 
     compute = step_flops / flops. A flow takes bytes / bandwidth, at `intra` if its groups lie within nodes and at
     `inter`, the slower link of the ring, if they span nodes. Latency, the unpacking of 4-bit weights and the optimizer
@@ -38,12 +38,12 @@ def step_seconds(run: Run, hardware: Hardware) -> dict[str, float]:
 
 
 def spans_nodes(flow: Flow, hardware: Hardware) -> bool:
-    """Whether groups of a flow have ranks on several nodes: ranks are numbered node by node, groups start at rank 0."""
+    """Return whether groups of a flow span nodes: ranks are numbered node by node, groups start at rank 0."""
     return hardware.gpus_per_node % (flow.group * flow.stride) != 0
 
 
 def step_flops(run: Run) -> float:
-    """Floating-point operations of a rank in a step: 2 a multiplication.
+    """Count the floating-point operations of a rank in a step: 2 for each multiplication.
 
     A frozen product runs forward and once backward (for its input), a trained one and attention twice backward;
     checkpointing runs all but the head forward again. DoRA multiplies the dropped input by the frozen weight too.
@@ -58,14 +58,14 @@ def step_flops(run: Run) -> float:
 
 
 def _attention_flops(run: Run) -> float:
-    """Scores and their product with v: over all pairs of a packed row if masked, else over causal pairs of samples."""
+    """Count scores and their product with v: over all pairs of a packed row if masked, else causal pairs of samples."""
     causal_pairs = run.micro_batch * run.tokens_per_sample**2 / 2
     pairs = run.tokens**2 if run.masked or run.attention == "eager" else causal_pairs
     return 4 * pairs * run.shape.num_heads * run.shape.head_dim
 
 
 def _adapter_multiplications(run: Run, linear: Linear) -> float:
-    """Per token: router, S_A, and the experts that are computed."""
+    """Count the multiplications per token: router, S_A, and the experts that are computed."""
     spec, E = run.spec, run.num_local_experts
     read_by_router = linear.in_features if spec.router_input == "x" or spec.shared_r is None else spec.shared_r
     total = float(spec.num_experts * read_by_router) if spec.structure.routed else 0.0

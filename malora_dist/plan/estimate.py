@@ -68,7 +68,7 @@ class Estimate:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "settings": self.settings,
             "attention": self.run.attention,
@@ -85,7 +85,7 @@ class Estimate:
 def alternatives(
     config: RunConfig, spec: MixtureSpec, shape: ModelShape, hardware: Hardware, lengths: Lengths
 ) -> list[Estimate]:
-    """Every legal plan with the same global batch, the fastest first; what the recipe's DeepSpeed file says is kept."""
+    """Return every legal plan with the same global batch, the fastest first, with the recipe's DeepSpeed settings."""
     zero = zero_settings(config)
     found = []
     for candidate in _candidates(config, hardware.world_size):
@@ -121,7 +121,7 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
 
 
 def _for_stage(zero: ZeroSettings, stage: int) -> ZeroSettings:
-    """The settings without the offload that a stage cannot do."""
+    """Return the settings without the offload that a stage does not support."""
     return replace(
         zero,
         offload_optimizer=zero.offload_optimizer and stage >= 1,

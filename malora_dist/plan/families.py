@@ -59,9 +59,9 @@ class FamilyShape(ModelShape):
 
 
 def family_shape(config: Mapping[str, Any], source: str) -> FamilyShape:
-    """The shape of a config.json of any causal language model of transformers.
+    """Read the shape in a config.json of any causal language model of transformers.
 
-    Raises ConfigError for a type that transformers has not, and where torch or transformers is missing.
+    Raises ConfigError for a type that transformers does not have, and where torch or transformers is missing.
     """
     model = _empty_model(config, source)
     text = model.config.get_text_config()
@@ -109,7 +109,7 @@ def _empty_model(config: Mapping[str, Any], source: str) -> Any:
 
 
 def _kinds(model: Any) -> tuple[tuple[Linear, ...], set[int]]:
-    """The linears by name and size, without the head, and which parameters are their weights."""
+    """Return the linears by name and size, without the head, and the ids of the parameters that are their weights."""
     from malora_dist.adapters.text_linears import idle_linears
     from malora_dist.models.linears import linear_sizes, output_head
 
@@ -134,7 +134,7 @@ def _head_weight(model: Any) -> Any:
 
 
 def _expert_products(model: Any, text: Any) -> int:
-    """Multiplications of a token in experts kept as one parameter: the chosen ones' part of each layer's."""
+    """Count a token's multiplications in experts kept as one parameter: the chosen ones' part of each layer's."""
     from malora_dist.adapters.targets import fused_experts
 
     settings = getattr(text, "ffn_config", text)
@@ -147,7 +147,7 @@ def _expert_products(model: Any, text: Any) -> int:
 
 
 def _number(config: Any, name: str, default: int) -> int:
-    """A number of a configuration; the largest where it has one for each layer."""
+    """Read a number of a configuration; the largest where it has one for each layer."""
     value = getattr(config, name, None)
     value = max(value, default=None) if isinstance(value, list | tuple) else value
     return value if isinstance(value, int) and value > 0 else default

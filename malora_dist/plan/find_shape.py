@@ -14,9 +14,9 @@ ASK_FOR_CONFIG = "give its config.json: --model path/to/config.json (or the mode
 
 
 def find_shape(name_or_path: str, revision: str | None = None) -> ModelShape:
-    """The shape of the model that a recipe names: a folder, a config.json, a GGUF file, or a hub id in the local cache.
+    """Find the shape of a recipe's model: a folder, a config.json, a GGUF file, or a hub id in the local cache.
 
-    Nothing is downloaded. Raises ConfigError if there is no configuration here or its layout is not known.
+    Nothing is downloaded. Raises ConfigError if there is no configuration on this machine or its layout is not known.
     """
     path = local_path(name_or_path)
     if path.suffix == ".json":
@@ -30,7 +30,7 @@ def find_shape(name_or_path: str, revision: str | None = None) -> ModelShape:
 
 
 def local_config(name_or_path: str, revision: str | None = None) -> Path | None:
-    """The folder with the config.json of a model that a recipe names, or its GGUF file; None if it is not here.
+    """Find the folder with the config.json of a recipe's model, or its GGUF file; None if it is not on this machine.
 
     Nothing is downloaded.
     """
@@ -44,7 +44,7 @@ def local_config(name_or_path: str, revision: str | None = None) -> Path | None:
 
 
 def read_config(path: Path) -> ModelShape:
-    """The shape in a config.json. Raises ConfigError for a file that cannot be read, or a layout not known here."""
+    """Read the shape in a config.json. Raises ConfigError for a file that cannot be read or an unknown layout."""
     try:
         config = parse_json(path.read_bytes(), lenient=True)
     except OSError as error:
@@ -57,7 +57,7 @@ def read_config(path: Path) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], source: str) -> ModelShape:
-    """The shape in the keys of a config.json; `source` names it in errors. Types beyond LAYOUTS need transformers."""
+    """Return the shape in a config.json's keys; `source` names it in errors. Types beyond LAYOUTS need transformers."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in LAYOUTS:
         # It needs torch.
@@ -94,7 +94,7 @@ def _integer(config: Mapping[str, Any], key: str, source: str, default: int | No
 
 
 def read_gguf(path: Path) -> ModelShape:
-    """The shape in a GGUF file's metadata. Raises ConfigError if the file cannot be read or has an unknown layout."""
+    """Read the shape in a GGUF file's metadata. Raises ConfigError for an unreadable file or an unknown layout."""
     if not path.is_file():
         raise ConfigError(f"model.name_or_path={str(path)!r}: there is no such GGUF file; {ASK_FOR_CONFIG}")
     require_package("gguf", "gguf", f"{path}: a GGUF file")
@@ -111,7 +111,7 @@ def read_gguf(path: Path) -> ModelShape:
 
 
 def _gguf_config(path: Path) -> dict[str, Any]:
-    """A GGUF file's metadata by the keys of a config.json. Raises what the reader raises."""
+    """Read a GGUF file's metadata, by the keys of a config.json. Raises what the reader raises."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -135,7 +135,7 @@ def _gguf_config(path: Path) -> dict[str, Any]:
 
 
 def _cached_config(repository: str, revision: str | None) -> Path | None:
-    """config.json of a hub id if it was downloaded before."""
+    """Find the config.json of a hub id if it was downloaded before; None if it was not."""
     try:
         from huggingface_hub import try_to_load_from_cache
 

@@ -16,24 +16,24 @@ def _gathered(run: Run) -> list[Stored]:
 
 
 def live_share(run: Run) -> float:
-    """Share of the model's elements that ZeRO-3 keeps whole at a time."""
+    """Return the share of the model's elements that ZeRO-3 keeps whole at a time."""
     elements = sum(tensor.copies * tensor.numel for tensor in _gathered(run))
     return min(1.0, run.zero.max_live_parameters / elements) if elements else 1.0
 
 
 def gathered_bytes(run: Run) -> int:
-    """Bytes of whole tensors beside the parts: the live share, and never less than the largest tensor."""
+    """Count bytes of whole tensors beside the parts: the live share, and never less than the largest tensor."""
     tensors = _gathered(run)
     largest = max((tensor.numel * tensor.itemsize for tensor in tensors), default=0)
     return max(largest, round(live_share(run) * sum(tensor.nbytes for tensor in tensors)))
 
 
 def gathers_per_micro_batch(run: Run, tensor: Stored) -> float:
-    """Mean number of times a rank gathers a tensor that ZeRO-3 does not keep whole.
+    """Return the mean number of times that a rank gathers a tensor that ZeRO-3 does not keep whole.
 
-    Frozen: once each for forward, for backward, and with checkpointing for recomputation; less the share still there
+    Frozen: once each for forward, for backward, and with checkpointing for recomputation; less the share still whole
     when backward begins. Trained: recomputation and backward of a block share a gather if a block may stay whole.
-    Embedding and head of their own: once, since backward does not need the one and follows at once in the other.
+    Untied embedding and head: once each, since backward does not need the embedding and follows at once in the head.
     """
     if tensor.is_embedding and not run.shape.tied_head:
         return 1.0

@@ -9,9 +9,9 @@ HOST_KINDS = {"offload_optimizer": ("master", "moments", "gradients"), "offload_
 
 
 def bytes_per_rank(run: Run) -> tuple[dict[str, int], dict[str, int]]:
-    """Device and host bytes by kind, each with its `total`.
+    """Count device and host bytes by kind, each with its `total`.
 
-    The kinds are counted as if all were there at once, which they are while backward reaches the last block. The copy
+    The kinds are counted as if all existed at once, which they do while backward reaches the last block. The copy
     of the gradients that the optimizer step makes is left out: activations are gone by then.
     """
     device = parameter_bytes(run) | optimizer_bytes(run)
@@ -31,7 +31,7 @@ def bytes_per_rank(run: Run) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _largest_weight(run: Run) -> int:
-    """One 4-bit linear is unpacked at a time, forward and backward."""
+    """Count the bytes of the largest linear unpacked: one 4-bit linear is unpacked at a time, forward and backward."""
     return max(linear.weights for linear in run.shape.linears) * run.itemsize
 
 

@@ -44,7 +44,7 @@ class Stored:
 
 
 def stored_tensors(run: Run) -> list[Stored]:
-    """Every parameter of the model that a rank is responsible for, whole."""
+    """Return every parameter of the model that a rank is responsible for, whole."""
     shape, W = run.shape, run.world_size
     s = run.itemsize
     tensors = [Stored("base_other", numel, s, W, copies) for numel, copies in shape.others]
@@ -102,7 +102,7 @@ def task_gradient_bytes(run: Run) -> int:
 
 
 def trainable_parameters(run: Run) -> int:
-    """Trained numbers of the whole model, over all ranks."""
+    """Count the trained numbers of the whole model, over all ranks."""
     return sum(
         run.shape.copies(linear) * count_parameters(run.spec, linear.in_features, linear.out_features)
         for linear in run.adapted
@@ -110,12 +110,12 @@ def trainable_parameters(run: Run) -> int:
 
 
 def persists(run: Run, tensor: Stored) -> bool:
-    """Whether ZeRO-3 keeps a tensor whole between uses, because it is small (stage3_param_persistence_threshold)."""
+    """Return whether ZeRO-3 keeps a tensor whole between uses, as it is small (stage3_param_persistence_threshold)."""
     return run.zero_stage == 3 and tensor.numel <= run.zero.persistence_threshold
 
 
 def parameter_bytes(run: Run) -> dict[str, int]:
-    """Bytes a rank keeps of each kind: everything below ZeRO-3; there its parts, and small tensors whole as well."""
+    """Count bytes of each kind on a rank: all below ZeRO-3; at ZeRO-3 its parts, and small tensors whole as well."""
     result = {"base_4bit": 0, "base_other": 0, "adapters": 0}
     for tensor in stored_tensors(run):
         if run.zero_stage < 3:
@@ -138,9 +138,10 @@ class FlatGroup:
 
 
 def flat_groups(run: Run) -> list[FlatGroup]:
-    """Router and S_A, or everything, over the world; experts over their expert-data-parallel group; by learning rate.
+    """Return the flat tensors of trained parameters, one for each group of ranks and learning rate.
 
-    ZeRO-1 and 2 pad a flat tensor to a multiple of 2 x its ranks; ZeRO-0 does not pad.
+    Router and S_A, or everything, are over the world, experts over their expert-data-parallel group. ZeRO-1 and
+    2 pad a flat tensor to a multiple of 2 x its ranks; ZeRO-0 does not pad.
     """
     totals = Counter[tuple[int, float]]()
     for tensor in stored_tensors(run):
@@ -154,7 +155,7 @@ def flat_groups(run: Run) -> list[FlatGroup]:
 
 
 def owned_numel(run: Run) -> int:
-    """Trained numbers whose optimizer state this rank keeps: all, a part of each flat tensor, or of each tensor."""
+    """Count the trained numbers whose optimizer state is on this rank: all, or a part of each flat or each tensor."""
     if run.zero_stage == 0:
         return sum(flat.numel for flat in flat_groups(run))
     if run.zero_stage < 3:
@@ -191,7 +192,7 @@ def state_bytes(run: Run) -> int:
 
 
 def optimizer_bytes(run: Run) -> dict[str, int]:
-    """Bytes of fp32 master weights, the optimizer's state (`moments`), and gradients between backward and step.
+    """Count bytes of fp32 master weights, optimizer state (`moments`), and gradients between backward and step.
 
     From stage 1 on DeepSpeed clones the trained partition as its master even where that is fp32 already. Stages 0 and 1
     keep whole gradients, 2 and 3 the rank's part. DeepSpeed copies reduced gradients through a bucket of

@@ -96,9 +96,9 @@ def run_of(
     lengths: Lengths = Lengths(),  # noqa: B008  # frozen
     zero: ZeroSettings | None = None,
 ) -> Run:
-    """The run that a recipe describes on `world_size` processes; `zero` replaces what its DeepSpeed file says.
+    """Return the run of a recipe on `world_size` processes; `zero` replaces the settings of its DeepSpeed file.
 
-    model.dtype `auto` is taken as bfloat16, which every GPU since 2020 multiplies, and attention as it is there.
+    model.dtype `auto` is taken as bfloat16, which every GPU since 2020 multiplies, and attention as it is on such GPUs.
     Raises ConfigError or TopologyError for a plan that cannot run.
     """
     checked = check_plan(config, world_size)
@@ -135,7 +135,7 @@ def run_of(
 
 
 def zero_settings(config: RunConfig) -> ZeroSettings:
-    """DeepSpeed's settings in parallel.ds_config; its defaults without one."""
+    """Read DeepSpeed's settings in parallel.ds_config; without one, return the defaults."""
     if config.parallel.ds_config is None:
         return ZeroSettings()
     given = read_ds_config(config.parallel.ds_config).get("zero_optimization", {})
@@ -162,7 +162,7 @@ def _device(block: Any) -> str:
 
 
 def _adapted(shape: ModelShape, targets: tuple[str, ...]) -> tuple[Linear, ...]:
-    """The linears that `targets` mean by their names, as injection matches them."""
+    """Find the linears that `targets` name, with the matching of injection."""
     names = {linear: shape.names_of(linear) for linear in shape.linears if linear.is_trained_by_text}
     for target in targets:
         if not any(name_matches(target, name) for kind in names.values() for name in kind):

@@ -83,15 +83,15 @@ class ModelShape:
         return 0
 
     def copies(self, linear: Linear) -> int:
-        """How many linears of the whole model are of a kind."""
+        """Count the linears of a kind in the whole model."""
         return len(linear.names) or self.num_layers
 
     def stored(self, linear: Linear) -> int:
-        """How many weights the linears of a kind have in memory."""
+        """Count the weights that the linears of a kind have in memory."""
         return self.copies(linear) if linear.num_weights is None else linear.num_weights
 
     def names_of(self, linear: Linear) -> tuple[str, ...]:
-        """The whole names of the linears of a kind."""
+        """Return the whole names of the linears of a kind."""
         part = "mlp" if linear.name in MLP else "self_attn"
         return linear.names or tuple(f"model.layers.{n}.{part}.{linear.name}" for n in range(self.num_layers))
 

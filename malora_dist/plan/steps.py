@@ -27,12 +27,12 @@ class Flow:
 
 
 def flows(run: Run) -> list[Flow]:
-    """All traffic of a step that grows with the model or the tokens."""
+    """Return all traffic of a step that grows with the model or the tokens."""
     return [*_exchange(run), *(_zero3(run) if run.zero_stage == 3 else _replicated(run))]
 
 
 def step_bytes(run: Run) -> dict[str, int]:
-    """Bytes a rank sends in a step by kind, and `weights`, all that moves for the trained tensors."""
+    """Count the bytes that a rank sends in a step by kind, and `weights`, all that is sent for the trained tensors."""
     total = dict.fromkeys(KINDS, 0.0)
     for flow in flows(run):
         total[flow.kind] += flow.nbytes
@@ -41,10 +41,10 @@ def step_bytes(run: Run) -> dict[str, int]:
 
 
 def worst_token_bytes(run: Run) -> int:
-    """Bytes the busiest rank sends for tokens under the worst routing.
+    """Count the bytes that the busiest rank sends for tokens under the worst routing.
 
     Either all k experts of every token are on other ranks, or all tokens of the expert-parallel group go to one rank,
-    which sends every sum home.
+    which returns every sum.
     """
     others, T = run.ep_size - 1, run.tokens
     if others == 0:
@@ -55,7 +55,7 @@ def worst_token_bytes(run: Run) -> int:
 
 
 def uniform_token_bytes(run: Run) -> int:
-    """The same if every set of top_k experts is equally likely."""
+    """Count the bytes that a rank sends for tokens if every set of top_k experts is equally likely."""
     others = run.ep_size - 1
     if others == 0:
         return 0
@@ -85,7 +85,7 @@ def _exchange(run: Run) -> Iterator[Flow]:
 
 
 def _zero3(run: Run) -> Iterator[Flow]:
-    """Gathers in every micro-batch, a reduce-scatter of gradients after each; small tensors gathered once a step."""
+    """Yield gathers in each micro-batch and reduce-scatters of gradients after it; small tensors gather once a step."""
     for tensor in stored_tensors(run):
         stride = run.world_size // tensor.group
         once = tensor.copies * tensor.part * (tensor.group - 1) * tensor.itemsize
@@ -96,7 +96,7 @@ def _zero3(run: Run) -> Iterator[Flow]:
 
 
 def _replicated(run: Run) -> Iterator[Flow]:
-    """ZeRO-0, 1: one all-reduce of gradients a step; ZeRO-2 one a micro-batch. ZeRO-1, 2 gather the new weights."""
+    """Yield all-reduces of gradients, one a step (ZeRO-2: one a micro-batch); ZeRO-1 and 2 gather the new weights."""
     reductions = run.accumulation if run.zero_stage == 2 else 1
     for flat in flat_groups(run):
         once = FP32 * flat.numel * (flat.group - 1) / flat.group

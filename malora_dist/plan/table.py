@@ -32,7 +32,7 @@ SHOWN_PLANS = 6
 
 
 def tables(chosen: Estimate, plans: Sequence[Estimate], advice: Sequence[str]) -> Iterator[Table | Text]:
-    """Heading, memory, traffic and time, alternatives, advice."""
+    """Yield heading, memory, traffic and time, alternatives, advice."""
     yield Text(heading(chosen), style="bold")
     yield _memory(chosen)
     yield _step(chosen)
@@ -42,7 +42,7 @@ def tables(chosen: Estimate, plans: Sequence[Estimate], advice: Sequence[str]) -
 
 
 def heading(chosen: Estimate) -> str:
-    """One line with the model, the cluster and the batch."""
+    """Write one line with the model, the cluster and the batch."""
     run, hardware = chosen.run, chosen.hardware
     return (
         f"{run.shape.num_parameters / 1e9:.3g} B base, {trainable_parameters(run):,} trained; "
@@ -84,7 +84,7 @@ def _step(chosen: Estimate) -> Table:
 
 
 def _plans(chosen: Estimate, plans: Sequence[Estimate]) -> Table:
-    """The fastest legal plans, the chosen one and the fastest that fits among them."""
+    """Return the table of the fastest legal plans, the chosen one and the fastest that fits among them."""
     table = _table("ZeRO", "ep_size", "recompute", "samples", "memory", "step", "")
     best = fastest_that_fits(plans)
     shown = [plan for plan in plans if plan.fits][:SHOWN_PLANS] or sorted(plans, key=lambda plan: plan.memory["total"])[

@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def parse_bytes(option: str, text: str) -> int:
-    """Bytes of a size such as 80GiB or 80e9. Raises ConfigError naming the option.
+    """Parse a size such as 80GiB or 80e9, in bytes. Raises ConfigError naming the option.
 
     >>> parse_bytes("--hbm", "80GiB")
     85899345920
@@ -19,7 +19,7 @@ def parse_bytes(option: str, text: str) -> int:
 
 
 def parse_rate(option: str, text: str) -> float:
-    """Bytes per second of a rate such as 450GB/s. Bits (Gb/s) are refused. Raises ConfigError naming the option.
+    """Parse a rate such as 450GB/s, in bytes per second. Bits (Gb/s) are refused. Raises ConfigError naming the option.
 
     >>> parse_rate("--inter", "50GB/s")
     50000000000.0
@@ -28,7 +28,7 @@ def parse_rate(option: str, text: str) -> float:
 
 
 def parse_flops(option: str, text: str) -> float:
-    """Operations per second of a rate such as 400TFLOP/s. Raises ConfigError naming the option."""
+    """Parse a rate such as 400TFLOP/s, in operations per second. Raises ConfigError naming the option."""
     return _parse(option, text, "FLOP/s", "a rate such as 400TFLOP/s")
 
 
@@ -45,7 +45,7 @@ def _parse(option: str, text: str, unit: str, rule: str) -> float:
 
 
 def show_bytes(number: float) -> str:
-    """At most four digits and a binary unit.
+    """Format bytes with at most four digits and a binary unit.
 
     >>> [show_bytes(n) for n in (0, 1023, 3.9e9, 85899345920)]
     ['0', '1023 B', '3.63 GiB', '80 GiB']
@@ -60,7 +60,7 @@ def show_bytes(number: float) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """Three digits.
+    """Format a time in seconds or milliseconds with three digits.
 
     >>> [show_seconds(s) for s in (0.0123, 3.2, 75)]
     ['12.3 ms', '3.2 s', '75 s']

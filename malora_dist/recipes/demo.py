@@ -25,7 +25,7 @@ SPLIT_SEED = 2024
 
 
 def installed(package: str) -> Path:
-    """Where one of the demo's packages lies. Raises DataError that says what to install."""
+    """Find where one of the demo's packages is installed. Raises DataError that says what to install."""
     return package_folder(package, "the demo", REQUIREMENTS)
 
 
@@ -69,7 +69,7 @@ def _table(tasks: Sequence[SplitTask]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line. Returns the exit status."""
+    """Run the command line. Returns the exit status."""
     forgive_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if len(given) > 1 or any(argument.startswith("-") for argument in given):

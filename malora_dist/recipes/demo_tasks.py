@@ -30,7 +30,7 @@ OPTION = re.compile(r"(?:^|\n)\s*([A-F])\.\s*")
 
 
 def asdivop(data: Path, seed: int) -> Iterator[Question]:
-    """Which of four operations solves a word problem: its two numbers and its answer leave exactly one."""
+    """Yield word problems of two numbers that exactly one of four operations solves, and ask which one."""
     for row in read_lines(data / "ASDiv" / "test.jsonl"):
         problem = f"{row['passage']} {row['question']}".strip()
         answer = re.match(r"-?\d[\d,]*(?:\.\d+)?", str(row["answer"]))
@@ -46,7 +46,7 @@ def asdivop(data: Path, seed: int) -> Iterator[Question]:
 
 
 def medsubj(data: Path, seed: int) -> Iterator[Question]:
-    """Which of six subjects a medical exam question comes from, as many questions of each."""
+    """Yield medical exam questions and which of six subjects each comes from, as many questions of each."""
     for label, subject in enumerate(SUBJECTS):
         texts = (row["question"] for row in read_lines(data / "MedMCQA" / "MedMCQA-Validation" / f"{subject}.jsonl"))
         unique = dict.fromkeys(" ".join(text.split())[:LONGEST_QUESTION] for text in texts)
@@ -56,20 +56,20 @@ def medsubj(data: Path, seed: int) -> Iterator[Question]:
 
 
 def csqa(data: Path, seed: int) -> Iterator[Question]:
-    """A common-sense question with five choices."""
+    """Yield common-sense questions with five choices."""
     for row in read_lines(data / "CommonsenseQA" / "validation.jsonl"):
         yield from with_options(row["question"].strip(), row["options"], row["answer"], (row["question"],))
 
 
 def siqa(data: Path, seed: int) -> Iterator[Question]:
-    """A question about people in an everyday scene, with three choices."""
+    """Yield questions about people in an everyday scene, with three choices."""
     for row in read_lines(data / "SIQA" / "test.jsonl"):
         prompt = f"{row['passage']} {row['question']}".strip()
         yield from with_options(prompt, row["options"], row["answer"], (row["passage"],))
 
 
 def bbq(data: Path, seed: int) -> Iterator[Question]:
-    """A question about two people; in about half the rows the passage does not tell and "unknown" is right."""
+    """Yield questions about two people; for about half the passage does not give the answer and "unknown" is right."""
     for row in read_lines(data / "BBQ" / "test.jsonl"):
         question = row["question"].split("\n")[0].strip()
         prompt = f"{row['passage']} {question}".strip()
