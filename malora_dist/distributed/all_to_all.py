@@ -154,7 +154,7 @@ class AsyncCombine:
         return self._buffer
 
     def receive(self) -> Tensor:
-        """End the direction that was started; the rows received."""
+        """End the direction that was started, and return the rows received."""
         assert self._buffer is not None and self._message is not None, "nothing is under way"
         if self.all_to_all.overlap:
             self._message.wait()

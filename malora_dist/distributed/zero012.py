@@ -46,7 +46,7 @@ def showing_experts(model: nn.Module) -> Iterator[None]:
             self.num_experts = num_experts
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-            """Nothing to do: the groups exist."""
+            """Do nothing: the groups exist."""
 
     model.add_module("expert_sign", ExpertSign(max(layer.num_experts for _, layer in mixture_layers(model))))
     try:

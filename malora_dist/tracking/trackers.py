@@ -187,7 +187,7 @@ def _routing_scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _summary_writer() -> Callable[[str], Any]:
-    """torch.utils.tensorboard's SummaryWriter, or tensorboardX's where only that is installed."""
+    """Return torch.utils.tensorboard's SummaryWriter, or tensorboardX's where only that is installed."""
     for module in ("torch.utils.tensorboard", "tensorboardX"):
         try:
             writer: Callable[[str], Any] = import_module(module).SummaryWriter

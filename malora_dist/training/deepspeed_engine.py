@@ -47,7 +47,7 @@ def build_engine(
     timeout_seconds: float,
     expert_groups: ExpertGroups | None = None,
 ) -> Any:
-    """The DeepSpeed engine over `model`; without `settings` one that only computes forward.
+    """Build the DeepSpeed engine over `model`; without `settings` one that only computes forward.
 
     The engine runs in fp32: adapters, their gradients and, but for 8-bit optimizers, the optimizer's state are fp32 at
     every ZeRO stage, while the frozen base keeps its own dtype. Raises TopologyError if DeepSpeed spread a parameter
