@@ -74,7 +74,7 @@ class Message:
         self.rows: Tensor | None = rows
 
     def wait(self) -> None:
-        """Return when the rows of all ranks are here."""
+        """Wait until the rows of all ranks have arrived."""
         with named(self.group, self.phase):
             self.handle.wait()
         self.handle = self.rows = None

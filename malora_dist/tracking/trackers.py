@@ -138,7 +138,7 @@ _TRACKERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
 
 
 def check_trackers(report_to: Sequence[str]) -> None:
-    """Raise ConfigError that says what to install if a tracker's package is missing: before a run, not in it."""
+    """Raise ConfigError, naming what to install, if a tracker's package is missing; for use before a run."""
     imports: Mapping[str, Callable[[], Any]] = {"tensorboard": _summary_writer, "wandb": _wandb}
     for name in report_to:
         imports[name]()

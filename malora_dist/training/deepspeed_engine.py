@@ -83,7 +83,7 @@ def _groups(
 ) -> list[dict[str, Any]]:
     """Return the optimizer's parameter groups, none of them empty, which DeepSpeed would drop.
 
-    Parameters of another learning rate than `settings.learning_rate` are groups of their own, which say the ratio.
+    Parameters of another learning rate than `settings.learning_rate` are groups of their own, which hold the ratio.
     """
     by_ratio: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trained:
