@@ -42,7 +42,7 @@ class WrittenFloat(Written, float):
 
 
 def _read(value: Any, as_text: bool) -> Any:
-    """The value with the words of numbers in it where they are text, else with the numbers alone."""
+    """Replace the numbers of a recipe in a value: by their words where the key holds text, else by plain numbers."""
     if isinstance(value, WrittenInt | WrittenFloat):
         number = int(value) if isinstance(value, WrittenInt) else float(value)
         return value.word if as_text else number
@@ -50,7 +50,7 @@ def _read(value: Any, as_text: bool) -> Any:
 
 
 def _holds_text(annotation: Any) -> bool:
-    """Whether the values of a key are texts and never numbers."""
+    """Return whether the values of a key are texts and never numbers."""
     types = set(_leaf_types(annotation))
     return str in types and types.isdisjoint((int, float, bool))
 
@@ -72,11 +72,11 @@ class Section(BaseModel):
     aliases: ClassVar[Mapping[str, str]] = {}
 
     def rules(self) -> Iterator[Rule]:
-        """The rules between keys that these values break."""
+        """Yield the rules between keys that these values break."""
         yield from ()
 
     def inapplicable_fields(self) -> dict[str, str]:
-        """Keys that nothing reads under these values, with the reason. Setting one by hand is an error."""
+        """Return the keys that nothing reads under these values, with the reason. Setting one by hand is an error."""
         return {}
 
     @field_validator("*", mode="before")
@@ -98,9 +98,9 @@ class Section(BaseModel):
 
 
 def usable_path(value: str | None) -> str | None:
-    """The path, with a home in the place of `~`, which the operating system can take as it is.
+    """Return a path that the operating system can take as it is, with `~` replaced by the home folder.
 
-    Raises PydanticCustomError if it cannot, or if that home is not known.
+    Raises PydanticCustomError if it cannot take the path, or if that home folder is not known.
     """
     if value is None:
         return value
@@ -116,5 +116,5 @@ def usable_path(value: str | None) -> str | None:
 
 
 def split_commas(value: Any) -> Any:
-    """`a,b` as the list [a, b], so that a list can be given on the command line without brackets."""
+    """Split `a,b` into the list [a, b], so that a list can be given on the command line without brackets."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value

@@ -40,7 +40,7 @@ class Plan:
 
 
 def installed_deepspeed() -> str | None:
-    """The installed DeepSpeed's version, read without importing it; None if there is none."""
+    """Return the installed DeepSpeed's version, read without importing it; None if there is none."""
     try:
         return metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
@@ -50,7 +50,7 @@ def installed_deepspeed() -> str | None:
 def check_plan(config: RunConfig, world_size: int, *, deepspeed_version: str | None = "installed") -> Plan:
     """Check the recipe for this number of processes.
 
-    deepspeed_version: "installed" looks it up; None means there is none here, which is a note and no error, so that
+    deepspeed_version: "installed" looks it up; None means that none is installed, which is a note and no error, so that
     a recipe can be checked on another machine. Raises TopologyError if processes and plan do not fit together,
     ConfigError otherwise; either names every refusal and the nearest plan that works.
     """
@@ -71,7 +71,7 @@ def check_plan(config: RunConfig, world_size: int, *, deepspeed_version: str | N
 
 
 def suggest_world_sizes(config: RunConfig) -> list[int]:
-    """The numbers of processes this recipe's batch can be split over, rising; empty if there is none."""
+    """Return the numbers of processes that this recipe's batch can be split over, rising; empty if there is none."""
     train = config.train
     worlds = legal_world_sizes(train.global_batch_size, train.per_device_train_batch_size)
     given = train.gradient_accumulation_steps

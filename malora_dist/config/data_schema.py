@@ -30,7 +30,7 @@ Files = Annotated[tuple[File, ...], BeforeValidator(_as_list), Field(min_length=
 
 
 def _texts(value: Any) -> Any:
-    """Numbers of Python as texts; those of a recipe are as they are written there by now."""
+    """Turn numbers given in Python into texts; those of a recipe are already text, as they are written there."""
     if isinstance(value, list | tuple):
         if any(isinstance(item, bool) for item in value):
             raise PydanticCustomError("truth_for_text", "must be strings: put true and false in quotes")
@@ -180,7 +180,7 @@ class TaskConfig(Section):
 
 
 def template_names(template: str) -> list[str]:
-    """The names of fields in a template, in order. Raises ValueError if it cannot be filled with texts."""
+    """Return the names of fields in a template, in order. Raises ValueError if it cannot be filled with texts."""
     names = []
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:

@@ -28,7 +28,7 @@ NEVER = 10**9
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The dict for `deepspeed.initialize`.
+    """Return the dict for `deepspeed.initialize`.
 
     The engine runs in fp32 whatever model.dtype is: adapters are fp32 and the frozen base is cast by autograd.
     Raises ConfigError if parallel.ds_config contradicts the recipe, TopologyError if the batch cannot be split.
@@ -52,7 +52,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def recipe_values(config: RunConfig, world_size: int) -> dict[str, int | float]:
-    """DeepSpeed's batch and clipping keys, with the values the recipe gives them."""
+    """Return DeepSpeed's batch and clipping keys, with the values the recipe gives them."""
     train = config.train
     accumulation = accumulation_steps(train.global_batch_size, train.per_device_train_batch_size, world_size)
     return {
@@ -78,7 +78,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def ds_config_problems(config: RunConfig, world_size: int | None, given: dict[str, Any]) -> Iterator[str]:
-    """What stands in the way of using `given`, one sentence each. Without world_size, accumulation is not compared."""
+    """Yield why `given` cannot be used, one sentence each. Without world_size, accumulation is not compared."""
     file = config.parallel.ds_config
     zero = given.get("zero_optimization", {})
     if not isinstance(zero, dict):
@@ -161,7 +161,7 @@ def _offload_problems(config: RunConfig, zero: dict[str, Any]) -> Iterator[str]:
 
 
 def _expert_problems(config: RunConfig, zero: dict[str, Any]) -> Iterator[str]:
-    """Settings of stages 1 and 2 that are fine without expert parallelism only."""
+    """Yield a problem for each setting of stages 1 and 2 that works only without expert parallelism."""
     if config.parallel.ep_size == 1 or config.parallel.zero_stage not in (1, 2):
         return
     reasons = {

@@ -31,7 +31,7 @@ def config_from_dict(
     source: str = "the configuration",
     lines: Mapping[Path, int] | None = None,
 ) -> RunConfig:
-    """As `load_config`, from a nested mapping of sections and keys."""
+    """Apply overrides to a nested mapping of sections and keys, and check it, as `load_config` does."""
     pairs = parse_overrides(overrides)
     clean, known_lines, problems = canonical(data, lines or {})
     wrong = {problem.path for problem in problems}
@@ -46,13 +46,13 @@ def config_from_dict(
 
 
 def config_text(config: RunConfig) -> str:
-    """Every key with its value as YAML; loading it gives an equal config. Keys without meaning are left out."""
+    """Return every key with its value as YAML; loading it gives an equal config. Keys without meaning are left out."""
     text: str = yaml.dump(plain_config(config), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
     return text
 
 
 def plain_config(value: Any) -> Any:
-    """A config, or a part of one, as nested mappings and lists; keys without meaning are left out."""
+    """Return a config, or a part of one, as nested mappings and lists; keys without meaning are left out."""
     if isinstance(value, Section):
         skipped = value.inapplicable_fields()
         return {key: plain_config(getattr(value, key)) for key in type(value).model_fields if key not in skipped}

@@ -28,7 +28,7 @@ def _dtype_name(value: Any) -> Any:
 
 
 def _split_targets(value: Any) -> Any:
-    """`a,b` as a list, but no regular expression at the commas inside of its brackets."""
+    """Split `a,b` into a list, but no regular expression at the commas inside of its brackets."""
     return [part.strip() for part in OUTER_COMMA.split(value) if part.strip()] if isinstance(value, str) else value
 
 

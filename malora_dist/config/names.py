@@ -12,7 +12,7 @@ from malora_dist.config.schema import RunConfig
 
 
 def section_of(model: type[Section], key: str) -> type[Section] | None:
-    """The section that `key` holds, itself or as a list of them; None for a leaf."""
+    """Return the section that `key` holds, itself or in a list; None for a leaf."""
     annotation = model.model_fields[key].annotation
     for candidate in (annotation, *typing.get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
@@ -21,13 +21,13 @@ def section_of(model: type[Section], key: str) -> type[Section] | None:
 
 
 def allows_null(model: type[Section], key: str) -> bool:
-    """Whether null is a value of this key."""
+    """Return whether null is a value of this key."""
     annotation = model.model_fields[key].annotation
     return isinstance(annotation, types.UnionType) and type(None) in typing.get_args(annotation)
 
 
 def leaves(model: type[Section] = RunConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The path of every leaf, those of a task under ("data", "tasks")."""
+    """Yield the path of every leaf, those of a task under ("data", "tasks")."""
     for key in model.model_fields:
         inner = section_of(model, key)
         if inner is None:
@@ -37,12 +37,12 @@ def leaves(model: type[Section] = RunConfig, path: tuple[str, ...] = ()) -> Iter
 
 
 def canonical_key(model: type[Section], key: str) -> str | None:
-    """The section's own name for `key`, or None if it has none."""
+    """Return the section's own name for `key`, or None if it has none."""
     return key if key in model.model_fields else model.aliases.get(key)
 
 
 def hint(model: type[Section], key: str) -> str:
-    """What the writer of an unknown key probably meant."""
+    """Return the error for an unknown key, with the known one that its writer probably meant."""
     own = difflib.get_close_matches(key, [*model.model_fields, *model.aliases], n=1, cutoff=0.75)
     if own:
         name = canonical_key(model, own[0])
@@ -69,7 +69,7 @@ def _other_section(key: str) -> str | None:
 def canonical(
     data: Mapping[Any, Any], lines: Mapping[Path, int]
 ) -> tuple[dict[str, Any], dict[Path, int], list[Problem]]:
-    """`data` with only known names, the lines under those names, and a problem for each name that is wrong."""
+    """Return `data` with only known names, the lines under those names, and a problem for each name that is wrong."""
     renamer = _Renamer(lines)
     return renamer.section(RunConfig, data, (), ()), renamer.lines, renamer.problems
 

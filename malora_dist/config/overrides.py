@@ -15,7 +15,7 @@ NEW_RUN = "--train.resume_from_checkpoint=null"
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe and the overrides of a process's arguments, without the --local_rank a launcher adds.
+    """Split a process's arguments into the recipe and the overrides, without the --local_rank a launcher adds.
 
     `--new-run` is short for train.resume_from_checkpoint=null. Raises ConfigError if the recipe is missing.
     """
@@ -28,9 +28,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    """(dotted key, value) of each override, in order; values are read as YAML.
+    """Return (dotted key, value) of each override, in order; values are read as YAML.
 
-    Raises ConfigError for an argument that is none, or for a key without a value.
+    Raises ConfigError for an argument that is no override, or for a key without a value.
     """
     pairs: list[tuple[str, Any]] = []
     rest = list(arguments)
@@ -52,9 +52,9 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def apply_overrides(data: dict[str, Any], pairs: Sequence[tuple[str, Any]]) -> tuple[set[Path], list[Problem]]:
-    """Set each value in `data` (names canonical, changed in place). Gives the paths set, and what is wrong.
+    """Set each value in `data` (names canonical, changed in place). Returns the paths set, and the problems.
 
-    null for a key that has no null takes the file's value away, so that the default is back.
+    For a key that does not allow null, null removes the file's value, so that the default applies.
     """
     changed: set[Path] = set()
     problems: list[Problem] = []
@@ -68,7 +68,7 @@ def apply_overrides(data: dict[str, Any], pairs: Sequence[tuple[str, Any]]) -> t
 
 
 def _set(data: dict[str, Any], parts: list[str], value: Any) -> Path | str:
-    """Walk down to the key and set it; the path, or the rule that the key breaks."""
+    """Walk down to the key and set it; return its path, or the rule that the key breaks."""
     model: type[Section] = RunConfig
     target: Any = data
     path: Path = ()

@@ -32,7 +32,7 @@ class Problem:
 
 
 def dotted(path: Path) -> str:
-    """`data.tasks[0].name` for ("data", "tasks", 0, "name")."""
+    """Join a path with dots: `data.tasks[0].name` for ("data", "tasks", 0, "name")."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".")
 
@@ -49,7 +49,7 @@ def raise_all(problems: Iterable[Problem], source: str) -> None:
 
 
 def from_pydantic(error: ValidationError, data: Any, lines: Lines) -> list[Problem]:
-    """The problems of one pydantic pass over `data`."""
+    """Return the problems of one pydantic pass over `data`."""
     problems: dict[Path, Problem] = {}
     for item in error.errors(include_url=False):
         if item["type"] == RULE_ERROR:
@@ -66,7 +66,7 @@ def from_pydantic(error: ValidationError, data: Any, lines: Lines) -> list[Probl
 
 
 def rule_keys(error: ValidationError) -> dict[Path, set[Path]]:
-    """For each broken rule's problem path and text, the paths of all keys the rule reads."""
+    """Map each broken rule's problem path and text to the paths of all keys that the rule reads."""
     keys: dict[Path, set[Path]] = {}
     for item in error.errors(include_url=False):
         if item["type"] == RULE_ERROR:
@@ -76,7 +76,7 @@ def rule_keys(error: ValidationError) -> dict[Path, set[Path]]:
 
 
 def nearest_line(path: Path, lines: Lines) -> int | None:
-    """Line of the key, or of the nearest section around it that the file holds."""
+    """Return the line of the key, or of the nearest section around it that the file holds."""
     for length in range(len(path), 0, -1):
         if path[:length] in lines:
             return lines[path[:length]]
@@ -90,7 +90,7 @@ def _rule_problem(rule: Rule, location: Path, values: Any, lines: Lines) -> Prob
 
 
 def _known_path(location: Path, data: Any) -> Path:
-    """Only the part of the place that the recipe holds, plus one missing key: pydantic adds the union's members."""
+    """Return the part of a path that the recipe holds, plus one missing key: pydantic adds the union's members."""
     path: list[str | int] = []
     for part in location:
         inside = (isinstance(data, Mapping) and part in data) or (isinstance(data, list) and isinstance(part, int))

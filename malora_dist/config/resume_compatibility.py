@@ -63,7 +63,7 @@ class Change:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The differences of two configs given as plain nested mappings, in the order of their keys.
+    """Return the differences of two configs given as plain nested mappings, in the order of their keys.
 
     A key that one of them lacks counts as None there: another version may have had other keys.
     """
@@ -71,7 +71,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a config given as plain nested mappings that a trained number depends on, by their keys."""
+    """Return the settings, by key, that trained numbers depend on, from a config given as plain nested mappings."""
     return {key: value for key, value in _leaves(config, "") if _kind(key) == "refused"}
 
 

@@ -15,7 +15,7 @@ from malora_dist.config.schema import RunConfig
 
 
 def adapter_spec(config: RunConfig) -> MixtureSpec:
-    """The mixture the recipe's `adapter` section describes. Raises ConfigError for impossible numbers."""
+    """Return the mixture that the recipe's `adapter` section describes. Raises ConfigError for impossible numbers."""
     adapter = config.adapter
     return mixture_spec(
         adapter.method,
@@ -35,7 +35,7 @@ def adapter_spec(config: RunConfig) -> MixtureSpec:
 
 
 def summary_table(config: RunConfig, plan: Plan, world_sizes: list[int], *, world_size_given: bool) -> Table:
-    """Two columns: what, and its value. Without a given world size, all world sizes that work are listed."""
+    """Return a table of names and values. Without a given world size, all world sizes that work are listed."""
     table = Table(box=SIMPLE_HEAD, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -57,7 +57,7 @@ def summary_table(config: RunConfig, plan: Plan, world_sizes: list[int], *, worl
 
 
 def missing_files(config: RunConfig) -> Iterator[str]:
-    """A note on the task files that are not on this machine, which may be another than the one that trains."""
+    """Yield a note on the task files that are not on this machine, which need not be the one that trains."""
     missing = list(_missing(config))
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -89,7 +89,7 @@ def _adapter_line(spec: MixtureSpec) -> str:
 
 
 def _trainable(spec: MixtureSpec) -> str:
-    """Parameters on a linear with n inputs and m outputs, as a formula in n and m."""
+    """Return the trainable parameters on a linear, as a formula in the numbers of its inputs and outputs."""
     fixed = count_parameters(spec, 0, 0)
     for_input = count_parameters(spec, 1, 0) - fixed
     for_output = count_parameters(spec, 0, 1) - fixed

@@ -131,7 +131,7 @@ def _section_lines(section: type[Section], name: str, values: dict[str, Any]) ->
 
 
 def _leaf(path: tuple[str, ...], field: FieldInfo, value: Any = None) -> list[str]:
-    """The comment and the setting of one key."""
+    """Return the comment and the setting of one key."""
     indent = "  " * (len(path) - 1)
     if value is None:
         value = SHOWN_VALUES.get(path, field.default)
@@ -143,7 +143,7 @@ def _leaf(path: tuple[str, ...], field: FieldInfo, value: Any = None) -> list[st
 
 
 def _task_keys() -> list[str]:
-    """A comment with every key of a task."""
+    """Return a comment with every key of a task."""
     lines = ["  # Keys of a task:"]
     for key, field in TaskConfig.model_fields.items():
         default = "" if field.is_required() or key == "fields" else f" Default: {_yaml(field.default)}."
@@ -168,7 +168,7 @@ def _choices(field: FieldInfo) -> list[str]:
 
 
 def _yaml(value: Any) -> str:
-    """The value on one line. JSON is YAML; text that needs no quotes goes without."""
+    """Write a value on one line, as JSON, which is YAML; text that needs no quotes has none."""
     if isinstance(value, str):
         return value if PLAIN_TEXT.fullmatch(value) else json.dumps(value)
     if isinstance(value, tuple):

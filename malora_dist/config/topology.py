@@ -4,7 +4,7 @@ from malora_dist.errors import TopologyError
 
 
 def accumulation_steps(global_batch_size: int, per_device_batch_size: int, world_size: int) -> int:
-    """Micro-batches each process runs for one optimizer step.
+    """Return the number of micro-batches that each process runs for one optimizer step.
 
     Raises TopologyError, naming the nearest values that work, if the global batch cannot be split evenly.
 
@@ -22,7 +22,7 @@ def accumulation_steps(global_batch_size: int, per_device_batch_size: int, world
 
 
 def legal_world_sizes(global_batch_size: int, per_device_batch_size: int) -> list[int]:
-    """All numbers of processes that can share the global batch, rising; empty if none can.
+    """Return all numbers of processes that can share the global batch, rising; empty if none can.
 
     >>> legal_world_sizes(16, 4)
     [1, 2, 4]

@@ -38,7 +38,7 @@ COMMENT = re.compile(r"(?<!\S)#")
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """The kinds of words, by the letter they begin with, as PyYAML looks them up."""
+    """Return the kinds of words, by the letter they begin with, as PyYAML looks them up."""
     found: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for kind, (pattern, letters) in KINDS.items():
         for letter in letters:
@@ -105,7 +105,7 @@ class RecipeLoader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
-        """Keys are the words that are written, whatever they would be as values."""
+        """Construct a mapping whose keys are the words as written, whatever they would be as values."""
         if not isinstance(node, yaml.MappingNode):
             raise _refused("!!map must stand before keys with their values", node.start_mark)
         self.flatten_mapping(node)
@@ -133,7 +133,7 @@ class RecipeDumper(yaml.SafeDumper):
 
 
 def read_yaml(path: str | FilePath) -> tuple[dict[str, Any], dict[Path, int]]:
-    """The mapping in the file, and the line (from 1) of each key by its path.
+    """Read a file that holds a mapping; return it, and the line (from 1) of each key by its path.
 
     Raises ConfigError when the file is missing, is no valid YAML, is no mapping, or holds a key twice.
     """
@@ -155,9 +155,9 @@ def read_yaml(path: str | FilePath) -> tuple[dict[str, Any], dict[Path, int]]:
 
 
 def parse_value(text: str, key: str) -> Any:
-    """The value of the command-line override of a key, read as YAML reads it.
+    """Parse the value of the command-line override of a key, as YAML reads it.
 
-    Raises ConfigError if it is none, or if a part of it would be left out as a comment.
+    Raises ConfigError if it is no value, or if a part of it would be left out as a comment.
     """
     where = f"--{brief(key)}={short(text)}"
     value, comment = read_yaml_text(text, where), COMMENT.search(text)
@@ -177,14 +177,14 @@ def _is_left_out(text: str, start: int, value: Any) -> bool:
 
 
 def read_yaml_text(text: str, where: str) -> Any:
-    """The value of a YAML text, None if it is empty. Raises ConfigError, which says `where`, as `read_yaml`."""
+    """Return the value of a YAML text, None if it is empty. Raises ConfigError, which names `where`, as `read_yaml`."""
     data, _, twice = _read(text, f"{where}: ")
     raise_all(twice, where)
     return data
 
 
 def _read(text: str, where: str) -> tuple[Any, dict[Path, int], list[Problem]]:
-    """The value of a YAML text, None if it is empty, the lines of its keys, and those that are given twice.
+    """Return the value of a YAML text, None if it is empty, the lines of its keys, and those that are given twice.
 
     Raises ConfigError, one line that begins with `where`, for what is no YAML and for what no recipe may hold.
     """
@@ -201,7 +201,7 @@ def _read(text: str, where: str) -> tuple[Any, dict[Path, int], list[Problem]]:
 
 
 def _in_words(error: Exception, text: str) -> str:
-    """One line on what YAML refuses, with the line of the file."""
+    """Describe what YAML refuses, in one line, with the line of the file."""
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position if isinstance(error.position, int) else 0) + 1
         return f"line {line}: is not valid YAML: the character {chr(error.character)!a} must not be there"
@@ -240,7 +240,7 @@ def _lines_and_duplicates(root: yaml.Node | None) -> tuple[dict[Path, int], list
 
 
 def _walk(node: yaml.Node, path: Path) -> Iterator[tuple[Path, yaml.Node]]:
-    """Every value with its path; of a mapping's, the line is that of the key."""
+    """Yield every node with its path; a mapping's key comes before its value, whose line is then that of the key."""
     if len(path) > DEEPEST:
         raise _refused("contains itself through an alias", node.start_mark)
     yield path, node

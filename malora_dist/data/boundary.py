@@ -22,10 +22,10 @@ MOST_TRIED = 1000
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, int]]:
-    """Ids of each prompt with its answer, nothing put around them, and how many of the ids are the prompt's.
+    """Return the ids of each prompt with its answer, nothing put around them, and how many ids are the prompt's.
 
-    A tokenizer without offsets leaves the prompt what the ids of the whole text and of the prompt alone begin with
-    alike.
+    For a tokenizer without offsets, the prompt's ids are those that the whole text and the prompt alone both begin
+    with.
     """
     texts = [prompt + answer for prompt, answer in pairs]
     with _true_offsets(tokenizer):
@@ -46,7 +46,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, 
 
 @contextmanager
 def _true_offsets(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Take away what comes after tokenising: special tokens around a text, and for some offsets without blanks."""
+    """Switch off what comes after tokenising: special tokens around a text, and for some offsets without blanks."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     before = getattr(backend, "post_processor", None)
     if before is None:
@@ -70,7 +70,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncodi
 
 
 def _prompt_tokens(found: Encoding, text: str, length: int, special: set[int]) -> int:
-    """How many of the leading tokens end within so many characters of the text."""
+    """Count the leading tokens that end within the first `length` characters of the text."""
     spans = found.offsets
     end = bisect_right(spans, length, key=lambda span: span[1])
     # Some special tokens take the blanks beside them; they belong where they are written.
@@ -85,7 +85,7 @@ def _first_letter(text: str, span: tuple[int, int]) -> int:
 
 
 def common_length(one: Tokens, other: Tokens) -> int:
-    """How many ids both begin with."""
+    """Count the leading ids that both have in common."""
     shorter = min(len(one), len(other))
     if one[:shorter] == other[:shorter]:
         return shorter
@@ -93,7 +93,7 @@ def common_length(one: Tokens, other: Tokens) -> int:
 
 
 def split_answers(texts: Iterable[tuple[Tokens, int]]) -> tuple[Tokens, list[Tokens]]:
-    """The ids of a prompt, and those of each of its answers; `texts` are what `encode_texts` gave for them."""
+    """Split `texts`, which `encode_texts` gave for one prompt, into the prompt's ids and those of each answer."""
     (first, shared), *others = texts
     for ids, end in others:
         shared = min(shared, end, common_length(first, ids))
@@ -101,7 +101,7 @@ def split_answers(texts: Iterable[tuple[Tokens, int]]) -> tuple[Tokens, list[Tok
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
-    """What the tokenizer itself puts before and behind a text. Raises DataError if that cannot be told."""
+    """Return the ids that the tokenizer puts before and behind a text. Raises DataError if they cannot be found."""
     text, bare = _plain_text(tokenizer)
     full: Tokens = tokenizer(text)["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -115,7 +115,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
 
 
 def _plain_text(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Tokens]:
-    """A text whose tokens are all plain, and these: among special tokens they could not be found again."""
+    """Return a text without special tokens, and its tokens: among special ones they could not be found again."""
     special = set(tokenizer.all_special_ids)
     plain = (number for number in sorted(tokenizer.get_vocab().values()) if number not in special)
     # Not every vocabulary has letters of English, as those of proteins.
@@ -127,7 +127,7 @@ def _plain_text(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Tokens]:
 
 
 def without_start(ids: Tokens, start: Tokens) -> Tokens:
-    """The ids without those of `start`, or of its end, that a template wrote before them already."""
+    """Remove `start`, or the end of it, from the beginning of the ids, where a template wrote it already."""
     for length in range(len(start), 0, -1):
         if ids[:length] == start[-length:]:
             return ids[length:]
@@ -135,7 +135,7 @@ def without_start(ids: Tokens, start: Tokens) -> Tokens:
 
 
 def missing_end(ids: Tokens, end: Tokens) -> Tokens:
-    """What of `end` is left to put behind the ids, which may end in its first ids already."""
+    """Return the part of `end` that is missing behind the ids, which may end with its first ids already."""
     for length in range(len(end), 0, -1):
         if ids[-length:] == end[:length]:
             return end[length:]

@@ -45,7 +45,7 @@ class PreparedData:
     digests: dict[str, dict[str, str]]
 
     def warnings(self) -> list[str]:
-        """What a reader should know about the data before trusting the run, one sentence each."""
+        """Return what a reader should know about the data before trusting the run, one sentence each."""
         sentences = {
             "bad_rows_skipped": "bad rows were skipped",
             "responses_cut": "responses are longer than max_seq_length and were truncated",
@@ -70,7 +70,7 @@ class PreparedData:
         ] + list(self._rare_tasks())
 
     def lengths(self, task: str) -> Indices:
-        """Tokens of each sample of a task and of each of its questions with the longest choice."""
+        """Count the tokens of each sample of a task and of each of its questions with the longest choice."""
         evaluated = [row.tokens for split in self.evaluation.values() for row in split[task]]
         return np.concatenate([self.train.lengths(self.task_names.index(task)), np.asarray(evaluated, dtype=np.int64)])
 
@@ -94,7 +94,7 @@ def build_data(
 ) -> PreparedData:
     """Read, check, split and tokenise all tasks, or load them from the cache. Safe to call on all ranks at once.
 
-    `poll` is called often; it may raise to end the work, of which finished tasks are kept. The process that does it
+    `poll` is called often; it may raise to stop the work, and finished tasks are kept. The process that does the work
     shows its progress.
     Raises DataError as `malora_dist.data.tasks.load_task` does.
     """
@@ -127,7 +127,7 @@ def _watch(poll: Callable[[], None], bar: Bar, task: str, work: str, done: int, 
 
 
 def _task_settings(data: DataConfig, task: TaskConfig) -> dict[str, object]:
-    """Arguments of `load_task`; what the encoder knows is left out."""
+    """Return the arguments of `load_task`, without those that the encoder knows."""
     return {
         "name": task.name,
         "train": task.train,

@@ -31,13 +31,13 @@ class RowRules:
     first_label: int = 0
 
     def kind_of(self, row: Row) -> str:
-        """multiple_choice if the row or the task has choices, or a label where a response would be; else completion."""
+        """Return multiple_choice if row or task has choices, or a label in place of a response; else completion."""
         has = {role: find_field(row.fields, self.fields[role]) not in (None, MISSING) for role in ("label", "response")}
         chosen = has_choices(row, self.fields["choices"], self.choices) or (has["label"] and not has["response"])
         return MULTIPLE_CHOICE if chosen else COMPLETION
 
     def read(self, row: Row, kind: str) -> tuple[Example, Label | None]:
-        """The row as an Example, and its label where it has choices.
+        """Return the row as an Example, and its label where it has choices.
 
         Raises BadRow for a missing field, an empty text, a wrong type, a repeated choice or a label that is no choice.
         """

@@ -24,16 +24,16 @@ Field = str | Sequence[str]
 
 
 def has_choices(row: Row, field: Field, fixed: Sequence[str] | None) -> bool:
-    """Whether the row or its task has choices."""
+    """Return whether the row or its task has choices."""
     names = [field] if isinstance(field, str) else field
     return fixed is not None or any(find_field(row.fields, name) not in (None, MISSING) for name in names)
 
 
 def read_choices(row: Row, field: Field, fixed: Sequence[str] | None) -> tuple[Texts, Texts]:
-    """Texts of the choices, without outer blanks, and their keys where the row names them.
+    """Return the texts of the choices, without outer blanks, and their keys where the row names them.
 
     `fixed` are the task's own; else one field holds them all, or several hold one each. Raises BadRow for fewer than
-    two, more than there are letters, an empty one or one that is there twice.
+    two choices, more than there are letters, an empty one or one that is given twice.
     """
     if fixed is not None:
         if has_choices(row, field, None):
@@ -55,7 +55,7 @@ def read_choices(row: Row, field: Field, fixed: Sequence[str] | None) -> tuple[T
 
 
 def _columns(row: Row, names: Sequence[str]) -> tuple[list[str], Texts]:
-    """One choice from each field, which is its key. The last may be empty or left out: other rows have more."""
+    """Read a choice from each field, whose name is its key. The last may be empty or left out: other rows have more."""
     values = [as_text(find_field(row.fields, name)) for name in names]
     while values and (_is_empty(values[-1]) or (values[-1] is MISSING and len(values) > 2)):
         values.pop()
@@ -73,7 +73,10 @@ def _is_empty(value: Any) -> bool:
 
 
 def _listed(row: Row, name: str) -> tuple[list[str], Texts]:
-    """Texts in a list; of {"text": ..., "label": ...} each; or in {"text": [...], "label": [...]}. Or JSON of these."""
+    """Read the texts of a row's choices, and their keys where it names them.
+
+    They are a list of texts, a list of {"text": ..., "label": ...}, {"text": [...], "label": [...]}, or JSON of these.
+    """
     value = needed_field(row, name, "choices")
     if isinstance(value, str):
         value = _from_json(row, name, value)

@@ -97,7 +97,7 @@ class Encoder:
     skip_bad_rows: bool = False
 
     def samples(self, examples: Sequence[Example], task_id: int, counts: Counter[str]) -> list[Sample]:
-        """Training samples with sample_id 0, 1, ...; adds to `counts`.
+        """Encode examples as training samples with sample_id 0, 1, ...; add to `counts`.
 
         Raises BadRow for a text of no tokens, unless such rows are skipped.
         """
@@ -111,7 +111,7 @@ class Encoder:
         return samples
 
     def choice_items(self, examples: Sequence[Example], task_id: int, counts: Counter[str]) -> list[ChoiceItem]:
-        """Evaluation questions; adds to `counts`. Raises BadRow as `samples` does."""
+        """Encode examples as evaluation questions; add to `counts`. Raises BadRow as `samples` does."""
         items = []
         for cut in self._usable(examples, counts):
             assert cut.example.label is not None
@@ -166,14 +166,14 @@ class Encoder:
         return choice_texts(example, self.response_template, self.scoring)
 
     def _ending(self, answer: Tokens, text: str) -> Tokens:
-        """What is still to be put behind an answer; a template may have ended it, and broken the line behind that."""
+        """Return what to put behind an answer; a template may have written EOS, and a line break behind it, already."""
         eos = self.tokenizer.eos_token_id
         if eos in answer and text.rstrip().endswith(str(self.tokenizer.eos_token)):
             return []
         return missing_end(answer, self.end_of_text)
 
     def _fit(self, cut: _Cut, responses: list[Tokens], counts: Counter[str]) -> tuple[Tokens, list[Tokens]]:
-        """Prompt and responses within the budget; the prompt keeps at least one token to predict from."""
+        """Cut prompt and responses to `max_seq_length`; the prompt keeps at least one token to predict from."""
         start, prompt = self._start(cut.prompt)
         room = self.max_seq_length - len(start) - 1
         counts["responses_cut"] += any(len(response) > room for response in responses)
@@ -183,7 +183,7 @@ class Encoder:
         return [*start, *prompt[-left:]], responses
 
     def _start(self, prompt: Tokens) -> tuple[Tokens, Tokens]:
-        """What the text begins with whatever is cut, and the rest of the prompt."""
+        """Split a prompt into what the text begins with, which is never cut, and the rest."""
         start = self.start_of_text
         bos = self.tokenizer.bos_token_id
         if not start and bos is not None and prompt[:1] == [bos]:

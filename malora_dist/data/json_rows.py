@@ -39,7 +39,7 @@ DECODER = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_object)
 
 
 def parse_value_at(text: str, start: int = 0) -> tuple[Any, int]:
-    """The value that begins at `start` of a text, and where it ends. Raises NotJson."""
+    """Parse the JSON value that begins at `start` of a text; return it and where it ends. Raises NotJson."""
     try:
         return DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
@@ -49,7 +49,7 @@ def parse_value_at(text: str, start: int = 0) -> tuple[Any, int]:
 
 
 def parse_whole(text: str) -> Any:
-    """The value that a text is, blanks aside. Raises NotJson."""
+    """Parse a text that is one JSON value, apart from blanks around it. Raises NotJson."""
     value, end = parse_value_at(text, _skip_blanks(text, 0))
     end = _skip_blanks(text, end)
     if end < len(text):
@@ -58,7 +58,7 @@ def parse_whole(text: str) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[Row]:
-    """All rows of a file with an object on each line."""
+    """Read all rows of a file with an object on each line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -86,7 +86,7 @@ def _object_row(source: str, value: Any) -> Row:
 
 
 def read_json_list(path: Path) -> Iterator[Row]:
-    """All rows of a file that is a list of objects. Raises DataError, naming the line, where it is none."""
+    """Read all rows of a file that is a list of objects. Raises DataError, naming the line, where it is none."""
     text = _decoded(path)
     place = _skip_blanks(text, 0)
     if not text.startswith("[", place):

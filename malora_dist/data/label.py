@@ -28,7 +28,7 @@ class Label:
 
 
 def read_label(row: Row, field: str, choices: Texts, keys: Texts, first_label: int = 0) -> Label:
-    """The right choice of a row. Raises BadRow if the field names none.
+    """Find the right choice of a row. Raises BadRow if the field names none.
 
     A label is a choice's key where the row names keys. Else a text is a choice, its letter or its number, and a number
     counts from `first_label`. True and false are the choices that say so (yes, no).
@@ -50,7 +50,7 @@ def read_label(row: Row, field: str, choices: Texts, keys: Texts, first_label: i
 
 
 def number_of(value: Any) -> int | None:
-    """The whole number that a label is: also 1.0, and "1" or "1.0" in a text. None if it is something else."""
+    """Return the whole number that a label is: also 1.0, and "1" or "1.0" as text. None if it is something else."""
     if isinstance(value, str):
         found = WHOLE_NUMBER.fullmatch(value.strip())
         return int(found[1]) if found else None
@@ -60,7 +60,7 @@ def number_of(value: Any) -> int | None:
 
 
 def _meanings(value: Any, number: int | None, choices: Texts, keys: Texts, first_label: int) -> list[tuple[str, int]]:
-    """The choices that a label may mean, each with the way to read it, the one that is taken first."""
+    """List the choices that a label may mean, each with the way to read it; the first is the one that is taken."""
     if isinstance(value, bool):
         return _those_found(truth=_truth(value, choices))
     written = str(value).strip()
@@ -95,6 +95,6 @@ def _within(index: int, choices: Texts) -> int | None:
 
 
 def _truth(value: bool, choices: Texts) -> int | None:
-    """The choice that says so, if one does, and another one says the contrary."""
+    """Find the choice that says what `value` does; None unless one choice says so, and one the contrary."""
     found = {truth: [choice for choice in choices if choice.lower() in words] for truth, words in SAYS.items()}
     return choices.index(found[value][0]) if len(found[True]) == len(found[False]) == 1 else None

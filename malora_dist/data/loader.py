@@ -30,7 +30,7 @@ class MicroBatch(PackedRow):
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:
-    """Samples as one row; the targets of a sample are its ids from `prompt_length` (>= 1) on."""
+    """Pack samples into one row; the targets of a sample are its ids from `prompt_length` (>= 1) on."""
     lengths = np.asarray([len(sample.input_ids) for sample in samples], dtype=np.int64)
     prompts = np.asarray([sample.prompt_length for sample in samples], dtype=np.int64)
     row = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
@@ -83,7 +83,7 @@ class TrainLoader(Iterator[list[MicroBatch]]):
         seed: int = 0,
         fingerprint: str | None = None,
     ) -> None:
-        """`samples[i]` has sample_id i and lies with its task; `shares` None is proportional.
+        """Draw from `samples`: `samples[i]` has sample_id i, and a task's are adjacent; `shares` None is proportional.
 
         `fingerprint` names the data in saved states; None hashes all samples.
         Raises TopologyError if the batch sizes do not divide, DataError if the sizes do not fit the samples.
@@ -119,7 +119,7 @@ class TrainLoader(Iterator[list[MicroBatch]]):
         return self.epoch_size / self.global_batch_size
 
     def steps_for(self, num_epochs: float) -> int:
-        """Optimizer steps after which `num_epochs` epochs have been seen, the last batch filled up from the next."""
+        """Count the optimizer steps that see `num_epochs` epochs, the last batch filled up from the next."""
         return max(1, math.ceil(num_epochs * self.steps_per_epoch - 1e-9))
 
     @property
@@ -134,7 +134,7 @@ class TrainLoader(Iterator[list[MicroBatch]]):
         return [collate([self._samples[int(i)] for i in ids]) for ids in batch.reshape(shape)[:, self._rank]]
 
     def global_batch(self, start: int) -> Indices:
-        """Sample ids, (global_batch_size,), of the batch that begins after `start` samples, on any rank."""
+        """Return the sample ids, (global_batch_size,), of the batch that begins after `start` samples, on any rank."""
         parts, left = [], self.global_batch_size
         while left > 0:
             epoch, position = divmod(start, self.epoch_size)
@@ -147,7 +147,7 @@ class TrainLoader(Iterator[list[MicroBatch]]):
         return epoch_order(self._sizes, self._shares, seed=self._seed, epoch=epoch, counts=self._counts)
 
     def unseen(self, steps: int) -> list[int]:
-        """Return the tasks of which a run of so many optimizer steps draws no sample.
+        """Return the tasks of which a run of `steps` optimizer steps draws no sample.
 
         A task whose share of them is two samples has been drawn: `EpochCounts` is never that far off. Where a share is
         so small that only counting through MOST_EPOCHS_COUNTED epochs would tell, none is named.
@@ -159,19 +159,19 @@ class TrainLoader(Iterator[list[MicroBatch]]):
         return [task for task, count in enumerate(self.drawn(steps)) if count == 0]
 
     def drawn(self, steps: int) -> tuple[int, ...]:
-        """Samples of each task in the first so many optimizer steps of a run."""
+        """Count the samples of each task in the first `steps` optimizer steps of a run."""
         epoch, position = divmod(steps * self.global_batch_size, self.epoch_size)
         last = self._order(epoch)[:position]
         counts = np.histogram(last, bins=np.cumsum([0, *self._sizes]))[0]
         return tuple(int(before + count) for before, count in zip(self._counts.before(epoch), counts, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins. Plain values, the same on all ranks and for any number of them."""
+        """Return where the next batch begins, as plain values, the same on all ranks and for any number of them."""
         epoch, position = divmod(self._consumed, self.epoch_size)
         return {"epoch": epoch, "position": position, "order": ORDER, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> Self:
-        """Go on where `state` was taken. Raises CheckpointError if it belongs to other data, shares or another seed."""
+        """Resume from `state`. Raises CheckpointError if it belongs to other data, shares or another seed."""
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise CheckpointError(
@@ -205,7 +205,7 @@ class TrainLoader(Iterator[list[MicroBatch]]):
 
 
 def fingerprint_of(samples: Sequence[Sample]) -> str:
-    """Hash of all samples' ids, prompt lengths and tasks."""
+    """Hash all samples' ids, prompt lengths and tasks."""
     digest = hashlib.sha256()
     for sample in samples:
         ids = np.ascontiguousarray(sample.input_ids, dtype=np.int32)

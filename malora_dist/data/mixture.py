@@ -19,10 +19,10 @@ def mixture_shares(
     temperature: float = 2.0,
     weights: Sequence[float] | None = None,
 ) -> tuple[float, ...]:
-    """Share p_i of each task, summing to 1: weight_i * n_i^(1/T), where T is 1 (proportional), given, or infinite.
+    """Compute the share p_i of each task: weight_i * n_i^(1/T), where T is 1 (proportional), given, or infinite.
 
-    `sizes` are numbers of training samples after any cap. Raises DataError for a task without samples, or for weights
-    that are too large or too small to give shares.
+    The shares sum to 1. `sizes` are numbers of training samples after any cap. Raises DataError for a task without
+    samples, or for weights that are too large or too small to give shares.
     """
     if not sizes or min(sizes) < 1:
         raise DataError(f"every task needs at least one training sample, the sizes are {list(sizes)}")
@@ -50,7 +50,7 @@ class EpochCounts:
         self._before: tuple[int, ...] = (0,) * len(self._shares)
 
     def before(self, epoch: int) -> tuple[int, ...]:
-        """Samples of each task in all epochs before this one. Quick for epochs in ascending order."""
+        """Count the samples of each task in all epochs before this one. Quick for epochs in ascending order."""
         if epoch < self._epoch:
             self._start_again()
         while self._epoch < epoch:
@@ -59,7 +59,7 @@ class EpochCounts:
         return self._before
 
     def of(self, epoch: int) -> tuple[int, ...]:
-        """Samples of each task in this epoch."""
+        """Count the samples of each task in this epoch."""
         self.before(epoch)
         return self._next()
 
@@ -81,14 +81,14 @@ class EpochCounts:
 
 
 def epoch_counts(shares: Sequence[float], epoch_size: int, epoch: int = 0) -> tuple[int, ...]:
-    """Samples of each task in one epoch."""
+    """Count the samples of each task in one epoch."""
     return EpochCounts(shares, epoch_size).of(epoch)
 
 
 def epoch_order(
     sizes: Sequence[int], shares: Sequence[float], *, seed: int, epoch: int, counts: EpochCounts | None = None
 ) -> Indices:
-    """Sample ids of one epoch, (sum(sizes),); task i's samples have the ids from sum(sizes[:i]) on.
+    """Return the sample ids of one epoch, (sum(sizes),); task i's samples have the ids from sum(sizes[:i]) on.
 
     `counts` are those of the shares, for a caller that asks for many epochs.
 
@@ -107,7 +107,7 @@ def epoch_order(
 
 
 def _task_samples(size: int, before: int, count: int, *, seed: int, epoch: int, task: int) -> Indices:
-    """The `count` samples of a task in an epoch, after `before` in earlier ones.
+    """Draw the `count` samples of a task in an epoch, after `before` in earlier ones.
 
     They are a window of one endless cycle, each pass of it shuffled anew.
     """

@@ -34,7 +34,7 @@ class Unreadable:
 
 
 def find_field(fields: Mapping[str, Any], name: str) -> Any:
-    """The value of a field; None for null, MISSING where there is none.
+    """Return the value of a field; None for null, MISSING where there is none.
 
     `question.stem` is the field of that name, or else `stem` inside of `question`; a number counts a list from 0.
     """
@@ -60,7 +60,7 @@ def _is_nan(value: Any) -> bool:
 
 
 def needed_field(row: Row, name: str, role: str | None = None) -> Any:
-    """The value of a field. Raises BadRow where there is none, saying how a recipe names the field of that role."""
+    """Return a field's value. Raises BadRow where there is none, saying how a recipe names the field of that role."""
     value = find_field(row.fields, name)
     if value is None:
         raise BadRow(f"{row.source}: field {name!r} is null")
@@ -70,7 +70,7 @@ def needed_field(row: Row, name: str, role: str | None = None) -> Any:
 
 
 def what_row_has(row: Row, role: str | None) -> str:
-    """The fields there are, and the key of a task that names another one."""
+    """Say which fields the row has, and which key of the task names another one for this role."""
     names = sorted(map(str, row.fields))
     first = listed(names[:FIELDS_SHOWN])
     found = first if len(names) <= FIELDS_SHOWN else f"{len(names)} fields, {first}, ..."
@@ -81,7 +81,7 @@ def what_row_has(row: Row, role: str | None) -> str:
 
 
 def needed_text(row: Row, name: str, role: str | None = None) -> str:
-    """A field's text. Raises BadRow where it is none, is empty, or holds what is no character."""
+    """Return a field's text. Raises BadRow where it is no text, is empty, or holds what is no character."""
     value = as_text(needed_field(row, name, role))
     if not isinstance(value, str):
         raise BadRow(f"{row.source}: field {name!r} must be text, is {shown(value)}")
@@ -92,7 +92,7 @@ def needed_text(row: Row, name: str, role: str | None = None) -> str:
 
 
 def as_text(value: Any) -> Any:
-    """A whole number as its digits, as tables hold it. A fraction may be written in several ways and stays one."""
+    """Write a whole number as digits, as tables hold it. A fraction may be written in several ways and stays one."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -104,7 +104,7 @@ def refuse_half_characters(row: Row, name: str, text: str) -> None:
 
 
 def broken_character(text: str) -> int | None:
-    """The place of the first half of a surrogate pair."""
+    """Return the place of the first unpaired surrogate in a text; None if there is none."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -113,10 +113,10 @@ def broken_character(text: str) -> int | None:
 
 
 def listed(texts: Sequence[str]) -> str:
-    """Some texts as Python writes a list of them, each cut short."""
+    """Write texts as Python writes a list of them, each cut short."""
     return f"[{', '.join(short(text, CHARACTERS_SHOWN) for text in texts)}]"
 
 
 def shown(value: Any) -> str:
-    """A value with its type, cut short."""
+    """Write a value with its type, cut short."""
     return str(value) if isinstance(value, Unreadable) else f"{type(value).__name__} {short(value)}"

@@ -14,10 +14,10 @@ FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 def find_files(patterns: Sequence[str], *, task: str) -> list[Path]:
-    """The files that paths and globs name, in the order given, those of one glob sorted.
+    """Find the files that paths and globs name, in the order given, those of one glob sorted.
 
-    Raises DataError for a file that is missing, empty, of an unknown kind or not to be opened, or a glob that matches
-    nothing.
+    Raises DataError for a file that is missing, empty, of an unknown kind or that cannot be opened, or a glob that
+    matches nothing.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -41,7 +41,7 @@ def _check_content(path: Path, task: str) -> None:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """All rows of one file, bad ones included. Raises DataError if the file as a whole cannot be read."""
+    """Read all rows of one file, bad ones included. Raises DataError if the file as a whole cannot be read."""
     return _READERS[path.suffix.lower()](path)
 
 

@@ -17,17 +17,17 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]|\w+")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of a text, without punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return WORD.findall(text.lower())
 
 
 def normalized(text: str) -> str:
-    """The text with case, punctuation and blanks taken out of account."""
+    """Return a text without differences of case, punctuation and blanks."""
     return " ".join(words(text)) or text.strip()
 
 
 def shingles(text: str, size: int = SHINGLE_WORDS) -> frozenset[Shingle]:
-    """All runs of `size` words of a text; a shorter text is one shingle."""
+    """Return all runs of `size` words of a text; a shorter text is one shingle."""
     parts = words(text) or [text.strip()]
     return frozenset(tuple(parts[start : start + size]) for start in range(max(1, len(parts) - size + 1)))
 
@@ -53,7 +53,7 @@ class NearDuplicateIndex:
                 self._postings[shingle].append(number)
 
     def similar(self, text: str) -> list[int]:
-        """Numbers of the texts whose similarity to `text` is at least the threshold, in ascending order."""
+        """Return the numbers of the texts whose similarity to `text` is at least the threshold, in ascending order."""
         members = self._telling(shingles(text))
         candidates = {number for shingle in self._prefix(members) for number in self._postings.get(shingle, ())}
         return sorted(number for number in candidates if self._jaccard(members, number) >= self.threshold)
@@ -71,9 +71,9 @@ class NearDuplicateIndex:
 
 
 def clusters(keys: Sequence[Sequence[str]], threshold: float) -> list[int]:
-    """A cluster number for each item; `keys[j][i]` is the j-th text of item i.
+    """Return a cluster number for each item; `keys[j][i]` is the j-th text of item i.
 
-    Two items whose j-th texts are similar, for any j, are in one cluster, and so is what follows from that.
+    Two items whose j-th texts are similar, for any j, are in one cluster; clusters that share an item are one.
     """
     parent = list(range(len(keys[0])))
     for texts in keys:

@@ -23,17 +23,17 @@ class Splits:
 
 
 def comparison_text(example: Example) -> str:
-    """What two rows must share to be the same question: what is asked and, in any order, the choices."""
+    """Return the text that rows of the same question share: what is asked and, whatever their order, the choices."""
     return " ".join((example.question, *sorted(example.choices)))
 
 
 def hash_order(key: str, seed: int) -> bytes:
-    """A place in a random order that depends only on the key and the seed, not on other rows."""
+    """Return a sort key for a random order that depends only on the key and the seed, not on other rows."""
     return hashlib.blake2b(f"{seed}\0{key}".encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def group_key(example: Example) -> str:
-    """The rows with this key stay on one side of a split: the same group or, without groups, the same question."""
+    """Return the key of rows that a split keeps together: the same group or, without groups, the same question."""
     return normalized(example.question) if example.group is None else f"group {example.group}"
 
 
@@ -100,7 +100,7 @@ def _fill(groups: dict[str, list[Example]], order: Iterable[str], rows: int, spl
 
 
 def drop_repeated(examples: Sequence[Example]) -> tuple[Example, ...]:
-    """The rows without exact repetitions (same question, choices and answer); the first of each stays."""
+    """Remove exact repetitions of rows (same question, choices and answer); the first of each stays."""
     first: dict[tuple[str, str], Example] = {}
     for example in examples:
         first.setdefault((_exact_text(example), example.response), example)
@@ -114,9 +114,9 @@ def _exact_text(example: Example) -> str:
 def remove_leaks(
     splits: Splits, *, near_duplicate_threshold: float | None, watch: Watch = unwatched
 ) -> tuple[Splits, dict[str, int]]:
-    """Take out of train every row that validation or test repeats; they themselves stay as they are.
+    """Remove from train every row that validation or test repeats; they themselves stay as they are.
 
-    Returns the splits and how many rows went: of a group that an evaluation split holds, exact duplicates, and
+    Returns the splits and how many rows were removed: of a group that an evaluation split holds, exact duplicates, and
     near-duplicates (Jaccard similarity of word triples at or above the threshold; None: not looked for).
     """
     held_out = (*splits.validation, *splits.test)
@@ -144,7 +144,7 @@ def remove_leaks(
 
 
 def cap(examples: tuple[Example, ...], limit: int | None, seed: int) -> tuple[Example, ...]:
-    """At most `limit` rows, picked by a hash of their text and kept in their order."""
+    """Keep at most `limit` rows, picked by a hash of their text, in their order."""
     if limit is None or len(examples) <= limit:
         return examples
     order = sorted(range(len(examples)), key=lambda i: (hash_order(_exact_text(examples[i]), seed), i))

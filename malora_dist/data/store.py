@@ -27,7 +27,7 @@ class SampleStore(Sequence[Sample]):
         return len(self._prompt_lengths)
 
     def lengths(self) -> Array:
-        """Tokens of each sample."""
+        """Count the tokens of each sample."""
         return np.diff(self._offsets)
 
     def __getitem__(self, index: Any) -> Any:
@@ -49,7 +49,7 @@ class TrainStore(Sequence[Sample]):
         return int(self._starts[-1])
 
     def lengths(self, task_id: int) -> Array:
-        """Tokens of each sample of a task."""
+        """Count the tokens of each sample of a task."""
         return self._tasks[task_id].lengths()
 
     def __getitem__(self, index: Any) -> Any:
@@ -76,7 +76,7 @@ class TaskTokens:
 
 
 def split_digest(folder: Path, name: str) -> str:
-    """SHA-256 of what `write_samples` or `write_choice_items` wrote under that name."""
+    """Return the SHA-256 of what `write_samples` or `write_choice_items` wrote under that name."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob(f"{name}.*.npy")):
         with path.open("rb") as file:
@@ -85,19 +85,19 @@ def split_digest(folder: Path, name: str) -> str:
 
 
 def write_samples(folder: Path, name: str, samples: Sequence[Sample]) -> None:
-    """Files {name}.ids.npy, {name}.offsets.npy, {name}.prompts.npy."""
+    """Write the files {name}.ids.npy, {name}.offsets.npy and {name}.prompts.npy."""
     _write_ragged(folder, name, [sample.input_ids for sample in samples])
     _save(folder, f"{name}.prompts", np.asarray([sample.prompt_length for sample in samples], dtype=np.int32))
 
 
 def read_samples(folder: Path, name: str, *, task_id: int, first_id: int = 0) -> SampleStore:
-    """The store that `write_samples` wrote; sample ids count from `first_id`."""
+    """Read the store that `write_samples` wrote; sample ids count from `first_id`."""
     ids, offsets = _load(folder, f"{name}.ids"), _load(folder, f"{name}.offsets")
     return SampleStore(ids, offsets, _load(folder, f"{name}.prompts"), task_id, first_id)
 
 
 def write_choice_items(folder: Path, name: str, items: Sequence[ChoiceItem]) -> None:
-    """Prompts and choices as ragged arrays, and {name}.items.npy with (number of choices, label) of each item."""
+    """Write prompts and choices as ragged arrays, and {name}.items.npy with (number of choices, label) of each item."""
     _write_ragged(folder, f"{name}.prompt", [item.prompt_ids for item in items])
     _write_ragged(folder, f"{name}.choice", [ids for item in items for ids in item.choice_ids])
     _save(folder, f"{name}.lengths", np.asarray([n for item in items for n in item.choice_lengths], dtype=np.int32))
@@ -106,7 +106,7 @@ def write_choice_items(folder: Path, name: str, items: Sequence[ChoiceItem]) -> 
 
 
 def read_choice_items(folder: Path, name: str, *, task_id: int) -> list[ChoiceItem]:
-    """The items that `write_choice_items` wrote."""
+    """Read the items that `write_choice_items` wrote."""
     choices = _read_ragged(folder, f"{name}.choice")
     lengths = iter(_load(folder, f"{name}.lengths").tolist())
     items = []
@@ -119,12 +119,12 @@ def read_choice_items(folder: Path, name: str, *, task_id: int) -> list[ChoiceIt
 
 
 def write_summary(folder: Path, **values: Any) -> None:
-    """summary.json: what is no array. Written last, so a folder with it is whole."""
+    """Write summary.json, which holds what is no array. It is written last, so a folder with it is complete."""
     (folder / "summary.json").write_text(json.dumps(values, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What `write_summary` wrote."""
+    """Read what `write_summary` wrote."""
     values: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return values
 

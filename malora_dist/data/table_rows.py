@@ -16,7 +16,7 @@ ROWS_AT_ONCE = 1000
 
 
 def read_csv(path: Path) -> Iterator[Row]:
-    """All rows of a table in text, every cell as text. Raises DataError if the first line names no columns.
+    """Read all rows of a CSV or TSV table, every cell as text. Raises DataError if the first line names no columns.
 
     Columns without a name, such as the row numbers that pandas writes, are left out.
     """
@@ -85,9 +85,9 @@ def _table_row(source: str, names: Sequence[str], cells: Sequence[str]) -> Row:
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """All rows of a Parquet file. Raises DataError if it is none.
+    """Read all rows of a Parquet file. Raises DataError if it is none.
 
-    What stands in a column that cannot be read, or is a value that Python cannot hold, is Unreadable.
+    Values in a column that cannot be read, and values that Python cannot hold, are Unreadable.
     """
     number = 0
     try:
@@ -104,7 +104,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _batches(path: Path) -> Iterator[tuple[Any, dict[str, Unreadable]]]:
-    """Arrow tables of some rows each, and what stands for the columns that are none of theirs."""
+    """Yield Arrow tables of some rows each, and what stands for the columns that they leave out."""
     # Imported late: it takes seconds, and JSONL files do not need it.
     from datasets import Features, load_dataset
     from pyarrow import parquet, schema
@@ -131,7 +131,7 @@ def _batches(path: Path) -> Iterator[tuple[Any, dict[str, Unreadable]]]:
 
 
 def _has_feature(field: Any) -> bool:
-    """Whether `datasets` has a type for an Arrow column."""
+    """Return whether `datasets` has a type for an Arrow column."""
     from datasets import Features
     from pyarrow import schema
 
@@ -143,7 +143,7 @@ def _has_feature(field: Any) -> bool:
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any]]:
-    """Each row of a batch as Python values."""
+    """Yield each row of a batch as Python values."""
     try:
         yield from batch.to_pylist()
     except (ValueError, ArithmeticError):

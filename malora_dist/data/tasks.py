@@ -45,7 +45,7 @@ class _Reader:
     most_choices: int = 0
 
     def read(self, patterns: Sequence[str] | None) -> tuple[Example, ...]:
-        """All examples of the files. Raises DataError on the first bad rows, unless they are skipped."""
+        """Read all examples of the files. Raises DataError on the first bad rows, unless they are skipped."""
         if patterns is None:
             return ()
         examples: list[Example] = []
@@ -71,7 +71,7 @@ class _Reader:
         return tuple(examples)
 
     def doubtful_labels(self) -> dict[str, int]:
-        """Count the labels that may be read otherwise than they are meant; what does not occur is left out."""
+        """Count the labels that may mean something else than they are read as; what does not occur is left out."""
         counted = [label for label in self.labels if label.counted and self.rules.first_label == 0]
         from_1 = counted and min(label.index for label in counted) == 1
         found = {
@@ -123,7 +123,7 @@ def load_task(
     split_seed: int = 0,
     watch: Watch = unwatched,
 ) -> TaskData:
-    """Read, check and split one task; paths may be globs. How a row is read is told by `RowRules`.
+    """Read, check and split one task; paths may be globs. `RowRules` says how a row is read.
 
     `kind` None is settled by the first row. Validation and test are files, or are cut from `train` by the sizes.
     Raises DataError naming file, line and field of bad rows (with on_bad_row="skip" they are counted instead),

@@ -16,7 +16,7 @@ LETTER = "letter"
 
 
 def template_fields(template: str) -> tuple[str, ...]:
-    """Names of the fields in a template, in order. Raises DataError for a broken template or an unnamed field."""
+    """List the field names of a template, in order. Raises DataError for a broken template or an unnamed field."""
     try:
         names = template_names(template)
     except ValueError as error:
@@ -25,7 +25,7 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 
 def fill(template: str, values: Mapping[str, str], source: str = "") -> str:
-    """The template with its fields filled in. Raises DataError naming a field that `values` lacks."""
+    """Fill in the fields of a template. Raises DataError naming a field that `values` lacks."""
     try:
         return _Filler().vformat(template, (), values)
     except KeyError as error:
@@ -43,7 +43,7 @@ class _Filler(string.Formatter):
 
 
 def prompt_text(example: Example, prompt_template: str = PROMPT_TEMPLATE, scoring: str = TEXT) -> str:
-    """Text before the answer. With letter scoring the options stand under the question as "A. ..."."""
+    """Return the text before the answer. With letter scoring the options stand under the question as "A. ..."."""
     prompt = example.prompt
     if scoring == LETTER:
         options = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, example.choices, strict=False))
@@ -52,13 +52,13 @@ def prompt_text(example: Example, prompt_template: str = PROMPT_TEMPLATE, scorin
 
 
 def response_text(example: Example, response_template: str = RESPONSE_TEMPLATE, scoring: str = TEXT) -> str:
-    """Text to learn: for multiple choice exactly one of `choice_texts`."""
+    """Return the text to learn: for multiple choice exactly one of `choice_texts`."""
     if example.label is not None:
         return choice_texts(example, response_template, scoring)[example.label]
     return fill(response_template, {**example.extra, "response": example.response}, example.source)
 
 
 def choice_texts(example: Example, response_template: str = RESPONSE_TEMPLATE, scoring: str = TEXT) -> tuple[str, ...]:
-    """Texts of all choices as the model would write them: the choices, or their letters with letter scoring."""
+    """Return all choices as the model would write them: the choices, or their letters with letter scoring."""
     answers = LETTERS[: len(example.choices)] if scoring == LETTER else example.choices
     return tuple(fill(response_template, {**example.extra, "response": answer}, example.source) for answer in answers)

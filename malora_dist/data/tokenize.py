@@ -44,9 +44,9 @@ PROBE = "  A  Probe\n\tof 1234,5 \u00c9e\u0301 \U0001f600"
 def prepare_task(
     settings: Mapping[str, Any], encoder: Encoder, cache_dir: Path, *, tokenizer_key: str
 ) -> tuple[Path, str]:
-    """The cached folder of one tokenised task and its key; `settings` are the arguments of `load_task`.
+    """Tokenise a task unless the cache has it; return its folder and key. `settings` are arguments of `load_task`.
 
-    `tokenizer_key` is the `tokenizer_fingerprint` of the encoder's tokenizer, which is slow to take for each task anew.
+    `tokenizer_key` is the `tokenizer_fingerprint` of the encoder's tokenizer, which is slow to take anew for each task.
 
     The key is a hash of all that the result depends on: the bytes of the task's files, the settings, the templates,
     the tokenizer, the length, and this code. Raises DataError as `load_task` does, and if a file of the task cannot be
@@ -72,7 +72,7 @@ def prepare_task(
 
 
 def read_task(folder: Path, *, task_id: int, first_id: int) -> TaskTokens:
-    """A prepared task; its training samples are numbered from `first_id`.
+    """Read a prepared task; its training samples are numbered from `first_id`.
 
     Raises DataError, naming the folder, if a file of it is missing or damaged.
     """
@@ -125,7 +125,7 @@ def _write_task(folder: Path, task: TaskData, encoder: Encoder) -> None:
 
 
 def content_key(settings: Mapping[str, Any], encoder: Encoder, tokenizer_key: str) -> str:
-    """Hash of the content of a task's files, the settings other than their names, the encoder and this code."""
+    """Hash the content of a task's files, the settings other than their names, the encoder and this code."""
     files = {
         split: [_file_hash(path, encoder.watch) for path in find_files(_paths(settings[split]), task=settings["name"])]
         for split in SPLITS
@@ -146,7 +146,7 @@ def content_key(settings: Mapping[str, Any], encoder: Encoder, tokenizer_key: st
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of a tokenizer's rules and vocabulary, wherever it was loaded from."""
+    """Hash a tokenizer's rules and vocabulary, wherever it was loaded from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: dict[str, Any] = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}

@@ -13,11 +13,11 @@ Watch = Callable[[str, int, int], None]
 
 
 def unwatched(work: str, done: int, total: int) -> None:
-    """Look at nothing."""
+    """Ignore the progress that is reported."""
 
 
 def watched(work: str, items: Sequence[T], watch: Watch) -> Iterator[T]:
-    """Give the items one after another, and say before each how many are done."""
+    """Yield the items one after another, and report before each how many are done."""
     for number, item in enumerate(items):
         watch(work, number, len(items))
         yield item

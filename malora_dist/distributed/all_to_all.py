@@ -74,7 +74,7 @@ class Message:
         self.rows: Tensor | None = rows
 
     def wait(self) -> None:
-        """Return when the rows of all ranks are here."""
+        """Wait until the rows of all ranks have arrived."""
         with named(self.group, self.phase):
             self.handle.wait()
         self.handle = self.rows = None
@@ -154,7 +154,7 @@ class AsyncCombine:
         return self._buffer
 
     def receive(self) -> Tensor:
-        """End the direction that was started; the rows received."""
+        """End the direction that was started, and return the rows received."""
         assert self._buffer is not None and self._message is not None, "nothing is under way"
         if self.all_to_all.overlap:
             self._message.wait()

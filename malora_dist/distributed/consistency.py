@@ -148,7 +148,7 @@ def _advice(name: str) -> str:
 
 
 def _places(ranks: Sequence[int], nodes: Sequence[str]) -> str:
-    """Name the nodes of these ranks; with the ranks, where others of the node have another value."""
+    """List the nodes of these ranks, with the ranks where others of the node have another value."""
     of_all, of_these = Counter(nodes), Counter(nodes[rank] for rank in ranks)
     texts = []
     for node, count in of_these.items():

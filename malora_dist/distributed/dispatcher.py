@@ -22,7 +22,7 @@ class TokenDispatcher:
         self.all_to_all, self.share = all_to_all, share
 
     def dispatch(self, inputs: Sequence[ProjectedInput]) -> list["DispatchedTokens"]:
-        """Send each linear's tokens to the ranks of their experts, and return those received here."""
+        """Send each linear's tokens to the ranks of their experts, and return those that this rank receives."""
         together = [inputs] if self.share else [[each] for each in inputs]
         return [tokens for part in together for tokens in self._dispatch(part)]
 

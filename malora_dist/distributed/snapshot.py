@@ -61,7 +61,7 @@ def _whole(name: str, parameter: Any, spec: OptimizerSpec) -> Whole:
 def snapshot(
     tensors: list[Whole], state: OptimizerState, keep: Callable[[str], bool]
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield (kind, name, whole fp32 tensor on the CPU) of the adapter tensors for which `keep(name)` holds here.
+    """Yield (kind, name, whole fp32 tensor on the CPU) of adapter tensors for which `keep(name)` is true on this rank.
 
     All processes gather one tensor at a time, and none holds more than those it keeps. Every one must take part to the
     end.

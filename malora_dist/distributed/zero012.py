@@ -36,7 +36,7 @@ def showing_experts(model: nn.Module) -> Iterator[None]:
     """Let `deepspeed.initialize`, called within the block, see that some parameters are slices of experts.
 
     It hands the expert groups to its optimizer only if the model holds an instance of DeepSpeed's own MoE layer, of
-    which it reads `num_experts` and nothing else. This one holds no parameter and is gone afterwards.
+    which it reads `num_experts` and nothing else. This instance holds no parameter and is removed afterwards.
     """
     from deepspeed.moe.layer import MoE
 
@@ -46,7 +46,7 @@ def showing_experts(model: nn.Module) -> Iterator[None]:
             self.num_experts = num_experts
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-            """Nothing to do: the groups exist."""
+            """Do nothing: the groups exist."""
 
     model.add_module("expert_sign", ExpertSign(max(layer.num_experts for _, layer in mixture_layers(model))))
     try:
@@ -90,7 +90,7 @@ def _state_ranks(optimizer: Any) -> dict[int, list[int]]:
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients at stage 0 to an L2 norm of at most `max_norm` (0: leave them), and return the norm before.
 
-    Not DeepSpeed's own clipping, which does not tell the norm, and which takes the mean over processes of norms that
+    Not DeepSpeed's own clipping, which does not return the norm, and which takes the mean over processes of norms that
     each miss the other processes' experts, so that it clips too little.
     """
     trained = [p for p in parameters if p.grad is not None]

@@ -103,13 +103,13 @@ class MetricsWriter:
         self._file.flush()
 
     def cut(self, step: int, again: Collection[str] = ()) -> None:
-        """Take lost work out of the file, see `cut_records`; what is written next follows what is left."""
+        """Remove the records of lost work, see `cut_records`; later records follow what is left."""
         self._file.close()
         cut_records(self._path, step, again)
         self._file = self._path.open("a", encoding="utf-8")
 
     def holds(self, kind: str, step: int) -> bool:
-        """Whether the file has a record of this kind and step."""
+        """Return whether the file has a record of this kind and step."""
         records = [_read_leniently(line) for line in self._path.read_bytes().splitlines()]
         return any((record[KIND], record.get(STEP)) == (kind, step) for record in records)
 
@@ -133,7 +133,7 @@ def without_lost_steps(records: Iterable[Record]) -> list[Record]:
 
 
 def _kept(records: Sequence[Record]) -> list[int]:
-    """Numbers, rising, of the records that are of work that was not lost, the last of those that are there twice."""
+    """Return the numbers, rising, of the records whose work was not lost; of those that are there twice, the last."""
     kept: dict[Any, int] = {}
     for number, record in enumerate(records):
         if record[KIND] == RESUME:
@@ -145,7 +145,7 @@ def _kept(records: Sequence[Record]) -> list[int]:
 
 
 def cut_records(path: Path, step: int, again: Collection[str] = ()) -> None:
-    """Leave in a file what a run that goes on after `step` will not write again, each record once.
+    """Remove from a file what a run that continues after `step` will write again, and keep each other record once.
 
     `again` are the kinds of which `step` itself will have another record. A damaged line stays, for `read_metrics` to
     name. The file is replaced whole. Raises OSError if it cannot be written.

@@ -138,7 +138,7 @@ _TRACKERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
 
 
 def check_trackers(report_to: Sequence[str]) -> None:
-    """Raise ConfigError that says what to install if a tracker's package is missing: before a run, not in it."""
+    """Raise ConfigError, naming what to install, if a tracker's package is missing; for use before a run."""
     imports: Mapping[str, Callable[[], Any]] = {"tensorboard": _summary_writer, "wandb": _wandb}
     for name in report_to:
         imports[name]()
@@ -187,7 +187,7 @@ def _routing_scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _summary_writer() -> Callable[[str], Any]:
-    """torch.utils.tensorboard's SummaryWriter, or tensorboardX's where only that is installed."""
+    """Return torch.utils.tensorboard's SummaryWriter, or tensorboardX's where only that is installed."""
     for module in ("torch.utils.tensorboard", "tensorboardX"):
         try:
             writer: Callable[[str], Any] = import_module(module).SummaryWriter

@@ -80,7 +80,7 @@ def check_local_support(config: RunConfig) -> tuple[str, ...]:
 
 
 def family_targets(name_or_path: str) -> tuple[str, ...] | None:
-    """Return the default targets where a model has all of them, else all linears but the head; None if it is not here.
+    """Return the default targets where a model has all of them, else all linears but the head; None if it is not local.
 
     Nothing is downloaded, no weight is read. Raises ConfigError for a model that is not supported.
     """

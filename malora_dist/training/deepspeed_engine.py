@@ -47,7 +47,7 @@ def build_engine(
     timeout_seconds: float,
     expert_groups: ExpertGroups | None = None,
 ) -> Any:
-    """The DeepSpeed engine over `model`; without `settings` one that only computes forward.
+    """Build the DeepSpeed engine over `model`; without `settings` one that only computes forward.
 
     The engine runs in fp32: adapters, their gradients and, but for 8-bit optimizers, the optimizer's state are fp32 at
     every ZeRO stage, while the frozen base keeps its own dtype. Raises TopologyError if DeepSpeed spread a parameter
@@ -83,7 +83,7 @@ def _groups(
 ) -> list[dict[str, Any]]:
     """Return the optimizer's parameter groups, none of them empty, which DeepSpeed would drop.
 
-    Parameters of another learning rate than `settings.learning_rate` are groups of their own, which say the ratio.
+    Parameters of another learning rate than `settings.learning_rate` are groups of their own, which hold the ratio.
     """
     by_ratio: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trained:

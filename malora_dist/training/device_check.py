@@ -117,7 +117,7 @@ def memory_notes(
     """Return a note if less is free on the GPU than the plan needs. Raises ConfigError if the plan
     exceeds the whole GPU by more than `PLAN_ERROR`.
 
-    Nothing is said of a model whose shapes the plan cannot know. Activations that the plan counts as another family's
+    A model whose shapes the plan cannot know gives no note. Activations that the plan counts as another family's
     are no reason to refuse a run.
     """
     config = _as_it_runs(config, dtype, trains=lengths is not None)
@@ -142,7 +142,7 @@ def memory_notes(
 
 
 def _as_it_runs(config: RunConfig, dtype: torch.dtype, *, trains: bool) -> RunConfig:
-    """Return the recipe with the precision that `auto` stands for here; evaluation does not spread experts."""
+    """Return the recipe with the precision that `auto` means on this machine; evaluation does not spread experts."""
     model = config.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     parallel = config.parallel if trains else config.parallel.model_copy(update={"ep_size": 1})
     return config.model_copy(update={"model": model, "parallel": parallel})

@@ -59,7 +59,7 @@ class RunEvaluations:
         )
 
     def evaluate_tuned(self) -> None:
-        """Measure the trained adapter, if evaluation.tuned says so."""
+        """Measure the trained adapter, if evaluation.tuned is set."""
         if self.config.evaluation.tuned:
             self._evaluate("tuned")
 

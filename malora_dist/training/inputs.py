@@ -40,7 +40,7 @@ def open_inputs(
     Args:
         config: the recipe.
         dtype: in which the base will compute.
-        device: where it will; None if that is not known here.
+        device: where it will; None if that is not known on this machine.
         poll: called often; what it raises ends the work.
         trains: False for an evaluation, which needs less.
 

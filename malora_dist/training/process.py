@@ -91,7 +91,7 @@ def code_of(error: Exception) -> int:
 
 
 def _lost_peer(error: Exception) -> str | None:
-    """Return a sentence if the error only means that another rank is gone, whose message tracebacks would bury."""
+    """Return a sentence if the error only means that another rank was lost, whose message tracebacks would bury."""
     if not isinstance(error, RuntimeError) or not any(words in str(error) for words in LOST_PEER):
         return None
     notes = _notes(error)
@@ -109,7 +109,7 @@ def _notes(error: Exception) -> list[str]:
 
 
 def _group(error: Exception) -> str:
-    """Return the group whose collective failed, as far as the frames of PyTorch and DeepSpeed tell."""
+    """Return the group whose collective failed, as far as the frames of PyTorch and DeepSpeed show it."""
     from torch.distributed import ProcessGroup, get_process_group_ranks, get_world_size
 
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):

@@ -34,7 +34,7 @@ class ResumePoint:
 
     @property
     def goes_on(self) -> bool:
-        """Return whether it goes on with work of its own folder, and so with what was measured and recorded there."""
+        """Return whether it continues work of its own folder, and so keeps what was measured and recorded there."""
         if self.folder is None or self.checkpoint is None:
             return False
         return is_of_run(Path(self.checkpoint), Path(self.folder))
@@ -73,12 +73,12 @@ def find_resume_point(config: RunConfig) -> ResumePoint:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether it is the folder of a run."""
+    """Return whether a folder is that of a run."""
     return (folder / run_files.CONFIG).is_file()
 
 
 def is_finished(run: Path) -> bool:
-    """Return whether the exit.json there says so. Raises CheckpointError if it is damaged."""
+    """Return whether the exit.json of the folder shows a finished run. Raises CheckpointError if it is damaged."""
     outcome = read_exit_status(run)
     return outcome is not None and outcome["outcome"] == FINISHED
 

@@ -104,7 +104,7 @@ def writing_into(folder: Path) -> Iterator[None]:
 
 
 def read_evaluations(folder: Path) -> dict[str, Any]:
-    """Read eval.json of a run that goes on; {} without one. Raises CheckpointError if it is damaged."""
+    """Read eval.json of a run that is continued; {} without one. Raises CheckpointError if it is damaged."""
     path = folder / run_files.EVALUATIONS
     if not path.exists():
         return {}
@@ -117,7 +117,7 @@ def read_evaluations(folder: Path) -> dict[str, Any]:
 def read_measured_on(path: Path) -> Any:
     """Read what the evaluations in a run's folder were measured on; None if that was never written.
 
-    Raises CheckpointError if it is damaged: whether the evaluations are of this recipe, nobody can say then.
+    Raises CheckpointError if it is damaged, since it then cannot show whether the evaluations are of this recipe.
     """
     return read_json(path) if path.exists() else None
 

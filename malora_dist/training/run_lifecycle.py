@@ -68,7 +68,7 @@ class RunLifecycle:
         return point
 
     def open(self) -> RunLogger:
-        """Open the folder of the run that goes on, or of a new one, and return what writes there."""
+        """Open the folder of the run that is resumed, or of a new one, and return its RunLogger."""
         folder = run_on_rank0(self._folder, self.world)
         # The config written there names that folder, and is one to go on with.
         changes: dict[str, object] = {"output_dir": folder}

@@ -140,7 +140,7 @@ class RunLogger:
         self._write(append)
 
     def resumed(self, step: int, checkpoint: Checkpoint | None, *, validated: bool = True) -> None:
-        """Remove the records of lost work from metrics.jsonl, and add one that training goes on after `step`.
+        """Remove the records of lost work from metrics.jsonl, and add one that training resumes after `step`.
 
         Args:
             step: optimizer steps so far.
@@ -233,7 +233,7 @@ class RunLogger:
         return model_card(self.adapter_info(), [task.name for task in self.config.data.tasks], self.evaluations)
 
     def close(self) -> None:
-        """Close the files of a run that is to go on later."""
+        """Close the files of a run that is to be resumed later."""
         self._write(self._close)
 
     def close_after_failure(self) -> None:

@@ -68,7 +68,7 @@ class TrainingParts:
 
 
 def training_state(parts: TrainingParts, state: LoopState) -> dict[str, Any]:
-    """Return plain JSON of everything that decides how training goes on, the same on every process.
+    """Return plain JSON of everything that decides how training continues, the same on every process.
 
     Every process must call it.
     """
