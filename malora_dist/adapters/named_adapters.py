@@ -104,7 +104,7 @@ class NamedAdapters:
         return found
 
     def parked_layers(self) -> Iterator[MixtureLinear]:
-        """Every layer that is not in the model."""
+        """Yield every layer that is not in the model."""
         for parked in self.parked.values():
             yield from parked.layers.values()
 

@@ -82,7 +82,7 @@ def save_layers(
 
 
 def _values(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every adapter tensor, out of a state dict if one is given."""
+    """Yield name and value of every adapter tensor, out of a state dict if one is given."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -27,7 +27,10 @@ def check_seal(folder: Path) -> None:
 
 
 def weights_header(folder: Path) -> dict[str, TensorPlace]:
-    """The tensors of an adapter folder by their keys. Raises CheckpointError if the file is no safetensors in it."""
+    """Read the places of an adapter folder's tensors, by their keys.
+
+    Raises CheckpointError if its file of weights is not a safetensors file in that folder.
+    """
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(
             f"{folder / 'adapter_model.bin'} is a pickle, which can run arbitrary code when it is loaded; only "

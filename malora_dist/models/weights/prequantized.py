@@ -49,7 +49,7 @@ def _word(value: bool) -> str:
 
 
 def is_stored_in_4bit(reader: TensorReader, tensor: BaseTensor) -> bool:
-    """Whether the checkpoint holds this weight as 4-bit codes; modules it skipped are stored as they were."""
+    """Return whether the checkpoint holds this weight as 4-bit codes; modules it skipped are stored as they were."""
     return any(reader.holds(f"{name}.{STATE}") for name in tensor.sources)
 
 
