@@ -146,7 +146,7 @@ class Checkpoint:
 
 
 def optimizer_kind(manifest: Manifest) -> object:
-    """Return what the manifest calls the optimizer; AdamW where it does not say."""
+    """Return what the manifest calls the optimizer; AdamW where it names none."""
     saved = manifest.state.get("optimizer")
     return saved.get("kind", ADAMW.kind) if isinstance(saved, dict) else ADAMW.kind
 

@@ -82,7 +82,7 @@ def _is_of_other_dtype(entry: object) -> bool:
 
 
 def _check_offsets(header: dict[str, object], size: int) -> None:
-    """Raise ValueError unless the tensors lie one behind the other and fill the file, as the format wants."""
+    """Raise ValueError unless the tensors lie one behind the other and fill the file, as the format requires."""
     offsets = [
         entry["data_offsets"] for entry in header.values() if isinstance(entry, dict) and "data_offsets" in entry
     ]

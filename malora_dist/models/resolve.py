@@ -120,7 +120,7 @@ def _download(repository: str, revision: str | None, code: bool) -> Path:
 
 
 def _convert_gguf(path: Path, cache_dir: Path, poll: Callable[[], None]) -> Path:
-    """Return the cached safetensors folder of a GGUF file, named by what tells the file from others.
+    """Return the cached safetensors folder of a GGUF file, named by what identifies the file.
 
     Raises ConfigError if it has to be converted and the package gguf is not installed, or the cache cannot be written.
     """

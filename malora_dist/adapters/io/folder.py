@@ -147,7 +147,7 @@ def _open_checkpoint(folder: Path) -> AdapterTensors:
 def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:
     """Write the folder so that each file is either whole or absent; a former adapter there is replaced.
 
-    A kill leaves the former adapter, the new one, or a folder without a config, which is none.
+    A kill leaves the former adapter, the new one, or a folder without a config, which is not an adapter.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

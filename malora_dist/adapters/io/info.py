@@ -110,7 +110,7 @@ def read_adapter_info(folder: AnyPath) -> AdapterInfo:
 
 
 def info_of(config: Mapping[str, Any], path: Path) -> AdapterInfo:
-    """Return what the content of adapter_config.json says; errors name `path`. Raises as `read_adapter_info`."""
+    """Return the info in the content of adapter_config.json; errors name `path`. Raises as `read_adapter_info`."""
     if "malora" not in config:
         if "peft_type" not in config:
             raise CheckpointError(f"{path} is damaged or not written by malora_dist: it has no block `malora`")

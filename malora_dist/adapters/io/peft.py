@@ -133,7 +133,7 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _ranks_and_alphas(folder: Path, config: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
-    """Return r and lora_alpha, and the patterns where layers differ in them. What no layer has is not looked at."""
+    """Return r and lora_alpha, and the patterns where layers differ in them. Unused values are not checked."""
     numbers: dict[str, Any] = {}
     for key, pattern, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", float)):
         patterns, usual = config.get(pattern) or {}, config.get(key)

@@ -45,7 +45,7 @@ class CheckpointWeights:
     def mistakes(self, model: "PreTrainedModel") -> list[str]:
         """Return what is wrong with the tensors of an empty model that the files hold, each file and size once.
 
-        Reads headers alone: they show files that are missing or cut short, and sizes that the config does not say.
+        Only headers are read: they show files that are missing or cut short, and sizes that differ from the config's.
         """
         found: dict[str, None] = {}
         state = model.state_dict()

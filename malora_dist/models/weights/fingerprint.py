@@ -28,7 +28,7 @@ def base_fingerprint(model: Path) -> str:
 def file_identity(path: Path) -> list[Any]:
     """Return what identifies a file, without reading it whole. Raises OSError.
 
-    A file of the hub's cache is named by the hash of its content; of any other it is its size, time of change, and
+    A file of the hub's cache is named by the hash of its content; any other is identified by size, time of change, and
     samples of its content (a time alone says nothing where archives or images set all to the same).
     """
     real = path.resolve()

@@ -141,7 +141,7 @@ class TensorReader:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Say of a file that cannot be read, with a ConfigError, which it is."""
+    """Raise a ConfigError that names the file if it cannot be read within the block."""
     try:
         yield
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
