@@ -54,7 +54,7 @@ _Calls = Mapping[MixtureLinear, Sequence[Routing]]
 
 
 def _calls(layer: MixtureLinear) -> Sequence[Routing]:
-    """Return what the router said in each call of the last forward."""
+    """Return the router's routing in each call of the last forward."""
     assert layer.routing is not None
     return layer.routings or [layer.routing]
 
@@ -106,7 +106,7 @@ class _HandOver(torch.autograd.Function):
 
 @contextmanager
 def keeping_routings(model: nn.Module) -> Iterator[None]:
-    """Let each layer keep the routing of every call within the block, and forget what an earlier forward said.
+    """Let each layer keep the routing of every call within the block, and forget those of an earlier forward.
 
     Layers that the block does not call then do not count. What is called after it, such as a part of the model, is not
     added to it.

@@ -73,7 +73,7 @@ class DoRALayer(nn.Module):
         return base_TO + ((self.magnitude / norm_O).to(base_TO.dtype) * adapted_TO - plain_TO)
 
     def _norm_and_bias(self, base_layer: Any, A_RI: Tensor, B_OR: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute ||W + B A|| (O,) without a gradient, and the base's bias (O,): what it makes of a row of zeros."""
+        """Compute ||W + B A|| (O,) without a gradient, and the base's bias (O,), its output for a row of zeros."""
         images = base_layer(torch.cat([A_RI, torch.zeros_like(A_RI[:1])]))
         bias_O = images[-1]
         A, B, WA_RO = (t.detach().to(self.base_squares.dtype) for t in (A_RI, B_OR, images[:-1] - bias_O))
@@ -111,7 +111,7 @@ def _weight(base_layer: Any) -> Tensor | None:
 
 
 def _squares_by_forward(base_layer: Any, out_features: int, device: torch.device) -> Tensor:
-    """Compute ||W||^2 (O,) from what the layer makes of the rows of the identity."""
+    """Compute ||W||^2 (O,) from the layer's outputs for the rows of the identity."""
     squares_O = torch.zeros(out_features, device=device)
     bias_O = base_layer(torch.zeros(1, base_layer.in_features, device=device))[0]
     for columns in torch.arange(base_layer.in_features, device=device).split(ROWS):

@@ -119,7 +119,7 @@ def inject_adapters(
 
 
 def layer_seed(seed: int, name: str) -> int:
-    """A 31-bit number from the run's seed and a name."""
+    """Derive a 31-bit number from the run's seed and a name."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "big") >> 1
 
 
@@ -168,14 +168,17 @@ def _adapted(
 
 
 def _device(base: nn.Module) -> torch.device:
-    """Where the layer computes: accelerate keeps the weights of a layer that it offloads on no device."""
+    """Return the device on which the layer computes.
+
+    It is not always that of the weights: accelerate keeps those of a layer that it offloads on no device.
+    """
     device = next(base.parameters()).device
     executes_on = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
     return device if device.type != "meta" or executes_on is None else torch.device(executes_on)
 
 
 def _rows(model: nn.Module, target: str, names: Sequence[str]) -> Iterator[InjectionRow]:
-    """By size, and by the last part of the name where the target is none."""
+    """Yield the rows of a target, by size, and by the last part of the name where the target is none."""
     layers = dict(mixture_layers(model))
     modules, parameters = Counter[tuple[str, int, int]](), Counter[tuple[str, int, int]]()
     for name in names:

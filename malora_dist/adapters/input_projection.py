@@ -1,4 +1,4 @@
-"""What an adapted linear makes of its input before any expert sees it: shared down-projection, dropout and routing."""
+"""What an adapted linear computes from its input before the experts: shared down-projection, dropout and routing."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

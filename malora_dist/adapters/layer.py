@@ -94,7 +94,7 @@ class MixtureLinear(nn.Module):
 
     @property
     def dispatcher(self) -> Dispatcher | None:
-        """Return what sends tokens to the ranks of their experts; None where all experts are here."""
+        """Return what sends tokens to the ranks of their experts; None if this rank holds all experts."""
         return None if self.shared_input is None else self.shared_input.dispatcher
 
     @property
@@ -108,7 +108,7 @@ class MixtureLinear(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """Return the base's weight, for code that looks at it; the experts are not in it."""
+        """Return the base's weight, for code that reads it; the experts are not in it."""
         return self.base_layer.weight
 
     @property
@@ -117,7 +117,7 @@ class MixtureLinear(nn.Module):
         return self.base_layer.bias
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Hand a new `weight` on to the base: transformers ties an output head to the embedding this way."""
+        """Pass a new `weight` to the base: transformers ties an output head to the embedding this way."""
         if name != "weight":
             super().register_parameter(name, param)
             return
@@ -145,7 +145,7 @@ class MixtureLinear(nn.Module):
 
     @property
     def form(self) -> str:
-        """Return how the experts here are summed: `dense`, `grouped` or `grouped_triton`."""
+        """Return how this rank's experts are summed: `dense`, `grouped` or `grouped_triton`."""
         if not self.routed or self.computation != "auto":
             return self.computation if self.routed else "dense"
         if self.B.device.type != "cpu":

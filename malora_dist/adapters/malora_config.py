@@ -146,7 +146,7 @@ class MaloraConfig:
         )
 
     def to_info(self, target_modules: Sequence[str] = (ALL_LINEAR,)) -> AdapterInfo:
-        """Return what an adapter folder says of this config on these linears."""
+        """Return the info that an adapter folder holds of this config on these linears."""
         return AdapterInfo(
             spec=self.spec,
             target_modules=tuple(target_modules),

@@ -161,7 +161,9 @@ class MixtureSpec:
 
 
 def default_shared_r(num_experts: int, r: int, compression_ratio: float) -> int:
-    """Rank of S_A for expert rank r: d = lambda r0 N and r = (2 - lambda) r0 give d = lambda / (2 - lambda) N r.
+    """Compute the rank of S_A for expert rank r.
+
+    d = lambda r0 N and r = (2 - lambda) r0 give d = lambda / (2 - lambda) N r.
 
     With lambda = 0.5 and 8 experts: 16, 32, 64, 128 for r = 6, 12, 24, 48, the paper's Table 11.
     """

@@ -99,7 +99,7 @@ def save_named_adapters(
     state_dict: Mapping[str, Tensor] | None,
     selected: Sequence[str] | None,
 ) -> None:
-    """Write adapters as `MaloraModel.save_pretrained` says."""
+    """Write adapters as `MaloraModel.save_pretrained` does."""
     adapters, root = model.malora_adapters, Path(save_directory)
     check_all_is_adapter(model)
     names = list(adapters.configs if selected is None else selected)

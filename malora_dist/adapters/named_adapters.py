@@ -98,13 +98,13 @@ class NamedAdapters:
         return dict(mixture_layers(model)) if name == self.active else self.parked[name].layers
 
     def injected(self, model: nn.Module, name: str) -> Injected:
-        """Return what an adapter's folder will say of it."""
+        """Return the info that an adapter's folder will hold."""
         found = injected_adapters(model) if name == self.active else self.parked[name].injected
         assert found is not None
         return found
 
     def parked_layers(self) -> Iterator[MixtureLinear]:
-        """Every layer that is not in the model."""
+        """Yield every layer that is not in the model."""
         for parked in self.parked.values():
             yield from parked.layers.values()
 
@@ -137,7 +137,7 @@ class NamedAdapters:
 
 
 def inject_config(model: Any, config: MaloraConfig, init_weights: bool = True) -> None:
-    """Put adapters on a model as a config says. Raises ConfigError as `inject_adapters` does."""
+    """Put adapters on a model by a config. Raises ConfigError as `inject_adapters` does."""
     targets = config.target_modules if config.target_modules is not None else _default_targets(model)
     inject_adapters(
         model,

@@ -17,7 +17,7 @@ ALIKE = 0.75
 
 
 def near_names(name: str, names: Iterable[str]) -> list[str]:
-    """The names of a model that are spelled like `name`, else those of linears that do its work; at most four.
+    """Return the names of a model that are spelled like `name`, else those of linears that do its work; at most four.
 
     >>> near_names("qproj", ["q_proj", "k_proj", "v_proj"])
     ['q_proj']
@@ -33,7 +33,7 @@ def near_names(name: str, names: Iterable[str]) -> list[str]:
 
 
 def _stem(name: str) -> str:
-    """A name without what most names share, also where that is misspelled."""
+    """Return a name without what most names share, also where that is misspelled."""
     rest, _, last = name.lower().rpartition("_")
     if rest and difflib.SequenceMatcher(None, last, "proj").ratio() >= ALIKE:
         return rest.replace("_", "")

@@ -26,7 +26,7 @@ def is_recomputing() -> bool:
 def note_missing_graph(deferred: "DeferredBalance | None") -> None:
     """Note whether a training forward runs without a graph, as reentrant checkpointing lets it.
 
-    What a router says there has no gradient; `deferred` will add one when the layer is run again.
+    A routing computed there has no gradient; `deferred` will add one when the layer is run again.
 
     Raises:
         TrainingError: nobody will add it, or another autograd function is around the layer, such as tiled and

@@ -14,7 +14,7 @@ ASKED, COEFFICIENT = "output_router_logits", "router_aux_loss_coef"
 
 
 def announce(model: Any, off: bool = False) -> None:
-    """Let the model's config say what the active adapter has; with `off` what the base says alone."""
+    """Set the active adapter's balance loss in the model's config; with `off` leave only what the base has there."""
     config, adapters = _text_config(model), model.malora_adapters
     if config is None:
         return
@@ -32,7 +32,7 @@ def announce(model: Any, off: bool = False) -> None:
 
 @contextmanager
 def router_logits_asked(model: Any, kwargs: dict[str, Any]) -> Iterator[bool]:
-    """Give whether a call asks for the balance loss; the base, where it has none itself, is not asked meanwhile."""
+    """Yield whether a call asks for the balance loss; a base that has none itself is not asked for it meanwhile."""
     config = _text_config(model)
     asked = kwargs.get(ASKED)
     asked = getattr(config, ASKED, False) if asked is None else asked

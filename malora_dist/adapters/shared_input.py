@@ -33,7 +33,7 @@ class Dispatcher(Protocol):
     """Sends tokens to the ranks of their experts."""
 
     def dispatch(self, inputs: Sequence[ProjectedInput]) -> Sequence[ExpertTokens]:
-        """Send the tokens of linears that read one tensor, and return those received here, for each linear."""
+        """Send the tokens of linears that read one tensor, and return those received by this rank, for each linear."""
 
 
 Prepared = tuple[ProjectedInput, ExpertTokens | None]

@@ -71,9 +71,9 @@ class NamePattern:
 
 
 def compiled(pattern: str, form: str = "{}") -> NamePattern:
-    """The regular expression of a pattern that anybody may have written. Raises ValueError, saying why, if it is none.
+    """Compile a pattern that anybody may have written. Raises ValueError, saying why, if it is no regular expression.
 
-    `form`: what stands around the pattern.
+    `form` is the text around the pattern, which takes the place of `{}`.
 
     >>> compiled("a(")
     Traceback (most recent call last):

@@ -115,13 +115,16 @@ def _untrainable(model: nn.Module, found: Mapping[str, Sequence[str]], idle: Col
 
 
 def linears_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name, inputs and outputs of every linear."""
+    """Return the inputs and outputs of every linear, by its name."""
     sizes = ((name, linear_sizes(module)) for name, module in model.named_modules())
     return {name: size for name, size in sizes if size is not None}
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Names of the parameters in each of which a model without adapters keeps many experts' matrices: no linears."""
+    """Return the names of parameters each of which holds the matrices of many experts, in a model without adapters.
+
+    They are not linears.
+    """
     return [
         f"{name}.{leaf}" if name else leaf
         for name, module in model.named_modules()
@@ -132,7 +135,7 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 def all_linear(model: nn.Module) -> list[str]:
-    """Names of every linear but the output head, and but those that text never trains."""
+    """Return the names of all linears but the output head and those that text never trains."""
     return _all_linear(model, idle_linears(model) or ())
 
 
@@ -161,7 +164,7 @@ def plain_names(model: nn.Module, found: Mapping[str, Sequence[str]], narrowed: 
 
 
 def described(linears: Mapping[str, tuple[int, int]]) -> str:
-    """The last parts of the linears' names with their sizes, each once.
+    """Describe linears by the last parts of their names with their sizes, each once.
 
     >>> described({"h.0.fc1": (8, 32), "h.0.c_proj": (8, 8), "h.1.fc1": (8, 32), "h.1.c_proj": (32, 8)})
     'c_proj (8 -> 8, 32 -> 8), fc1 (8 -> 32)'
@@ -173,7 +176,7 @@ def described(linears: Mapping[str, tuple[int, int]]) -> str:
 
 
 def leaf_of(name: str) -> str:
-    """The last part of a name, with the one before it where that is a number."""
+    """Return the last part of a name, with the one before it where that is a number."""
     rest, _, leaf = name.rpartition(".")
     return f"{rest.rpartition('.')[2]}.{leaf}" if leaf.isdigit() else leaf
 
@@ -220,7 +223,7 @@ def _overlaps(found: Mapping[str, Sequence[str]]) -> Iterable[str]:
 
 
 def _too_narrow(chosen: Mapping[str, tuple[int, int]], spec: MixtureSpec, section: str) -> Iterable[str]:
-    """S_A has orthogonal rows, of which there are no more than inputs."""
+    """Yield an error if S_A has more rows than the layer has inputs, as its rows are orthogonal."""
     ranks = {name: spec.of_layer(name).shared_r or 0 for name in chosen}
     narrow = {name: inputs for name, (inputs, _) in chosen.items() if ranks[name] > inputs}
     if narrow:

@@ -18,12 +18,12 @@ TOKENS = 256
 
 
 def idle_linears(model: nn.Module) -> frozenset[str] | None:
-    """Names of the linears of a model's class that do not read each token, or whose output gets no gradient.
+    """Return the names of linears of a model's class that do not read each token, or whose output gets no gradient.
 
-    Parts for pictures and attention to an encoder are never called. What only chooses, as the index of sparse
-    attention does, has no gradient. Some read blocks of tokens, tokens of their own, or learned tokens alone, as what
+    Parts for images and attention to an encoder are never called. Linears that only choose, as the index of sparse
+    attention does, have no gradient. Some read blocks of tokens, tokens of their own, or learned tokens alone, as what
     stands before the output head may. The head itself is not among them. Linears that were put on the model later are
-    not known here. None where this cannot be told without weights, or for a model that is not one of transformers.
+    not considered. None if this cannot be determined without weights, or if the model is not one of transformers.
     """
     if not hasattr(model, "config"):
         return None

@@ -25,7 +25,7 @@ FOLDERS: tuple[tuple[Callable[[Names], bool], str], ...] = (
 
 
 def detect_kind(path: Path) -> str:
-    """Half a sentence on what lies at `path`, for a message that says what was expected."""
+    """Describe what lies at `path` in half a sentence, for a message that names what was expected."""
     if path.is_file():
         pickle = path.name.endswith(PICKLES)
         return "it is a pickle, which is never unpickled" if pickle else "it is a file, not a folder"

@@ -29,12 +29,12 @@ DIGEST_CHARACTERS = 64
 
 
 def checkpoint_name(step: int) -> str:
-    """`step-000123`; steps of more than six digits take more."""
+    """Return `step-000123`; steps of more than six digits take more."""
     return f"step-{step:06d}"
 
 
 def step_of(name: str) -> int | None:
-    """The step of a finished checkpoint's folder name, None for any other name."""
+    """Return the step of a finished checkpoint's folder name, None for any other name."""
     match = re.fullmatch(r"step-(\d{6,})", name, flags=re.ASCII)
     return int(match[1]) if match and checkpoint_name(int(match[1])) == name else None
 
@@ -53,12 +53,12 @@ def is_of_run(checkpoint: Path, run: Path) -> bool:
 
 
 def removed_name(name: str) -> str:
-    """Under what name the folder `name` is deleted."""
+    """Return the name under which the folder `name` is deleted."""
     return f".{name}.removed"
 
 
 def shard_name(kind: str, number: int, count: int) -> str:
-    """`adapter-00001-of-00002.safetensors`; numbers start at 1."""
+    """Return `adapter-00001-of-00002.safetensors`; numbers start at 1."""
     assert 1 <= number <= count
     return f"{kind}-{number:05d}-of-{count:05d}.safetensors"
 
@@ -133,7 +133,10 @@ class Manifest:
 
 
 def seal(document: dict[str, Any]) -> str:
-    """The text of manifest.json: the document with one last key, the SHA-256 of all bytes before that key's digits."""
+    """Return the text of manifest.json.
+
+    It is the document with one last key, the SHA-256 of all bytes before that key's digits.
+    """
     head = json.dumps(document, indent=1, allow_nan=False).removesuffix("\n}") + SEAL
     return head + hashlib.sha256(head.encode()).hexdigest() + SEAL_END
 
@@ -149,7 +152,7 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _check_version(path: Path, document: dict[str, Any]) -> None:
-    """Before anything else is looked at: only this key means the same in every version."""
+    """Check `format_version` before any other key: only this one means the same in every version."""
     if "format_version" not in document:
         raise CheckpointError(f"{path}: format_version is missing; was this written by malora_dist?")
     version = document["format_version"]

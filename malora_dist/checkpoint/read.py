@@ -79,26 +79,29 @@ class Checkpoint:
                 )
 
     def names(self, kind: str) -> list[str]:
-        """Names of all tensors of a kind, in the order of the manifest."""
+        """Return the names of all tensors of a kind, in the order of the manifest."""
         return list(self._places[kind])
 
     def place(self, kind: str, name: str) -> TensorPlace:
-        """Dtype, shape and position in its file of a tensor. Raises CheckpointError if there is none of this name."""
+        """Return dtype, shape and position in its file of a tensor.
+
+        Raises CheckpointError if there is none of this name.
+        """
         if name not in self._places[kind]:
             raise CheckpointError(f"{self.folder} holds no {kind} tensor {name}")
         return self._places[kind][name]
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
-        """Shape of a tensor. Raises CheckpointError if there is none of this name."""
+        """Return the shape of a tensor. Raises CheckpointError if there is none of this name."""
         return self.place(kind, name).shape
 
     def read(self, kind: str, name: str) -> Tensor:
-        """A whole tensor. Raises CheckpointError if there is none, if it cannot be read or is not finite."""
+        """Read a whole tensor. Raises CheckpointError if there is none, if it cannot be read or is not finite."""
         place = self.place(kind, name)
         return self.read_elements(kind, name, 0, place.numel).view(place.shape)
 
     def read_elements(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flat tensor, 1-D; no other byte of it is read. Raises as `read` does."""
+        """Read elements [start, stop) of the flat tensor, 1-D, and no other byte of it. Raises as `read` does."""
         place = self.place(kind, name)
         assert 0 <= start <= stop <= place.numel
         path = self.folder / self.manifest.tensors[kind][name]
@@ -111,7 +114,10 @@ class Checkpoint:
         return elements
 
     def _check_tensors(self) -> None:
-        """Dtypes are those of the format, and an adapter tensor has all tensors of its optimizer's state, or none."""
+        """Check the dtypes of the tensors, and which of them are there.
+
+        Dtypes are those of the format, and an adapter tensor has all tensors of its optimizer's state, or none.
+        """
         for kind, places in self._places.items():
             for name, place in places.items():
                 if place.dtype not in DTYPES_OF[kind]:
@@ -140,7 +146,7 @@ class Checkpoint:
 
 
 def optimizer_kind(manifest: Manifest) -> object:
-    """Return what the manifest calls the optimizer; AdamW where it does not say."""
+    """Return what the manifest calls the optimizer; AdamW where it names none."""
     saved = manifest.state.get("optimizer")
     return saved.get("kind", ADAMW.kind) if isinstance(saved, dict) else ADAMW.kind
 
@@ -174,7 +180,7 @@ def _header(path: Path) -> dict[str, TensorPlace]:
 
 
 def _check_listing(folder: Path, manifest: Manifest, headers: dict[str, dict[str, TensorPlace]]) -> None:
-    """Each file holds exactly the tensors that the manifest lists for it, all of one kind."""
+    """Check that each file holds exactly the tensors that the manifest lists for it, all of one kind."""
     listed: dict[str, dict[str, str]] = {file: {} for file in headers}
     for kind, file_of in manifest.tensors.items():
         for name, file in file_of.items():

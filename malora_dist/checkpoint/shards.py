@@ -19,10 +19,10 @@ READ_BYTES = 2**20
 
 
 def plan_shards(sizes: Mapping[str, int], world_size: int, shard_bytes: int) -> list[list[str]]:
-    """Which tensors each writer writes, from their sizes in bytes; the same on every process.
+    """Split the tensors among the writers by their sizes in bytes, the same on every process.
 
-    ceil(total / shard_bytes) writers, at most `world_size` and at most one a tensor: while the total is at most
-    `shard_bytes`, one writer writes all. The largest tensors are given out first, each to the writer with the fewest
+    There are ceil(total / shard_bytes) writers, at most `world_size` and at most one a tensor: up to a total of
+    `shard_bytes` one writer writes all. The largest tensors are given out first, each to the writer with the fewest
     bytes. Each writer's names keep the order of `sizes`. Only without tensors is a writer's list empty.
     """
     assert world_size >= 1 and shard_bytes >= 1
@@ -47,7 +47,10 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 
 def stream_shard(path: Path, shapes: Mapping[str, Shape], values: Iterable[Tensor]) -> FileRecord:
-    """As `write_shard`, with one tensor in memory: `values` come in the order of `shapes` and are asked for singly."""
+    """Write a file as `write_shard` does, with one tensor in memory.
+
+    `values` come in the order of `shapes` and are asked for one at a time.
+    """
     digest = hashlib.sha256()
     with writing(path):
         write_tensors(path, shapes, _finite(path, shapes, values), observe=digest.update)
@@ -56,7 +59,7 @@ def stream_shard(path: Path, shapes: Mapping[str, Shape], values: Iterable[Tenso
 
 
 def file_record(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file, read in pieces. Raises CheckpointError if it cannot be read."""
+    """Compute the size and SHA-256 of a file, read in pieces. Raises CheckpointError if it cannot be read."""
     digest = hashlib.sha256()
     size = 0
     with reading(path), path.open("rb", buffering=0) as file:

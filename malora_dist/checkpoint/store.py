@@ -81,7 +81,7 @@ class CheckpointStore:
         self._move_pointer(self._write_pointer(BEST, step), BEST)
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, rising."""
+        """Return the steps of the finished checkpoints, rising."""
         with reading(self.folder):
             if not self.folder.exists():
                 return []
@@ -90,12 +90,15 @@ class CheckpointStore:
             return sorted(step for step, entry in steps.items() if step is not None and Path(entry, MANIFEST).is_file())
 
     def latest(self) -> Path | None:
-        """The newest finished checkpoint."""
+        """Return the newest finished checkpoint, None if there is none."""
         steps = self.steps()
         return self.folder / checkpoint_name(steps[-1]) if steps else None
 
     def best(self) -> Path | None:
-        """The checkpoint that `best` names; None if there is no such file, or it names no finished checkpoint."""
+        """Return the checkpoint that `best` names.
+
+        None if there is no such file, or it names no finished checkpoint.
+        """
         step = self._best_step()
         return None if step is None else self.folder / checkpoint_name(step)
 
@@ -135,7 +138,10 @@ class CheckpointStore:
             to_disk(self.folder)
 
     def _remove_old(self) -> None:
-        """A kill in here leaves each checkpoint whole or under a hidden name."""
+        """Remove the oldest checkpoints beyond `save_total_limit`, but neither the newest nor the best.
+
+        A process killed meanwhile leaves each checkpoint whole or under a hidden name.
+        """
         if self.save_total_limit is None:
             return
         steps = self.steps()

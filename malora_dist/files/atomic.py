@@ -16,7 +16,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`write_text` of bytes. Raises OSError."""
+    """Write bytes as `write_text` writes a text. Raises OSError."""
     partial = path.with_name(partial_name(path.name))
     partial.write_bytes(content)
     share_file(partial)
@@ -24,7 +24,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a value as JSON. Raises OSError."""
+    """Write a value as JSON with `write_text`. Raises OSError."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -35,7 +35,7 @@ def check_writable(folder: Path) -> None:
 
 
 def partial_name(name: str) -> str:
-    """Under what name the file or folder `name` is written."""
+    """Return the name under which the file or folder `name` is written."""
     return f".{name}.partial"
 
 

@@ -16,12 +16,12 @@ WAIT_SECONDS = 0.3
 
 
 def default_cache_dir() -> Path:
-    """$MALORA_CACHE, or ~/.cache/malora_dist. Raises ConfigError as `expanded`."""
+    """Return $MALORA_CACHE, or ~/.cache/malora_dist. Raises ConfigError as `expanded`."""
     return expanded("MALORA_CACHE", os.environ.get("MALORA_CACHE", "~/.cache/malora_dist"))
 
 
 def expanded(key: str, path: str) -> Path:
-    """The path with a home in the place of `~`. Raises ConfigError, naming `key`, for a home that is not known."""
+    """Replace `~` in a path by the home folder. Raises ConfigError, naming `key`, if that is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -29,7 +29,7 @@ def expanded(key: str, path: str) -> Path:
 
 
 def build_once(folder: Path, build: Callable[[Path], None], poll: Callable[[], None] = lambda: None) -> bool:
-    """Let `build` fill an empty folder that then becomes `folder`, unless that exists; whether it was built now.
+    """Let `build` fill an empty folder that then becomes `folder`, unless that exists; return whether it was built now.
 
     Of many processes one builds, under a lock that a killed process releases. A folder is whole and on disk, or not
     there, and is never changed. `poll` is called several times a second while another process builds; what it

@@ -15,7 +15,7 @@ EXIT_OK, EXIT_FAILED, EXIT_MISTAKE, EXIT_PREEMPTED = 0, 1, 2, 75
 
 
 def write_exit_status(folder: Path, outcome: str, code: int, *, reason: str, step: int, checkpoint: str | None) -> None:
-    """Write exit.json: outcome, the processes' exit code, why, the last step, the checkpoint to go on from.
+    """Write exit.json: outcome, the processes' exit code, reason, last step, and the checkpoint to resume from.
 
     Raises CheckpointError if it cannot be written.
     """
@@ -34,7 +34,7 @@ def write_exit_status(folder: Path, outcome: str, code: int, *, reason: str, ste
 
 
 def read_exit_status(folder: Path) -> dict[str, Any] | None:
-    """Return the content of exit.json; None without one: the run is still going on, or was killed.
+    """Return the content of exit.json; None without one, as the run is still in progress or was killed.
 
     Raises CheckpointError if it is damaged.
     """

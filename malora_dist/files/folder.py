@@ -18,7 +18,7 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """An empty hidden folder beside `target`, which becomes `target` when the block ends without an error.
+    """Yield an empty hidden folder beside `target`, which becomes `target` when the block ends without an error.
 
     Its files are on disk before the rename. An error removes it; what a killed process left is removed by the next one
     that writes the same target. Raises CheckpointError if `target` exists, cannot be written, or is being written now.
@@ -41,7 +41,10 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """The empty folder `partial`, locked: the lock ends with the process, so a leftover is known from one in use."""
+    """Make the empty folder `partial`, locked within the block.
+
+    The lock ends with the process, so a leftover is known from one in use.
+    """
     path = partial.with_name(f"{partial.name}.lock")
     lock = lock_at(path)
     try:
@@ -61,7 +64,9 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The regular file `name` of a folder. Raises CheckpointError if there is none, or if a link leaves the folder.
+    """Return the path of the regular file `name` of a folder.
+
+    Raises CheckpointError if there is none, or if a link leaves the folder.
 
     In the hub's cache a file is a link from `snapshots/<commit>` to `blobs` of the same repository.
     """
@@ -82,15 +87,15 @@ def is_cached(path: Path) -> bool:
 
 
 def local_path(name: str) -> Path:
-    """The path that a model's name means if it is one; `~` stands for a home where that is known.
+    """Return the path that a model's name means if it is one; `~` stands for the home folder where that is known.
 
-    What it is, os.path tells: of what cannot be a path it says no, where Path's own methods raise.
+    Examine it with os.path: its functions return False for what cannot be a path, where Path's own methods raise.
     """
     return Path(os.path.expanduser(name))
 
 
 def _blobs(folder: Path) -> Iterator[Path]:
-    """Where the files of a repository in the hub's cache lie, if the folder is, or is in, a snapshot of one."""
+    """Yield where the files of a repository in the hub's cache lie, if the folder is, or is in, a snapshot of one."""
     for commit in (folder, *folder.parents):
         if commit.parent.name == "snapshots" and COMMIT.fullmatch(commit.name):
             yield commit.parent.parent / "blobs"

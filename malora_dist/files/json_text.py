@@ -10,10 +10,12 @@ DEEPEST = 100
 
 
 def parse_json(text: str | bytes, *, non_finite: bool = False, lenient: bool = False) -> Any:
-    """The value of a JSON text. `non_finite` takes NaN and infinities, which our own measurements may hold.
+    """Return the value of a JSON text.
+
+    `non_finite` takes NaN and infinities, which our own measurements may hold.
 
     `lenient` takes them and the last of keys given twice, as the libraries do for which others' files were written.
-    Raises ValueError if it is none, gives a key twice, or is nested beyond all use.
+    Raises ValueError if the text is not JSON, gives a key twice, or is nested too deep.
     """
     constant, number = (float, float) if non_finite or lenient else (_refuse_constant, _finite)
     pairs = None if lenient else _unique
@@ -26,7 +28,7 @@ def parse_json(text: str | bytes, *, non_finite: bool = False, lenient: bool = F
 
 
 def key_given_twice(pairs: Iterable[tuple[str, Any]]) -> str | None:
-    """The first key of an object that repeats one before it, None if each stands once."""
+    """Return the first key of an object that repeats one before it, None if each stands once."""
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:

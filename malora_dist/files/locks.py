@@ -12,7 +12,7 @@ NONE_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 
 def lock_at(path: Path) -> BaseFileLock:
-    """A lock that processes hold by the file `path`; it ends with its process.
+    """Return a lock that processes hold by the file `path`; it ends with its process.
 
     Without flock() the lock is a file beside it that names host and process. One whose process is gone from this host
     is taken over; one of another host stays until it is removed by hand. Raises OSError if neither can be written.
@@ -21,12 +21,12 @@ def lock_at(path: Path) -> BaseFileLock:
 
 
 def marker(path: Path) -> Path:
-    """The file whose existence is the lock where there is no flock()."""
+    """Return the file whose existence is the lock where there is no flock()."""
     return path.with_name(f"{path.name}ed")
 
 
 def _has_flock(path: Path) -> bool:
-    """Whether the disk of this file has locks. Raises OSError if it cannot be written."""
+    """Return whether the disk of this file has locks. Raises OSError if it cannot be written."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

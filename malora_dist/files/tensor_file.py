@@ -50,7 +50,7 @@ class TensorPlace:
 
 
 def read_header(path: Path, others: dict[str, str] | None = None) -> dict[str, TensorPlace]:
-    """The tensors of a file. Raises OSError, or ValueError if the file is damaged or cut short.
+    """Read the places of a file's tensors by name. Raises OSError, or ValueError if the file is damaged or cut short.
 
     A dtype that is not read is a ValueError too, unless `others` takes name and dtype of such tensors.
     """
@@ -82,7 +82,7 @@ def _is_of_other_dtype(entry: object) -> bool:
 
 
 def _check_offsets(header: dict[str, object], size: int) -> None:
-    """Raise ValueError unless the tensors lie one behind the other and fill the file, as the format wants."""
+    """Raise ValueError unless the tensors lie one behind the other and fill the file, as the format requires."""
     offsets = [
         entry["data_offsets"] for entry in header.values() if isinstance(entry, dict) and "data_offsets" in entry
     ]
@@ -113,7 +113,7 @@ def _place(name: str, entry: object, data_start: int) -> TensorPlace:
 
 
 def read_elements(path: Path, place: TensorPlace, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of the flat tensor, 1-D. Raises OSError or ValueError."""
+    """Read elements [start, stop) of the flat tensor, 1-D. Raises OSError or ValueError."""
     itemsize = place.dtype.itemsize
     raw = torch.empty((stop - start) * itemsize, dtype=torch.uint8, device="cpu")
     view = raw.numpy().data

@@ -63,7 +63,7 @@ def choose_attention(
 def _machine_obstacle(
     requested: str, itemsize: int, capability: tuple[int, int] | None, flash_attn: bool
 ) -> str | None:
-    """Why the kernels of varlen attention cannot run here, as the end of a sentence."""
+    """Return why the kernels of varlen attention cannot run on this machine, as the end of a sentence, or None."""
     if capability is None:
         return "needs a CUDA GPU; choose auto or sdpa"
     if capability < FIRST_CAPABILITY:

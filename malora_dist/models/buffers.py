@@ -16,7 +16,7 @@ INITIALIZED = "_is_hf_initialized"
 
 
 def rebuild_buffers(model: "PreTrainedModel") -> set[str]:
-    """Give the buffers of an empty model their values, on the CPU; names of those that a checkpoint must hold.
+    """Give the buffers of an empty model their values, on the CPU; return the names that a checkpoint must hold.
 
     transformers' own initialisation of the model computes them; on the CPU, as a GPU rounds powers otherwise. Raises
     ConfigError for what it does not compute and no checkpoint holds.
@@ -38,7 +38,7 @@ def rebuild_buffers(model: "PreTrainedModel") -> set[str]:
 
 
 def _initialized(model: "PreTrainedModel", buffers: dict[str, Tensor], fill: int) -> dict[str, Tensor]:
-    """The buffers as `_init_weights` leaves them; what it does not write is `fill`."""
+    """Return the buffers as `_init_weights` leaves them; what it does not write is `fill`."""
     made: dict[int, Tensor] = {}
     for name, buffer in buffers.items():
         parent, _, leaf = name.rpartition(".")
@@ -55,7 +55,7 @@ def _initialized(model: "PreTrainedModel", buffers: dict[str, Tensor], fill: int
 
 
 def _others_on_meta(model: nn.Module) -> Iterator[str]:
-    """Tensors without values that are neither parameters nor buffers: a checkpoint cannot fill them."""
+    """Yield tensors without values that are neither parameters nor buffers: a checkpoint cannot fill them."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:

@@ -56,7 +56,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrai
 
 
 def own_code(folder: Path) -> list[str]:
-    """The Python classes that a model folder names as its own, in config.json or tokenizer_config.json."""
+    """Return the Python classes that a model folder names as its own, in config.json or tokenizer_config.json."""
     found: list[str] = []
     for name in ("config.json", "tokenizer_config.json"):
         try:
@@ -119,7 +119,7 @@ def _config_json(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path, what: str, read: Callable[[], Any]) -> Any:
-    """What transformers reads of a folder. Raises ConfigError for whatever it raises."""
+    """Return what transformers reads from a folder. Raises ConfigError for whatever it raises."""
     try:
         return read()
     except Exception as error:  # code of some 200 families, for files that anybody may have written

@@ -12,7 +12,7 @@ PLAIN = ("FalconLinear",)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear layer; None for a module that is none.
+    """Return the inputs and outputs of a linear layer, None for a module that is none.
 
     Linears are nn.Linear with its quantised subclasses, NF4Linear, and the Conv1D of GPT-2. Subclasses in which a model
     computes something else are none (routers, linears by the group), nor is the last layer of nn.MultiheadAttention,

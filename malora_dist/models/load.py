@@ -38,7 +38,7 @@ NOTHING: Mapping[str, StoredAs] = MappingProxyType({})
 
 
 def stay(parameters: list[nn.Parameter]) -> None:
-    """Placement of a single process: parameters stay where they are."""
+    """Leave parameters where they are: the placement of a single process."""
 
 
 def load_base_model(
@@ -56,7 +56,7 @@ def load_base_model(
     place_part: PlacePart | None = None,
     agree: Callable[[Names], list[str]] = lambda names: names(),
 ) -> "PreTrainedModel":
-    """The causal LM in `folder`, frozen, on `device`; linears other than the head 4-bit if `load_in_4bit`.
+    """Load the causal LM in `folder`, frozen, on `device`; linears other than the head 4-bit if `load_in_4bit`.
 
     `weights` gives the values, by default from the folder itself. `reader` says whether this process reads; the others
     allocate tensors of the same shape one at a time and get the values from `place`, which every process calls with
@@ -106,7 +106,7 @@ def build_empty_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """The model of a folder's config.json on the meta device: shapes without memory.
+    """Build the model of a folder's config.json on the meta device: shapes without memory.
 
     Raises ConfigError without such a file, and where it names no model that transformers has.
     """
@@ -140,7 +140,7 @@ def _keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 
 
 def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The model folder's tokenizer. Raises ConfigError if there is none, or if it names no end-of-sequence token."""
+    """Load a model folder's tokenizer. Raises ConfigError if there is none, or if it names no end-of-sequence token."""
     tokenizer = read_tokenizer(Path(folder), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in {folder} has no eos_token, which ends every response")
@@ -150,9 +150,9 @@ def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
 def base_tensors(
     model: nn.Module, stored: Mapping[str, StoredAs] = NOTHING, *, load_in_4bit: bool, double_quant: bool
 ) -> dict[str, BaseTensor]:
-    """The tensors of an empty base model, by every name a parameter has; tied parameters are one tensor.
+    """Return the tensors of an empty base model, by every name a parameter has; tied parameters are one tensor.
 
-    stored: where a checkpoint holds them, if not under their own names.
+    `stored` is where a checkpoint holds them, if not under their own names.
     """
     names = names_of_parameters(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -178,7 +178,7 @@ def base_tensors(
 
 
 def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """All names of each parameter, by its id, in the order of the model."""
+    """Return all names of each parameter, by its id, in the order of the model."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

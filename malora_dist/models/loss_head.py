@@ -36,7 +36,7 @@ class LossHead(nn.Linear):
             self.targets_N = self.losses_N = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """forward with its hooks; the losses go around them.
+        """Run `forward` with its hooks, and return the losses of `loss_at` past the hooks.
 
         DeepSpeed's ZeRO-3 hook would gather the weight again before the backward of whatever leaves the module with a
         gradient, and this backward does not need it. So forward shows the hooks a detached copy.
@@ -46,7 +46,7 @@ class LossHead(nn.Linear):
         return output if losses_N is None else losses_N
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Shapes: (..., H) -> (..., V); inside `loss_at` (..., H) of N rows -> (N,)."""
+        """Compute logits, (..., H) -> (..., V), or inside `loss_at` the losses of N rows, (..., H) -> (N,)."""
         if self.targets_N is None:
             return super().forward(hidden)
         chunk = chunk_rows(self.out_features, hidden.device.type)

@@ -64,7 +64,7 @@ class NF4Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Unpack the weight (O, I) for code that looks at it; what is written into it is lost."""
+        """Unpack the weight (O, I) for code that reads it; what is written into it is lost."""
         return self.dequantize(self.weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:

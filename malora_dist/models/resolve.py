@@ -38,7 +38,7 @@ def resolve_model(
     trust_remote_code: bool = False,
     poll: Callable[[], None] = lambda: None,
 ) -> Path:
-    """A local folder in Hugging Face layout. A GGUF file is converted once, a hub id downloaded once.
+    """Return a local folder in Hugging Face layout. A GGUF file is converted once, a hub id downloaded once.
 
     Python files of a hub id are downloaded only with `trust_remote_code`. Safe to call on every process: a file lock
     lets one work while the others wait, and no collective is held open; those call `poll` several times a second, and
@@ -66,7 +66,7 @@ def local_model(
     *,
     trust_remote_code: bool = False,
 ) -> Path | None:
-    """The folder that `resolve_model` would give without any work, None if there is some to do."""
+    """Return the folder that `resolve_model` would give without any work, None if there is some to do."""
     from huggingface_hub import snapshot_download
 
     path = local_path(name_or_path)
@@ -83,12 +83,12 @@ def local_model(
 
 
 def _said(name_or_path: str) -> str:
-    """The key and its value, of one that no system takes for a path the beginning."""
+    """Return the key and its value, or the beginning of a value that is too long for a path."""
     return f"model.name_or_path={repr(name_or_path) if len(name_or_path) < LONGEST_SHOWN else short(name_or_path)}"
 
 
 def _patterns(code: bool) -> dict[str, Any]:
-    """Which files of a hub id are downloaded."""
+    """Return which files of a hub id are downloaded."""
     if code:
         return {"allow_patterns": [*DOWNLOADED, *CODE], "ignore_patterns": NEVER}
     return {"allow_patterns": DOWNLOADED, "ignore_patterns": [*NEVER, *CODE]}
@@ -120,7 +120,7 @@ def _download(repository: str, revision: str | None, code: bool) -> Path:
 
 
 def _convert_gguf(path: Path, cache_dir: Path, poll: Callable[[], None]) -> Path:
-    """Return the cached safetensors folder of a GGUF file, named by what tells the file from others.
+    """Return the cached safetensors folder of a GGUF file, named by what identifies the file.
 
     Raises ConfigError if it has to be converted and the package gguf is not installed, or the cache cannot be written.
     """
@@ -180,14 +180,17 @@ def _progress_on_terminals_only() -> Iterator[None]:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: its parameters, of tied ones the first, and the buffers that it must keep."""
+    """Return what a checkpoint holds of a model.
+
+    It is the parameters, of tied ones the first, and the buffers that it must keep.
+    """
     held: dict[str, Tensor] = dict(model.named_parameters())
     held |= {name: tensor for name, tensor in model.named_buffers() if name in model.state_dict()}
     return {name: tensor.detach().contiguous() for name, tensor in held.items()}
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware; float32 elsewhere, where emulation is many times slower."""
+    """Return bfloat16 where the device multiplies it in hardware, else float32, as emulation is many times slower."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []

@@ -25,7 +25,7 @@ def length_limits(config: Any) -> dict[str, int]:
 
 
 def check_rotations(config: Any, longest: int) -> None:
-    """Raise ConfigError if texts of `longest` tokens would change what the model makes of those after them."""
+    """Raise ConfigError if texts of `longest` tokens would change how the model computes those after them."""
     limit = length_limits(config).get(DYNAMIC, longest)
     if longest > limit:
         raise ConfigError(

@@ -16,7 +16,7 @@ SHOWN = 5
 
 
 def embedding_rows(model: "PreTrainedModel") -> int:
-    """Tokens that a model knows: the rows of its embedding or of its head, where that has fewer."""
+    """Return how many tokens a model knows: the rows of its embedding or of its head, where that has fewer."""
     rows = [
         layer.weight.shape[0]
         for layer in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -26,7 +26,9 @@ def embedding_rows(model: "PreTrainedModel") -> int:
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", rows: int) -> dict[int, str]:
-    """Tokens beyond `rows` that no text gives unless it spells them out: padding, places of pictures and sounds.
+    """Return the tokens beyond `rows`, by id, which no text gives unless it spells them out.
+
+    Such are padding and the places of pictures and sounds.
 
     Raises ConfigError for others beyond it.
     """
@@ -62,7 +64,7 @@ def check_row(ids: Sequence[int], beyond: Mapping[int, str], where: str) -> None
 
 
 def _ids(data: "PreparedData") -> Iterator[tuple[str, list[int]]]:
-    """Task and token ids of every row."""
+    """Yield the task and the token ids of every row."""
     for sample in data.train:
         yield data.task_names[sample.task_id], sample.input_ids.tolist()
     for tasks in data.evaluation.values():

@@ -38,7 +38,7 @@ class Line:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Mean of each value and its neighbours, whose weight halves every n / 20 records (at least every record)."""
+    """Average each value and its neighbours, whose weight halves every n / 20 records (at least every record)."""
     keep = 0.5 ** (1 / max(1.0, len(values) / 20))
     before, after = _decayed(values, keep), _decayed(values[::-1], keep)[::-1]
     weights_before, weights_after = _decayed([1.0] * len(values), keep), _decayed([1.0] * len(values), keep)[::-1]
@@ -65,7 +65,10 @@ def line_chart(
     as_percent: bool = False,
     x_label: str = "step",
 ) -> str:
-    """Lines over steps. `reference` draws a dashed level; `label` says in words what is seen, for screen readers."""
+    """Draw lines over steps, as an <svg> element.
+
+    `reference` draws a dashed level; `label` describes in words what is seen, for screen readers.
+    """
     width, height = (SMALL_WIDTH, SMALL_HEIGHT) if small else (WIDTH, HEIGHT)
     with picture(width, height) as figure:
         axes = place_axes(figure, left=34 if small else 48, right=8, top=6, bottom=24)
@@ -83,7 +86,7 @@ def line_chart(
 
 
 def number(value: float) -> str:
-    """A short number for an axis: 12k, 0.002, 5e-05."""
+    """Format a number shortly for an axis: 12k, 0.002, 5e-05."""
     if abs(value) >= 1e6:
         return f"{value / 1e6:g}M"
     return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{round(value, 12):g}"
@@ -91,7 +94,7 @@ def number(value: float) -> str:
 
 @contextmanager
 def picture(width: float, height: float) -> Iterator["Figure"]:
-    """An empty figure of a size in SVG units, drawn with this module's settings."""
+    """Yield an empty figure of a size in SVG units, drawn with this module's settings."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -100,7 +103,7 @@ def picture(width: float, height: float) -> Iterator["Figure"]:
 
 
 def place_axes(figure: "Figure", *, left: float, right: float, top: float, bottom: float) -> "Axes":
-    """Axes with margins in SVG units, so that charts below one another line up."""
+    """Add axes with margins in SVG units, so that charts below one another line up."""
     width, height = figure.get_figwidth() * 72, figure.get_figheight() * 72
     axes = figure.add_axes(
         (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
@@ -115,7 +118,7 @@ def place_axes(figure: "Figure", *, left: float, right: float, top: float, botto
 
 
 def label_ticks(axes: "Axes", label: str) -> None:
-    """Name the x axis at the left end of its row of tick labels, where nothing can be in the way."""
+    """Write the name of the x axis at the left end of its row of tick labels, where nothing can be in the way."""
     axes.annotate(
         label,
         (0, 0),
@@ -131,7 +134,10 @@ def label_ticks(axes: "Axes", label: str) -> None:
 
 
 def to_svg(figure: "Figure", name: str, label: str) -> str:
-    """An <svg> element to put into HTML; `name` keeps its ids apart from those of the page's other pictures."""
+    """Return the figure as an <svg> element to put into HTML.
+
+    `name` keeps its ids apart from those of the page's other pictures.
+    """
     from html import escape
 
     buffer = io.StringIO()

@@ -28,7 +28,7 @@ class Fact:
 
 
 def training_seconds(run: RunFiles) -> float:
-    """Time spent in steps: each record's mean step time counts for the steps since the record before."""
+    """Sum the seconds spent in steps: each record's mean step time counts for the steps since the record before."""
     total = last = 0.0
     for step, seconds in zip(*run.series(STEP_SECONDS), strict=True):
         total += (step - last) * seconds
@@ -37,7 +37,7 @@ def training_seconds(run: RunFiles) -> float:
 
 
 def key_facts(run: RunFiles) -> dict[str, Fact]:
-    """The few numbers for the top of the page; those that are not known are left out."""
+    """Return the few numbers for the top of the page; those that are not known are left out."""
     facts = {}
     parameters = run.run.get(TRAINABLE_PARAMETERS, run.parameters)
     if parameters is not None:
@@ -54,7 +54,7 @@ def key_facts(run: RunFiles) -> dict[str, Fact]:
 
 
 def run_facts(run: RunFiles) -> dict[str, Fact]:
-    """What was run, by name; what is not known is left out."""
+    """Return the facts about what was run, by name; what is not known is left out."""
     setting = run.setting
     facts = {
         "base model": setting("model", "name_or_path") or run.adapter.get("base_model_name_or_path"),
@@ -77,7 +77,7 @@ def _listed(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A number without needless digits; anything else as it is."""
+    """Format a number without needless digits, and anything else as it is."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -98,7 +98,10 @@ def _in_4bit(run: RunFiles) -> bool:
 
 
 def _method(run: RunFiles) -> str:
-    """The method with its numbers: from the saved adapter, where derived values are filled in, else from the recipe."""
+    """Describe the method with its numbers.
+
+    They come from the saved adapter, where derived values are filled in, else from the recipe.
+    """
     numbers: Mapping[str, Any] = run.adapter.get("malora") or run.config.get("adapter") or {}
     if "method" not in numbers:
         return ""

@@ -18,7 +18,7 @@ _LETTER = 6.4  # SVG units a letter of a row's name takes
 
 
 def accuracy_chart(results: Results, tasks: Sequence[str]) -> str | None:
-    """Each task a row: hollow zero-shot, filled tuned, bars of 2 standard errors, majority as a tick."""
+    """Draw a row for each task: hollow zero-shot, filled tuned, bars of 2 standard errors, majority as a tick."""
     rows = [result for result in results.tasks if _has_accuracy(result.base) or _has_accuracy(result.tuned)]
     if not rows:
         return None
@@ -71,7 +71,7 @@ def _has_accuracy(score: Score | None) -> bool:
 
 
 def loss_chart(run: RunFiles) -> str | None:
-    """The loss of the whole mixture, raw and smoothed, and each task's, smoothed."""
+    """Draw the loss of the whole mixture, raw and smoothed, and each task's, smoothed."""
     steps, values = run.series(LOSS)
     if not steps:
         return None
@@ -81,7 +81,7 @@ def loss_chart(run: RunFiles) -> str | None:
 
 
 def task_loss_charts(run: RunFiles) -> dict[str, str]:
-    """A small chart for each task that has losses: raw and smoothed."""
+    """Draw a small chart for each task that has losses: raw and smoothed."""
     charts = {}
     for index, (task, line) in enumerate(_task_lines(run, train_loss, smooth=True, raw=True)):
         label = f"Training loss of {task}, from {line.values[0]:.3f} to {line.values[-1]:.3f}"
@@ -90,7 +90,7 @@ def task_loss_charts(run: RunFiles) -> dict[str, str]:
 
 
 def validation_chart(run: RunFiles) -> str | None:
-    """Accuracy of each task on the validation split while training."""
+    """Draw the accuracy of each task on the validation split while training."""
     lines = [line for _, line in _task_lines(run, eval_accuracy, kind=EVAL)]
     if not lines:
         return None
@@ -98,7 +98,7 @@ def validation_chart(run: RunFiles) -> str | None:
 
 
 def metric_chart(run: RunFiles, metric: str, *, label: str, from_zero: bool = True) -> str | None:
-    """One metric of the log records over steps."""
+    """Draw one metric of the log records over steps."""
     steps, values = run.series(metric)
     if not steps:
         return None
@@ -106,7 +106,7 @@ def metric_chart(run: RunFiles, metric: str, *, label: str, from_zero: bool = Tr
 
 
 def balance_chart(run: RunFiles, reference: float | None) -> str | None:
-    """The balance loss over steps; `reference` is its value when all experts get the same share."""
+    """Draw the balance loss over steps; `reference` is its value when all experts get the same share."""
     steps, values = run.series(AUX_LOSS)
     if not steps or not any(values):
         return None
@@ -126,10 +126,10 @@ def _task_lines(
 
 
 def shorten(name: str, letters: int = 16) -> str:
-    """The name, or its beginning with an ellipsis."""
+    """Return the name, or its beginning with an ellipsis."""
     return name if len(name) <= letters else f"{name[: letters - 1]}…"
 
 
 def name_margin(names: Sequence[str]) -> float:
-    """Room for the longest of the names beside a chart, in SVG units."""
+    """Return the room for the longest of the names beside a chart, in SVG units."""
     return 14 + _LETTER * max(len(shorten(name)) for name in names)

@@ -66,11 +66,11 @@ class RunFiles:
         return tuple(dict.fromkeys(named))
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of config.yaml, None if it is not there."""
+        """Return a value of config.yaml, None if it is not there."""
         return _get(self.config, section, key)
 
     def series(self, name: str, kind: str = TRAIN) -> tuple[list[float], list[float]]:
-        """Steps and finite values of a metric; records without it are left out."""
+        """Return the steps and finite values of a metric; records without it are left out."""
         records = self.train if kind == TRAIN else self.validation
         points = [(record[STEP], record[name]) for record in records if math.isfinite(record.get(name, math.nan))]
         return [step for step, _ in points], [value for _, value in points]
@@ -138,7 +138,7 @@ def _text(path: Path) -> str:
 
 
 def _yaml(path: Path, text: str) -> dict[str, Any]:
-    """As the recipe that it is."""
+    """Parse a YAML text and check it as a recipe."""
     value = read_yaml_text(text, f"{path} is damaged")
     return _mapping(path, {} if value is None else value, check_config)
 
@@ -163,7 +163,7 @@ def _mapping(path: Path, value: Any, check: Callable[[Path, Mapping[str, Any]], 
 
 
 def _count_parameters(path: Path) -> int | None:
-    """Values in a safetensors file, from its header alone: 8 bytes of length, then JSON."""
+    """Count the values in a safetensors file, from its header alone: 8 bytes of length, then JSON."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

@@ -61,7 +61,7 @@ class Section:
 
 
 def build_page(run: RunFiles) -> str:
-    """The whole HTML document; nothing in it refers to another file."""
+    """Return the whole HTML document; nothing in it refers to another file."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 

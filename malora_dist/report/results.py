@@ -107,7 +107,7 @@ class Results:
 
 
 def read_results(evaluations: Mapping[str, Any], order: Sequence[str] = ()) -> Results:
-    """Results from eval.json's content, `{"base": ..., "tuned": ...}`; tasks in `order` first."""
+    """Return the results in eval.json's content, `{"base": ..., "tuned": ...}`; tasks in `order` come first."""
     sides = {side: evaluations.get(side, {}).get("tasks", {}) for side in ("base", "tuned")}
     measured = dict.fromkeys([*sides["base"], *sides["tuned"]])
     names = [*(name for name in order if name in measured), *(name for name in measured if name not in order)]
@@ -117,7 +117,7 @@ def read_results(evaluations: Mapping[str, Any], order: Sequence[str] = ()) -> R
 
 
 def headline(results: Results) -> str:
-    """The plain result in one sentence; empty if no accuracy was measured before and after."""
+    """Return the average result in one sentence; empty if no accuracy was measured before and after."""
     average = results.average
     if average is None or average.base is None or average.tuned is None:
         return ""
@@ -127,7 +127,7 @@ def headline(results: Results) -> str:
 
 
 def improvements(results: Results) -> str:
-    """Which tasks moved beyond 2 standard errors, as sentences; empty if nothing was compared."""
+    """Return sentences on which tasks moved beyond 2 standard errors; empty if nothing was compared."""
     compared = results.compared
     if not compared:
         return ""
@@ -143,7 +143,7 @@ def improvements(results: Results) -> str:
 
 
 def percent(value: float | None, *, sign: bool = False) -> str:
-    """`41.3`, or `+22.8` with a sign; a dash for None."""
+    """Format a fraction in per cent: `41.3`, or `+22.8` with a sign; a dash for None."""
     return "–" if value is None else f"{100 * value:{'+' if sign else ''}.1f}".replace("-", "−")
 
 
@@ -155,7 +155,7 @@ def _score(record: Mapping[str, Any] | None) -> Score | None:
 
 
 def _mean(scores: Sequence[Score | None]) -> Score:
-    """Mean accuracy; the tasks' errors are independent of one another."""
+    """Return the mean accuracy; the tasks' errors are independent of one another."""
     known = [score for score in scores if score is not None]
     count = len(known)
     majorities = [score.majority for score in known if score.majority is not None]

@@ -20,19 +20,19 @@ _MAX_LABELLED = 10  # experts up to which a cell has room for its number
 
 
 def layer_names(routing: Mapping[str, Any]) -> list[str]:
-    """The routers of a record, in the model's order."""
+    """Return the names of the routers of a record, in the model's order."""
     shares: Mapping[str, Any] = routing[SHARE]
     return list(next(iter(shares.values()), {}))
 
 
 def layer_shares(routing: Mapping[str, Any], layer: str) -> dict[str, list[float]]:
-    """Shares of each task in one layer; a task without a token there (all 0) is left out."""
+    """Return the shares of each task in one layer; a task without a token there (all 0) is left out."""
     shares = {task: list(routing[SHARE][task][layer]) for task in routing[TASKS]}
     return {task: row for task, row in shares.items() if any(row)}
 
 
 def mean_shares(routing: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Shares of each task, averaged over layers."""
+    """Return the shares of each task, averaged over layers."""
     layers = [layer_shares(routing, layer) for layer in layer_names(routing)]
     means = {}
     for task in routing[TASKS]:
@@ -43,7 +43,7 @@ def mean_shares(routing: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def separation(shares: Shares) -> float:
-    """How far the tasks' choices lie from their common mean: 0 all alike, near 1 each task has experts of its own.
+    """Compute how far the tasks' choices lie from their common mean: 0 all alike, near 1 each task has its own experts.
 
     It is the mean total variation distance, half the sum of absolute differences.
     """
@@ -55,7 +55,7 @@ def separation(shares: Shares) -> float:
 
 
 def sample_layers(routing: Mapping[str, Any], count: int = 6) -> list[str]:
-    """At most `count` layers, evenly spaced from the first to the last."""
+    """Return at most `count` layers, evenly spaced from the first to the last."""
     names = layer_names(routing)
     if len(names) <= count:
         return names
@@ -63,7 +63,7 @@ def sample_layers(routing: Mapping[str, Any], count: int = 6) -> list[str]:
 
 
 def mean_heat_map(routing: Mapping[str, Any]) -> str:
-    """Tasks down, experts across, shares averaged over layers, each cell labelled where there is room."""
+    """Draw the shares averaged over layers: tasks down, experts across, each cell labelled where there is room."""
     shares = mean_shares(routing)
     experts = len(next(iter(shares.values()), []))
     with picture(WIDTH, 28 + 34 * len(shares)) as figure:
@@ -76,7 +76,7 @@ def mean_heat_map(routing: Mapping[str, Any]) -> str:
 
 
 def layer_heat_maps(routing: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, str]:
-    """A small map for each of a few layers; rows are marked with the tasks' colours."""
+    """Draw a small map for each of a few layers; rows are marked with the tasks' colours."""
     full = _darkest(routing)
     maps = {}
     for index, layer in enumerate(sample_layers(routing)):
@@ -95,7 +95,7 @@ def layer_heat_maps(routing: Mapping[str, Any], tasks: Sequence[str]) -> dict[st
 
 
 def separation_chart(routing: Mapping[str, Any]) -> str | None:
-    """How far the tasks part in each layer, from the first to the last; None with one task."""
+    """Draw the separation of the tasks in each layer, from the first to the last; None with one task."""
     values = [separation(layer_shares(routing, layer)) for layer in layer_names(routing)]
     if len(routing[TASKS]) < 2:
         return None
@@ -105,7 +105,7 @@ def separation_chart(routing: Mapping[str, Any]) -> str | None:
 
 
 def _darkest(routing: Mapping[str, Any]) -> float:
-    """The share drawn in full colour, the same on all maps."""
+    """Return the share drawn in full colour, the same on all maps."""
     shown = [mean_shares(routing), *(layer_shares(routing, layer) for layer in sample_layers(routing))]
     return max((value for shares in shown for row in shares.values() for value in row), default=1.0)
 

@@ -92,7 +92,7 @@ def check_record(path: Path, record: Record) -> None:
 
 
 def _check_routing(path: Path, where: str, record: Record) -> None:
-    """All tasks have the same layers, and all of these as many shares."""
+    """Check that all tasks have the same layers, and all layers the same number of shares."""
     tasks, share = record.get(TASKS), _mapping(path, f"{where}: {SHARE}", record.get(SHARE))
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks) or set(tasks) != set(share):
         _refuse(path, f"{where}: {TASKS}", tasks, f"the tasks of {SHARE}")
@@ -143,7 +143,7 @@ def _refuse(path: Path, where: str, value: Any, rule: str) -> None:
 
 
 def clean(value: Any) -> Any:
-    """The value with no character in its texts that a page or a picture cannot hold."""
+    """Return the value with U+FFFD for each character in its texts that a page or a picture cannot hold."""
     if isinstance(value, str):
         return "".join(letter if _can_be_shown(letter) else "\ufffd" for letter in value)
     if isinstance(value, dict):

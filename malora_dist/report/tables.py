@@ -37,7 +37,7 @@ class Table:
 
 
 def results_table(results: Results) -> Table | None:
-    """A row for each task with accuracies, and the mean below them; None if no accuracy was measured."""
+    """Return a row for each task with accuracies, and the mean below them; None if no accuracy was measured."""
     rows = [row for row in results.tasks if _accuracy(row.base) is not None or _accuracy(row.tuned) is not None]
     if not rows:
         return None
@@ -48,7 +48,7 @@ def results_table(results: Results) -> Table | None:
 
 
 def loss_table(results: Results) -> Table | None:
-    """Held-out loss per token before and after, and accuracy per character; None if no loss was measured."""
+    """Return held-out loss per token before and after, and accuracy per character; None if no loss was measured."""
     rows = [row for row in results.tasks if _loss(row.base) != "–" or _loss(row.tuned) != "–"]
     if not rows:
         return None
@@ -61,7 +61,7 @@ def loss_table(results: Results) -> Table | None:
 
 
 def counts_table(counts: Mapping[str, Mapping[str, Any]]) -> Table | None:
-    """data.json: rows by task and what became of them; columns that are 0 everywhere are left out."""
+    """Return data.json as a table: rows by task and what became of them, without columns that are 0 everywhere."""
     names = dict.fromkeys([*_COUNTS_FIRST, *(name for row in counts.values() for name in row)])
     shown = [name for name in names if any(row.get(name) for row in counts.values())]
     rows = [Row(task, [_count(row[name]) if name in row else "–" for name in shown]) for task, row in counts.items()]

@@ -11,9 +11,9 @@ from malora_dist.report.results import Results, Score, TaskResult, headline, imp
 
 
 def print_results(evaluations: Mapping[str, Any]) -> Table:
-    """Zero-shot, majority and tuned accuracy of each task in per cent, with counts and standard errors.
+    """Print zero-shot, majority and tuned accuracy of each task in per cent, with counts and standard errors.
 
-    `evaluations` is the content of eval.json. Print the table with a rich Console.
+    `evaluations` is the content of eval.json. The table is printed with a rich Console.
     """
     results = read_results(evaluations)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left")

@@ -61,12 +61,12 @@ _DARK = {
 
 
 def task_colour(index: int) -> str:
-    """Stand-in colour of the task at `index`; after ten tasks the colours come again."""
+    """Return the stand-in colour of the task at `index`; after ten tasks the colours come again."""
     return f"#0a0a{index % len(_TASK_COLOURS):02x}"
 
 
 def task_variable(index: int) -> str:
-    """The CSS value of the same colour, for HTML."""
+    """Return the CSS value of the colour of `task_colour`, for HTML."""
     return f"var(--task-{index % len(_TASK_COLOURS)})"
 
 
@@ -78,7 +78,7 @@ def use_variables(svg: str) -> str:
 
 
 def stylesheet() -> str:
-    """The page's CSS: variables for both modes, then the rules."""
+    """Return the page's CSS: variables for both modes, then the rules."""
     light, dark = (_declarations(colours, mode) for mode, colours in enumerate((_LIGHT, _DARK)))
     return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{_RULES}"
 

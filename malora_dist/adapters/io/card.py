@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def model_card(info: "AdapterInfo", tasks: Sequence[str], evaluations: Mapping[str, Any]) -> str:
-    """README.md of an adapter folder: what it is, what it was trained on, how to load it."""
+    """Return the README.md of an adapter folder: what it is, what it was trained on, how to load it."""
     spec = info.spec
     which = "all" if spec.structure.dense else f"top-{spec.top_k}"
     experts = f"{spec.num_experts} experts, {which}, " if spec.structure.routed else ""

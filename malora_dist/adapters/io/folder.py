@@ -58,7 +58,7 @@ class AdapterTensors:
     checkpoint: Checkpoint | None = None
 
     def layers(self) -> dict[str, list[str]]:
-        """The factors of every layer, in the order of the file."""
+        """Return the factors of every layer, in the order of the file."""
         factors: dict[str, list[str]] = {}
         for name in self.shapes:
             layer, _, factor = name.rpartition(".")
@@ -66,7 +66,7 @@ class AdapterTensors:
         return factors
 
     def read_layer(self, layer: str) -> dict[str, Tensor]:
-        """All factors of one layer, fp32 unless they are wider."""
+        """Read all factors of one layer, fp32 unless they are wider."""
         tensors = {factor: self.read(f"{layer}.{factor}") for factor in self.layers()[layer]}
         return {
             factor: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for factor, tensor in tensors.items()
@@ -74,7 +74,7 @@ class AdapterTensors:
 
 
 def open_adapter(path: AnyPath) -> AdapterTensors:
-    """The adapter of an adapter folder, of a checkpoint, or of a run: its `adapter`, else its newest checkpoint.
+    """Open the adapter of an adapter folder, of a checkpoint, or of a run: its `adapter`, else its newest checkpoint.
 
     Raises CheckpointError if there is none, if a file is damaged or outside the folder, and if a layer lacks a tensor
     of its method, has one too many or one of another shape.
@@ -89,7 +89,7 @@ def open_adapter(path: AnyPath) -> AdapterTensors:
 
 
 def _find(path: Path) -> Path:
-    """The folder with adapter_config.json that `path` is or, as a run, holds."""
+    """Return the folder with adapter_config.json that `path` is or, as a run, holds."""
     if not (path / CONFIG).exists():
         if (path / run_files.ADAPTER / CONFIG).exists():
             return path / run_files.ADAPTER
@@ -105,7 +105,7 @@ def _find(path: Path) -> Path:
 
 
 def open_weights(folder: Path, info: AdapterInfo) -> AdapterTensors:
-    """The tensors of an adapter folder whose config says `info`, PEFT's own folders among them. Raises as above."""
+    """Open the tensors of an adapter folder whose config says `info`, also one of PEFT's. Raises as `open_adapter`."""
     places, shapes = dict[str, TensorPlace](), dict[str, tuple[int, ...]]()
     path = folder / WEIGHTS
     for key, place in weights_header(folder).items():
@@ -147,7 +147,7 @@ def _open_checkpoint(folder: Path) -> AdapterTensors:
 def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor], card: str) -> None:
     """Write the folder so that each file is either whole or absent; a former adapter there is replaced.
 
-    A kill leaves the former adapter, the new one, or a folder without a config, which is none.
+    A kill leaves the former adapter, the new one, or a folder without a config, which is not an adapter.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def save_adapter(folder: AnyPath, info: AdapterInfo, state: Mapping[str, Tensor]
 def write_adapter_folder(
     folder: AnyPath, info: AdapterInfo, shapes: Mapping[str, tuple[int, ...]], values: Iterable[Tensor], card: str
 ) -> None:
-    """A new adapter folder, whole or not there, of fp32 tensors that are asked for one at a time.
+    """Write a new adapter folder, whole or not at all, of fp32 tensors that are asked for one at a time.
 
     `shapes` has the experts on dim 0 and names `<layer>.<factor>`; `values` come in its order. Raises CheckpointError
     if `folder` exists or cannot be written.
@@ -181,7 +181,7 @@ def write_adapter_folder(
 def fill_adapter_folder(
     folder: Path, info: AdapterInfo, shapes: Mapping[str, tuple[int, ...]], values: Iterable[Tensor], card: str
 ) -> None:
-    """The files of `write_adapter_folder` in an empty folder that exists, for callers who rename it themselves."""
+    """Write the files of `write_adapter_folder` into an existing empty folder, for callers who rename it themselves."""
     stored = {file_key(info, name): (torch.float32, file_shape(info, shape)) for name, shape in shapes.items()}
     digest = hashlib.sha256()
     write_tensors(folder / WEIGHTS, stored, _in_file_form(info, values), observe=digest.update)

@@ -28,7 +28,7 @@ def save_model_adapter(
 
 
 def adapter_info(model: nn.Module, injected: Injected | None = None) -> AdapterInfo:
-    """Return what the folder of an adapter says; of the one on the model, if none is given.
+    """Return the info of an adapter's folder, or of the adapter on the model if none is given.
 
     Raises CheckpointError if there is none.
     """
@@ -45,7 +45,7 @@ def adapter_info(model: nn.Module, injected: Injected | None = None) -> AdapterI
 
 
 def check_all_is_adapter(model: nn.Module) -> None:
-    """Raise CheckpointError where something besides the adapter is trained: it was let loose after it was frozen."""
+    """Raise CheckpointError if something besides the adapter is trained: it was frozen, and unfrozen afterwards."""
     adapter = {id(parameter) for _, parameter in adapter_parameters(model)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
     if others:
@@ -82,7 +82,7 @@ def save_layers(
 
 
 def _values(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every adapter tensor, out of a state dict if one is given."""
+    """Yield name and value of every adapter tensor, out of a state dict if one is given."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -9,7 +9,7 @@ FILES = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
 
 
 def adapter_folder(folder_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Return the folder of an adapter; what is none here is downloaded from the hub, once.
+    """Return the folder of an adapter; a name that is no local folder is downloaded from the hub, once.
 
     Raises CheckpointError if there is neither such a folder nor such an id, or the hub cannot be asked.
     """

@@ -47,7 +47,7 @@ class AdapterInfo:
 
 
 def adapter_config(info: AdapterInfo, weights_sha256: str | None = None) -> dict[str, object]:
-    """The content of adapter_config.json. `weights_sha256` is the checksum of the file of weights beside it."""
+    """Return the content of adapter_config.json. `weights_sha256` is the checksum of the file of weights beside it."""
     numbers = asdict(info.spec)
     patterns = {key: dict(numbers.pop(key)) for key in PATTERNS}
     scaling, router = numbers.pop("scaling_rule"), _not_default(numbers, ("router_input", "router_dtype"))
@@ -91,7 +91,7 @@ def _sealed(weights_sha256: str | None) -> dict[str, str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as an object. Raises CheckpointError if it is missing or damaged."""
+    """Read adapter_config.json as an object. Raises CheckpointError if it is missing or damaged."""
     try:
         config = parse_json((folder / CONFIG).read_bytes())
     except OSError as error:
@@ -110,7 +110,7 @@ def read_adapter_info(folder: AnyPath) -> AdapterInfo:
 
 
 def info_of(config: Mapping[str, Any], path: Path) -> AdapterInfo:
-    """Return what the content of adapter_config.json says; errors name `path`. Raises as `read_adapter_info`."""
+    """Return the info in the content of adapter_config.json; errors name `path`. Raises as `read_adapter_info`."""
     if "malora" not in config:
         if "peft_type" not in config:
             raise CheckpointError(f"{path} is damaged or not written by malora_dist: it has no block `malora`")
@@ -136,18 +136,18 @@ def info_of(config: Mapping[str, Any], path: Path) -> AdapterInfo:
 
 
 def file_key(info: AdapterInfo, name: str) -> str:
-    """The key in the file of the tensor `<layer>.<factor>`."""
+    """Return the key in the file of the tensor `<layer>.<factor>`."""
     layer, _, factor = name.rpartition(".")
     return f"{PREFIX}{layer}.{factor if info.spec.structure.routed else PEFT_NAMES[factor]}"
 
 
 def file_shape(info: AdapterInfo, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in the file: PEFT's LoRA has one expert, without the leading dimension."""
+    """Return the shape in the file: PEFT's LoRA has one expert, without the leading dimension."""
     return shape if info.spec.structure.routed or len(shape) < 3 else shape[1:]
 
 
 def model_name(key: str) -> tuple[str, bool]:
-    """`<layer>.<factor>` of a key in the file, and whether the file's tensor lacks the dimension of experts."""
+    """Return `<layer>.<factor>` of a key in the file, and whether the file's tensor lacks the dimension of experts."""
     key = key.removeprefix(PREFIX)
     for factor, peft in PEFT_NAMES.items():
         if key.endswith(f".{peft}"):

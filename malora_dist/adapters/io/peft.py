@@ -63,17 +63,17 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def is_peft_folder(path: AnyPath) -> bool:
-    """Whether the folder holds an adapter of PEFT rather than one of ours."""
+    """Return whether the folder holds an adapter of PEFT rather than one of ours."""
     return (Path(path) / CONFIG).is_file() and "malora" not in read_config(Path(path))
 
 
 def open_lora(path: AnyPath) -> AdapterTensors:
-    """The adapter of a PEFT folder, or of whatever `open_adapter` takes."""
+    """Open the adapter of a PEFT folder, or of whatever `open_adapter` takes."""
     return open_peft(path) if is_peft_folder(path) else open_adapter(path)
 
 
 def open_peft(folder: AnyPath) -> AdapterTensors:
-    """The LoRA or DoRA of a PEFT folder, as if it were a `lora` or `dora` adapter of ours.
+    """Open the LoRA or DoRA of a PEFT folder, as if it were a `lora` or `dora` adapter of ours.
 
     Raises CheckpointError if a file is missing, damaged, a pickle or outside the folder, or if the adapter is not
     exactly such a function; the message names the key of its config or file. `base_model` is "" where PEFT names none.
@@ -87,7 +87,7 @@ def open_peft(folder: AnyPath) -> AdapterTensors:
 
 
 def peft_info(folder: Path, layers: Sequence[str]) -> AdapterInfo:
-    """What the folder's adapter_config.json says of a LoRA on these layers. Raises CheckpointError as `open_peft`."""
+    """Read a folder's adapter_config.json as that of a LoRA on these layers. Raises CheckpointError as `open_peft`."""
     config = read_config(folder)
     _check_config(folder, config)
     try:
@@ -133,7 +133,7 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _ranks_and_alphas(folder: Path, config: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
-    """Return r and lora_alpha, and the patterns where layers differ in them. What no layer has is not looked at."""
+    """Return r and lora_alpha, and the patterns where layers differ in them. Unused values are not checked."""
     numbers: dict[str, Any] = {}
     for key, pattern, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", float)):
         patterns, usual = config.get(pattern) or {}, config.get(key)
@@ -154,7 +154,7 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 def _layers(folder: Path) -> list[str]:
-    """Names of the adapted layers. Raises CheckpointError for a tensor that is no factor of a linear's LoRA."""
+    """Return the adapted layers' names. Raises CheckpointError for a tensor that is no factor of a linear's LoRA."""
     names = tuple(f".{name}" for name in PEFT_NAMES.values())
     layers: dict[str, None] = {}
     for key in weights_header(folder):
@@ -168,7 +168,10 @@ def _layers(folder: Path) -> list[str]:
 
 
 def _targets(config: Mapping[str, Any], layers: Sequence[str]) -> tuple[str, ...]:
-    """PEFT's list, which means what ours does. What is a pattern, `all-linear` or narrowed becomes the layers found."""
+    """Return PEFT's list of targets, which means the same as ours.
+
+    For a pattern, `all-linear` or a list that other keys narrow, return the names of the layers found.
+    """
     targets = config.get("target_modules")
     if isinstance(targets, list) and all(config.get(key) in (None, "", []) for key in NARROWING):
         return tuple(sorted(targets))

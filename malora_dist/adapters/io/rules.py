@@ -113,7 +113,7 @@ def read_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_spec(path: Path, block: Mapping[str, Any], patterns: Mapping[str, Any]) -> MixtureSpec:
-    """The mixture of the block `malora`. Raises CheckpointError if no recipe could give it its numbers."""
+    """Read the mixture of the block `malora`. Raises CheckpointError if no recipe could give it its numbers."""
     for key, value in patterns.items():
         check_rule(path, key, value, OBJECT)
     named = {SPEC_NAMES.get(key, key): value for key, value in block.items()}

@@ -16,7 +16,7 @@ LONGEST_NAME = 1000
 
 
 def check_seal(folder: Path) -> None:
-    """Raise CheckpointError unless the weights are those that the config was written with, if it says which."""
+    """Raise CheckpointError unless the weights have the SHA-256 that the config was written with, if it holds one."""
     wanted = read_config(folder)["malora"].get("weights_sha256")
     found = None if wanted is None else file_record(folder / WEIGHTS).sha256
     if found != wanted:
@@ -27,7 +27,10 @@ def check_seal(folder: Path) -> None:
 
 
 def weights_header(folder: Path) -> dict[str, TensorPlace]:
-    """The tensors of an adapter folder by their keys. Raises CheckpointError if the file is no safetensors in it."""
+    """Read the places of an adapter folder's tensors, by their keys.
+
+    Raises CheckpointError if its file of weights is not a safetensors file in that folder.
+    """
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(
             f"{folder / 'adapter_model.bin'} is a pickle, which can run arbitrary code when it is loaded; only "
@@ -69,7 +72,7 @@ def check_factors(path: Path, spec: MixtureSpec, shapes: Mapping[str, tuple[int,
 
 
 def check_names(path: Path, wanted: Iterable[str], found: Iterable[str], whose: str) -> None:
-    """Raise CheckpointError unless both hold the same names; `whose` the wanted ones are."""
+    """Raise CheckpointError unless both hold the same names; `whose` says whose the wanted ones are."""
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unknown:
         which = f"lacks {brief(missing[0])}" if missing else f"has {brief(unknown[0])}, which {whose} does not have"

@@ -60,13 +60,13 @@ class Weights(Protocol):
         """Bytes this process took from files so far."""
 
     def stored_names(self, model: "PreTrainedModel") -> dict[str, StoredAs]:
-        """Where the tensors of an empty model are, by their names; none where they are under their own."""
+        """Return where the tensors of an empty model are, by their names; none where they are under their own."""
 
     def untied_names(self, model: "PreTrainedModel") -> list[str]:
-        """Names of tied parameters of an empty model that have a value of their own."""
+        """Return the names of tied parameters of an empty model that have a value of their own."""
 
     def read(self, tensor: BaseTensor) -> Tensor:
-        """The whole tensor."""
+        """Return the whole tensor."""
 
     def read_part(self, tensor: BaseTensor, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flat tensor, without reading the others."""
+        """Return elements [start, stop) of the flat tensor, without reading the others."""

@@ -43,9 +43,9 @@ class CheckpointWeights:
         return stored_names(model, self.reader.names())
 
     def mistakes(self, model: "PreTrainedModel") -> list[str]:
-        """What is wrong with the tensors of an empty model that the files hold, each file and size once.
+        """Return what is wrong with the tensors of an empty model that the files hold, each file and size once.
 
-        Reads headers alone: they show files that are missing or cut short, and sizes that the config does not say.
+        Only headers are read: they show files that are missing or cut short, and sizes that differ from the config's.
         """
         found: dict[str, None] = {}
         state = model.state_dict()
@@ -64,7 +64,10 @@ class CheckpointWeights:
         return list(found)
 
     def unread(self, model: "PreTrainedModel") -> list[str]:
-        """Names in the files of what an empty model does not read, but for what transformers knows to be left over."""
+        """Return the names in the files that an empty model does not read.
+
+        Those that transformers knows to be left over are not among them.
+        """
         read = {name for source in self.stored_names(model).values() for name in source.names}
         left_over = [re.compile(pattern) for pattern in (*(model._keys_to_ignore_on_load_unexpected or ()), *LEFT_OVER)]
         return [
@@ -121,7 +124,10 @@ def _check_shape(tensor: BaseTensor, found: tuple[int, ...]) -> None:
 
 
 def _no_fraction(name: str, place: TensorPlace) -> str:
-    """Integers are a weight in a format that has its scales elsewhere, if there are any. Empty for other numbers."""
+    """Return the error for a weight stored as integers, empty for other numbers.
+
+    Integers are a weight in a format that has its scales elsewhere, if there are any.
+    """
     if place.dtype.is_floating_point:
         return ""
     return f"weight {name} is stored as {str(place.dtype).removeprefix('torch.')}: {READ}"

@@ -11,7 +11,9 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def base_fingerprint(model: Path) -> str:
-    """32 hex digits that a copy of the folder shares: config.json, and each weight file's size, header and samples.
+    """Compute 32 hex digits that a copy of the folder shares.
+
+    They come from config.json and each weight file's size, header and samples.
 
     No weight file is read whole. Raises ConfigError if a file cannot be read.
     """
@@ -24,9 +26,9 @@ def base_fingerprint(model: Path) -> str:
 
 
 def file_identity(path: Path) -> list[Any]:
-    """What tells a file from others without reading it whole. Raises OSError.
+    """Return what identifies a file, without reading it whole. Raises OSError.
 
-    A file of the hub's cache is named by the hash of its content; of any other it is its size, time of change, and
+    A file of the hub's cache is named by the hash of its content; any other is identified by size, time of change, and
     samples of its content (a time alone says nothing where archives or images set all to the same).
     """
     real = path.resolve()
@@ -37,7 +39,7 @@ def file_identity(path: Path) -> list[Any]:
 
 
 def content_samples(path: Path) -> str:
-    """SHA-256 of a file's first bytes (a safetensors header) and of samples spread over it. Raises OSError."""
+    """Compute the SHA-256 of a file's first bytes (a safetensors header) and samples spread over it. Raises OSError."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:

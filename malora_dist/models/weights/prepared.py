@@ -37,7 +37,7 @@ FILE_BYTES = 4 * 2**30
 def prepared_folder(
     model: Path, *, dtype: torch.dtype, double_quant: bool, cache_dir: Path | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Where the prepared 4-bit base of a model folder is or would be, and all that its bytes depend on.
+    """Return where the prepared 4-bit base of a model folder is or would be, and all that its bytes depend on.
 
     Raises ConfigError if the model folder's files cannot be read.
     """
@@ -67,7 +67,7 @@ def _identity_of(path: Path) -> list[Any]:
 
 
 def _readable_name(model: Path) -> str:
-    """The model's name; a snapshot of the hub's cache is named by its commit."""
+    """Return the model's name; a snapshot in the hub's cache has its commit for a folder name."""
     model = model.resolve()
     return model.parents[1].name.split("--")[-1] if model.parent.name == "snapshots" else model.name
 
@@ -82,7 +82,7 @@ def write_prepared(
     file_bytes: int = FILE_BYTES,
     advance: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Write the base's tensors, one in memory at a time, unless the folder is there; whether it was written.
+    """Write the base's tensors, one in memory at a time, unless the folder is there; return whether it was written.
 
     `untied` are the tied parameters that have a tensor of their own. `advance` is called after each tensor.
     Raises ConfigError if a weight is missing or the cache cannot be written.

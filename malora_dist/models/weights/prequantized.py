@@ -22,7 +22,7 @@ READ = "only bitsandbytes' nf4 in blocks of 64 is read, and weights that are not
 
 
 def check_stored_format(folder: Path, *, load_in_4bit: bool, double_quant: bool) -> None:
-    """Raise ConfigError if config.json tells of a quantisation that is not read, or not the one wanted."""
+    """Raise ConfigError if config.json names a quantisation that is not read, or not the one wanted."""
     with readable(folder / "config.json"):
         stored = parse_json((folder / "config.json").read_bytes(), lenient=True).get("quantization_config")
     if stored is None:
@@ -49,7 +49,7 @@ def _word(value: bool) -> str:
 
 
 def is_stored_in_4bit(reader: TensorReader, tensor: BaseTensor) -> bool:
-    """Whether the checkpoint holds this weight as 4-bit codes; modules it skipped are stored as they were."""
+    """Return whether the checkpoint holds this weight as 4-bit codes; modules it skipped are stored as they were."""
     return any(reader.holds(f"{name}.{STATE}") for name in tensor.sources)
 
 

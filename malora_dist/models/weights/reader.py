@@ -89,20 +89,20 @@ class TensorReader:
         return name in self._file_of
 
     def names(self) -> list[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return list(self._file_of)
 
     def place(self, names: Sequence[str]) -> TensorPlace:
-        """Dtype and shape of the tensor that `read` reads."""
+        """Return dtype and shape of the tensor that `read` reads."""
         return self._find(names)[1]
 
     def read(self, names: Sequence[str]) -> Tensor:
-        """The tensor stored under the first of `names` that exists (tied weights have several)."""
+        """Read the tensor stored under the first of `names` that exists (tied weights have several)."""
         place = self.place(names)
         return self.read_part(names, 0, place.numel).view(place.shape)
 
     def read_part(self, names: Sequence[str], start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flat tensor; no other byte of it is read."""
+        """Read elements [start, stop) of the flat tensor, and no other byte of it."""
         path, place = self._find(names)
         assert 0 <= start <= stop <= math.prod(place.shape)
         with readable(path):
@@ -141,7 +141,7 @@ class TensorReader:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Say of a file that cannot be read, with a ConfigError, which it is."""
+    """Raise a ConfigError that names the file if it cannot be read within the block."""
     try:
         yield
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:

@@ -25,7 +25,7 @@ class Conversion:
     config: Any
 
     def __call__(self, read: Callable[[str], Tensor]) -> Tensor:
-        """The tensor, out of the parts that `read` reads. Raises what transformers raises for parts that do not fit."""
+        """Build the tensor from the parts that `read` reads. Raises as transformers does for parts that do not fit."""
         converter = copy.deepcopy(self.converter)
         for pattern, name in self.parts:
             converter.add_tensor(self.first, name, pattern, read(name))
@@ -43,7 +43,7 @@ class StoredAs:
 
 
 def stored_names(model: "PreTrainedModel", held: Iterable[str]) -> dict[str, StoredAs]:
-    """Of each tensor of an empty model that the names in `held` stand for, where it is; others are left out."""
+    """Return where each tensor of an empty model is, if names in `held` stand for it; others are left out."""
     from transformers.core_model_loading import WeightConverter, dot_natural_key
 
     state = model.state_dict()
@@ -69,7 +69,10 @@ def stored_names(model: "PreTrainedModel", held: Iterable[str]) -> dict[str, Sto
 def _renaming(
     model: "PreTrainedModel", state: dict[str, Tensor]
 ) -> tuple[Callable[[str], tuple[str, str | None]], dict[str, Any]]:
-    """What makes a model's name and the pattern of a converter of a stored name, and the converters by pattern."""
+    """Return a function that renames stored names, and the converters by pattern.
+
+    The function takes a stored name to the model's name and the pattern of its converter, None without one.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

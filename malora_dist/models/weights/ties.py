@@ -16,7 +16,7 @@ ELEMENTS_AT_ONCE = 2**22
 
 
 def differing_ties(model: "PreTrainedModel", stored: Mapping[str, StoredAs], reader: TensorReader) -> list[str]:
-    """Names of tied parameters of which the checkpoint holds another value than of what they are tied to."""
+    """Return the names of tied parameters whose value in the checkpoint differs from that of what they are tied to."""
     return [
         name
         for name, source in tied_names(model).items()
@@ -25,7 +25,7 @@ def differing_ties(model: "PreTrainedModel", stored: Mapping[str, StoredAs], rea
 
 
 def tied_names(model: "PreTrainedModel") -> dict[str, str]:
-    """Of each parameter that is another's, by its second name, the name that it is tied to."""
+    """Return, by the second name of each tied parameter, the name that it is tied to."""
     named = dict(model.named_parameters(remove_duplicate=False))
     pairs = model.all_tied_weights_keys.items()
     return {name: source for name, source in pairs if name in named and named[name] is named.get(source)}
@@ -41,7 +41,7 @@ def untie(model: "PreTrainedModel", names: Iterable[str]) -> None:
 
 
 def _equal(reader: TensorReader, names: tuple[str, ...], others: tuple[str, ...]) -> bool:
-    """Whether two stored tensors have the same shape and values, reading no more than shows that they do not."""
+    """Return whether two stored tensors have the same shape and values; stop reading where they differ."""
     place, other = reader.place(names), reader.place(others)
     if place.shape != other.shape or place.dtype != other.dtype:
         return False
