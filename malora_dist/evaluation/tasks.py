@@ -74,7 +74,7 @@ class TaskEvaluator:
         return self.measure(rows, title, use_adapter=use_adapter).summary
 
     def measure(self, rows: Rows, title: str, *, use_adapter: bool = True) -> "Measured":
-        """`evaluate`, with the scores of every question too."""
+        """Evaluate as `evaluate` does, and return the scores of every question too."""
         questions = {task: [as_question(row) for row in of_task] for task, of_task in rows.items() if of_task}
         scores = self._scores([item for of_task in questions.values() for item in of_task], title, use_adapter)
         results: dict[str, dict[str, float]] = {}

@@ -127,7 +127,7 @@ def _cells(axes: "Axes", shares: Shares, *, full: float, labelled: bool) -> None
 
 
 def short_layer(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj` as `layer 3, q_proj`; other names stay as they are."""
+    """Shorten `model.layers.3.self_attn.q_proj` to `layer 3, q_proj`; other names stay as they are."""
     parts = name.split(".")
     depth = next((part for part in parts if part.isdigit()), None)
     return name if depth is None else f"layer {depth}, {parts[-1]}"
