@@ -74,7 +74,7 @@ class StrictTensor(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, StrictTensor):
-            raise NotImplementedError("x.data = a host tensor: CUDA takes it, this device cannot")
+            raise TypeError("x.data = a host tensor: CUDA takes it, this device cannot")
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.host = value.host
 
